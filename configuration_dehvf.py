@@ -1,0 +1,191 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The numbers of DEHVF (arXiv 2508.17638), each with its meaning, the paper's symbol and the source of its default."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+# Written to every config.json, so that a saved folder loads with its own code and never with that of the
+# repository it once came from.
+AUTO_MAP = {
+    "AutoConfig": "configuration_dehvf.DehvfConfig",
+    "AutoModel": "modeling_dehvf.DehvfForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_dehvf.DehvfForConditionalGeneration",
+    "AutoProcessor": "processing_dehvf.DehvfProcessor",
+}
+
+
+def disable_dropout(base_config: PreTrainedConfig) -> PreTrainedConfig:
+    """
+    Sets the dropout of a frozen base to zero, where it could only blur what the adapters learn from. The base has to
+    follow `train()` all the same, since a layer in eval mode is never checkpointed.
+    """
+    for name, value in vars(base_config).items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            setattr(base_config, name, 0.0)
+    return base_config
+
+
+@strict
+class DehvfConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`DehvfForConditionalGeneration`]. The defaults are those of LLaMA-7B with CLIP ViT-L/14, which
+    trains 4,163,783 parameters.
+
+    The bases:
+        vision_config (`dict` or `PreTrainedConfig`): the frozen vision encoder, CLIP ViT-L/14 by default.
+        text_config (`dict` or `PreTrainedConfig`): the frozen language model, LLaMA-7B by default.
+        vision_model_id, text_model_id (`str`, *optional*): Hub id or folder that the frozen weights are loaded from.
+        vision_model_revision, text_model_revision (`str`, *optional*): commit of those repositories; `None` for a
+            folder.
+
+    The hierarchy and its fuser (method steps 2 to 5):
+        num_groups (`int`, K): runs that the layers of both models are cut into, shallow with shallow and deep with
+            deep (paper: 4).
+        layer_fusion (`str`): how a language layer weighs the candidates of its group. `"adaptive"`: the fuser decides
+            for each image; `"mean"`: all alike; `"penultimate"`: the penultimate vision layer alone, which is MemVP.
+        fuser_query (`str`): what asks the fuser. `"network"`: the input embedding network; `"tokens"`: one learned
+            vector for each language layer and position.
+        layer_embedding_size (`int`): width of the embeddings that enter the input embedding network (64, which meets
+            the paper's parameter count).
+        fuser_hidden_size (`int`, r): width of the fuser (paper: 64).
+        fuser_num_layers (`int`, k): blocks of the fuser (paper: 4).
+        fuser_num_heads (`int`): attention heads of the fuser (paper: 4).
+        fuser_intermediate_size (`int`): hidden width of the fuser's FFNs (256, which meets the parameter count).
+        fuser_hidden_act (`str`): activation in the fuser's FFNs and in the input embedding network.
+
+    The visual memory (method steps 6 to 9):
+        visual_prompts (`str`): which memory slots carry visual features. `"keys_and_values"`; `"shared"`: both carry
+            the same ones; `"keys"`; `"values"`; `"none"`: slots hold their position embeddings alone.
+        num_memory_slots (`int`, S): entries appended to each FFN, at least the number of patches (7B: 320, 13B: 400).
+        projector_hidden_size (`int`): hidden width of the projector (MemVP: 128).
+        visual_scale (`float`, lambda): scale of the visual features (MemVP: 0.01).
+        memory_scale (`float`, s): scale of what the memory adds to an FFN (MemVP's LLaMA code: 0.1).
+        memory_dropout (`float`): dropout on the activations of the slots in training (MemVP: 0.1).
+
+    The vision adapters (method step 10):
+        vision_adapter_size (`int`): width of the adapter beside each FFN of the vision encoder (MemVP: 12).
+        vision_adapter_scale (`float`): scale of what it adds (MemVP: 0.1).
+        vision_adapter_dropout (`float`): dropout on its hidden activations in training (MemVP: 0.1).
+
+    initializer_range (`float`): standard deviation of new linear layers, embeddings and key position embeddings.
+
+    Raises:
+        ValueError: if numbers contradict each other; the message names both and what to change.
+    """
+
+    model_type = "dehvf"
+    keys_to_ignore_at_inference = ["past_key_values", "visual_memory"]
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="clip_vision_model",
+            init_kwargs={
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "image_size": 224,
+                "patch_size": 14,
+            },
+        ),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    vision_model_id: str | None = None
+    text_model_id: str | None = None
+    vision_model_revision: str | None = None
+    text_model_revision: str | None = None
+
+    num_groups: int = 4
+    layer_fusion: Literal["adaptive", "mean", "penultimate"] = "adaptive"
+    fuser_query: Literal["network", "tokens"] = "network"
+    layer_embedding_size: int = 64
+    fuser_hidden_size: int = 64
+    fuser_num_layers: int = 4
+    fuser_num_heads: int = 4
+    fuser_intermediate_size: int = 256
+    fuser_hidden_act: str = "gelu"
+
+    visual_prompts: Literal["keys_and_values", "shared", "keys", "values", "none"] = "keys_and_values"
+    num_memory_slots: int = 320
+    projector_hidden_size: int = 128
+    visual_scale: float | int = 0.01
+    memory_scale: float | int = 0.1
+    memory_dropout: float | int = 0.1
+
+    vision_adapter_size: int = 12
+    vision_adapter_scale: float | int = 0.1
+    vision_adapter_dropout: float | int = 0.1
+
+    initializer_range: float | int = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        disable_dropout(self.vision_config)
+        disable_dropout(self.text_config)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches per image (n)."""
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+    def validate_numbers(self):
+        """Each size is positive and each dropout a probability."""
+        for name in (
+            "num_groups",
+            "layer_embedding_size",
+            "fuser_hidden_size",
+            "fuser_num_layers",
+            "fuser_num_heads",
+            "fuser_intermediate_size",
+            "num_memory_slots",
+            "projector_hidden_size",
+            "vision_adapter_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 1.")
+        for name in ("memory_dropout", "vision_adapter_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but must lie in [0, 1).")
+
+    def validate_groups(self):
+        """Each group gets at least one layer of both models."""
+        for key in ("vision_config", "text_config"):
+            num_layers = getattr(self, key).num_hidden_layers
+            if num_layers < max(self.num_groups, 2):
+                raise ValueError(
+                    f"`{key}` has {num_layers} layers, too few for `num_groups={self.num_groups}`: each group needs at "
+                    f"least one layer, and the penultimate layer must exist. Lower `num_groups` or take a deeper model."
+                )
+
+    def validate_memory_slots(self):
+        """Each patch has a slot."""
+        if self.visual_prompts != "none" and self.num_memory_slots < self.num_patches:
+            raise ValueError(
+                f"`num_memory_slots={self.num_memory_slots}` is less than the {self.num_patches} patches of an image "
+                f"(image_size {self.vision_config.image_size}, patch_size {self.vision_config.patch_size}). Raise "
+                f"`num_memory_slots` to at least {self.num_patches}."
+            )
+
+    def validate_fuser_heads(self):
+        """The fuser's width splits evenly into heads."""
+        if self.fuser_hidden_size % self.fuser_num_heads:
+            raise ValueError(
+                f"`fuser_hidden_size={self.fuser_hidden_size}` is not a multiple of "
+                f"`fuser_num_heads={self.fuser_num_heads}`. Change one of them."
+            )
+
+
+DehvfConfig.register_for_auto_class()
+
+__all__ = ["DehvfConfig"]

@@ -1,0 +1,1014 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+DEHVF: dynamic embedding of hierarchical visual features (arXiv 2508.17638) for stock `transformers` models.
+
+The file runs with the data: pixels -> features of all vision layers -> fuser -> visual memory -> FFNs of the frozen
+language model. `encode` happens once per image, `read` in every FFN of every forward; between them stands one tensor,
+`visual_memory`, batch first.
+
+Letters at the end of a line give shapes: B samples, N vision layers, D language layers, K groups, M candidates per
+group, P positions (key and value), n patches, S memory slots, T tokens, d vision width, h language width, r fuser
+width, c projector width.
+"""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from types import MethodType
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, local_torch_dtype
+from transformers.utils import PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.hub import resolve_revision
+
+from .configuration_dehvf import DehvfConfig, disable_dropout
+from .processing_dehvf import DehvfProcessor
+
+
+logger = logging.get_logger(__name__)
+
+# `model_type` of the language models whose FFNs DEHVF can extend -> name of the activation inside `layer.mlp`.
+TEXT_LAYOUTS = {
+    "llama": "act_fn",
+    "mistral": "act_fn",
+    "qwen2": "act_fn",
+    "qwen3": "act_fn",
+    "gemma": "act_fn",
+    "gemma2": "act_fn",
+    "gemma3_text": "act_fn",
+    "phi": "activation_fn",
+    "starcoder2": "act",
+}
+# `model_type` of the vision encoders -> whether position 0 is a class token. All keep their layers in
+# `encoder.layers`, the FFN in `layer.mlp`, and the final norm in `post_layernorm`.
+VISION_LAYOUTS = {"clip_vision_model": True, "siglip_vision_model": False}
+
+# What is trained and saved: parameters below these modules of `DehvfModel`, and no others.
+ADAPTER_MODULES = ("vision_adapters", "fuser_query", "fuser", "projector", "memory_slots")
+
+
+def is_adapter_name(name: str) -> bool:
+    """Whether a parameter, by its full name, belongs to the adapters (and not to a frozen base)."""
+    return not set(ADAPTER_MODULES).isdisjoint(name.split("."))
+
+
+@dataclass
+class DehvfModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Adds to the language model's output:
+        visual_memory (`torch.Tensor` of shape `(batch_size, num_language_layers, num_positions, num_patches,
+            projector_hidden_size + 1)`, *optional*): what the images were encoded to. Pass it back as
+            `visual_memory=` to ask again without encoding again.
+    """
+
+    visual_memory: torch.Tensor | None = None
+
+
+@dataclass
+class DehvfCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Adds `visual_memory`, as in [`DehvfModelOutputWithPast`]."""
+
+    visual_memory: torch.Tensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encode: method steps 1 to 7 and 10
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class VisionAdapter(nn.Module):
+    """What is added to one FFN of the vision encoder: `scale * up(GELU(down(x)))` (method step 10, from MemVP)."""
+
+    def __init__(self, config: DehvfConfig):
+        super().__init__()
+        self.down = nn.Linear(config.vision_config.hidden_size, config.vision_adapter_size, bias=False)
+        self.up = nn.Linear(config.vision_adapter_size, config.vision_config.hidden_size, bias=False)
+        self.dropout = nn.Dropout(config.vision_adapter_dropout)
+        self.scale = config.vision_adapter_scale
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden = self.down(hidden_states.to(self.down.weight.dtype))
+        return (self.scale * self.up(self.dropout(F.gelu(hidden)))).to(hidden_states.dtype)
+
+
+class AdaptedVisionFFN:
+    """Put in front of the class of a vision FFN by `_specialise`; `vision_adapter` is set beside it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) + self.vision_adapter(hidden_states)
+
+
+def split_into_runs(num_layers: int, num_groups: int) -> list[range]:
+    """Cuts layers `0..num_layers-1` into consecutive runs whose lengths differ by at most one, longer ones first."""
+    short, extra = divmod(num_layers, num_groups)
+    starts = [group * short + min(group, extra) for group in range(num_groups + 1)]
+    return [range(start, end) for start, end in zip(starts, starts[1:])]
+
+
+def hierarchy(config: DehvfConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The vision layers that each language layer may draw from (method step 2).
+
+    Returns:
+        `candidates`, integers of shape `(num_language_layers, num_candidates)`: vision layers, counted from 0. Those
+        of the language layer's own group, then the penultimate one. Short runs are filled up with layer 0.
+        `valid`, booleans of the same shape: false where `candidates` is such a filler.
+    """
+    num_vision_layers = config.vision_config.num_hidden_layers
+    penultimate = num_vision_layers - 2
+    if config.layer_fusion == "penultimate":
+        groups = [[penultimate]] * config.num_groups
+    else:
+        groups = [[*run, penultimate] for run in split_into_runs(num_vision_layers, config.num_groups)]
+    width = max(len(group) for group in groups)
+    text_runs = split_into_runs(config.text_config.num_hidden_layers, config.num_groups)
+    rows = [group for group, run in zip(groups, text_runs) for _ in run]
+    candidates = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    valid = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    return candidates, valid
+
+
+class InputEmbeddingNetwork(nn.Module):
+    """
+    The fuser's query for language layer `l` and position `p`: `MLP([e_l ; e_p])` (method step 3). With
+    `visual_prompts="shared"` there is one position, and no `e_p`.
+
+    Returns:
+        `torch.Tensor` of shape `(num_language_layers, num_positions, fuser_hidden_size)`.
+    """
+
+    def __init__(self, config: DehvfConfig, positions: list[int]):
+        super().__init__()
+        size = config.layer_embedding_size
+        self.positions = positions
+        self.layer_embedding = nn.Parameter(torch.empty(config.text_config.num_hidden_layers, size))
+        # One row each for key and value, also where only one of them carries an image, as the paper's counts have it
+        shared = config.visual_prompts == "shared"
+        self.position_embedding = None if shared else nn.Parameter(torch.empty(2, size))
+        width = size if shared else 2 * size
+        self.linear_1 = nn.Linear(width, 2 * size)
+        self.act = ACT2FN[config.fuser_hidden_act]
+        self.linear_2 = nn.Linear(2 * size, config.fuser_hidden_size)
+
+    def forward(self) -> torch.Tensor:
+        num_layers = self.layer_embedding.shape[0]
+        embedding = self.layer_embedding[:, None].expand(-1, len(self.positions), -1)  # D P e
+        if self.position_embedding is not None:
+            position_embedding = self.position_embedding[self.positions].expand(num_layers, -1, -1)
+            embedding = torch.cat((embedding, position_embedding), dim=-1)  # D P 2e
+        return self.linear_2(self.act(self.linear_1(embedding)))  # D P r
+
+
+class LearnableQueryTokens(nn.Module):
+    """The ablation of the input embedding network: one free vector per language layer and position."""
+
+    def __init__(self, config: DehvfConfig, positions: list[int]):
+        super().__init__()
+        num_layers = config.text_config.num_hidden_layers
+        self.tokens = nn.Parameter(torch.empty(num_layers, len(positions), config.fuser_hidden_size))
+
+    def forward(self) -> torch.Tensor:
+        return self.tokens  # D P r
+
+
+class FuserBlock(nn.Module):
+    """Cross-attention, then FFN, each followed by residual and layer norm (method step 4; IGVA, arXiv 2501.08443)."""
+
+    def __init__(self, config: DehvfConfig):
+        super().__init__()
+        size = config.fuser_hidden_size
+        self.num_heads = config.fuser_num_heads
+        self.q_proj = nn.Linear(size, size)
+        self.k_proj = nn.Linear(size, size)
+        self.v_proj = nn.Linear(size, size)
+        self.out_proj = nn.Linear(size, size)
+        self.attention_norm = nn.LayerNorm(size)
+        self.linear_1 = nn.Linear(size, config.fuser_intermediate_size)
+        self.act = ACT2FN[config.fuser_hidden_act]
+        self.linear_2 = nn.Linear(config.fuser_intermediate_size, size)
+        self.ffn_norm = nn.LayerNorm(size)
+
+    def forward(
+        self, query: torch.Tensor, features: torch.Tensor, candidates: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
+        """query: B D P r; features: B N r, mapped to keys and values before each layer takes its candidates."""
+        attended = F.scaled_dot_product_attention(
+            self._split_heads(self.q_proj(query)),
+            self._split_heads(self.k_proj(features)[:, candidates]),  # B D heads M r/heads
+            self._split_heads(self.v_proj(features)[:, candidates]),
+            attn_mask=valid[:, None, None],  # D 1 1 M
+        )
+        query = self.attention_norm(query + self.out_proj(attended.transpose(-3, -2).flatten(-2)))
+        return self.ffn_norm(query + self.linear_2(self.act(self.linear_1(query))))
+
+    def _split_heads(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+
+
+class HierarchicalVisualFuser(nn.Module):
+    """
+    Decides, for each image, which vision layers a language layer's memory is made of (method step 4). One fuser
+    serves all language layers and both positions, in one batch.
+    """
+
+    def __init__(self, config: DehvfConfig):
+        super().__init__()
+        self.in_proj = nn.Linear(config.vision_config.hidden_size, config.fuser_hidden_size)
+        self.blocks = nn.ModuleList(FuserBlock(config) for _ in range(config.fuser_num_layers))
+        self.head = nn.Linear(config.fuser_hidden_size, hierarchy(config)[0].shape[1])
+
+    def forward(
+        self, query: torch.Tensor, class_features: torch.Tensor, candidates: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Args:
+            query: `(num_language_layers, num_positions, fuser_hidden_size)`.
+            class_features: `(num_images, num_vision_layers, vision_hidden_size)`.
+            candidates, valid: `(num_language_layers, num_candidates)`, see [`hierarchy`].
+
+        Returns:
+            Weights of shape `(num_images, num_language_layers, num_positions, num_candidates)` that sum to one.
+        """
+        features = self.in_proj(class_features)  # B N r
+        query = query.expand(features.shape[0], -1, -1, -1)  # B D P r
+        for block in self.blocks:
+            query = block(query, features, candidates, valid)
+        scores = self.head(query).masked_fill(~valid[:, None], float("-inf"))
+        return scores.softmax(dim=-1)  # B D P M
+
+
+class VisualProjector(nn.Module):
+    """
+    The two-layer network `g(F) = W_2 SiLU(W_1 F + b_1) + b_2` from vision to language width (method step 6).
+
+    It is never run as a whole. Fusing is linear, as is `W_1`, so `down` is applied to each vision layer once and the
+    results are fused; `W_2` is left to the reading FFN. An image's memory is then as wide as the projector and not as
+    the language model (method.md, "An exact identity").
+    """
+
+    def __init__(self, config: DehvfConfig):
+        super().__init__()
+        size = config.projector_hidden_size
+        self.down = nn.Linear(config.vision_config.hidden_size, size)
+        self.up = nn.Linear(size, config.text_config.hidden_size)
+
+
+class MemorySlots(nn.Module):
+    """Position embeddings of the slots, `s_key` and `s_value`, shared by all layers (method step 7)."""
+
+    def __init__(self, config: DehvfConfig):
+        super().__init__()
+        shape = (config.num_memory_slots, config.text_config.hidden_size)
+        self.key = nn.Parameter(torch.empty(shape))
+        self.value = nn.Parameter(torch.empty(shape))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Read: method steps 8 and 9
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MemoryView(NamedTuple):
+    """
+    What an FFN reads. A whole batch's view goes to the decoder layers, `layer(i)` to the FFN of layer `i`.
+
+    key_features, value_features: `(batch_size, [num_language_layers,] num_patches, projector_hidden_size + 1)`; `None`
+        where keys or values carry no image.
+    basis: `(language_hidden_size, projector_hidden_size + 1)`, lambda times `W_2` with `b_2` as its last column.
+    key_slots, value_slots: `(num_memory_slots, language_hidden_size)`.
+    """
+
+    key_features: torch.Tensor | None
+    value_features: torch.Tensor | None
+    basis: torch.Tensor | None
+    key_slots: torch.Tensor
+    value_slots: torch.Tensor
+
+    def layer(self, index: int) -> "MemoryView":
+        return self._replace(
+            key_features=None if self.key_features is None else self.key_features[:, index],
+            value_features=None if self.value_features is None else self.value_features[:, index],
+        )
+
+
+class MemoryFFN:
+    """
+    Put in front of the class of a language model's FFN by `_specialise`: appends memory slots to it (method step 8).
+
+    On a two-matrix FFN this is concatenating the keys to `W_1` and the values to `W_2` (paper, equation 13); in a
+    gated FFN the appended units have a gate of one.
+    """
+
+    memory_view: MemoryView | None = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        output = super().forward(hidden_states)
+        if self.memory_view is None:
+            return output
+        return output + self.memory_scale * self.lookup(hidden_states, self.memory_view)
+
+    def lookup(self, hidden_states: torch.Tensor, view: MemoryView) -> torch.Tensor:
+        """`phi(x K^T) V` without ever building `K` or `V`. hidden_states and result: B T h."""
+        num_patches = view.key_features.shape[1] if view.key_features is not None else 0
+        scores = F.linear(hidden_states, view.key_slots)  # B T S
+        if num_patches:
+            # Slots past the patches have no visual part, and a sample without an image has rows of zeros.
+            visual = (hidden_states @ view.basis) @ view.key_features.transpose(1, 2)  # B T n
+            scores = torch.cat((scores[..., :num_patches] + visual, scores[..., num_patches:]), dim=-1)
+        weights = getattr(self, self.activation_name)(scores)
+        weights = F.dropout(weights, self.memory_dropout, self.training)
+        output = weights @ view.value_slots  # B T h
+        if view.value_features is not None:
+            visual = weights[..., : view.value_features.shape[1]] @ view.value_features  # B T c+1
+            output = output + F.linear(visual, view.basis)
+        return output
+
+
+class MemoryLayer:
+    """
+    Put in front of the class of a decoder layer by `_specialise`: hands the memory on to the layer's FFN.
+
+    The memory arrives as an argument, and is handed on inside `forward`. So when gradient checkpointing runs the
+    layer again during backward, its FFN finds the memory of that very forward, however many came in between.
+    """
+
+    def forward(self, *args, memory_view: MemoryView | None = None, **kwargs):
+        self.mlp.memory_view = memory_view if memory_view is None else memory_view.layer(self.memory_index)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.mlp.memory_view = None
+
+
+def _specialise(module: nn.Module, behaviour: type, **attributes) -> None:
+    """
+    Makes `module` an instance of a subclass of its own class, with `behaviour` in front. Weights, their names, hooks
+    and `isinstance` stay as they were, which a wrapping module could not promise.
+    """
+    module.__class__ = _subclass(behaviour, type(module))
+    # Past `nn.Module.__setattr__`, which would register a module given here a second time, under a second name
+    vars(module).update(attributes)
+    if hasattr(module, "_old_forward"):  # a dispatched base: accelerate's hook calls the `forward` that it found
+        module._old_forward = MethodType(type(module).forward, module)
+
+
+@cache
+def _subclass(behaviour: type, base: type) -> type:
+    return type(base.__name__, (behaviour, base), {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class DehvfPreTrainedModel(PreTrainedModel):
+    config_class = DehvfConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, VisionAdapter):
+            init.zeros_(module.up.weight)  # the encoder starts as it is
+        elif isinstance(module, MemorySlots):
+            init.normal_(module.key, std=std)
+            init.zeros_(module.value)  # as in MemVP: the memory starts almost silent
+        elif isinstance(module, InputEmbeddingNetwork):
+            init.normal_(module.layer_embedding, std=std)
+            if module.position_embedding is not None:
+                init.normal_(module.position_embedding, std=std)
+        elif isinstance(module, LearnableQueryTokens):
+            init.normal_(module.tokens, std=std)
+        elif isinstance(module, DehvfModel):
+            candidates, valid = hierarchy(self.config)
+            init.copy_(module.candidates, candidates)
+            init.copy_(module.valid_candidates, valid)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "`use_reentrant=True` was given, but re-entrant checkpointing drops the gradients of arguments passed "
+                "by keyword, and the visual memory is one: the adapters would not learn. Set `use_reentrant` to False."
+            )
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+
+class DehvfModel(DehvfPreTrainedModel):
+    """
+    The frozen bases, the adapters between them, and no head.
+
+    Args:
+        config ([`DehvfConfig`]): sizes and switches.
+        vision_tower, language_model (`PreTrainedModel`, *optional*): loaded bases; built at random if not given.
+
+    Raises:
+        ValueError: if DEHVF does not know the layout of a base.
+    """
+
+    def __init__(
+        self,
+        config: DehvfConfig,
+        vision_tower: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        for key, layouts in (("text_config", TEXT_LAYOUTS), ("vision_config", VISION_LAYOUTS)):
+            if (model_type := getattr(config, key).model_type) not in layouts:
+                raise ValueError(
+                    f"The layers of `{model_type}` (`{key}`) are not supported. Supported are: {', '.join(layouts)}."
+                )
+        self.vision_tower = vision_tower if vision_tower is not None else AutoModel.from_config(config.vision_config)
+        self.language_model = (
+            language_model if language_model is not None else AutoModel.from_config(config.text_config)
+        )
+        for base in (vision_tower, language_model):
+            for module in base.modules() if base is not None else ():
+                module._is_hf_initialized = True  # loaded weights are never initialised again
+
+        # key is position 0, value is position 1
+        self.positions = {"keys_and_values": [0, 1], "keys": [0], "values": [1], "shared": [0], "none": []}[
+            config.visual_prompts
+        ]
+        with local_torch_dtype(torch.float32, type(self).__name__):  # adapters are fp32 whatever the bases are
+            self._build_adapters(config)
+        self._inject()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _build_adapters(self, config: DehvfConfig):
+        """Only what the config's switches leave in use, since DDP stops at parameters that get no gradient."""
+        self.memory_slots = MemorySlots(config)
+        if not self.positions:
+            return
+        self.projector = VisualProjector(config)
+        num_layers_read = config.vision_config.num_hidden_layers - (config.layer_fusion == "penultimate")
+        self.vision_adapters = nn.ModuleList(VisionAdapter(config) for _ in range(num_layers_read))
+        if config.layer_fusion == "adaptive":
+            query_class = InputEmbeddingNetwork if config.fuser_query == "network" else LearnableQueryTokens
+            self.fuser_query = query_class(config, self.positions)
+            self.fuser = HierarchicalVisualFuser(config)
+        candidates, valid = hierarchy(config)
+        self.register_buffer("candidates", candidates, persistent=False)  # D M
+        self.register_buffer("valid_candidates", valid, persistent=False)  # D M
+
+    def _inject(self):
+        """Extends the FFNs of both bases. Their own parameters keep their names."""
+        config = self.config
+        for index, layer in enumerate(self.language_model.layers):
+            _specialise(layer, MemoryLayer, memory_index=index)
+            _specialise(
+                layer.mlp,
+                MemoryFFN,
+                activation_name=TEXT_LAYOUTS[config.text_config.model_type],
+                memory_scale=config.memory_scale,
+                memory_dropout=config.memory_dropout,
+            )
+        if self.positions:
+            for layer, adapter in zip(self.vision_tower.encoder.layers, self.vision_adapters):
+                _specialise(layer.mlp, AdaptedVisionFFN, vision_adapter=adapter)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """
+        Encodes images into visual memory, once, for any number of questions.
+
+        Args:
+            pixel_values: `(batch_size, num_channels, height, width)`.
+            image_mask: `(batch_size,)` booleans, false for samples without an image, whose rows of `pixel_values` are
+                not looked at. By default all samples have one.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_language_layers, num_positions, num_patches,
+            projector_hidden_size + 1)`: for each language layer `SiLU(W_1 F_{l,p} + b_1)` and a last column of ones
+            that carries `b_2`. A sample without an image has zeros. `None` with `visual_prompts="none"`.
+
+        Raises:
+            ValueError: if `pixel_values` does not have the encoder's shape or `image_mask` another batch size.
+        """
+        self._check_pixel_values(pixel_values, image_mask)
+        if not self.positions:
+            return None
+        present = pixel_values.new_ones(len(pixel_values), dtype=torch.bool) if image_mask is None else image_mask
+        rows = present.nonzero().flatten()
+        if not len(rows):
+            rows = rows.new_zeros(1)  # see `forward`: the vision path is run even for no image at all
+        class_features, patches = self._hierarchical_features(pixel_values[rows])
+        weights = self._fusion_weights(class_features)  # B D P N
+        fused = torch.einsum("bdpj,bjnc->bdpnc", weights.to(patches.dtype), patches)
+        memory = F.silu(fused + self.projector.down.bias)
+        memory = torch.cat((memory, memory.new_ones(*memory.shape[:-1], 1)), dim=-1)  # B D P n c+1
+        memory = memory * present[rows].to(memory.dtype).view(-1, 1, 1, 1, 1)
+        if len(rows) == len(present):
+            return memory
+        return memory.new_zeros(len(present), *memory.shape[1:]).index_copy(0, rows, memory)
+
+    def _check_pixel_values(self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None):
+        vision = self.config.vision_config
+        expected = (vision.num_channels, vision.image_size, vision.image_size)
+        if tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"`pixel_values` has the shape {tuple(pixel_values.shape)}, but the vision encoder takes "
+                f"(batch_size, {', '.join(map(str, expected))}). Prepare images with this model's own processor."
+            )
+        if image_mask is not None and tuple(image_mask.shape) != (len(pixel_values),):
+            raise ValueError(
+                f"`image_mask` has the shape {tuple(image_mask.shape)} and `pixel_values` {len(pixel_values)} rows. "
+                "Give one boolean per row, false where the sample has no image."
+            )
+
+    def _hierarchical_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Method step 1, and `W_1` of step 6. Returns class features B N d and projected patches B N n c."""
+        hidden_states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states[1:]
+        has_class_token = VISION_LAYOUTS[self.config.vision_config.model_type]
+        down = self.projector.down.weight
+        class_features, patches = [], []
+        for hidden in hidden_states:
+            hidden = self.vision_tower.post_layernorm(hidden).to(down.dtype)  # B 1+n d
+            class_features.append(hidden[:, 0] if has_class_token else hidden.mean(dim=1))
+            patches.append(F.linear(hidden[:, 1:] if has_class_token else hidden, down))
+        return torch.stack(class_features, dim=1), torch.stack(patches, dim=1)
+
+    def _fusion_weights(self, class_features: torch.Tensor) -> torch.Tensor:
+        """Weights of the candidates (method step 4 or its ablations), spread over all vision layers: B D P N."""
+        num_images, num_vision_layers, _ = class_features.shape
+        if self.config.layer_fusion == "adaptive":
+            weights = self.fuser(self.fuser_query(), class_features, self.candidates, self.valid_candidates)
+        else:
+            weights = self.valid_candidates / self.valid_candidates.sum(dim=-1, keepdim=True)  # D M
+            weights = weights[:, None].expand(num_images, -1, len(self.positions), -1)
+        # `scatter_add`, since in the last group the penultimate layer stands twice
+        index = self.candidates[:, None].expand(weights.shape)
+        return weights.new_zeros(*weights.shape[:-1], num_vision_layers).scatter_add(-1, index, weights)
+
+    def _memory_view(self, visual_memory: torch.Tensor | None, dtype: torch.dtype) -> MemoryView:
+        """Brings the memory to the language model's dtype, once for all layers."""
+        key_features = value_features = basis = None
+        if visual_memory is not None:
+            visual_memory = visual_memory.to(dtype)
+            if self.config.visual_prompts != "values":
+                key_features = visual_memory[:, :, 0]
+            if self.config.visual_prompts != "keys":
+                value_features = visual_memory[:, :, -1]
+            basis = torch.cat((self.projector.up.weight, self.projector.up.bias[:, None]), dim=1)
+            basis = (self.config.visual_scale * basis).to(dtype)
+        slots = self.memory_slots
+        return MemoryView(key_features, value_features, basis, slots.key.to(dtype), slots.value.to(dtype))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        visual_memory: torch.Tensor | None = None,
+        **kwargs,
+    ) -> DehvfModelOutputWithPast:
+        """
+        Args:
+            pixel_values: `(batch_size, num_channels, height, width)`, if any sample has an image.
+            image_mask: `(batch_size,)` booleans, which samples have one. By default all.
+            visual_memory: result of `get_image_features`, in place of `pixel_values`. One row serves a whole batch.
+
+        All others are those of the language model.
+
+        Raises:
+            ValueError: if images and texts differ in number, or both `pixel_values` and `visual_memory` are given.
+        """
+        if pixel_values is not None and visual_memory is not None:
+            raise ValueError("Both `pixel_values` and `visual_memory` were given. Give one of them.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if self._adapter_enabled:
+            if self.training and self.positions and pixel_values is None and visual_memory is None:
+                # Half of ScienceQA has no image. Under ZeRO-3 and DDP all ranks must run the same modules at each
+                # step, so a batch without any image still runs the vision path, on one blank, to zero effect.
+                vision = self.config.vision_config
+                shape = (len(inputs_embeds), vision.num_channels, vision.image_size, vision.image_size)
+                pixel_values = inputs_embeds.new_zeros(shape)
+                image_mask = torch.zeros(shape[:1], dtype=torch.bool, device=pixel_values.device)
+            if pixel_values is not None:
+                visual_memory = self.get_image_features(pixel_values, image_mask)
+            self._check_visual_memory(visual_memory, len(inputs_embeds))
+            kwargs["memory_view"] = self._memory_view(visual_memory, inputs_embeds.dtype)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return DehvfModelOutputWithPast(**outputs, visual_memory=visual_memory)
+
+    # Class-level, so that a model is complete without any call that would set it
+    _adapter_enabled = True
+
+    def _check_visual_memory(self, visual_memory: torch.Tensor | None, batch_size: int):
+        if visual_memory is None:
+            return
+        config = self.config
+        expected = (
+            config.text_config.num_hidden_layers,
+            len(self.positions),
+            config.num_patches,
+            config.projector_hidden_size + 1,
+        )
+        if tuple(visual_memory.shape[1:]) != expected:
+            raise ValueError(
+                f"`visual_memory` has the shape {tuple(visual_memory.shape)}, but this model reads (batch_size, "
+                f"{', '.join(map(str, expected))}). Encode the images with `get_image_features` of this model."
+            )
+        if len(visual_memory) not in (1, batch_size):
+            raise ValueError(
+                f"There are {len(visual_memory)} rows of images and {batch_size} texts. Give one row per text, and "
+                "mark texts without an image in `image_mask`, as this model's processor does."
+            )
+
+
+class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
+    """
+    DEHVF with the language model's head: what both `AutoModel` and `AutoModelForImageTextToText` give.
+
+    Args:
+        config ([`DehvfConfig`]): sizes and switches.
+        vision_tower (`PreTrainedModel`, *optional*): a loaded vision encoder.
+        causal_lm (`PreTrainedModel`, *optional*): a loaded language model with its head. Bases that are not given
+            are built with random weights.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(
+        self,
+        config: DehvfConfig,
+        vision_tower: PreTrainedModel | None = None,
+        causal_lm: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        if causal_lm is None:
+            causal_lm = AutoModelForCausalLM.from_config(config.text_config)
+        self.model = DehvfModel(config, vision_tower, causal_lm.base_model)
+        self.lm_head = causal_lm.get_output_embeddings()
+        self.lm_head._is_hf_initialized = True
+        self.generation_config = causal_lm.generation_config
+        self.post_init()
+        self.freeze()
+
+    # --- loading and saving ---
+
+    @classmethod
+    def from_vision_text_pretrained(cls, vision_model: str, text_model: str, **kwargs):
+        """
+        New adapters on pretrained bases.
+
+        Args:
+            vision_model, text_model (`str`): Hub id or folder of the vision encoder and of the language model.
+            kwargs: fields of [`DehvfConfig`] go to the config (`num_memory_slots=400`,
+                `text_model_revision="0123abc"`); all others go to `from_pretrained` of the bases (`dtype`,
+                `device_map`, `quantization_config`, `attn_implementation`, `token`, `local_files_only`, ...).
+        """
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in DehvfConfig.__dataclass_fields__}
+        dtype = fields.pop("dtype", None)
+        config = DehvfConfig(
+            **fields,
+            vision_model_id=_absolute_if_folder(vision_model),
+            text_model_id=_absolute_if_folder(text_model),
+            vision_config=_base_config(vision_model, fields.get("vision_model_revision"), kwargs, "vision_config"),
+            text_config=_base_config(text_model, fields.get("text_model_revision"), kwargs, "text_config"),
+        )
+        return cls._from_bases(config, config.vision_model_id, config.text_model_id, dtype=dtype, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args,
+        config: DehvfConfig | None = None,
+        vision_model: str | os.PathLike | None = None,
+        text_model: str | os.PathLike | None = None,
+        **kwargs,
+    ):
+        """
+        Loads the adapters from here and the frozen bases from their own places, at the revisions that the config
+        names. `revision` and `subfolder` speak of the adapters alone.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder that `save_pretrained` wrote.
+            vision_model, text_model: where to take the bases from instead: another id, or a folder.
+            kwargs: as in [`from_vision_text_pretrained`].
+
+        Raises:
+            OSError: if there are no adapters, or a base cannot be found.
+            ValueError: if adapters or a base do not fit the config: missing, unexpected or wrong-shaped tensors,
+                another width or depth.
+        """
+        source = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
+        source.update({name: kwargs[name] for name in _HUB_KWARGS if name in kwargs})
+        for name in ("adapter_kwargs", "_from_auto", "trust_remote_code", "_from_pipeline"):
+            kwargs.pop(name, None)
+        if config is None:
+            config, kwargs = DehvfConfig.from_pretrained(
+                pretrained_model_name_or_path,
+                return_unused_kwargs=True,
+                **source,
+                **{name: value for name, value in kwargs.items() if name not in source},
+            )
+        # Before the bases, which may be many GB: a mistake here should not cost minutes
+        adapters = _load_adapters(pretrained_model_name_or_path, source)
+        with torch.device("meta"):
+            cls(config)._check_adapters(adapters, pretrained_model_name_or_path)
+        for key, override in (("vision_model", vision_model), ("text_model", text_model)):
+            if override is None and getattr(config, f"{key}_id") is None:
+                raise ValueError(
+                    f"The config of {pretrained_model_name_or_path} has no `{key}_id`, so the frozen base cannot be "
+                    f"found. Pass `{key}=` with its Hub id or folder."
+                )
+        model = cls._from_bases(
+            config, vision_model or config.vision_model_id, text_model or config.text_model_id, **kwargs
+        )
+        model.load_state_dict(adapters, strict=False)
+        model.name_or_path = str(pretrained_model_name_or_path)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **source)
+        except OSError:
+            logger.info("No generation_config.json beside the adapters; the language model's own is used.")
+        return model
+
+    @classmethod
+    def _from_bases(cls, config: DehvfConfig, vision_model, text_model, dtype=None, **kwargs):
+        """Loads both bases as `transformers` does (shards, quantisation, ZeRO-3, ...) and puts new adapters on."""
+        shared = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        # `AutoModel.from_pretrained` has moved `attn_implementation` into the config, which hands it to both bases
+        config._attn_implementation = kwargs.pop("attn_implementation", None) or config._attn_implementation
+        bases = {}
+        for key, auto_class, location, own in (
+            ("text", AutoModelForCausalLM, text_model, kwargs),
+            ("vision", AutoModel, vision_model, shared),
+        ):
+            # An override may be another place of the same base, which the pinned commit does not speak of
+            revision = None
+            if str(location) == getattr(config, f"{key}_model_id"):
+                revision = resolve_revision(location, getattr(config, f"{key}_model_revision"), **_revision_kwargs(own))
+                setattr(config, f"{key}_model_revision", getattr(revision, "resolved", revision))
+            base_config = _base_config(location, revision, own, f"{key}_config")
+            expected = getattr(config, f"{key}_config")
+            _check_base(location, base_config, expected)
+            base_config._attn_implementation = expected._attn_implementation
+            bases[key] = auto_class.from_pretrained(
+                location, config=base_config, revision=revision, dtype=dtype or "auto", **own
+            )
+        config.text_config, config.vision_config = bases["text"].config, bases["vision"].config
+        model = cls(config, bases["vision"], bases["text"])
+        if hasattr(bases["text"], "hf_device_map"):
+            model.hf_device_map = bases["text"].hf_device_map
+        for name in ("vision_tower", *ADAPTER_MODULES):
+            if (module := getattr(model.model, name, None)) is not None:
+                module.to(bases["text"].device)
+        for name, buffer in model.model.named_buffers(recurse=False):
+            setattr(model.model, name, buffer.to(bases["text"].device))
+        return model.eval()
+
+    def adapter_state_dict(self) -> dict[str, torch.Tensor]:
+        """The trained tensors by their full names: all that `save_pretrained` writes."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if is_adapter_name(name)}
+
+    def _check_adapters(self, adapters: dict[str, torch.Tensor], location: str | os.PathLike):
+        expected = {name: tuple(tensor.shape) for name, tensor in self.adapter_state_dict().items()}
+        given = {name: tuple(tensor.shape) for name, tensor in adapters.items()}
+        problems = [f"missing: {name}" for name in expected.keys() - given.keys()]
+        problems += [f"unexpected: {name}" for name in given.keys() - expected.keys()]
+        problems += [
+            f"wrong shape: {name} is {given[name]}, the config asks for {expected[name]}"
+            for name in expected.keys() & given.keys()
+            if given[name] != expected[name]
+        ]
+        if problems:
+            shown = "\n  ".join(sorted(problems)[:10])
+            raise ValueError(
+                f"The adapters in {location} do not fit the config beside them ({len(problems)} problems):\n  {shown}\n"
+                "Load them with the config that they were saved with."
+            )
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs,
+    ):
+        """
+        Writes the adapters alone (`model.safetensors`), the config with the ids and revisions of both bases, the
+        code, and, unless the folder has one already, the processor of the bases. The frozen bases are not written.
+
+        Args:
+            state_dict: the tensors to save, as the Trainer gives them; the frozen ones among them are left out.
+
+        Raises:
+            ValueError: if an adapter tensor is missing or empty, as happens when ZeRO-3 partitions were not gathered.
+        """
+        own = self.adapter_state_dict()
+        adapters = own if state_dict is None else {k: v for k, v in state_dict.items() if is_adapter_name(k)}
+        empty = [name for name in own if name not in adapters or not adapters[name].numel()]
+        if is_main_process and empty:
+            raise ValueError(
+                f"{len(empty)} of {len(own)} adapter tensors are missing or empty, among them {empty[0]}. Nothing was "
+                "written. Under ZeRO-3 gather the parameters first, or set "
+                '"stage3_gather_16bit_weights_on_model_save" to true.'
+            )
+        super().save_pretrained(
+            save_directory,
+            is_main_process=is_main_process,
+            state_dict={name: tensor.contiguous() for name, tensor in adapters.items()},
+            save_original_format=False,
+            **kwargs,
+        )
+        if is_main_process and not os.path.isfile(os.path.join(save_directory, PROCESSOR_NAME)):
+            self._save_processor(save_directory)
+
+    def _save_processor(self, save_directory: str | os.PathLike):
+        places = [getattr(base, "name_or_path", "") for base in (self.model.vision_tower, self.model.language_model)]
+        try:
+            DehvfProcessor.from_vision_text_pretrained(*places).save_pretrained(save_directory)
+        except (OSError, ValueError):
+            logger.info(f"No processor in {places}; save yours to {save_directory} to make it complete.")
+
+    # --- training ---
+
+    def freeze(self):
+        """Lets exactly the adapters require gradients."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_adapter_name(name))
+
+    @contextmanager
+    def disable_adapter(self):
+        """Inside this context the model is its language model alone, bit for bit, and images are not looked at."""
+        self.model._adapter_enabled = False
+        try:
+            yield
+        finally:
+            self.model._adapter_enabled = True
+
+    # --- computing ---
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """See [`DehvfModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, image_mask)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        visual_memory: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> DehvfCausalLMOutputWithPast:
+        """
+        Args:
+            labels: `(batch_size, sequence_length)` token ids, -100 where no loss is taken.
+            logits_to_keep: compute logits for the last so many positions only; 0 is all.
+
+        All others as in [`DehvfModel.forward`].
+
+        Example:
+
+        ```python
+        >>> model = AutoModelForImageTextToText.from_pretrained("org/dehvf-llama7b", trust_remote_code=True)
+        >>> processor = AutoProcessor.from_pretrained("org/dehvf-llama7b", trust_remote_code=True)
+        >>> inputs = processor(images=image, text="What is this?", return_tensors="pt")
+        >>> processor.batch_decode(model.generate(**inputs, max_new_tokens=20), skip_special_tokens=True)
+        ```
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_mask=image_mask,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            visual_memory=visual_memory,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if softcap := getattr(self.config.text_config, "final_logit_softcapping", None):  # Gemma 2
+            logits = softcap * torch.tanh(logits / softcap)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return DehvfCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            visual_memory=outputs.visual_memory,
+        )
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """
+        Encodes before the batch is expanded, so that all beams of a sample share one run of the encoder. From here
+        `visual_memory` is an input like any other: batch first, repeated for beams, handed to every step.
+        """
+        pixel_values, image_mask = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_mask", None)
+        if pixel_values is not None and self.model._adapter_enabled:
+            if model_kwargs.get("visual_memory") is not None:
+                raise ValueError("Both `pixel_values` and `visual_memory` were given. Give one of them.")
+            model_kwargs["visual_memory"] = self.get_image_features(pixel_values.to(self.device), image_mask)
+        memory = model_kwargs.get("visual_memory")
+        if memory is not None and len(memory) == 1:
+            batch_size = len(input_ids if input_ids is not None else model_kwargs["inputs_embeds"])
+            model_kwargs["visual_memory"] = memory.expand(batch_size, *memory.shape[1:])
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+
+
+# Where to look for files: these concern the bases as much as the adapters.
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+
+
+def _revision_kwargs(kwargs: dict) -> dict:
+    return {name: kwargs[name] for name in ("cache_dir", "local_files_only", "token") if name in kwargs}
+
+
+def _absolute_if_folder(location: str | os.PathLike) -> str:
+    """A folder's absolute path, so that a saved config finds it from everywhere; a Hub id as it is."""
+    return os.path.abspath(location) if os.path.isdir(location) else str(location)
+
+
+def _base_config(location, revision, kwargs: dict, key: str):
+    """The config of a base; of a two-tower model such as CLIP, the config of the tower that is meant."""
+    hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+    config = AutoConfig.from_pretrained(location, revision=revision, **hub_kwargs)
+    return disable_dropout(getattr(config, key, config))
+
+
+def _check_base(location, found, expected):
+    """A base of another shape than the adapters were made for is refused before its weights are read."""
+    for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "image_size", "patch_size"):
+        if getattr(found, name, None) != getattr(expected, name, None):
+            raise ValueError(
+                f"The base in {location} has `{name}={getattr(found, name, None)}`, but the adapters were made for "
+                f"`{name}={getattr(expected, name, None)}`. Give the base that the adapters were trained on."
+            )
+
+
+def _load_adapters(location: str | os.PathLike, source: dict) -> dict[str, torch.Tensor]:
+    source = {name: value for name, value in source.items() if name != "proxies"}
+    file = cached_file(location, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **source)
+    if file is None:
+        raise OSError(
+            f"{location} has no {SAFE_WEIGHTS_NAME}, so there are no adapters to load. To start new adapters use "
+            "`DehvfForConditionalGeneration.from_vision_text_pretrained(vision_model, text_model)`; for random weights "
+            "of the same shapes use `AutoModel.from_config(config, trust_remote_code=True)`."
+        )
+    return load_file(file)
+
+
+DehvfForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["DehvfForConditionalGeneration", "DehvfModel", "DehvfPreTrainedModel"]

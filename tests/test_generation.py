@@ -1,0 +1,136 @@
+"""`generate` in all its modes: a batch is as good as one at a time, and an image is encoded once."""
+
+import pytest
+import torch
+from tiny import TEXT_BACKBONES, tiny_inputs, tiny_model
+from transformers import set_seed
+
+
+MODES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 10},
+    "beams": {"num_beams": 3},
+    "several beams returned": {"num_beams": 3, "num_return_sequences": 3},
+    "several samples returned": {"do_sample": True, "num_return_sequences": 2},
+    "beam sampling": {"do_sample": True, "num_beams": 3},
+}
+modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+backbones = pytest.mark.parametrize("model_type", TEXT_BACKBONES)
+
+
+def generate(model, inputs, **kwargs):
+    set_seed(0)
+    return model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, **kwargs)
+
+
+def mixed_batch() -> tuple[dict, list[dict]]:
+    """Three samples of different length, the second without an image: as a left-padded batch, and one by one."""
+    whole, lengths = tiny_inputs(3, length=9), [9, 5, 7]
+    singles = []
+    for sample, length in enumerate(lengths):
+        whole["attention_mask"][sample, : 9 - length] = 0
+        whole["input_ids"][sample, : 9 - length] = 0
+        single = {name: tensor[sample : sample + 1] for name, tensor in whole.items()}
+        single.update({name: single[name][:, 9 - length :] for name in ("input_ids", "attention_mask")})
+        singles.append(single)
+    whole["image_mask"] = torch.tensor([True, False, True])
+    del singles[1]["pixel_values"]
+    return whole, singles
+
+
+@backbones
+@pytest.mark.parametrize("mode", [MODES["greedy"], MODES["beams"]], ids=["greedy", "beams"])
+def test_a_batch_equals_one_at_a_time(model_type, mode):
+    model = tiny_model(model_type)
+    batch, singles = mixed_batch()
+    together = generate(model, batch, **mode)[:, 9:]
+    apart = [generate(model, single, **mode)[0, single["input_ids"].shape[1] :] for single in singles]
+    assert torch.equal(together, torch.stack(apart))
+
+
+@backbones
+@modes
+def test_cached_decoding_equals_uncached(model_type, mode):
+    model = tiny_model(model_type)
+    batch, _ = mixed_batch()
+    cached = generate(model, batch, **mode)
+    assert len(cached) == 3 * mode.get("num_return_sequences", 1)
+    assert torch.equal(cached, generate(model, batch, use_cache=False, **mode))
+
+
+@modes
+def test_each_beam_sees_its_own_image(mode):
+    model = tiny_model()
+    inputs = tiny_inputs(2)
+    inputs["input_ids"][1] = inputs["input_ids"][0]  # same question, different images
+    before = generate(model, inputs, **mode)
+    half = len(before) // 2
+    if not mode.get("do_sample"):
+        assert not torch.equal(before[:half], before[half:])
+    inputs["pixel_values"][1] = -3 * inputs["pixel_values"][1]
+    after = generate(model, inputs, **mode)
+    assert torch.equal(before[:half], after[:half]) or mode.get("do_sample")
+    assert not torch.equal(before[half:], after[half:])
+
+
+@modes
+def test_the_encoder_runs_once_per_image(mode):
+    model = tiny_model()
+    rows = []
+    model.model.vision_tower.register_forward_pre_hook(lambda tower, args: rows.append(len(args[0])))
+    batch, _ = mixed_batch()
+    generate(model, batch, **mode)
+    assert rows == [2], "one run, over the two images of three samples"
+
+
+@modes
+def test_memory_stands_in_for_pixels(mode):
+    model = tiny_model()
+    inputs = tiny_inputs(2)
+    expected = generate(model, inputs, **mode)
+    memory = model.get_image_features(inputs.pop("pixel_values"))
+    assert torch.equal(generate(model, inputs, visual_memory=memory, **mode), expected)
+
+
+def test_one_image_answers_a_batch_of_questions():
+    model = tiny_model()
+    inputs = tiny_inputs(3)
+    memory = model.get_image_features(inputs.pop("pixel_values")[:1])
+    expected = generate(model, inputs, visual_memory=memory[[0, 0, 0]], num_beams=2)
+    assert torch.equal(generate(model, inputs, visual_memory=memory, num_beams=2), expected)
+
+
+def test_text_alone_generates():
+    model = tiny_model()
+    inputs = tiny_inputs(2)
+    del inputs["pixel_values"]
+    assert generate(model, inputs).shape == (2, 15)
+
+
+def test_static_cache_and_chunked_prefill_give_the_same_tokens():
+    model = tiny_model()
+    batch, _ = mixed_batch()
+    expected = generate(model, batch)
+    assert torch.equal(generate(model, batch, cache_implementation="static", disable_compile=True), expected)
+    assert torch.equal(generate(model, batch, prefill_chunk_size=4), expected)
+
+
+def test_pixels_and_memory_together_are_refused():
+    model = tiny_model()
+    inputs = tiny_inputs(2)
+    with pytest.raises(ValueError, match="Give one of them"):
+        model.generate(**inputs, visual_memory=model.get_image_features(inputs["pixel_values"]))
+
+
+def test_a_typo_in_a_generate_argument_is_refused():
+    with pytest.raises(ValueError, match="pixel_valeus"):
+        tiny_model().generate(**tiny_inputs(1), pixel_valeus=torch.zeros(1))
+
+
+def test_disabled_adapters_generate_without_looking():
+    model = tiny_model()
+    batch, _ = mixed_batch()
+    with model.disable_adapter():
+        blind = generate(model, batch)
+        del batch["pixel_values"], batch["image_mask"]
+        assert torch.equal(blind, generate(model, batch))

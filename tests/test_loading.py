@@ -1,0 +1,340 @@
+"""What is saved, and that it comes back: in a fresh process, without the source tree, without a network."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import (
+    DEHVF_SIZES,
+    ROOT,
+    DehvfForConditionalGeneration,
+    save_tiny_bases,
+    tiny_config,
+    tiny_inputs,
+    tiny_model,
+)
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+
+CODE_FILES = ["configuration_dehvf.py", "modeling_dehvf.py", "processing_dehvf.py"]
+
+
+def run_fresh(code: str, folder, **arguments) -> str:
+    """Runs `code` in a new process outside the checkout, with empty caches and no network."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        "HF_HOME": str(folder / "fresh_home"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    shutil.rmtree(folder / "fresh_home", ignore_errors=True)
+    code = "import json, sys\nargs = json.loads(sys.argv[1])\n" + textwrap.dedent(code)
+    arguments = json.dumps({name: str(value) for name, value in arguments.items()})
+    process = subprocess.run(
+        [sys.executable, "-c", code, arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Bases, and adapters that a process saved whose source tree is gone since."""
+    folder = tmp_path_factory.mktemp("saved")
+    vision, text = save_tiny_bases(folder)
+    source = folder / "source"
+    source.mkdir()
+    for name in [*CODE_FILES, "config.json"]:
+        shutil.copy(ROOT / name, source)
+    torch.save(tiny_inputs(), folder / "inputs.pt")
+    run_fresh(
+        """
+        import torch
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        model_class = get_class_from_dynamic_module("modeling_dehvf.DehvfForConditionalGeneration", args["source"])
+        torch.manual_seed(0)
+        model = model_class.from_vision_text_pretrained(args["vision"], args["text"], **json.loads(args["sizes"]))
+        torch.nn.init.normal_(model.model.memory_slots.value)
+        model.save_pretrained(args["target"])
+        with torch.no_grad():
+            logits = model(**torch.load("inputs.pt")).logits
+        torch.save(logits, "logits.pt")
+        """,
+        folder,
+        source=source,
+        vision=vision,
+        text=text,
+        target=folder / "adapter",
+        sizes=json.dumps(DEHVF_SIZES),
+    )
+    shutil.rmtree(source)
+    return folder
+
+
+@pytest.mark.parametrize("auto_class", ["AutoModel", "AutoModelForImageTextToText"])
+def test_a_fresh_process_gets_identical_logits(saved, auto_class):
+    run_fresh(
+        """
+        import torch, transformers
+        auto_class = getattr(transformers, args["auto_class"])
+        config = transformers.AutoConfig.from_pretrained("adapter", trust_remote_code=True)
+        assert type(config).__name__ == "DehvfConfig", type(config)
+        model, info = auto_class.from_pretrained("adapter", trust_remote_code=True), None
+        assert type(model).__name__ == "DehvfForConditionalGeneration", type(model)
+        assert not model.training
+        with torch.no_grad():
+            logits = model(**torch.load("inputs.pt")).logits
+        assert torch.equal(logits, torch.load("logits.pt"))
+        model.save_pretrained("again")
+        again = auto_class.from_pretrained("again", trust_remote_code=True)
+        with torch.no_grad():
+            assert torch.equal(again(**torch.load("inputs.pt")).logits, logits)
+        """,
+        saved,
+        auto_class=auto_class,
+    )
+    assert sorted(path.name for path in (saved / "again").iterdir()) == saved_names(saved)
+    shutil.rmtree(saved / "again")
+
+
+def saved_names(saved) -> list[str]:
+    return sorted(path.name for path in (saved / "adapter").iterdir())
+
+
+def test_a_fresh_process_gets_the_processor_and_a_pipeline_that_answers(saved):
+    answer = run_fresh(
+        """
+        from PIL import Image
+        from transformers import AutoProcessor, pipeline
+        processor = AutoProcessor.from_pretrained("adapter", trust_remote_code=True)
+        assert type(processor).__name__ == "DehvfProcessor", type(processor)
+        image = Image.new("RGB", (20, 30), "red")
+        inputs = processor(images=image, text="what?", return_tensors="pt")
+        assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "image_mask"}, set(inputs)
+        assert inputs["pixel_values"].shape == (1, 3, 16, 16)
+        answer = pipeline("image-text-to-text", "adapter", trust_remote_code=True)
+        message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]}
+        options = {"max_new_tokens": 4, "suppress_tokens": [0, 1, 2, 3]}
+        chat = answer([message], return_full_text=False, generate_kwargs=dict(options))
+        plain = answer(image, text="what?\\nResponse:", return_full_text=False, generate_kwargs=dict(options))
+        assert chat[0]["generated_text"] == plain[0]["generated_text"]
+        print(len(chat[0]["generated_text"]))
+        """,
+        saved,
+    )
+    assert int(answer) == 4
+
+
+def test_the_folder_holds_adapters_alone(saved):
+    folder = saved / "adapter"
+    assert saved_names(saved) == sorted(
+        [*CODE_FILES, "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"]
+        + ["processor_config.json", "tokenizer.json", "tokenizer_config.json"]
+    )
+    tensors = load_file(folder / "model.safetensors")
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert tensors.keys() == model.adapter_state_dict().keys()
+    assert {name.split(".")[1] for name in tensors} == {
+        "fuser",
+        "fuser_query",
+        "memory_slots",
+        "projector",
+        "vision_adapters",
+    }
+    # The header of a safetensors file names each tensor, which weighs in tiny models alone
+    adapter_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    header_bytes = 8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+    assert (folder / "model.safetensors").stat().st_size == adapter_bytes + header_bytes
+
+
+def test_the_file_of_a_7b_preset_is_as_large_as_its_adapters(tmp_path):
+    """With the adapters' real sizes: bytes on disk at most 1.05 times the adapters' bytes."""
+    model = DehvfForConditionalGeneration(tiny_config(**{"vision_adapter_size": 2000}))
+    model.save_pretrained(tmp_path)
+    adapter_bytes = sum(4 * tensor.numel() for tensor in model.adapter_state_dict().values())
+    assert (tmp_path / "model.safetensors").stat().st_size <= 1.05 * adapter_bytes
+
+
+def test_the_config_names_both_bases(saved):
+    config = json.loads((saved / "adapter" / "config.json").read_text())
+    assert config["vision_model_id"] == str(saved / "vision")
+    assert config["text_model_id"] == str(saved / "text")
+    assert "vision_model_revision" in config and "text_model_revision" in config
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"}
+    assert not any("--" in reference for reference in config["auto_map"].values())
+
+
+def test_base_tensors_equal_their_own_files(saved):
+    model = AutoModel.from_pretrained(saved / "adapter", trust_remote_code=True)
+    text = load_file(saved / "text" / "model.safetensors")
+    vision = load_file(saved / "vision" / "model.safetensors")
+    language_model = model.model.language_model
+    assert torch.equal(language_model.layers[1].mlp.up_proj.weight, text["model.layers.1.mlp.up_proj.weight"])
+    assert torch.equal(language_model.embed_tokens.weight, text["model.embed_tokens.weight"])
+    assert torch.equal(model.lm_head.weight, text["lm_head.weight"])
+    name = next(name for name in vision if name.endswith("encoder.layers.2.mlp.fc1.weight"))
+    assert torch.equal(model.model.vision_tower.encoder.layers[2].mlp.fc1.weight, vision[name])
+
+
+def test_a_clip_with_both_towers_gives_its_vision_tower(saved, tmp_path):
+    """`openai/clip-vit-large-patch14` holds a text tower too."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
+
+    vision_config = AutoConfig.from_pretrained(saved / "vision")
+    text_config = CLIPTextConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=10)
+    clip = CLIPModel(CLIPConfig(text_config=text_config.to_dict(), vision_config=vision_config.to_dict()))
+    clip.save_pretrained(tmp_path / "clip")
+    model = DehvfForConditionalGeneration.from_vision_text_pretrained(
+        tmp_path / "clip", saved / "text", **DEHVF_SIZES
+    )
+    expected = dict(clip.vision_model.named_parameters())
+    for name, parameter in model.model.vision_tower.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_tied_embeddings_stay_tied(tmp_path, tie):
+    vision, text = save_tiny_bases(tmp_path, tie_word_embeddings=tie)
+    model = DehvfForConditionalGeneration.from_vision_text_pretrained(vision, text, **DEHVF_SIZES)
+    assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == tie
+
+
+def test_bases_can_be_taken_from_elsewhere(saved, tmp_path):
+    other_vision, other_text = save_tiny_bases(tmp_path, seed=1)
+    model = AutoModel.from_pretrained(
+        saved / "adapter", trust_remote_code=True, vision_model=other_vision, text_model=str(other_text)
+    )
+    assert torch.equal(model.lm_head.weight, load_file(other_text / "model.safetensors")["lm_head.weight"])
+    assert model.config.text_model_id == str(saved / "text"), "what the base is has not changed, only where"
+    adapters = load_file(saved / "adapter" / "model.safetensors")
+    assert all(torch.equal(tensor, adapters[name]) for name, tensor in model.adapter_state_dict().items())
+
+
+def test_dtype_is_that_of_the_bases_and_adapters_are_fp32(saved):
+    model = AutoModelForImageTextToText.from_pretrained(
+        saved / "adapter", trust_remote_code=True, dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    assert model.model.language_model.config._attn_implementation == "eager"
+    adapters = model.adapter_state_dict()
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name in adapters else torch.bfloat16), name
+        assert parameter.requires_grad == (name in adapters), name
+    assert model(**tiny_inputs()).logits.isfinite().all()
+
+
+def test_a_dispatched_base_reads_the_memory(saved, tmp_path):
+    """accelerate's hooks sit on the base's modules before they are extended."""
+    expected = torch.load(saved / "logits.pt")
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{index}": "cpu" if index < 2 else "disk" for index in range(4)}
+    model = AutoModel.from_pretrained(
+        saved / "adapter", trust_remote_code=True, device_map=device_map, offload_folder=tmp_path
+    )
+    assert hasattr(model.model.language_model.layers[3].mlp.up_proj, "_hf_hook")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**tiny_inputs()).logits, expected)
+
+
+def test_the_checkout_is_the_7b_preset():
+    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+    assert (config.text_model_id, config.vision_model_id) == ("huggyllama/llama-7b", "openai/clip-vit-large-patch14")
+    assert (config.text_config.num_hidden_layers, config.text_config.hidden_size) == (32, 4096)
+    assert (config.vision_config.num_hidden_layers, config.num_patches) == (24, 256)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
+    assert hasattr(model, "generate")
+
+
+def test_processor_is_made_from_the_bases_where_none_was_saved(saved, tmp_path):
+    shutil.copytree(saved / "adapter", tmp_path / "bare")
+    for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "bare" / name).unlink()
+    processor = AutoProcessor.from_pretrained(tmp_path / "bare", trust_remote_code=True)
+    assert type(processor).__name__ == "DehvfProcessor"
+    assert processor.tokenizer("abc").input_ids == [1, 4, 5, 6]
+
+
+def test_saving_keeps_a_processor_that_is_there(saved, tmp_path):
+    (tmp_path / "processor_config.json").write_text("mine")
+    AutoModel.from_pretrained(saved / "adapter", trust_remote_code=True).save_pretrained(tmp_path)
+    assert (tmp_path / "processor_config.json").read_text() == "mine"
+
+
+# --- what must be refused ---
+
+
+@pytest.fixture
+def broken(saved, tmp_path):
+    """A copy of the saved folder to break."""
+    shutil.copytree(saved / "adapter", tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensors: tensors.pop("model.projector.up.bias"), "missing: model.projector.up.bias"),
+        (lambda tensors: tensors.update({"model.extra": torch.zeros(1)}), "unexpected: model.extra"),
+        (
+            lambda tensors: tensors.update({"model.memory_slots.key": torch.zeros(3, 32)}),
+            r"wrong shape: model.memory_slots.key is \(3, 32\), the config asks for \(20, 32\)",
+        ),
+    ],
+    ids=["missing", "unexpected", "wrong shape"],
+)
+def test_adapters_that_do_not_fit_are_refused(broken, change, message):
+    rewrite(broken, change)
+    with pytest.raises(ValueError, match=message):
+        AutoModel.from_pretrained(broken, trust_remote_code=True)
+
+
+def test_a_folder_without_adapters_is_refused(broken):
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="no adapters to load.*from_vision_text_pretrained"):
+        AutoModel.from_pretrained(broken, trust_remote_code=True)
+
+
+def test_the_checkout_has_no_adapters():
+    with pytest.raises(OSError, match="no adapters to load"):
+        AutoModel.from_pretrained(ROOT, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("values", [{"hidden_size": 64}, {"num_hidden_layers": 5}, {"vocab_size": 65}])
+def test_a_base_of_another_shape_is_refused(saved, tmp_path, values):
+    _, text = save_tiny_bases(tmp_path, **values)
+    name, value = next(iter(values.items()))
+    with pytest.raises(ValueError, match=f"`{name}={value}`, but the adapters were made for"):
+        AutoModel.from_pretrained(saved / "adapter", trust_remote_code=True, text_model=text)
+
+
+def test_a_base_that_is_not_there_is_refused(saved, tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        AutoModel.from_pretrained(saved / "adapter", trust_remote_code=True, text_model=str(tmp_path / "nowhere"))
+
+
+def test_a_config_without_bases_asks_for_them(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Pass `vision_model=`"):
+        AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+
+
+def test_empty_adapter_tensors_are_not_written(tmp_path):
+    """What ZeRO-3 leaves of a parameter that was not gathered."""
+    model = tiny_model()
+    state_dict = {name: tensor.new_empty(0) for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="missing or empty.*ZeRO-3"):
+        model.save_pretrained(tmp_path, state_dict=state_dict)
+    assert not list(tmp_path.iterdir())

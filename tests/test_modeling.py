@@ -1,0 +1,536 @@
+"""The method's claims, over all supported language models and all ablations."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from tiny import (
+    ABLATIONS,
+    DEHVF_SIZES,
+    NUM_PATCHES,
+    NUM_TEXT_LAYERS,
+    NUM_VISION_LAYERS,
+    ROOT,
+    TEXT_BACKBONES,
+    DehvfConfig,
+    DehvfForConditionalGeneration,
+    dehvf_class,
+    tiny_config,
+    tiny_inputs,
+    tiny_model,
+)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+
+backbones = pytest.mark.parametrize("model_type", TEXT_BACKBONES)
+ablations = pytest.mark.parametrize("ablation", ABLATIONS.values(), ids=ABLATIONS)
+
+
+# --- the slow reference, written from method.md step by step ---
+
+
+def reference_fusion_weights(model, class_features, layer, position):
+    """Steps 2 to 4 for one image, language layer and position. Returns `(num_vision_layers,)` weights."""
+    config = model.config
+    dehvf = model.model
+    num_vision, num_text = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
+
+    def runs(num_layers):
+        sizes = [num_layers // config.num_groups + (g < num_layers % config.num_groups) for g in range(config.num_groups)]
+        return [list(range(sum(sizes[:g]), sum(sizes[: g + 1]))) for g in range(config.num_groups)]
+
+    group = next(g for g, run in enumerate(runs(num_text)) if layer in run)
+    candidates = runs(num_vision)[group] + [num_vision - 2]
+    weights = torch.zeros(num_vision)
+    if config.layer_fusion == "penultimate":
+        weights[num_vision - 2] = 1
+        return weights
+    if config.layer_fusion == "mean":
+        for candidate in candidates:
+            weights[candidate] += 1 / len(candidates)
+        return weights
+
+    query_network, fuser = dehvf.fuser_query, dehvf.fuser
+    if config.fuser_query == "tokens":
+        query = query_network.tokens[layer, dehvf.positions.index(position)]
+    else:
+        query = query_network.layer_embedding[layer]
+        if config.visual_prompts != "shared":
+            query = torch.cat((query, query_network.position_embedding[position]))
+        query = query_network.linear_2(F.gelu(query_network.linear_1(query)))
+    memory = fuser.in_proj(class_features[candidates])  # M r
+    size = config.fuser_hidden_size // config.fuser_num_heads
+    for block in fuser.blocks:
+        q, k, v = block.q_proj(query), block.k_proj(memory), block.v_proj(memory)
+        heads = []
+        for head in range(config.fuser_num_heads):
+            part = slice(head * size, (head + 1) * size)
+            attention = torch.softmax(k[:, part] @ q[part] / size**0.5, dim=0)
+            heads.append(attention @ v[:, part])
+        query = block.attention_norm(query + block.out_proj(torch.cat(heads)))
+        query = block.ffn_norm(query + block.linear_2(F.gelu(block.linear_1(query))))
+    scores = fuser.head(query)[: len(candidates)]
+    for candidate, weight in zip(candidates, torch.softmax(scores, dim=0)):
+        weights[candidate] += weight
+    return weights
+
+
+def reference_memory(model, pixel_values, layer):
+    """Steps 1 to 7 for one image and language layer: keys and values of shape `(num_memory_slots, hidden_size)`."""
+    config, dehvf = model.config, model.model
+    keys, values = dehvf.memory_slots.key.clone(), dehvf.memory_slots.value.clone()
+    if pixel_values is None or config.visual_prompts == "none":
+        return keys, values
+    states = dehvf.vision_tower(pixel_values[None], output_hidden_states=True).hidden_states
+    features = torch.stack([dehvf.vision_tower.post_layernorm(state[0]) for state in states[1:]])  # N 1+n d
+    if config.vision_config.model_type == "siglip_vision_model":
+        class_features, patches = features.mean(dim=1), features
+    else:
+        class_features, patches = features[:, 0], features[:, 1:]
+    for position, slots in ((0, keys), (1, values)):
+        if config.visual_prompts == ("values", "keys")[position]:
+            continue
+        position = 0 if config.visual_prompts == "shared" else position
+        weights = reference_fusion_weights(model, class_features, layer, position)
+        fused = sum(weight * feature for weight, feature in zip(weights, patches))
+        projector = dehvf.projector
+        slots[: len(fused)] += config.visual_scale * projector.up(F.silu(projector.down(fused)))
+    return keys, values
+
+
+def reference_ffn(ffn, hidden_states, keys, values):
+    """Step 8 for one sample: the stock FFN plus `s phi(x K^T) V`."""
+    activation = getattr(ffn, ffn.activation_name)
+    return type(ffn).__mro__[2].forward(ffn, hidden_states) + ffn.memory_scale * (
+        activation(hidden_states @ keys.T) @ values
+    )
+
+
+def reference_logits(model, input_ids, pixel_values):
+    """The whole model for one sample without padding, its FFNs replaced one by one."""
+    originals = []
+    for index, layer in enumerate(model.model.language_model.layers):
+        keys, values = reference_memory(model, pixel_values, index)
+        hook = layer.mlp.register_forward_hook(
+            lambda ffn, args, output, keys=keys, values=values: reference_ffn(ffn, args[0], keys, values)
+        )
+        originals.append(hook)
+    with model.disable_adapter():
+        logits = model(input_ids=input_ids[None]).logits[0]
+    for hook in originals:
+        hook.remove()
+    return logits
+
+
+# --- the claims ---
+
+
+def test_parameter_ledger_of_7b_is_the_papers():
+    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+    assert ledger(config) == {
+        "memory_slots": 2_621_440,
+        "vision_adapters": 589_824,
+        "projector": 659_584,
+        "fuser": 265_991,
+        "fuser_query": 26_944,
+    }
+    assert sum(ledger(config).values()) == 4_163_783
+
+
+def test_parameter_ledger_of_13b_is_the_papers():
+    config = DehvfConfig.from_json_file(ROOT / "presets" / "dehvf-llama13b.json")
+    assert ledger(config) == {
+        "memory_slots": 4_096_000,
+        "vision_adapters": 589_824,
+        "projector": 791_680,
+        "fuser": 265_991,
+        "fuser_query": 27_456,
+    }
+    assert sum(ledger(config).values()) == 5_770_951
+
+
+@pytest.mark.parametrize(
+    "values, millions",
+    [
+        ({"layer_fusion": "mean"}, 3.88),
+        # In the paper 3.88 M: with the adapter of the last vision layer, which nothing reads in this row.
+        ({"layer_fusion": "penultimate"}, 3.88 - 0.024576),
+        ({"visual_prompts": "shared"}, 4.15),
+        ({"visual_prompts": "keys"}, 4.17),
+        ({"visual_prompts": "values"}, 4.17),
+        # The paper's 3.22 M counts vision adapters that nothing reads in this row; ours are not built.
+        ({"visual_prompts": "none"}, 3.22 - 0.589824),
+    ],
+)
+def test_ablations_train_as_many_parameters_as_in_the_paper(values, millions):
+    assert sum(ledger(DehvfConfig(**values)).values()) == pytest.approx(millions * 1e6, rel=5e-3)
+
+
+def ledger(config) -> dict[str, int]:
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=True) if config.name_or_path else None
+        model = model or DehvfForConditionalGeneration(config)
+    parts = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.is_meta
+        if parameter.requires_grad:
+            part = name.split(".")[1]
+            parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts
+
+
+@backbones
+def test_logits_equal_the_slow_reference(model_type):
+    check_against_reference(tiny_model(model_type))
+
+
+@ablations
+def test_each_ablation_equals_the_slow_reference(ablation):
+    check_against_reference(tiny_model(**ablation))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"num_groups": 4, "num_hidden_layers": 26}, {"num_groups": 1}, {"vision_type": "siglip_vision_model"}],
+    ids=["26 layers in 4 groups", "one group", "no class token"],
+)
+def test_each_hierarchy_equals_the_slow_reference(values):
+    check_against_reference(tiny_model(**values))
+
+
+@torch.no_grad()
+def check_against_reference(model):
+    inputs = tiny_inputs(batch_size=3)
+    image_mask = torch.tensor([True, False, True])
+    logits = model(**inputs, image_mask=image_mask).logits
+    for sample, has_image in enumerate(image_mask):
+        pixel_values = inputs["pixel_values"][sample] if has_image else None
+        expected = reference_logits(model, inputs["input_ids"][sample], pixel_values)
+        torch.testing.assert_close(logits[sample], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["phi", "starcoder2"])
+def test_injection_is_concatenation_on_a_plain_ffn(model_type):
+    """Forward and gradients of the FFN built with `[W_1; K]` and `[W_2; V]`, the paper's equation 13."""
+    model = tiny_model(model_type, memory_scale=1.0)
+    ffn = model.model.language_model.layers[2].mlp
+    first, second = (ffn.fc1, ffn.fc2) if model_type == "phi" else (ffn.c_fc, ffn.c_proj)
+    pixel_values = tiny_inputs()["pixel_values"]
+    hidden_states = torch.randn(2, 5, 32)
+    upstream = torch.randn(2, 5, 32)
+
+    def gradients(output, inputs):
+        adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return torch.autograd.grad((output * upstream).sum(), [inputs, *adapters], allow_unused=True)
+
+    inputs = hidden_states.clone().requires_grad_()
+    view = model.model._memory_view(model.get_image_features(pixel_values), torch.float32)
+    ffn.memory_view = view.layer(2)
+    output = ffn(inputs)
+    ffn.memory_view = None
+    found = gradients(output, inputs)
+
+    inputs = hidden_states.clone().requires_grad_()
+    rows = []
+    for sample in range(2):
+        keys, values = reference_memory(model, pixel_values[sample], 2)
+        weight_1, bias_1 = torch.cat((first.weight, keys)), torch.cat((first.bias, keys.new_zeros(len(keys))))
+        weight_2 = torch.cat((second.weight, values.T), dim=1)
+        activation = getattr(ffn, ffn.activation_name)
+        rows.append(F.linear(activation(F.linear(inputs[sample], weight_1, bias_1)), weight_2, second.bias))
+    expected = gradients(torch.stack(rows), inputs)
+
+    torch.testing.assert_close(output, torch.stack(rows), atol=1e-5, rtol=1e-5)
+    for left, right in zip(found, expected):
+        assert (left is None) == (right is None)
+        if left is not None:
+            torch.testing.assert_close(left, right, atol=1e-5 * max(1.0, right.abs().max().item()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("values", [{}, {"num_groups": 4, "num_hidden_layers": 26}], ids=["even", "uneven"])
+@torch.no_grad()
+def test_fusion_weights_sum_to_one_and_stay_in_their_group(values):
+    model = tiny_model(**values)
+    class_features, _ = model.model._hierarchical_features(tiny_inputs()["pixel_values"])
+    weights = model.model._fusion_weights(class_features)  # B D P N
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
+    split_into_runs = dehvf_class("modeling_dehvf", "split_into_runs")
+    text_runs = split_into_runs(model.config.text_config.num_hidden_layers, model.config.num_groups)
+    vision_runs = split_into_runs(NUM_VISION_LAYERS, model.config.num_groups)
+    for text_run, vision_run in zip(text_runs, vision_runs):
+        own = sorted({*vision_run, NUM_VISION_LAYERS - 2})
+        others = [layer for layer in range(NUM_VISION_LAYERS) if layer not in own]
+        assert (weights[:, list(text_run)][..., own] > 0).all()
+        assert (weights[:, list(text_run)][..., others] == 0).all()
+
+
+@torch.no_grad()
+def test_a_language_layer_does_not_see_another_groups_layers():
+    model = tiny_model()
+    class_features, _ = model.model._hierarchical_features(tiny_inputs()["pixel_values"])
+    changed = class_features.clone()
+    changed[:, 0] += 1  # the first vision layer belongs to the first of two groups
+    before, after = model.model._fusion_weights(class_features), model.model._fusion_weights(changed)
+    half = NUM_TEXT_LAYERS // 2
+    assert not torch.equal(before[:, :half], after[:, :half])
+    assert torch.equal(before[:, half:], after[:, half:])
+
+
+def test_weights_differ_by_image_layer_and_position():
+    model = tiny_model()
+    class_features, _ = model.model._hierarchical_features(tiny_inputs()["pixel_values"])
+    weights = model.model._fusion_weights(class_features)
+    assert not torch.allclose(weights[0], weights[1])
+    assert not torch.allclose(weights[:, 0], weights[:, 1])
+    assert not torch.allclose(weights[:, :, 0], weights[:, :, 1])
+
+
+@ablations
+def test_one_step_moves_every_adapter_and_nothing_frozen(ablation):
+    model = tiny_model(**ablation).train()
+    check_training_step(model)
+
+
+@backbones
+def test_one_step_moves_every_adapter_of_each_backbone(model_type):
+    check_training_step(tiny_model(model_type).train())
+
+
+def check_training_step(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inputs = tiny_inputs(4)
+    model(**inputs, image_mask=torch.tensor([True, True, True, False]), labels=inputs["input_ids"]).loss.backward()
+    # Adam, since a bias on attention keys shifts all scores alike: its gradient is rounding error, but not zero
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.optim.Adam(trained, lr=0.1, eps=1e-20).step()
+    adapters = model.adapter_state_dict()
+    assert adapters
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) != (name in adapters), name
+
+
+@backbones
+@torch.no_grad()
+def test_without_adapters_the_logits_are_the_language_models(model_type):
+    model = tiny_model(model_type)
+    inputs = tiny_inputs()
+    base = AutoModelForCausalLM.from_config(model.config.text_config).eval()
+    base.base_model.load_state_dict(model.model.language_model.state_dict())
+    base.get_output_embeddings().load_state_dict(model.lm_head.state_dict())
+    expected = base(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, expected)
+    assert not torch.allclose(model(**inputs).logits, expected)
+
+
+@backbones
+@torch.no_grad()
+def test_an_image_changes_its_own_logits_and_no_others(model_type):
+    model = tiny_model(model_type)
+    inputs = tiny_inputs(3)
+    before = model(**inputs).logits
+    inputs["pixel_values"][1] += 1
+    after = model(**inputs).logits
+    assert not torch.allclose(before[1], after[1])
+    torch.testing.assert_close(before[[0, 2]], after[[0, 2]], atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_no_image_is_the_same_as_an_absent_one():
+    model = tiny_model()
+    inputs = tiny_inputs()
+    absent = model(**inputs, image_mask=torch.zeros(2, dtype=torch.bool)).logits
+    del inputs["pixel_values"]
+    torch.testing.assert_close(model(**inputs).logits, absent)
+
+
+@torch.no_grad()
+def test_pixels_of_an_absent_image_are_not_looked_at():
+    model = tiny_model()
+    inputs = tiny_inputs()
+    inputs["pixel_values"][1] = float("nan")
+    logits = model(**inputs, image_mask=torch.tensor([True, False])).logits
+    assert logits.isfinite().all()
+
+
+def test_a_batch_without_images_trains_every_adapter_module():
+    """Every rank must run the same modules, or ZeRO-3 and DDP hang: gradients are zero, but they are there."""
+    model = tiny_model().train()
+    inputs = tiny_inputs()
+    del inputs["pixel_values"]
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.any() == ("memory_slots" in name), name
+
+
+@backbones
+def test_checkpointing_does_not_change_gradients(model_type):
+    torch.manual_seed(0)
+    model = tiny_model(model_type, memory_dropout=0, vision_adapter_dropout=0).train()
+    plain = training_gradients(model)
+    model.activation_checkpointing_enable()
+    layers = [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]
+    calls = count_calls(model.model.language_model.layers[0].mlp)
+    assert all(layer.gradient_checkpointing for layer in layers)
+    assert_same_gradients(plain, training_gradients(model))
+    assert len(calls) == 4, "each of the two forwards runs once, and once more in backward"
+
+
+def training_gradients(model):
+    """Two forwards with different images before one backward."""
+    model.zero_grad()
+    losses = []
+    for seed in (1, 2):
+        inputs = tiny_inputs(seed=seed)
+        losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
+    sum(losses).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def assert_same_gradients(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].any(), name
+        torch.testing.assert_close(left[name], right[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_two_forwards_before_one_backward_give_the_sum_of_gradients():
+    model = tiny_model(memory_dropout=0, vision_adapter_dropout=0).train()
+    together = training_gradients(model)
+    model.zero_grad()
+    for seed in (1, 2):
+        inputs = tiny_inputs(seed=seed)
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    apart = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert_same_gradients(together, apart)
+
+
+def test_reentrant_checkpointing_is_refused():
+    with pytest.raises(ValueError, match="use_reentrant"):
+        tiny_model().activation_checkpointing_enable({"use_reentrant": True})
+
+
+def count_calls(module) -> list:
+    calls = []
+    module.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_dropout_is_active_in_training_alone():
+    model = tiny_model(memory_dropout=0.5)
+    inputs = tiny_inputs()
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+    model.train()
+    assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+def test_dropout_of_the_frozen_bases_is_off():
+    config = tiny_config()
+    text = AutoConfig.for_model("starcoder2", attention_dropout=0.1, residual_dropout=0.1, embedding_dropout=0.1)
+    config = DehvfConfig(text_config=text, vision_config=config.vision_config, **DEHVF_SIZES)
+    assert (text.attention_dropout, text.residual_dropout, text.embedding_dropout) == (0, 0, 0)
+
+
+@torch.no_grad()
+def test_bf16_bases_keep_fp32_adapters():
+    model = DehvfForConditionalGeneration._from_config(tiny_config(), dtype=torch.bfloat16).eval()
+    adapters = model.adapter_state_dict()
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name in adapters else torch.bfloat16), name
+    inputs = tiny_inputs()
+    logits = model(**inputs).logits
+    expected = model.float()(**inputs).logits
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), expected, atol=2e-2 * expected.abs().max().item(), rtol=2e-2)
+
+
+@torch.no_grad()
+def test_memory_can_be_used_again():
+    model = tiny_model()
+    inputs = tiny_inputs()
+    memory = model.get_image_features(inputs["pixel_values"])
+    assert memory.shape == (2, NUM_TEXT_LAYERS, 2, NUM_PATCHES, DEHVF_SIZES["projector_hidden_size"] + 1)
+    expected = model(**inputs)
+    torch.testing.assert_close(expected.visual_memory, memory)
+    del inputs["pixel_values"]
+    torch.testing.assert_close(model(**inputs, visual_memory=memory).logits, expected.logits)
+    both = model(**inputs, visual_memory=memory[:1]).logits
+    torch.testing.assert_close(both, model(**inputs, visual_memory=memory[[0, 0]]).logits)
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_attention_implementations_agree(attn_implementation):
+    model = tiny_model()
+    inputs = tiny_inputs()
+    expected = model(**inputs).logits
+    model.set_attn_implementation(attn_implementation)
+    torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_states_and_tuples_are_returned_as_in_transformers():
+    model = tiny_model()
+    inputs = tiny_inputs()
+    outputs = model(**inputs, output_hidden_states=True)
+    assert len(outputs.hidden_states) == NUM_TEXT_LAYERS + 1
+    assert torch.equal(model(**inputs, return_dict=False)[0], outputs.logits)
+
+
+def test_the_loss_is_that_of_the_labels():
+    model = tiny_model()
+    inputs = tiny_inputs()
+    labels = inputs["input_ids"].clone()
+    labels[:, :4] = -100
+    outputs = model(**inputs, labels=labels)
+    expected = F.cross_entropy(outputs.logits[:, 3:-1].flatten(0, 1), labels[:, 4:].flatten())
+    torch.testing.assert_close(outputs.loss, expected)
+
+
+# --- bad input ---
+
+
+def test_unsupported_ffn_layout_is_refused_by_name():
+    config = tiny_config()
+    config.text_config = AutoConfig.for_model("gpt2")
+    with pytest.raises(ValueError, match="`gpt2`.*Supported are: llama, mistral, qwen2, qwen3, gemma"):
+        DehvfForConditionalGeneration(config)
+
+
+def test_unsupported_vision_encoder_is_refused_by_name():
+    config = tiny_config()
+    config.vision_config = AutoConfig.for_model("convnext")
+    with pytest.raises(ValueError, match="`convnext`.*Supported are: clip_vision_model"):
+        DehvfForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"num_groups": 7}, "`text_config` has 4 layers|`vision_config` has 6 layers"),
+        ({"num_groups": 0}, "`num_groups` is 0"),
+        ({"num_memory_slots": 3}, "16 patches"),
+        ({"fuser_num_heads": 3}, "not a multiple"),
+        ({"memory_dropout": 1.5}, r"\[0, 1\)"),
+        ({"layer_fusion": "median"}, "adaptive"),
+        ({"visual_scale": "large"}, "float"),
+    ],
+)
+def test_contradicting_numbers_are_refused(values, message):
+    with pytest.raises(Exception, match=message):
+        tiny_config(**values)
+
+
+def test_wrong_inputs_are_refused_with_both_numbers():
+    model = tiny_model()
+    inputs = tiny_inputs()
+    with pytest.raises(ValueError, match=r"\(2, 3, 8, 8\).*\(batch_size, 3, 16, 16\)"):
+        model(**{**inputs, "pixel_values": torch.zeros(2, 3, 8, 8)})
+    with pytest.raises(ValueError, match="3 rows of images and 2 texts"):
+        model(**{**inputs, "pixel_values": torch.zeros(3, 3, 16, 16)})
+    with pytest.raises(ValueError, match=r"`image_mask` has the shape \(3,\)"):
+        model(**inputs, image_mask=torch.ones(3, dtype=torch.bool))
+    memory = model.get_image_features(inputs["pixel_values"])
+    with pytest.raises(ValueError, match="Give one of them"):
+        model(**inputs, visual_memory=memory)
+    with pytest.raises(ValueError, match="get_image_features"):
+        model(input_ids=inputs["input_ids"], visual_memory=memory[..., 1:])
