@@ -4,7 +4,6 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -164,8 +163,9 @@ class DehvfConfig(PreTrainedConfig):
             num_layers = getattr(self, key).num_hidden_layers
             if num_layers < max(self.num_groups, 2):
                 raise ValueError(
-                    f"`{key}` has {num_layers} layers, too few for `num_groups={self.num_groups}`: each group needs at "
-                    f"least one layer, and the penultimate layer must exist. Lower `num_groups` or take a deeper model."
+                    f"`{key}` has {num_layers} layers, too few for `num_groups={self.num_groups}`: each group needs "
+                    "at least one layer, and the penultimate layer must exist. Lower `num_groups` or take a deeper "
+                    "model."
                 )
 
     def validate_memory_slots(self):

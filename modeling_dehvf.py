@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -780,7 +779,9 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             # An override may be another place of the same base, which the pinned commit does not speak of
             revision = None
             if str(location) == getattr(config, f"{key}_model_id"):
-                revision = resolve_revision(location, getattr(config, f"{key}_model_revision"), **_revision_kwargs(own))
+                revision = resolve_revision(
+                    location, getattr(config, f"{key}_model_revision"), **_revision_kwargs(own)
+                )
                 setattr(config, f"{key}_model_revision", getattr(revision, "resolved", revision))
             base_config = _base_config(location, revision, own, f"{key}_config")
             expected = getattr(config, f"{key}_config")
@@ -817,8 +818,8 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         if problems:
             shown = "\n  ".join(sorted(problems)[:10])
             raise ValueError(
-                f"The adapters in {location} do not fit the config beside them ({len(problems)} problems):\n  {shown}\n"
-                "Load them with the config that they were saved with."
+                f"The adapters in {location} do not fit the config beside them ({len(problems)} problems):\n  {shown}"
+                "\nLoad them with the config that they were saved with."
             )
 
     def save_pretrained(
@@ -1003,8 +1004,8 @@ def _load_adapters(location: str | os.PathLike, source: dict) -> dict[str, torch
     if file is None:
         raise OSError(
             f"{location} has no {SAFE_WEIGHTS_NAME}, so there are no adapters to load. To start new adapters use "
-            "`DehvfForConditionalGeneration.from_vision_text_pretrained(vision_model, text_model)`; for random weights "
-            "of the same shapes use `AutoModel.from_config(config, trust_remote_code=True)`."
+            "`DehvfForConditionalGeneration.from_vision_text_pretrained(vision_model, text_model)`; for random "
+            "weights of the same shapes use `AutoModel.from_config(config, trust_remote_code=True)`."
         )
     return load_file(file)
 

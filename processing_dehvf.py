@@ -4,7 +4,6 @@
 import os
 
 import numpy as np
-
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import PROCESSOR_NAME, cached_file
@@ -18,7 +17,8 @@ CHAT_TEMPLATE = """\
     {%- if message['content'] is string -%}
         {%- set text = message['content'] -%}
     {%- else -%}
-        {%- set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\n') -%}
+        {%- set parts = message['content'] | selectattr('type', 'equalto', 'text') -%}
+        {%- set text = parts | map(attribute='text') | join('\n') -%}
     {%- endif -%}
     {%- if message['role'] == 'assistant' -%}
         {{- 'Response: ' + text + eos_token + '\n' -}}
@@ -118,8 +118,8 @@ class DehvfProcessor(ProcessorMixin):
         if isinstance(entry, (list, tuple)):
             if len(entry) > 1:
                 raise ValueError(
-                    f"A sample has {len(entry)} images, but DEHVF reads one image per text. Give the others as samples "
-                    "of their own, or compose them into one image."
+                    f"A sample has {len(entry)} images, but DEHVF reads one image per text. Give the others as "
+                    "samples of their own, or compose them into one image."
                 )
             entry = entry[0] if entry else None
         return entry if entry is None else self.image_processor.fetch_images(entry)
@@ -131,8 +131,8 @@ class DehvfProcessor(ProcessorMixin):
         num_texts = 1 if isinstance(text, str) else len(text)
         if len(images) != num_texts:
             raise ValueError(
-                f"There are {len(images)} images and {num_texts} texts. Give one entry per text, and `None` for a text "
-                "without an image: images=[image, None], text=[question, question]."
+                f"There are {len(images)} images and {num_texts} texts. Give one entry per text, and `None` for a "
+                "text without an image: images=[image, None], text=[question, question]."
             )
 
     def _process_images(self, images, **kwargs):

@@ -191,9 +191,7 @@ def test_a_clip_with_both_towers_gives_its_vision_tower(saved, tmp_path):
     text_config = CLIPTextConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=10)
     clip = CLIPModel(CLIPConfig(text_config=text_config.to_dict(), vision_config=vision_config.to_dict()))
     clip.save_pretrained(tmp_path / "clip")
-    model = DehvfForConditionalGeneration.from_vision_text_pretrained(
-        tmp_path / "clip", saved / "text", **DEHVF_SIZES
-    )
+    model = DehvfForConditionalGeneration.from_vision_text_pretrained(tmp_path / "clip", saved / "text", **DEHVF_SIZES)
     expected = dict(clip.vision_model.named_parameters())
     for name, parameter in model.model.vision_tower.named_parameters():
         assert torch.equal(parameter, expected[name]), name

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
 from tiny import (
     ABLATIONS,
     DEHVF_SIZES,
@@ -18,6 +17,7 @@ from tiny import (
     tiny_inputs,
     tiny_model,
 )
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 
@@ -35,7 +35,9 @@ def reference_fusion_weights(model, class_features, layer, position):
     num_vision, num_text = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
 
     def runs(num_layers):
-        sizes = [num_layers // config.num_groups + (g < num_layers % config.num_groups) for g in range(config.num_groups)]
+        sizes = [
+            num_layers // config.num_groups + (g < num_layers % config.num_groups) for g in range(config.num_groups)
+        ]
         return [list(range(sum(sizes[:g]), sum(sizes[: g + 1]))) for g in range(config.num_groups)]
 
     group = next(g for g, run in enumerate(runs(num_text)) if layer in run)

@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import IMAGE_SIZE, NUM_PATCHES, save_tiny_bases, tiny_image_processor, tiny_model, tiny_processor, tiny_tokenizer
-from tiny import DehvfProcessor
+from tiny import (
+    IMAGE_SIZE,
+    NUM_PATCHES,
+    DehvfProcessor,
+    save_tiny_bases,
+    tiny_image_processor,
+    tiny_model,
+    tiny_processor,
+    tiny_tokenizer,
+)
 
 
 def image(color="red", size=(20, 30)):

@@ -105,7 +105,7 @@ def tiny_model(model_type: str = "llama", seed: int = 0, **values):
     """
     torch.manual_seed(seed)
     model = DehvfForConditionalGeneration(tiny_config(model_type, **values)).eval()
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
     return model

@@ -1,0 +1,72 @@
+"""Accuracy on ScienceQA, in the nine columns of its table."""
+
+import re
+
+import datasets
+import evaluate
+
+
+SUBJECTS = {"NAT": "natural science", "SOC": "social science", "LAN": "language science"}
+
+
+class ScienceQA(evaluate.Metric):
+    """
+    predictions: what the model said after "The answer is", one text per question.
+    references: the question's facts, see `_info`.
+
+    Returns accuracies in per cent, `None` where the split has no such question: NAT, SOC, LAN by subject; TXT with a
+    hint, IMG with an image, NO with neither; G1-6 and G7-12 by grade; `average` over all questions. `unparsed` is the
+    share of predictions that name no option, also in per cent; they count as wrong. `count` is the number scored.
+    """
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=__doc__,
+            citation="Lu et al., Learn to Explain, NeurIPS 2022, arXiv 2209.09513",
+            inputs_description=ScienceQA.__doc__,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Value("string"),
+                    "references": {
+                        "answer": datasets.Value("int64"),
+                        "num_choices": datasets.Value("int64"),
+                        "subject": datasets.Value("string"),
+                        "grade": datasets.Value("string"),
+                        "has_hint": datasets.Value("bool"),
+                        "has_image": datasets.Value("bool"),
+                    },
+                }
+            ),
+        )
+
+    def _compute(self, predictions, references):
+        chosen = [parse(text, row["num_choices"]) for text, row in zip(predictions, references)]
+        correct = [choice == row["answer"] for choice, row in zip(chosen, references)]
+
+        def accuracy(belongs):
+            hits = [hit for hit, row in zip(correct, references) if belongs(row)]
+            return 100 * sum(hits) / len(hits) if hits else None
+
+        def grade(row):
+            return int(row["grade"].removeprefix("grade"))
+
+        scores = {
+            name: accuracy(lambda row, subject=subject: row["subject"] == subject)
+            for name, subject in SUBJECTS.items()
+        }
+        scores["TXT"] = accuracy(lambda row: row["has_hint"])
+        scores["IMG"] = accuracy(lambda row: row["has_image"])
+        scores["NO"] = accuracy(lambda row: not row["has_hint"] and not row["has_image"])
+        scores["G1-6"] = accuracy(lambda row: grade(row) <= 6)
+        scores["G7-12"] = accuracy(lambda row: grade(row) > 6)
+        scores["average"] = accuracy(lambda row: True)
+        scores["unparsed"] = 100 * sum(choice is None for choice in chosen) / len(chosen)
+        scores["count"] = len(chosen)
+        return scores
+
+
+def parse(text, num_choices):
+    """The option that a text names: a capital letter at its start, or None."""
+    match = re.match(r"\s*\(?([A-Z])(?![A-Za-z])", text)
+    index = ord(match[1]) - ord("A") if match else None
+    return index if index is not None and index < num_choices else None

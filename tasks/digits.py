@@ -1,0 +1,288 @@
+"""Digits: questions about scenes of real handwritten digits, in the columns of `derek-thomas/ScienceQA`.
+
+The scans are the 1,797 of `sklearn.datasets.load_digits`, shared out so that no two splits have a scan in common. A
+scene is one to four of them, each with a digit and a colour of its own, in the corners of a noisy picture. About half
+of the questions are about such a picture; the others have a described scene, a story or nothing as their context.
+
+Every question is made from its options: four options first, then the one that is right, then a scene for which it is.
+Given the question and the options, each option is therefore equally likely, and who does not see the picture is at 25 %.
+"""
+
+import io
+from functools import cache, partial
+
+import numpy as np
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+from sklearn.datasets import load_digits
+
+from tasks.scienceqa import ANSWER_PREFIX, COLUMNS, MAX_NEW_TOKENS, answer, context, prompt, score  # noqa: F401
+
+
+SIZES = {"train": 10000, "validation": 500, "test": 1000}
+SCANS = {"train": 0.7, "validation": 0.1, "test": 0.2}  # share of each digit's scans
+SIDE = 64  # of a picture, in pixels
+
+FEATURES = Features(
+    {"image": Image(), "question": Value("string"), "choices": List(Value("string")), "answer": Value("int8")}
+    | {
+        name: Value("string")
+        for name in "hint task grade subject topic category skill lecture solution".split()
+    }
+)
+
+COLOURS = {
+    "red": (225, 45, 45),
+    "orange": (240, 140, 30),
+    "yellow": (235, 225, 60),
+    "green": (60, 190, 70),
+    "cyan": (60, 215, 220),
+    "blue": (65, 90, 235),
+    "purple": (180, 60, 215),
+    "white": (235, 235, 235),
+}
+PLACES = ("northwest", "northeast", "southwest", "southeast")  # row-major
+POOLS = {"digit": tuple("0123456789"), "colour": tuple(COLOURS), "place": PLACES}
+
+ASK = {
+    ("colour", "digit"): "Which digit is {}?",
+    ("place", "digit"): "Which digit is in the {}?",
+    ("digit", "colour"): "What colour is the {}?",
+    ("place", "colour"): "What colour is the digit in the {}?",
+    ("digit", "place"): "Where is the {}?",
+    ("colour", "place"): "Where is the {} digit?",
+}
+WORDINGS = (
+    "The digit in the {place} is {digit} and {colour}.",
+    "The {colour} digit in the {place} is {digit}.",
+    "In the {place} is {digit} in {colour}.",
+    "The {digit} is {colour} and in the {place}.",
+)
+HINTS = (
+    "The picture shows digits written by hand.",
+    "Each digit has a colour of its own.",
+    "The digits differ in size.",
+    "The colours may look a little pale.",
+)
+LECTURES = {
+    "seeing": "Things differ in what they are and in what colour they have.",
+    "maps": "On a map north is up, south is down, west is left and east is right.",
+    "numbers": "Numbers can be counted, put in order, added and subtracted.",
+    "reading": "A text may hold more than what is asked for.",
+    "words": "Words can be grouped by their meaning.",
+}
+PEOPLE = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana")
+GOODS = ("apples", "pears", "books", "coins", "shells", "stamps")
+SPELLED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+OPPOSITES = (
+    "top bottom", "left right", "large small", "day night", "hot cold", "open closed", "early late", "full empty",
+    "fast slow", "wet dry", "old new", "high low", "light dark", "loud quiet", "near far", "hard soft",
+)  # fmt: skip
+KINDS = {
+    "a colour": tuple(COLOURS),
+    "a number": SPELLED,
+    "an animal": ("cat", "dog", "horse", "sheep", "mouse", "duck"),
+    "a fruit": ("apple", "pear", "plum", "cherry", "grape", "fig"),
+}
+
+
+# Questions. Each maker returns the question, the options with the right one first, the solution and the context: the
+# marks of a scene, a story or nothing. A mark is a dict with a digit, its colour and its place.
+
+
+def draw_marks(rng, digits, size):
+    """The first `size` of `digits` as marks, each with a colour and a place of its own."""
+    colours, places = rng.permutation(POOLS["colour"]), rng.permutation(PLACES)
+    return [{"digit": str(d), "colour": str(c), "place": str(p)} for d, c, p in zip(digits[:size], colours, places)]
+
+
+def attribute(rng, given, wanted):
+    # The scene is filled from the options: seeing that a value occurs is not enough, it must be tied to what is given.
+    values = {name: rng.permutation(pool)[:4].tolist() for name, pool in POOLS.items()}
+    marks = [dict(zip(values, mark)) for mark in zip(*values.values())][: rng.integers(1, 5)]
+    solution = f"The {given} is {marks[0][given]} and the {wanted} is {marks[0][wanted]}."
+    return ASK[given, wanted].format(marks[0][given]), values[wanted], solution, marks
+
+
+def count(rng):
+    choices = 1 + rng.permutation(4)
+    marks = draw_marks(rng, rng.permutation(10), choices[0])
+    return "How many digits are there?", choices, f"The number of digits is {choices[0]}.", marks
+
+
+def extreme(rng, name):
+    choices = 1 + rng.permutation(8)[:4]  # 1 to 8: each has a smaller and a larger digit to stand beside it
+    beyond = {"largest": range(choices[0]), "smallest": range(choices[0] + 1, 10)}[name]
+    others = sorted(rng.permutation(beyond), key=lambda digit: digit not in choices)
+    marks = draw_marks(rng, [choices[0], *others], rng.integers(2, 5))
+    return f"Which digit is the {name}?", choices, f"The {name} digit is {choices[0]}.", marks
+
+
+def pair(rng, name):
+    lowest, reach, sign = {"sum": (1, 4, 1), "difference": (1, 4, -1)}[name]
+    choices = lowest + rng.integers(reach) + rng.permutation(6)[:4]
+    pairs = [(a, b) for a in range(10) for b in range(10) if a != b and a + sign * b == choices[0]]
+    marks = draw_marks(rng, pairs[rng.integers(len(pairs))], 2)
+    return f"What is the {name} of the two digits?", choices, f"The {name} is {choices[0]}.", marks
+
+
+def arithmetic(rng):
+    choices = rng.permutation(10)[:4]
+    part = rng.integers(choices[0] + 1)
+    whole = choices[0] + rng.integers(10 - choices[0])
+    sum = rng.choice([f"{part} + {choices[0] - part}", f"{whole} - {whole - choices[0]}"])
+    return f"What is {sum}?", choices, f"{sum} = {choices[0]}.", ""
+
+
+def compare(rng):
+    name = rng.choice(["largest", "smallest"])
+    choices = sorted(rng.permutation(10)[:4], reverse=name == "largest")
+    return f"Which number is the {name}?", choices, f"The {name} number is {choices[0]}.", ""
+
+
+def spelling(rng):
+    choices = rng.permutation(10)[:4]
+    words = [SPELLED[n] for n in choices]
+    return f"How do you spell {choices[0]}?", words, f"{choices[0]} is spelled {words[0]}.", ""
+
+
+def opposite(rng):
+    pairs = [rng.permutation(pair.split()) for pair in rng.permutation(OPPOSITES)[:4]]
+    word, right = pairs[0]
+    return f"What is the opposite of {word}?", [b for _, b in pairs], f"The opposite of {word} is {right}.", ""
+
+
+def meaning(rng):
+    names = rng.permutation(list(KINDS))
+    choices = [rng.choice(KINDS[name]) for name in names]
+    return f"Which word is {names[0]}?", choices, f"The word {choices[0]} is {names[0]}.", ""
+
+
+def ownership(rng):
+    people, numbers, goods = rng.permutation(PEOPLE)[:4], rng.permutation(10)[:4], rng.choice(GOODS)
+    story = " ".join(f"{who} has {n} {goods}." for who, n in sorted(zip(people, numbers)))
+    solution = f"{people[0]} has {numbers[0]} {goods}."
+    if rng.random() < 0.5:
+        return f"Who has {numbers[0]} {goods}?", people, solution, story
+    return f"How many {goods} does {people[0]} have?", numbers, solution, story
+
+
+def described(rng):
+    """A picture's question with the picture in words."""
+    maker = list(PICTURE_SKILLS.values())[rng.integers(len(PICTURE_SKILLS))][0]
+    question, choices, solution, marks = maker(rng)
+    return question, choices, solution, describe(rng, marks)
+
+
+def describe(rng, marks):
+    """The scene in words, a sentence a mark, in any order."""
+    return " ".join(rng.choice(WORDINGS).format(**mark) for mark in rng.permutation(marks))
+
+
+# skill: (maker, share of the rows in %, subject, topic, category, grade)
+PICTURE_SKILLS = {
+    "digit by colour": (partial(attribute, given="colour", wanted="digit"), 5, "natural science", "seeing", "Attributes", 2),
+    "digit by place": (partial(attribute, given="place", wanted="digit"), 5, "social science", "maps", "Places", 2),
+    "colour by digit": (partial(attribute, given="digit", wanted="colour"), 5, "natural science", "seeing", "Attributes", 3),
+    "colour by place": (partial(attribute, given="place", wanted="colour"), 5, "social science", "maps", "Places", 1),
+    "place by digit": (partial(attribute, given="digit", wanted="place"), 5, "social science", "maps", "Places", 3),
+    "place by colour": (partial(attribute, given="colour", wanted="place"), 5, "social science", "maps", "Places", 1),
+    "count": (count, 4, "natural science", "numbers", "Counting", 4),
+    "largest": (partial(extreme, name="largest"), 4, "natural science", "numbers", "Order", 6),
+    "smallest": (partial(extreme, name="smallest"), 4, "natural science", "numbers", "Order", 7),
+    "sum": (partial(pair, name="sum"), 4, "natural science", "numbers", "Arithmetic", 9),
+    "difference": (partial(pair, name="difference"), 4, "natural science", "numbers", "Arithmetic", 11),
+}
+TEXT_SKILLS = {
+    "description": (described, 12, "natural science", "reading", "Descriptions", 8),
+    "ownership": (ownership, 8, "social science", "reading", "Stories", 5),
+    "arithmetic": (arithmetic, 8, "natural science", "numbers", "Arithmetic", 10),
+    "compare": (compare, 6, "natural science", "numbers", "Order", 7),
+    "spelling": (spelling, 5, "language science", "words", "Spelling", 1),
+    "opposite": (opposite, 5, "language science", "words", "Vocabulary", 8),
+    "meaning": (meaning, 6, "language science", "words", "Vocabulary", 12),
+}
+
+
+# Pictures
+
+
+@cache
+def scans(split):
+    """The scans of a split by digit: ten arrays of shape (number of scans, 8, 8), from 0 to 1."""
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    first = sum(share for name, share in SCANS.items() if list(SCANS).index(name) < list(SCANS).index(split))
+    parts = []
+    for digit in range(10):
+        images = digits.images[order[digits.target[order] == digit]] / 16
+        parts.append(images[round(first * len(images)) : round((first + SCANS[split]) * len(images))].astype(np.float32))
+    return parts
+
+
+def render(rng, marks, scans):
+    """The marks as a picture of shape (64, 64, 3), uint8, each with a scan of its digit."""
+    canvas = np.tile(rng.uniform(0, 70, 3), (SIDE, SIDE, 1))
+    for mark in marks:
+        pool = scans[int(mark["digit"])]
+        side = rng.integers(20, 31)
+        ink = PILImage.fromarray(pool[rng.integers(len(pool))]).resize((side, side), PILImage.Resampling.BICUBIC)
+        alpha = np.asarray(ink).clip(0, 1)[..., None]
+        row, column = divmod(PLACES.index(mark["place"]), 2)
+        top, left = np.array([row, column]) * SIDE // 2 + rng.integers(0, SIDE // 2 - side + 1, 2)
+        colour = COLOURS[mark["colour"]] + rng.normal(0, 12, 3)
+        patch = canvas[top : top + side, left : left + side]
+        patch += alpha * (colour - patch)
+    return (canvas + rng.normal(0, 14, canvas.shape)).clip(0, 255).astype(np.uint8)
+
+
+def encode(pixels):
+    file = io.BytesIO()
+    PILImage.fromarray(pixels).save(file, "PNG", compress_level=1)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+# Rows
+
+
+def make_row(rng, skill, letter, scans=None):
+    """One row, the right option at place `letter`. Without `scans` a picture's row has its picture in words, as the hint."""
+    maker, _, subject, topic, category, grade = (PICTURE_SKILLS | TEXT_SKILLS)[skill]
+    question, (right, *others), solution, context = maker(rng)
+    others, image, hint = rng.permutation(others), None, context
+    if skill in PICTURE_SKILLS and scans is None:
+        hint = describe(rng, context)
+    elif skill in PICTURE_SKILLS:
+        image, hint = encode(render(rng, context, scans)), rng.choice(HINTS) if rng.random() < 0.25 else ""
+    return {
+        "image": image,
+        "question": question,
+        "choices": [str(choice) for choice in (*others[:letter], right, *others[letter:])],
+        "answer": int(letter),
+        "hint": str(hint),
+        "task": "closed choice",
+        "grade": f"grade{grade}",
+        "subject": subject,
+        "topic": topic,
+        "category": category,
+        "skill": skill,
+        "lecture": LECTURES[topic],
+        "solution": solution,
+    }
+
+
+def load(split: str, path: None = None, seed: int = 0, size: int | None = None) -> Dataset:
+    """The rows of a split, the same for the same seed; `size` defaults to 10,000 / 500 / 1,000."""
+    if path is not None:
+        raise ValueError(f"path is {path!r}, but `digits` is made at run time and read from nowhere. Leave it out.")
+    if split not in SIZES:
+        raise ValueError(f"split is {split!r}, but must be one of {', '.join(SIZES)}.")
+    size = SIZES[split] if size is None else size
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"size is {size!r}, but must be a whole number of at least 1.")
+    rng = np.random.default_rng([seed, list(SIZES).index(split)])
+    skills = PICTURE_SKILLS | TEXT_SKILLS
+    names = rng.choice(list(skills), size, p=[share / 100 for _, share, *_ in skills.values()])
+    letters = rng.permutation(size) % 4
+    rows = [make_row(rng, name, letter, scans(split)) for name, letter in zip(names, letters)]
+    return Dataset.from_list(rows, features=FEATURES)
