@@ -138,6 +138,12 @@ class DehvfConfig(PreTrainedConfig):
         """Patches per image (n)."""
         return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
 
+    @property
+    def memory_positions(self) -> list[int]:
+        """Which of key (0) and value (1) get features of their own."""
+        positions = {"keys_and_values": [0, 1], "keys": [0], "values": [1], "shared": [0], "none": []}
+        return positions[self.visual_prompts]
+
     def validate_numbers(self):
         """Each size is positive and each dropout a probability."""
         for name in (

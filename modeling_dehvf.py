@@ -147,10 +147,10 @@ class InputEmbeddingNetwork(nn.Module):
         `torch.Tensor` of shape `(num_language_layers, num_positions, fuser_hidden_size)`.
     """
 
-    def __init__(self, config: DehvfConfig, positions: list[int]):
+    def __init__(self, config: DehvfConfig):
         super().__init__()
         size = config.layer_embedding_size
-        self.positions = positions
+        self.positions = config.memory_positions
         self.layer_embedding = nn.Parameter(torch.empty(config.text_config.num_hidden_layers, size))
         # One row each for key and value, also where only one of them carries an image, as the paper's counts have it
         shared = config.visual_prompts == "shared"
@@ -172,13 +172,16 @@ class InputEmbeddingNetwork(nn.Module):
 class LearnableQueryTokens(nn.Module):
     """The ablation of the input embedding network: one free vector per language layer and position."""
 
-    def __init__(self, config: DehvfConfig, positions: list[int]):
+    def __init__(self, config: DehvfConfig):
         super().__init__()
-        num_layers = config.text_config.num_hidden_layers
-        self.tokens = nn.Parameter(torch.empty(num_layers, len(positions), config.fuser_hidden_size))
+        num_layers, num_positions = config.text_config.num_hidden_layers, len(config.memory_positions)
+        self.tokens = nn.Parameter(torch.empty(num_layers, num_positions, config.fuser_hidden_size))
 
     def forward(self) -> torch.Tensor:
-        return self.tokens  # D P r
+        return self.tokens.clone()  # D P r; a copy as in `MemorySlots`
+
+
+FUSER_QUERIES = {"network": InputEmbeddingNetwork, "tokens": LearnableQueryTokens}
 
 
 class FuserBlock(nn.Module):
@@ -247,20 +250,26 @@ class HierarchicalVisualFuser(nn.Module):
         return scores.softmax(dim=-1)  # B D P M
 
 
+class ProjectorBasis(nn.Linear):
+    """`W_2` and `b_2`, given out rather than applied: `(language_hidden_size, projector_hidden_size + 1)`."""
+
+    def forward(self) -> torch.Tensor:
+        return torch.cat((self.weight, self.bias[:, None]), dim=1)
+
+
 class VisualProjector(nn.Module):
     """
     The two-layer network `g(F) = W_2 SiLU(W_1 F + b_1) + b_2` from vision to language width (method step 6).
 
-    It is never run as a whole. Fusing is linear, as is `W_1`, so `down` is applied to each vision layer once and the
-    results are fused; `W_2` is left to the reading FFN. An image's memory is then as wide as the projector and not as
-    the language model (method.md, "An exact identity").
+    It is never run as a whole. Fusing is linear with weights that sum to one, so `down` is applied to each vision
+    layer once and its results are fused; `W_2` is left to the reading FFN. An image's memory is then as wide as the
+    projector and not as the language model (method.md, "An exact identity").
     """
 
     def __init__(self, config: DehvfConfig):
         super().__init__()
-        size = config.projector_hidden_size
-        self.down = nn.Linear(config.vision_config.hidden_size, size)
-        self.up = nn.Linear(size, config.text_config.hidden_size)
+        self.down = nn.Linear(config.vision_config.hidden_size, config.projector_hidden_size)
+        self.up = ProjectorBasis(config.projector_hidden_size, config.text_config.hidden_size)
 
 
 class MemorySlots(nn.Module):
@@ -271,6 +280,10 @@ class MemorySlots(nn.Module):
         shape = (config.num_memory_slots, config.text_config.hidden_size)
         self.key = nn.Parameter(torch.empty(shape))
         self.value = nn.Parameter(torch.empty(shape))
+
+    def forward(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        # Copies, since under ZeRO-3 a parameter is there only while its own module runs
+        return self.key.to(dtype, copy=True), self.value.to(dtype, copy=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,55 +439,43 @@ class DehvfModel(DehvfPreTrainedModel):
         ValueError: if DEHVF does not know the layout of a base.
     """
 
-    def __init__(
-        self,
-        config: DehvfConfig,
-        vision_tower: PreTrainedModel | None = None,
-        language_model: PreTrainedModel | None = None,
-    ):
+    # Of the class, so that a model is complete without a call that would set it; see `disable_adapter`
+    adapter_enabled = True
+
+    def __init__(self, config: DehvfConfig, vision_tower=None, language_model=None):
         super().__init__(config)
         for key, layouts in (("text_config", TEXT_LAYOUTS), ("vision_config", VISION_LAYOUTS)):
             if (model_type := getattr(config, key).model_type) not in layouts:
                 raise ValueError(
                     f"The layers of `{model_type}` (`{key}`) are not supported. Supported are: {', '.join(layouts)}."
                 )
-        self.vision_tower = vision_tower if vision_tower is not None else AutoModel.from_config(config.vision_config)
-        self.language_model = (
-            language_model if language_model is not None else AutoModel.from_config(config.text_config)
-        )
-        for base in (vision_tower, language_model):
-            for module in base.modules() if base is not None else ():
-                module._is_hf_initialized = True  # loaded weights are never initialised again
-
-        # key is position 0, value is position 1
-        self.positions = {"keys_and_values": [0, 1], "keys": [0], "values": [1], "shared": [0], "none": []}[
-            config.visual_prompts
-        ]
+        self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
+        self.language_model = language_model or AutoModel.from_config(config.text_config)
+        for module in (*self.vision_tower.modules(), *self.language_model.modules()):
+            module._is_hf_initialized = True  # loaded weights are never initialised again
         with local_torch_dtype(torch.float32, type(self).__name__):  # adapters are fp32 whatever the bases are
             self._build_adapters(config)
-        self._inject()
+        self._inject(config)
         self.gradient_checkpointing = False
         self.post_init()
 
     def _build_adapters(self, config: DehvfConfig):
         """Only what the config's switches leave in use, since DDP stops at parameters that get no gradient."""
         self.memory_slots = MemorySlots(config)
-        if not self.positions:
+        if config.visual_prompts == "none":
             return
         self.projector = VisualProjector(config)
         num_layers_read = config.vision_config.num_hidden_layers - (config.layer_fusion == "penultimate")
         self.vision_adapters = nn.ModuleList(VisionAdapter(config) for _ in range(num_layers_read))
         if config.layer_fusion == "adaptive":
-            query_class = InputEmbeddingNetwork if config.fuser_query == "network" else LearnableQueryTokens
-            self.fuser_query = query_class(config, self.positions)
+            self.fuser_query = FUSER_QUERIES[config.fuser_query](config)
             self.fuser = HierarchicalVisualFuser(config)
         candidates, valid = hierarchy(config)
         self.register_buffer("candidates", candidates, persistent=False)  # D M
         self.register_buffer("valid_candidates", valid, persistent=False)  # D M
 
-    def _inject(self):
-        """Extends the FFNs of both bases. Their own parameters keep their names."""
-        config = self.config
+    def _inject(self, config: DehvfConfig):
+        """Extends the FFNs of both bases, whose own parameters keep their names."""
         for index, layer in enumerate(self.language_model.layers):
             _specialise(layer, MemoryLayer, memory_index=index)
             _specialise(
@@ -484,7 +485,7 @@ class DehvfModel(DehvfPreTrainedModel):
                 memory_scale=config.memory_scale,
                 memory_dropout=config.memory_dropout,
             )
-        if self.positions:
+        if config.visual_prompts != "none":
             for layer, adapter in zip(self.vision_tower.encoder.layers, self.vision_adapters):
                 _specialise(layer.mlp, AdaptedVisionFFN, vision_adapter=adapter)
 
@@ -513,47 +514,38 @@ class DehvfModel(DehvfPreTrainedModel):
         Raises:
             ValueError: if `pixel_values` does not have the encoder's shape or `image_mask` another batch size.
         """
-        self._check_pixel_values(pixel_values, image_mask)
-        if not self.positions:
-            return None
-        present = pixel_values.new_ones(len(pixel_values), dtype=torch.bool) if image_mask is None else image_mask
-        rows = present.nonzero().flatten()
-        if not len(rows):
-            rows = rows.new_zeros(1)  # see `forward`: the vision path is run even for no image at all
-        class_features, patches = self._hierarchical_features(pixel_values[rows])
-        weights = self._fusion_weights(class_features)  # B D P N
-        fused = torch.einsum("bdpj,bjnc->bdpnc", weights.to(patches.dtype), patches)
-        memory = F.silu(fused + self.projector.down.bias)
-        memory = torch.cat((memory, memory.new_ones(*memory.shape[:-1], 1)), dim=-1)  # B D P n c+1
-        memory = memory * present[rows].to(memory.dtype).view(-1, 1, 1, 1, 1)
-        if len(rows) == len(present):
-            return memory
-        return memory.new_zeros(len(present), *memory.shape[1:]).index_copy(0, rows, memory)
-
-    def _check_pixel_values(self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None):
         vision = self.config.vision_config
-        expected = (vision.num_channels, vision.image_size, vision.image_size)
-        if tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"`pixel_values` has the shape {tuple(pixel_values.shape)}, but the vision encoder takes "
-                f"(batch_size, {', '.join(map(str, expected))}). Prepare images with this model's own processor."
-            )
-        if image_mask is not None and tuple(image_mask.shape) != (len(pixel_values),):
+        _check_shape("pixel_values", pixel_values, (vision.num_channels, vision.image_size, vision.image_size))
+        if image_mask is None:
+            image_mask = pixel_values.new_ones(len(pixel_values), dtype=torch.bool)
+        elif tuple(image_mask.shape) != (len(pixel_values),):
             raise ValueError(
                 f"`image_mask` has the shape {tuple(image_mask.shape)} and `pixel_values` {len(pixel_values)} rows. "
                 "Give one boolean per row, false where the sample has no image."
             )
+        if self.config.visual_prompts == "none":
+            return None
+        rows = image_mask.nonzero().flatten()
+        if not len(rows):
+            rows = rows.new_zeros(1)  # see `forward`: the vision path is run even for no image at all
+        class_features, patches = self._hierarchical_features(pixel_values[rows])
+        weights = self._fusion_weights(class_features)  # B D P N
+        memory = F.silu(torch.einsum("bdpj,bjnc->bdpnc", weights.to(patches.dtype), patches))
+        memory = torch.cat((memory, memory.new_ones(*memory.shape[:-1], 1)), dim=-1)  # B D P n c+1
+        memory = memory * image_mask[rows].to(memory.dtype).view(-1, 1, 1, 1, 1)
+        if len(rows) == len(image_mask):
+            return memory
+        return memory.new_zeros(len(image_mask), *memory.shape[1:]).index_copy(0, rows, memory)
 
     def _hierarchical_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Method step 1, and `W_1` of step 6. Returns class features B N d and projected patches B N n c."""
+        """Method step 1, and `W_1`, `b_1` of step 6. Returns class features B N d and projected patches B N n c."""
         hidden_states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states[1:]
         has_class_token = VISION_LAYOUTS[self.config.vision_config.model_type]
-        down = self.projector.down.weight
         class_features, patches = [], []
         for hidden in hidden_states:
-            hidden = self.vision_tower.post_layernorm(hidden).to(down.dtype)  # B 1+n d
+            hidden = self.vision_tower.post_layernorm(hidden).to(self.projector.down.weight.dtype)  # B 1+n d
             class_features.append(hidden[:, 0] if has_class_token else hidden.mean(dim=1))
-            patches.append(F.linear(hidden[:, 1:] if has_class_token else hidden, down))
+            patches.append(self.projector.down(hidden[:, 1:] if has_class_token else hidden))
         return torch.stack(class_features, dim=1), torch.stack(patches, dim=1)
 
     def _fusion_weights(self, class_features: torch.Tensor) -> torch.Tensor:
@@ -563,7 +555,7 @@ class DehvfModel(DehvfPreTrainedModel):
             weights = self.fuser(self.fuser_query(), class_features, self.candidates, self.valid_candidates)
         else:
             weights = self.valid_candidates / self.valid_candidates.sum(dim=-1, keepdim=True)  # D M
-            weights = weights[:, None].expand(num_images, -1, len(self.positions), -1)
+            weights = weights[:, None].expand(num_images, -1, len(self.config.memory_positions), -1)
         # `scatter_add`, since in the last group the penultimate layer stands twice
         index = self.candidates[:, None].expand(weights.shape)
         return weights.new_zeros(*weights.shape[:-1], num_vision_layers).scatter_add(-1, index, weights)
@@ -577,10 +569,8 @@ class DehvfModel(DehvfPreTrainedModel):
                 key_features = visual_memory[:, :, 0]
             if self.config.visual_prompts != "keys":
                 value_features = visual_memory[:, :, -1]
-            basis = torch.cat((self.projector.up.weight, self.projector.up.bias[:, None]), dim=1)
-            basis = (self.config.visual_scale * basis).to(dtype)
-        slots = self.memory_slots
-        return MemoryView(key_features, value_features, basis, slots.key.to(dtype), slots.value.to(dtype))
+            basis = (self.config.visual_scale * self.projector.up()).to(dtype)
+        return MemoryView(key_features, value_features, basis, *self.memory_slots(dtype))
 
     @can_return_tuple
     def forward(
@@ -588,9 +578,6 @@ class DehvfModel(DehvfPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
         visual_memory: torch.Tensor | None = None,
         **kwargs,
@@ -606,54 +593,47 @@ class DehvfModel(DehvfPreTrainedModel):
         Raises:
             ValueError: if images and texts differ in number, or both `pixel_values` and `visual_memory` are given.
         """
-        if pixel_values is not None and visual_memory is not None:
-            raise ValueError("Both `pixel_values` and `visual_memory` were given. Give one of them.")
+        _check_one_of(pixel_values, visual_memory)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if self._adapter_enabled:
-            if self.training and self.positions and pixel_values is None and visual_memory is None:
+        if self.adapter_enabled:
+            if self.training and pixel_values is None and visual_memory is None:
                 # Half of ScienceQA has no image. Under ZeRO-3 and DDP all ranks must run the same modules at each
                 # step, so a batch without any image still runs the vision path, on one blank, to zero effect.
                 vision = self.config.vision_config
-                shape = (len(inputs_embeds), vision.num_channels, vision.image_size, vision.image_size)
-                pixel_values = inputs_embeds.new_zeros(shape)
-                image_mask = torch.zeros(shape[:1], dtype=torch.bool, device=pixel_values.device)
+                pixel_values = inputs_embeds.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+                image_mask = torch.zeros(1, dtype=torch.bool, device=pixel_values.device)
             if pixel_values is not None:
                 visual_memory = self.get_image_features(pixel_values, image_mask)
-            self._check_visual_memory(visual_memory, len(inputs_embeds))
+            if visual_memory is not None:
+                self._check_visual_memory(visual_memory, len(inputs_embeds))
             kwargs["memory_view"] = self._memory_view(visual_memory, inputs_embeds.dtype)
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
         return DehvfModelOutputWithPast(**outputs, visual_memory=visual_memory)
 
-    # Class-level, so that a model is complete without any call that would set it
-    _adapter_enabled = True
-
-    def _check_visual_memory(self, visual_memory: torch.Tensor | None, batch_size: int):
-        if visual_memory is None:
-            return
+    def _check_visual_memory(self, visual_memory: torch.Tensor, batch_size: int):
         config = self.config
-        expected = (
-            config.text_config.num_hidden_layers,
-            len(self.positions),
-            config.num_patches,
-            config.projector_hidden_size + 1,
-        )
-        if tuple(visual_memory.shape[1:]) != expected:
-            raise ValueError(
-                f"`visual_memory` has the shape {tuple(visual_memory.shape)}, but this model reads (batch_size, "
-                f"{', '.join(map(str, expected))}). Encode the images with `get_image_features` of this model."
-            )
+        sizes = (config.text_config.num_hidden_layers, len(config.memory_positions), config.num_patches)
+        _check_shape("visual_memory", visual_memory, (*sizes, config.projector_hidden_size + 1))
         if len(visual_memory) not in (1, batch_size):
             raise ValueError(
                 f"There are {len(visual_memory)} rows of images and {batch_size} texts. Give one row per text, and "
                 "mark texts without an image in `image_mask`, as this model's processor does."
             )
+
+
+def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]):
+    if tuple(tensor.shape[1:]) != expected:
+        source = {"pixel_values": "processor", "visual_memory": "`get_image_features`"}[name]
+        raise ValueError(
+            f"`{name}` has the shape {tuple(tensor.shape)}, but this model takes (batch_size, "
+            f"{', '.join(map(str, expected))}). Make it with this model's own {source}."
+        )
+
+
+def _check_one_of(pixel_values, visual_memory):
+    if pixel_values is not None and visual_memory is not None:
+        raise ValueError("Both `pixel_values` and `visual_memory` were given. Give one of them.")
 
 
 class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
@@ -662,62 +642,49 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
 
     Args:
         config ([`DehvfConfig`]): sizes and switches.
-        vision_tower (`PreTrainedModel`, *optional*): a loaded vision encoder.
-        causal_lm (`PreTrainedModel`, *optional*): a loaded language model with its head. Bases that are not given
-            are built with random weights.
+        vision_tower, causal_lm (`PreTrainedModel`, *optional*): loaded bases; built at random if not given.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
-    def __init__(
-        self,
-        config: DehvfConfig,
-        vision_tower: PreTrainedModel | None = None,
-        causal_lm: PreTrainedModel | None = None,
-    ):
+    def __init__(self, config: DehvfConfig, vision_tower=None, causal_lm=None):
         super().__init__(config)
-        if causal_lm is None:
-            causal_lm = AutoModelForCausalLM.from_config(config.text_config)
+        causal_lm = causal_lm or AutoModelForCausalLM.from_config(config.text_config)
         self.model = DehvfModel(config, vision_tower, causal_lm.base_model)
         self.lm_head = causal_lm.get_output_embeddings()
         self.lm_head._is_hf_initialized = True
         self.generation_config = causal_lm.generation_config
         self.post_init()
-        self.freeze()
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_adapter_name(name))
 
     # --- loading and saving ---
 
     @classmethod
-    def from_vision_text_pretrained(cls, vision_model: str, text_model: str, **kwargs):
+    def from_vision_text_pretrained(cls, vision_model: str | os.PathLike, text_model: str | os.PathLike, **kwargs):
         """
         New adapters on pretrained bases.
 
         Args:
-            vision_model, text_model (`str`): Hub id or folder of the vision encoder and of the language model.
+            vision_model, text_model: Hub id or folder of the vision encoder and of the language model.
             kwargs: fields of [`DehvfConfig`] go to the config (`num_memory_slots=400`,
                 `text_model_revision="0123abc"`); all others go to `from_pretrained` of the bases (`dtype`,
                 `device_map`, `quantization_config`, `attn_implementation`, `token`, `local_files_only`, ...).
         """
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in DehvfConfig.__dataclass_fields__}
-        dtype = fields.pop("dtype", None)
-        config = DehvfConfig(
-            **fields,
-            vision_model_id=_absolute_if_folder(vision_model),
-            text_model_id=_absolute_if_folder(text_model),
-            vision_config=_base_config(vision_model, fields.get("vision_model_revision"), kwargs, "vision_config"),
-            text_config=_base_config(text_model, fields.get("text_model_revision"), kwargs, "text_config"),
-        )
-        return cls._from_bases(config, config.vision_model_id, config.text_model_id, dtype=dtype, **kwargs)
+        own = DehvfConfig.__dataclass_fields__.keys() - {"dtype"}
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
+        for key, location in (("vision", vision_model), ("text", text_model)):
+            # A folder by its absolute path, so that a saved config finds it from everywhere
+            is_folder = os.path.isdir(location)
+            fields[f"{key}_model_id"] = os.path.abspath(location) if is_folder else str(location)
+            revision = fields.get(f"{key}_model_revision")
+            fields[f"{key}_config"] = _base_config(location, key, revision, _hub_kwargs(kwargs))
+        config = DehvfConfig(**fields)
+        return cls._from_bases(config, config.vision_model_id, config.text_model_id, **kwargs)
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *model_args,
-        config: DehvfConfig | None = None,
-        vision_model: str | os.PathLike | None = None,
-        text_model: str | os.PathLike | None = None,
-        **kwargs,
+        cls, pretrained_model_name_or_path, *model_args, config=None, vision_model=None, text_model=None, **kwargs
     ):
         """
         Loads the adapters from here and the frozen bases from their own places, at the revisions that the config
@@ -733,102 +700,53 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             ValueError: if adapters or a base do not fit the config: missing, unexpected or wrong-shaped tensors,
                 another width or depth.
         """
+        location = pretrained_model_name_or_path
         source = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
-        source.update({name: kwargs[name] for name in _HUB_KWARGS if name in kwargs})
-        for name in ("adapter_kwargs", "_from_auto", "trust_remote_code", "_from_pipeline"):
+        source |= _hub_kwargs(kwargs)
+        for name in ("adapter_kwargs", "_from_auto", "_from_pipeline", "trust_remote_code"):
             kwargs.pop(name, None)
         if config is None:
-            config, kwargs = DehvfConfig.from_pretrained(
-                pretrained_model_name_or_path,
-                return_unused_kwargs=True,
-                **source,
-                **{name: value for name, value in kwargs.items() if name not in source},
-            )
+            config, kwargs = DehvfConfig.from_pretrained(location, return_unused_kwargs=True, **{**kwargs, **source})
+            kwargs |= _hub_kwargs(source)
         # Before the bases, which may be many GB: a mistake here should not cost minutes
-        adapters = _load_adapters(pretrained_model_name_or_path, source)
+        adapters = _load_adapters(location, source)
         with torch.device("meta"):
-            cls(config)._check_adapters(adapters, pretrained_model_name_or_path)
-        for key, override in (("vision_model", vision_model), ("text_model", text_model)):
-            if override is None and getattr(config, f"{key}_id") is None:
-                raise ValueError(
-                    f"The config of {pretrained_model_name_or_path} has no `{key}_id`, so the frozen base cannot be "
-                    f"found. Pass `{key}=` with its Hub id or folder."
-                )
-        model = cls._from_bases(
-            config, vision_model or config.vision_model_id, text_model or config.text_model_id, **kwargs
-        )
-        model.load_state_dict(adapters, strict=False)
-        model.name_or_path = str(pretrained_model_name_or_path)
+            _check_adapters(adapters, cls(config).adapter_state_dict(), location)
+        places = {"vision": vision_model or config.vision_model_id, "text": text_model or config.text_model_id}
+        for key in (key for key, place in places.items() if place is None):
+            raise ValueError(
+                f"The config in {location} has no `{key}_model_id`, so the frozen base cannot be found. Pass "
+                f"`{key}_model=` with its Hub id or folder."
+            )
+        model = cls._from_bases(config, places["vision"], places["text"], **kwargs)
+        model.load_state_dict(adapters, strict=False)  # names and shapes were checked above; the bases are loaded
+        model.name_or_path = str(location)
         try:
-            model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **source)
+            model.generation_config = GenerationConfig.from_pretrained(location, **source)
         except OSError:
             logger.info("No generation_config.json beside the adapters; the language model's own is used.")
         return model
 
     @classmethod
-    def _from_bases(cls, config: DehvfConfig, vision_model, text_model, dtype=None, **kwargs):
+    def _from_bases(cls, config: DehvfConfig, vision_model, text_model, **kwargs):
         """Loads both bases as `transformers` does (shards, quantisation, ZeRO-3, ...) and puts new adapters on."""
-        shared = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        kwargs.setdefault("dtype", "auto")
         # `AutoModel.from_pretrained` has moved `attn_implementation` into the config, which hands it to both bases
         config._attn_implementation = kwargs.pop("attn_implementation", None) or config._attn_implementation
-        bases = {}
-        for key, auto_class, location, own in (
-            ("text", AutoModelForCausalLM, text_model, kwargs),
-            ("vision", AutoModel, vision_model, shared),
-        ):
-            # An override may be another place of the same base, which the pinned commit does not speak of
-            revision = None
-            if str(location) == getattr(config, f"{key}_model_id"):
-                revision = resolve_revision(
-                    location, getattr(config, f"{key}_model_revision"), **_revision_kwargs(own)
-                )
-                setattr(config, f"{key}_model_revision", getattr(revision, "resolved", revision))
-            base_config = _base_config(location, revision, own, f"{key}_config")
-            expected = getattr(config, f"{key}_config")
-            _check_base(location, base_config, expected)
-            base_config._attn_implementation = expected._attn_implementation
-            bases[key] = auto_class.from_pretrained(
-                location, config=base_config, revision=revision, dtype=dtype or "auto", **own
-            )
-        config.text_config, config.vision_config = bases["text"].config, bases["vision"].config
-        model = cls(config, bases["vision"], bases["text"])
-        if hasattr(bases["text"], "hf_device_map"):
-            model.hf_device_map = bases["text"].hf_device_map
-        for name in ("vision_tower", *ADAPTER_MODULES):
-            if (module := getattr(model.model, name, None)) is not None:
-                module.to(bases["text"].device)
-        for name, buffer in model.model.named_buffers(recurse=False):
-            setattr(model.model, name, buffer.to(bases["text"].device))
+        causal_lm = _load_base(AutoModelForCausalLM, text_model, "text", config, **kwargs)
+        shared = {"dtype": kwargs["dtype"], **_hub_kwargs(kwargs)}
+        vision_tower = _load_base(AutoModel, vision_model, "vision", config, **shared).to(causal_lm.device)
+        with causal_lm.device:
+            model = cls(config, vision_tower, causal_lm)
+        if hasattr(causal_lm, "hf_device_map"):
+            model.hf_device_map = causal_lm.hf_device_map
         return model.eval()
 
     def adapter_state_dict(self) -> dict[str, torch.Tensor]:
         """The trained tensors by their full names: all that `save_pretrained` writes."""
         return {name: parameter.detach() for name, parameter in self.named_parameters() if is_adapter_name(name)}
 
-    def _check_adapters(self, adapters: dict[str, torch.Tensor], location: str | os.PathLike):
-        expected = {name: tuple(tensor.shape) for name, tensor in self.adapter_state_dict().items()}
-        given = {name: tuple(tensor.shape) for name, tensor in adapters.items()}
-        problems = [f"missing: {name}" for name in expected.keys() - given.keys()]
-        problems += [f"unexpected: {name}" for name in given.keys() - expected.keys()]
-        problems += [
-            f"wrong shape: {name} is {given[name]}, the config asks for {expected[name]}"
-            for name in expected.keys() & given.keys()
-            if given[name] != expected[name]
-        ]
-        if problems:
-            shown = "\n  ".join(sorted(problems)[:10])
-            raise ValueError(
-                f"The adapters in {location} do not fit the config beside them ({len(problems)} problems):\n  {shown}"
-                "\nLoad them with the config that they were saved with."
-            )
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        **kwargs,
-    ):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs):
         """
         Writes the adapters alone (`model.safetensors`), the config with the ids and revisions of both bases, the
         code, and, unless the folder has one already, the processor of the bases. The frozen bases are not written.
@@ -840,7 +758,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             ValueError: if an adapter tensor is missing or empty, as happens when ZeRO-3 partitions were not gathered.
         """
         own = self.adapter_state_dict()
-        adapters = own if state_dict is None else {k: v for k, v in state_dict.items() if is_adapter_name(k)}
+        adapters = {name: tensor for name, tensor in (state_dict or own).items() if is_adapter_name(name)}
         empty = [name for name in own if name not in adapters or not adapters[name].numel()]
         if is_main_process and empty:
             raise ValueError(
@@ -849,39 +767,25 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
                 '"stage3_gather_16bit_weights_on_model_save" to true.'
             )
         super().save_pretrained(
-            save_directory,
-            is_main_process=is_main_process,
-            state_dict={name: tensor.contiguous() for name, tensor in adapters.items()},
-            save_original_format=False,
-            **kwargs,
+            save_directory, is_main_process, state_dict=adapters, save_original_format=False, **kwargs
         )
         if is_main_process and not os.path.isfile(os.path.join(save_directory, PROCESSOR_NAME)):
-            self._save_processor(save_directory)
+            bases = (self.model.vision_tower.name_or_path, self.model.language_model.name_or_path)
+            try:
+                DehvfProcessor.from_vision_text_pretrained(*bases).save_pretrained(save_directory)
+            except (OSError, ValueError):
+                logger.info(f"No processor in {bases}; save yours to {save_directory} to make it complete.")
 
-    def _save_processor(self, save_directory: str | os.PathLike):
-        places = [getattr(base, "name_or_path", "") for base in (self.model.vision_tower, self.model.language_model)]
-        try:
-            DehvfProcessor.from_vision_text_pretrained(*places).save_pretrained(save_directory)
-        except (OSError, ValueError):
-            logger.info(f"No processor in {places}; save yours to {save_directory} to make it complete.")
-
-    # --- training ---
-
-    def freeze(self):
-        """Lets exactly the adapters require gradients."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(is_adapter_name(name))
+    # --- computing ---
 
     @contextmanager
     def disable_adapter(self):
         """Inside this context the model is its language model alone, bit for bit, and images are not looked at."""
-        self.model._adapter_enabled = False
+        self.model.adapter_enabled = False
         try:
             yield
         finally:
-            self.model._adapter_enabled = True
-
-    # --- computing ---
+            self.model.adapter_enabled = True
 
     def get_image_features(
         self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None
@@ -910,15 +814,6 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits for the last so many positions only; 0 is all.
 
         All others as in [`DehvfModel.forward`].
-
-        Example:
-
-        ```python
-        >>> model = AutoModelForImageTextToText.from_pretrained("org/dehvf-llama7b", trust_remote_code=True)
-        >>> processor = AutoProcessor.from_pretrained("org/dehvf-llama7b", trust_remote_code=True)
-        >>> inputs = processor(images=image, text="What is this?", return_tensors="pt")
-        >>> processor.batch_decode(model.generate(**inputs, max_new_tokens=20), skip_special_tokens=True)
-        ```
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -933,13 +828,12 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        if softcap := getattr(self.config.text_config, "final_logit_softcapping", None):  # Gemma 2
+        text_config = self.config.text_config
+        if softcap := getattr(text_config, "final_logit_softcapping", None):  # Gemma 2
             logits = softcap * torch.tanh(logits / softcap)
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
         return DehvfCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -955,51 +849,51 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         `visual_memory` is an input like any other: batch first, repeated for beams, handed to every step.
         """
         pixel_values, image_mask = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_mask", None)
-        if pixel_values is not None and self.model._adapter_enabled:
-            if model_kwargs.get("visual_memory") is not None:
-                raise ValueError("Both `pixel_values` and `visual_memory` were given. Give one of them.")
-            model_kwargs["visual_memory"] = self.get_image_features(pixel_values.to(self.device), image_mask)
-        memory = model_kwargs.get("visual_memory")
-        if memory is not None and len(memory) == 1:
-            batch_size = len(input_ids if input_ids is not None else model_kwargs["inputs_embeds"])
-            model_kwargs["visual_memory"] = memory.expand(batch_size, *memory.shape[1:])
-        return super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-
-
-# Where to look for files: these concern the bases as much as the adapters.
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
-
-
-def _revision_kwargs(kwargs: dict) -> dict:
-    return {name: kwargs[name] for name in ("cache_dir", "local_files_only", "token") if name in kwargs}
-
-
-def _absolute_if_folder(location: str | os.PathLike) -> str:
-    """A folder's absolute path, so that a saved config finds it from everywhere; a Hub id as it is."""
-    return os.path.abspath(location) if os.path.isdir(location) else str(location)
-
-
-def _base_config(location, revision, kwargs: dict, key: str):
-    """The config of a base; of a two-tower model such as CLIP, the config of the tower that is meant."""
-    hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
-    config = AutoConfig.from_pretrained(location, revision=revision, **hub_kwargs)
-    return disable_dropout(getattr(config, key, config))
-
-
-def _check_base(location, found, expected):
-    """A base of another shape than the adapters were made for is refused before its weights are read."""
-    for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "image_size", "patch_size"):
-        if getattr(found, name, None) != getattr(expected, name, None):
-            raise ValueError(
-                f"The base in {location} has `{name}={getattr(found, name, None)}`, but the adapters were made for "
-                f"`{name}={getattr(expected, name, None)}`. Give the base that the adapters were trained on."
+        memory = model_kwargs.pop("visual_memory", None)
+        _check_one_of(pixel_values, memory)
+        if pixel_values is not None and self.model.adapter_enabled:
+            memory = self.get_image_features(pixel_values.to(self.device), image_mask)
+        if memory is not None:
+            batch_size = len(model_kwargs["inputs_embeds"] if input_ids is None else input_ids)
+            model_kwargs["visual_memory"] = (
+                memory.expand(batch_size, *memory.shape[1:]) if len(memory) == 1 else memory
             )
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
 
-def _load_adapters(location: str | os.PathLike, source: dict) -> dict[str, torch.Tensor]:
-    source = {name: value for name, value in source.items() if name != "proxies"}
+def _hub_kwargs(kwargs: dict) -> dict:
+    """Those that say how to look for files, which concerns the bases as much as the adapters."""
+    return {n: kwargs[n] for n in ("cache_dir", "force_download", "local_files_only", "token") if n in kwargs}
+
+
+def _base_config(location, key: str, revision, hub_kwargs: dict):
+    """The config of a base; of a two-tower model such as CLIP, the config of the tower that is meant."""
+    config = AutoConfig.from_pretrained(location, revision=revision, **hub_kwargs)
+    return disable_dropout(getattr(config, f"{key}_config", config))
+
+
+def _load_base(auto_class, location, key: str, config: DehvfConfig, **kwargs) -> PreTrainedModel:
+    """Loads a base and leaves its config and its commit in `config`. A base of another shape is refused before."""
+    revision = None
+    if str(location) == getattr(config, f"{key}_model_id"):  # the pinned commit does not speak of an override
+        hub_kwargs = {name: value for name, value in _hub_kwargs(kwargs).items() if name != "force_download"}
+        revision = resolve_revision(location, getattr(config, f"{key}_model_revision"), **hub_kwargs)
+        setattr(config, f"{key}_model_revision", getattr(revision, "resolved", revision))
+    found, expected = _base_config(location, key, revision, _hub_kwargs(kwargs)), getattr(config, f"{key}_config")
+    for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "image_size", "patch_size"):
+        sizes = getattr(found, name, None), getattr(expected, name, None)
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"The base in {location} has `{name}={sizes[0]}`, but the adapters were made for `{name}={sizes[1]}`. "
+                "Give the base that the adapters were trained on."
+            )
+    found._attn_implementation = expected._attn_implementation
+    base = auto_class.from_pretrained(location, config=found, revision=revision, **kwargs)
+    setattr(config, f"{key}_config", base.config)
+    return base
+
+
+def _load_adapters(location, source: dict) -> dict[str, torch.Tensor]:
     file = cached_file(location, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **source)
     if file is None:
         raise OSError(
@@ -1008,6 +902,21 @@ def _load_adapters(location: str | os.PathLike, source: dict) -> dict[str, torch
             "weights of the same shapes use `AutoModel.from_config(config, trust_remote_code=True)`."
         )
     return load_file(file)
+
+
+def _check_adapters(adapters: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], location):
+    problems = [f"missing: {name}" for name in expected.keys() - adapters.keys()]
+    problems += [f"unexpected: {name}" for name in adapters.keys() - expected.keys()]
+    for name in expected.keys() & adapters.keys():
+        given, asked = tuple(adapters[name].shape), tuple(expected[name].shape)
+        if given != asked:
+            problems.append(f"wrong shape: {name} is {given}, the config asks for {asked}")
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:10])
+        raise ValueError(
+            f"The adapters in {location} do not fit the config beside them ({len(problems)} problems):\n  {shown}\n"
+            "Load them with the config that they were saved with."
+        )
 
 
 DehvfForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

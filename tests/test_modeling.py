@@ -53,7 +53,7 @@ def reference_fusion_weights(model, class_features, layer, position):
 
     query_network, fuser = dehvf.fuser_query, dehvf.fuser
     if config.fuser_query == "tokens":
-        query = query_network.tokens[layer, dehvf.positions.index(position)]
+        query = query_network.tokens[layer, config.memory_positions.index(position)]
     else:
         query = query_network.layer_embedding[layer]
         if config.visual_prompts != "shared":
@@ -94,8 +94,9 @@ def reference_memory(model, pixel_values, layer):
         position = 0 if config.visual_prompts == "shared" else position
         weights = reference_fusion_weights(model, class_features, layer, position)
         fused = sum(weight * feature for weight, feature in zip(weights, patches))
-        projector = dehvf.projector
-        slots[: len(fused)] += config.visual_scale * projector.up(F.silu(projector.down(fused)))
+        down, up = dehvf.projector.down, dehvf.projector.up
+        projected = F.linear(F.silu(F.linear(fused, down.weight, down.bias)), up.weight, up.bias)
+        slots[: len(fused)] += config.visual_scale * projected
     return keys, values
 
 
