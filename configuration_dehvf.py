@@ -4,8 +4,14 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers.utils.versions import require_version
+
+
+# First of all, so that an older release says what it lacks and not which name could not be imported
+require_version("transformers>=5.23.0", "DEHVF needs it: pip install -U transformers")
+
+from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
+from transformers.configuration_utils import SubConfigSpec  # noqa: E402
 
 
 # Written to every config.json, so that a saved folder loads with its own code and never with that of the

@@ -197,6 +197,43 @@ def test_a_clip_with_both_towers_gives_its_vision_tower(saved, tmp_path):
         assert torch.equal(parameter, expected[name]), name
 
 
+def test_a_revision_of_the_adapters_never_reaches_a_base(saved, monkeypatch):
+    module = sys.modules[type(AutoModel.from_pretrained(saved / "adapter", trust_remote_code=True)).__module__]
+    revisions = {}
+    for name in ("AutoModel", "AutoModelForCausalLM", "AutoConfig"):
+        original = getattr(module, name).from_pretrained
+
+        def spy(location, *args, original=original, revision=None, **kwargs):
+            revisions.setdefault(str(location), set()).add(revision)
+            return original(location, *args, **kwargs)
+
+        monkeypatch.setattr(getattr(module, name), "from_pretrained", spy)
+    config = AutoConfig.from_pretrained(saved / "adapter", trust_remote_code=True)
+    config.text_model_revision, config.vision_model_revision = "text-commit", "vision-commit"
+    revisions.clear()
+    model_class = module.DehvfForConditionalGeneration
+    model_class.from_pretrained(saved / "adapter", config=config, revision="adapter-commit")
+    assert revisions == {str(saved / "text"): {"text-commit"}, str(saved / "vision"): {"vision-commit"}}
+
+
+def test_an_older_transformers_is_refused_by_its_version(saved):
+    run_fresh(
+        """
+        import importlib.metadata
+        import transformers
+        installed = importlib.metadata.version
+        importlib.metadata.version = lambda name: "4.57.0" if name == "transformers" else installed(name)
+        try:
+            transformers.AutoConfig.from_pretrained("adapter", trust_remote_code=True)
+        except ImportError as error:
+            assert "transformers>=5.23.0" in str(error) and "4.57.0" in str(error), error
+        else:
+            raise AssertionError("loaded")
+        """,
+        saved,
+    )
+
+
 @pytest.mark.parametrize("tie", [True, False])
 def test_tied_embeddings_stay_tied(tmp_path, tie):
     vision, text = save_tiny_bases(tmp_path, tie_word_embeddings=tie)
