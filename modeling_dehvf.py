@@ -293,24 +293,24 @@ class MemorySlots(nn.Module):
 
 class MemoryView(NamedTuple):
     """
-    What an FFN reads. A whole batch's view goes to the decoder layers, `layer(i)` to the FFN of layer `i`.
+    What an FFN reads. A whole batch's view goes to the decoder layers, `layer(i)` of it to the FFN of layer `i`.
 
-    key_features, value_features: `(batch_size, [num_language_layers,] num_patches, projector_hidden_size + 1)`; `None`
-        where keys or values carry no image.
+    key_features, value_features: `(batch_size, num_patches, projector_hidden_size + 1)`, in the whole view one for
+        each language layer; `None` where keys or values carry no image.
     basis: `(language_hidden_size, projector_hidden_size + 1)`, lambda times `W_2` with `b_2` as its last column.
     key_slots, value_slots: `(num_memory_slots, language_hidden_size)`.
     """
 
-    key_features: torch.Tensor | None
-    value_features: torch.Tensor | None
+    key_features: tuple[torch.Tensor, ...] | torch.Tensor | None
+    value_features: tuple[torch.Tensor, ...] | torch.Tensor | None
     basis: torch.Tensor | None
     key_slots: torch.Tensor
     value_slots: torch.Tensor
 
     def layer(self, index: int) -> "MemoryView":
         return self._replace(
-            key_features=None if self.key_features is None else self.key_features[:, index],
-            value_features=None if self.value_features is None else self.value_features[:, index],
+            key_features=self.key_features and self.key_features[index],
+            value_features=self.value_features and self.value_features[index],
         )
 
 
@@ -332,19 +332,24 @@ class MemoryFFN:
 
     def lookup(self, hidden_states: torch.Tensor, view: MemoryView) -> torch.Tensor:
         """`phi(x K^T) V` without ever building `K` or `V`. hidden_states and result: B T h."""
-        num_patches = view.key_features.shape[1] if view.key_features is not None else 0
         scores = F.linear(hidden_states, view.key_slots)  # B T S
-        if num_patches:
+        if view.key_features is not None:
             # Slots past the patches have no visual part, and a sample without an image has rows of zeros.
             visual = (hidden_states @ view.basis) @ view.key_features.transpose(1, 2)  # B T n
-            scores = torch.cat((scores[..., :num_patches] + visual, scores[..., num_patches:]), dim=-1)
+            first, rest = self._split(scores, view.key_features)
+            scores = torch.cat((first + visual, rest), dim=-1)
         weights = getattr(self, self.activation_name)(scores)
         weights = F.dropout(weights, self.memory_dropout, self.training)
         output = weights @ view.value_slots  # B T h
         if view.value_features is not None:
-            visual = weights[..., : view.value_features.shape[1]] @ view.value_features  # B T c+1
+            visual = self._split(weights, view.value_features)[0] @ view.value_features  # B T c+1
             output = output + F.linear(visual, view.basis)
         return output
+
+    @staticmethod
+    def _split(slots: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Slots with and without a patch. One `split`, whose backward writes the gradient once, unlike slices."""
+        return slots.split((features.shape[1], slots.shape[-1] - features.shape[1]), dim=-1)
 
 
 class MemoryLayer:
@@ -564,11 +569,12 @@ class DehvfModel(DehvfPreTrainedModel):
         """Brings the memory to the language model's dtype, once for all layers."""
         key_features = value_features = basis = None
         if visual_memory is not None:
-            visual_memory = visual_memory.to(dtype)
+            # `unbind` and not an index for each layer, whose backward would fill a whole memory with zeros each time
+            features = [memory.unbind(1) for memory in visual_memory.to(dtype).unbind(2)]  # P times D times B n c+1
             if self.config.visual_prompts != "values":
-                key_features = visual_memory[:, :, 0]
+                key_features = features[0]
             if self.config.visual_prompts != "keys":
-                value_features = visual_memory[:, :, -1]
+                value_features = features[-1]
             basis = (self.config.visual_scale * self.projector.up()).to(dtype)
         return MemoryView(key_features, value_features, basis, *self.memory_slots(dtype))
 
