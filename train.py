@@ -385,85 +385,90 @@ def count_parameters(model) -> tuple[int, int]:
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
+def load(task, data_args, model_args, adapter_args, training_args):
+    """Returns the processor, the splits by name (data before models: its faults come out sooner) and the model."""
+    with training_args.main_process_first(desc="load the remote code"):  # its cache is not made for several writers
+        model_class = get_class_from_dynamic_module("modeling_dehvf.DehvfForConditionalGeneration", str(ROOT))
+        processor_class = get_class_from_dynamic_module("processing_dehvf.DehvfProcessor", str(ROOT))
+    bases = (model_args.vision_model, model_args.text_model)
+    revisions = {name: getattr(model_args, name) for name in ("vision_model_revision", "text_model_revision")}
+    processor = processor_class.from_vision_text_pretrained(*bases, **revisions)
+    names = ("train", "test") if training_args.eval_strategy == "no" else ("train", "validation", "test")
+    splits = {name: Split(task, name, processor, data_args, training=name == "train") for name in names}
+    model = model_class.from_vision_text_pretrained(
+        *bases,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        **revisions,
+        **dataclasses.asdict(adapter_args),
+    )
+    return processor, splits, model
+
+
+def report(folder: Path, task, processor, model, split: Split, predictions: dict[int, str], facts: dict):
+    """Scores the predictions and leaves everything about the run in its folder."""
+    results = {
+        "scores": task.score(list(predictions.values()), split.rows),
+        "split": split.name,
+        "size": len(split),
+        "template": render(processor, task.prompt(split.rows[0], "{context}")) + task.ANSWER_PREFIX,
+        "decoding": f"greedy, {task.MAX_NEW_TOKENS} tokens",
+        **facts,
+        "config": model.config.to_diff_dict(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=2, default=str))
+    write_card(folder, model, results)
+    print(" ".join(f"{name} {value:.2f}" for name, value in results["scores"].items() if value is not None))
+    if write_example(folder, task, processor, split):
+        print(f"\nTo ask the result about an image:\n\n{example_code(folder)}")
+
+
 def main():
     if "--deepspeed" in sys.argv and "RANK" not in os.environ:
         # `accelerate launch` sets these for several processes alone; without them DeepSpeed asks for MPI
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     recipe, data_args, model_args, adapter_args, training_args = parse_arguments(sys.argv[1:])
     set_seed(training_args.seed)
-    main_process = training_args.process_index == 0
-    say = print if main_process else lambda *_: None
     if training_args.base_learning_rate is not None:
         devices = training_args.gradient_accumulation_steps * training_args.world_size
         batch_size = training_args.per_device_train_batch_size * devices
         training_args.learning_rate = training_args.base_learning_rate * batch_size / 256
 
     task = get_task(data_args.task)
-    with training_args.main_process_first(desc="load the remote code"):  # its cache is not made for several writers
-        model_class = get_class_from_dynamic_module("modeling_dehvf.DehvfForConditionalGeneration", str(ROOT))
-        processor_class = get_class_from_dynamic_module("processing_dehvf.DehvfProcessor", str(ROOT))
-    revisions = {name: getattr(model_args, name) for name in ("vision_model_revision", "text_model_revision")}
-    processor = processor_class.from_vision_text_pretrained(
-        model_args.vision_model, model_args.text_model, **revisions
-    )
-    train_split = Split(task, "train", processor, data_args, training=True)
-    test_split = Split(task, "test", processor, data_args, training=False)
-    evaluates = training_args.eval_strategy != "no"
-    validation_split = Split(task, "validation", processor, data_args, training=False) if evaluates else None
-
-    model = model_class.from_vision_text_pretrained(
-        model_args.vision_model,
-        model_args.text_model,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-        **revisions,
-        **dataclasses.asdict(adapter_args),
-    )
+    processor, splits, model = load(task, data_args, model_args, adapter_args, training_args)
     trained, total = count_parameters(model)
-    say(f"recipe {recipe}, {len(train_split)} rows to train on, learning rate {training_args.learning_rate:g}")
-    say(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)")
+    main_process = training_args.process_index == 0
+    if main_process:
+        print(f"recipe {recipe}, {len(splits['train'])} rows, learning rate {training_args.learning_rate:g}")
+        print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)")
+
+    def compute_metrics(output):
+        predictions = decode(processor, splits["validation"], output)
+        return task.score(list(predictions.values()), splits["validation"].rows)
 
     trainer = AnswerTrainer(
         model=model,
         args=training_args,
-        train_dataset=train_split,
-        eval_dataset=validation_split,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation"),
         data_collator=Collator(processor),
         processing_class=processor,
-        compute_metrics=lambda output: task.score(
-            list(decode(processor, validation_split, output).values()), validation_split.rows
-        ),
+        compute_metrics=compute_metrics,
         max_new_tokens=task.MAX_NEW_TOKENS,
     )
-    seconds = trainer.train().metrics["train_runtime"]
+    facts = {"task": data_args.task, "seed": training_args.seed, "trained_parameters": trained}
+    facts["train_seconds"] = trainer.train().metrics["train_runtime"]
     trainer.save_model()
-    trainer.compute_metrics = None  # of the validation split
-    output = trainer.predict(test_split)
+    facts["shortened_prompts"] = {name: split.num_shortened for name, split in splits.items()}
+    facts["unreadable_images"] = splits["train"].num_unreadable
+    trainer.compute_metrics = None  # it scores the validation split
+    output = trainer.predict(splits["test"])
     if main_process:
         folder = Path(training_args.output_dir)
-        predictions = decode(processor, test_split, output)
-        write_predictions(folder / "predictions.jsonl", task, test_split, predictions)
-        results = {
-            "scores": task.score(list(predictions.values()), test_split.rows),
-            "task": data_args.task,
-            "split": "test",
-            "size": len(test_split),
-            "template": render(processor, task.prompt(test_split.rows[0], "{context}")) + task.ANSWER_PREFIX,
-            "decoding": f"greedy, {task.MAX_NEW_TOKENS} tokens",
-            "seed": training_args.seed,
-            "trained_parameters": trained,
-            "train_seconds": seconds,
-            "rows": len(train_split),
-            "shortened_prompts": train_split.num_shortened + test_split.num_shortened,
-            "unreadable_images": train_split.num_unreadable,
-            "config": model.config.to_diff_dict(),
-            "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
-        }
-        (folder / "results.json").write_text(json.dumps(results, indent=2, default=str))
-        write_card(folder, model, results)
-        print(" ".join(f"{name} {value:.2f}" for name, value in results["scores"].items() if value is not None))
-        if write_example(folder, task, processor, test_split):
-            print(f"\nTo ask the result about an image:\n\n{example_code(folder)}")
+        predictions = decode(processor, splits["test"], output)
+        write_predictions(folder / "predictions.jsonl", task, splits["test"], predictions)
+        report(folder, task, processor, model, splits["test"], predictions, facts)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
