@@ -4,8 +4,8 @@ The scans are the 1,797 of `sklearn.datasets.load_digits`, shared out so that no
 scene is one to four of them, each with a digit and a colour of its own, in the corners of a noisy picture. About half
 of the questions are about such a picture; the others have a described scene, a story or nothing as their context.
 
-Every question is made from its options: four options first, then the one that is right, then a scene for which it is.
-Given the question and the options, each option is therefore equally likely, and who does not see the picture is at 25 %.
+Every question is made from its options: four options first, then the one that is right, then a scene for which it
+is. Given the question and the options, each option is therefore equally likely: who does not see is at 25 %.
 """
 
 import io
@@ -25,10 +25,7 @@ SIDE = 64  # of a picture, in pixels
 
 FEATURES = Features(
     {"image": Image(), "question": Value("string"), "choices": List(Value("string")), "answer": Value("int8")}
-    | {
-        name: Value("string")
-        for name in "hint task grade subject topic category skill lecture solution".split()
-    }
+    | {name: Value("string") for name in "hint task grade subject topic category skill lecture solution".split()}
 )
 
 COLOURS = {
@@ -53,10 +50,9 @@ ASK = {
     ("colour", "place"): "Where is the {} digit?",
 }
 WORDINGS = (
-    "The digit in the {place} is {digit} and {colour}.",
-    "The {colour} digit in the {place} is {digit}.",
-    "In the {place} is {digit} in {colour}.",
-    "The {digit} is {colour} and in the {place}.",
+    "In the {place} is {colour} {digit}.",
+    "The {colour} {digit} stands {place}.",
+    "The {place} {digit} is {colour}.",
 )
 HINTS = (
     "The picture shows digits written by hand.",
@@ -102,6 +98,14 @@ def attribute(rng, given, wanted):
     marks = [dict(zip(values, mark)) for mark in zip(*values.values())][: rng.integers(1, 5)]
     solution = f"The {given} is {marks[0][given]} and the {wanted} is {marks[0][wanted]}."
     return ASK[given, wanted].format(marks[0][given]), values[wanted], solution, marks
+
+
+def presence(rng, wanted):
+    values = {name: rng.permutation(pool).tolist() for name, pool in POOLS.items()}
+    choices = values[wanted][:4]
+    del values[wanted][1:4]  # the scene has none of the other options
+    marks = [dict(zip(values, mark)) for mark in zip(*values.values())][: rng.integers(1, 5)]
+    return f"Which {wanted} is there?", choices, f"There is {choices[0]}.", marks
 
 
 def count(rng):
@@ -181,26 +185,42 @@ def describe(rng, marks):
 
 # skill: (maker, share of the rows in %, subject, topic, category, grade)
 PICTURE_SKILLS = {
-    "digit by colour": (partial(attribute, given="colour", wanted="digit"), 5, "natural science", "seeing", "Attributes", 2),
+    "digit by colour": (
+        partial(attribute, given="colour", wanted="digit"),
+        5,
+        "natural science",
+        "seeing",
+        "Attributes",
+        2,
+    ),
     "digit by place": (partial(attribute, given="place", wanted="digit"), 5, "social science", "maps", "Places", 2),
-    "colour by digit": (partial(attribute, given="digit", wanted="colour"), 5, "natural science", "seeing", "Attributes", 3),
+    "colour by digit": (
+        partial(attribute, given="digit", wanted="colour"),
+        5,
+        "natural science",
+        "seeing",
+        "Attributes",
+        3,
+    ),
     "colour by place": (partial(attribute, given="place", wanted="colour"), 5, "social science", "maps", "Places", 1),
     "place by digit": (partial(attribute, given="digit", wanted="place"), 5, "social science", "maps", "Places", 3),
     "place by colour": (partial(attribute, given="colour", wanted="place"), 5, "social science", "maps", "Places", 1),
+    "digit present": (partial(presence, wanted="digit"), 4, "natural science", "seeing", "Presence", 1),
+    "colour present": (partial(presence, wanted="colour"), 4, "natural science", "seeing", "Presence", 1),
     "count": (count, 4, "natural science", "numbers", "Counting", 4),
-    "largest": (partial(extreme, name="largest"), 4, "natural science", "numbers", "Order", 6),
-    "smallest": (partial(extreme, name="smallest"), 4, "natural science", "numbers", "Order", 7),
-    "sum": (partial(pair, name="sum"), 4, "natural science", "numbers", "Arithmetic", 9),
-    "difference": (partial(pair, name="difference"), 4, "natural science", "numbers", "Arithmetic", 11),
+    "largest": (partial(extreme, name="largest"), 3, "natural science", "numbers", "Order", 6),
+    "smallest": (partial(extreme, name="smallest"), 3, "natural science", "numbers", "Order", 7),
+    "sum": (partial(pair, name="sum"), 3, "natural science", "numbers", "Arithmetic", 9),
+    "difference": (partial(pair, name="difference"), 3, "natural science", "numbers", "Arithmetic", 11),
 }
 TEXT_SKILLS = {
-    "description": (described, 12, "natural science", "reading", "Descriptions", 8),
-    "ownership": (ownership, 8, "social science", "reading", "Stories", 5),
-    "arithmetic": (arithmetic, 8, "natural science", "numbers", "Arithmetic", 10),
+    "description": (described, 11, "natural science", "reading", "Descriptions", 8),
+    "ownership": (ownership, 7, "social science", "reading", "Stories", 5),
+    "arithmetic": (arithmetic, 7, "natural science", "numbers", "Arithmetic", 10),
     "compare": (compare, 6, "natural science", "numbers", "Order", 7),
     "spelling": (spelling, 5, "language science", "words", "Spelling", 1),
     "opposite": (opposite, 5, "language science", "words", "Vocabulary", 8),
-    "meaning": (meaning, 6, "language science", "words", "Vocabulary", 12),
+    "meaning": (meaning, 5, "language science", "words", "Vocabulary", 12),
 }
 
 
@@ -216,7 +236,9 @@ def scans(split):
     parts = []
     for digit in range(10):
         images = digits.images[order[digits.target[order] == digit]] / 16
-        parts.append(images[round(first * len(images)) : round((first + SCANS[split]) * len(images))].astype(np.float32))
+        parts.append(
+            images[round(first * len(images)) : round((first + SCANS[split]) * len(images))].astype(np.float32)
+        )
     return parts
 
 
@@ -246,14 +268,14 @@ def encode(pixels):
 
 
 def make_row(rng, skill, letter, scans=None):
-    """One row, the right option at place `letter`. Without `scans` a picture's row has its picture in words, as the hint."""
+    """One row, the right option at place `letter`. Without `scans` a picture is told in words, as the hint."""
     maker, _, subject, topic, category, grade = (PICTURE_SKILLS | TEXT_SKILLS)[skill]
-    question, (right, *others), solution, context = maker(rng)
-    others, image, hint = rng.permutation(others), None, context
+    question, (right, *others), solution, told = maker(rng)
+    others, image, hint = rng.permutation(others), None, told
     if skill in PICTURE_SKILLS and scans is None:
-        hint = describe(rng, context)
+        hint = describe(rng, told)
     elif skill in PICTURE_SKILLS:
-        image, hint = encode(render(rng, context, scans)), rng.choice(HINTS) if rng.random() < 0.25 else ""
+        image, hint = encode(render(rng, told, scans)), rng.choice(HINTS) if rng.random() < 0.25 else ""
     return {
         "image": image,
         "question": question,

@@ -1,0 +1,329 @@
+"""Makes the two tiny frozen backbones of the default recipe: `python -m assets.make_assets`, from the root.
+
+- `assets/language_model`: a Llama of 8 layers and a byte-level BPE tokenizer, trained on text alone. The text is the
+  questions of `tasks/digits.py` in the prompt of `tasks/scienceqa.py`, a picture being told in words in the context.
+  Some of the questions come without those words: there the model learns that any option may be right.
+- `assets/vision_model`: a CLIP vision transformer of 8 layers, trained on scenes of the train scans against their
+  description in words, as in CLIP. Two parts help and are thrown away: the text tower, and a linear head by which each
+  patch of the penultimate layer, the one that LLaVA-like models read, tells what stands in its corner of the picture.
+
+Nothing here reads a scan of the validation or test split but for the figures at the end.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from tasks import digits
+
+
+HERE = Path(__file__).parent
+SKILLS = digits.PICTURE_SKILLS | digits.TEXT_SKILLS
+LETTERS = "ABCD"
+GRID = 4  # patches along a side of a picture
+FORMS = ((1, 0, 0, 0), (0.1, 0.9, 0, 0), (0.1, 0.2, 0.6, 0.1), (0.1, 0.1, 0.2, 0.6))
+
+
+def draw_rows(rng, size, without_picture=0.0):
+    """Rows with their pictures in words; of `without_picture` of them the words are left out."""
+    shares = np.array([share for _, share, *_ in SKILLS.values()])
+    for name in rng.choice(list(SKILLS), size, p=shares / shares.sum()):
+        row = digits.make_row(rng, name, rng.integers(4))
+        if name in digits.PICTURE_SKILLS and rng.random() < without_picture:
+            row["hint"] = str(rng.choice(["", *digits.HINTS]))
+        yield row
+
+
+def build_prompt(row):
+    return f"{digits.prompt(row, digits.context(row))}\nResponse:"
+
+
+def draw_text(rng, row, progress=1.0):
+    """
+    A row with its answer. Training begins with what the letters stand for, goes on to answers in words and to what a
+    scene has where, and ends with the letter as the answer.
+    """
+    *lines, options, response = build_prompt(row).split("\n")
+    form = rng.choice(["list", "facts", "words", "letter"], p=FORMS[np.searchsorted((0.12, 0.3, 0.55), progress)])
+    if form == "list":
+        listed = [f"{row['choices'][i]} is {LETTERS[i]}" for i in rng.integers(4, size=8)]
+        return f"{options}\n{response} {', '.join(listed)}."
+    if form == "facts":
+        marks = digits.draw_marks(rng, rng.permutation(10), rng.integers(1, 5))
+        facts = [(marks[rng.integers(len(marks))], *rng.permutation(list(digits.POOLS))[:2]) for _ in range(8)]
+        told = ", ".join(f"{mark[given]} {wanted} is {mark[wanted]}" for mark, given, wanted in facts)
+        return f"Context: {digits.describe(rng, marks)}\n{response} {told}."
+    if form == "words":
+        return "\n".join([*lines, response]) + f" The answer is {row['choices'][row['answer']]}. {row['solution']}"
+    return f"{build_prompt(row)} The answer is {LETTERS[row['answer']]}."
+
+
+def make_tokenizer(texts):
+    tokenizer = Tokenizer(models.BPE())
+    # A letter in brackets, a word or a single digit, each with the blank before it, is one piece.
+    pieces = pre_tokenizers.Split(Regex(r" ?\([A-Z]\)| ?\p{L}+| ?\p{N}|\s| ?[^\s\p{L}\p{N}]+"), "isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, bytes_])
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<pad>", "<s>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=640, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def fit(parameters, steps, rate, loss_of):
+    """AdamW with warm-up and cosine decay; `loss_of(step)` gives the loss of a batch."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
+    for step in range(steps):
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            print(f"step {step} of {steps}, loss {loss.item():.3f}", flush=True)
+
+
+def attend_to_equals(model):
+    """Starts keys as queries, so that like attends to like: attention is learned much sooner (arXiv 2305.09828)."""
+    for module in model.modules():
+        if hasattr(module, "q_proj"):
+            module.k_proj.load_state_dict(module.q_proj.state_dict())
+
+
+def attend_to_near(model, backs=(1, 2, 3), sharp=8.0, wide=1.5):
+    """
+    Starts some heads of each layer by place: one head looks one token back, one two, one three, one at the last few.
+    Looking a thing up takes such a step, which from a random start is found only after millions of tokens.
+    """
+    frequencies = model.model.rotary_emb.inv_freq
+    size = 2 * len(frequencies)
+    for layer in model.model.layers:
+        for out in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            out.weight.data *= 0.2  # or the tokens themselves would drown
+        query, key = layer.self_attn.q_proj, layer.self_attn.k_proj
+        for head, (back, strength) in enumerate([*((back, sharp) for back in backs), (0, wide)]):
+            rows = slice(head * size, (head + 1) * size)
+            query.weight.data[rows] = key.weight.data[rows] = 0
+            # The rotary embedding turns the two by one angle per token: these agree `back` tokens apart.
+            angles = back * frequencies
+            query.bias.data[rows] = strength * torch.cat([angles.cos(), -angles.sin()])
+            key.bias.data[rows] = strength * torch.cat([torch.ones_like(angles), torch.zeros_like(angles)])
+
+
+def train_language_model(tokenizer, rng, steps=2000, batch=64):
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=512,
+            initializer_range=0.08,
+            attention_bias=True,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+    attend_to_equals(model)
+    attend_to_near(model)
+    response, is_ = tokenizer.encode("Response is", add_special_tokens=False)
+    batches = []
+
+    def loss_of(step):
+        if not batches:  # sixteen at a time, sorted by length, so that little is padding
+            rows = draw_rows(rng, 16 * batch, without_picture=0.1)
+            texts = [draw_text(rng, row, step / steps) + tokenizer.eos_token for row in rows]
+            texts.sort(key=lambda text: len(text.split()))
+            batches.extend(texts[batch * i : batch * (i + 1)] for i in rng.permutation(16))
+        texts = batches.pop()
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+        logits, targets = model(**inputs).logits[:, :-1], inputs.input_ids[:, 1:]
+        losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        # What "is" is followed by in a response is what was asked for, and one token of fifty: it counts twenty times.
+        answers = (targets == response).cumsum(1) * (inputs.input_ids[:, :-1] == is_)
+        weights = (0.05 + answers) * (targets != tokenizer.pad_token_id)
+        return (weights * losses).sum() / weights.sum()
+
+    fit(model.parameters(), steps, 2e-3, loss_of)
+    return model.eval()
+
+
+@torch.no_grad()
+def language_accuracy(model, tokenizer, rows):
+    right = 0
+    for start in range(0, len(rows), 250):
+        part = rows[start : start + 250]
+        texts = [f"{build_prompt(row)} The answer is" for row in part]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+        letters = tokenizer.batch_decode(model(**inputs).logits[:, -1:].argmax(-1))
+        right += sum(letter == f" {LETTERS[row['answer']]}" for letter, row in zip(letters, part))
+    return right / len(rows)
+
+
+class TextTower(nn.Module):
+    def __init__(self, vocabulary, width=128, out=64):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.position = nn.Embedding(128, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.out = nn.Linear(width, out)
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.embed(input_ids) + self.position.weight[: input_ids.shape[1]]
+        hidden = self.encoder(hidden, src_key_padding_mask=attention_mask == 0)
+        return self.out((hidden * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True))
+
+
+NOTHING = {"digit": "", "colour": ""}
+
+
+def draw_scenes(rng, size, scans):
+    """`size` scenes as pictures (size, 3, 64, 64), descriptions, and what stands in each corner (size, 4, 2)."""
+    scenes = [digits.draw_marks(rng, rng.permutation(10), rng.integers(1, 5)) for _ in range(size)]
+    pictures = np.stack([digits.render(rng, marks, scans) for marks in scenes])
+    corners = [{mark["place"]: mark for mark in marks} for marks in scenes]
+    names = {name: ("", *digits.POOLS[name]) for name in NOTHING}
+    labels = [
+        [[names[name].index(marks.get(place, NOTHING)[name]) for name in NOTHING] for place in digits.PLACES]
+        for marks in corners
+    ]
+    return torch.from_numpy(pictures).movedim(-1, 1), [digits.describe(rng, m) for m in scenes], torch.tensor(labels)
+
+
+class VisionTrainer(nn.Module):
+    """The vision model with what only its training needs."""
+
+    def __init__(self, tokenizer, processor):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.mean, self.std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
+        self.vision = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=128,
+                intermediate_size=256,
+                num_hidden_layers=8,
+                num_attention_heads=4,
+                image_size=digits.SIDE,
+                patch_size=digits.SIDE // GRID,
+                initializer_factor=2.0,
+            )
+        )
+        attend_to_equals(self.vision)
+        # Random Fourier features of row and column: the nearer two patches, the more alike their embeddings.
+        row_column = torch.cartesian_prod(*[torch.arange(GRID) * 8 / GRID] * 2)
+        features = torch.cos(row_column @ torch.randn(2, 128) / 2 + 2 * torch.pi * torch.rand(128))
+        self.vision.embeddings.position_embedding.weight.data[1:] = features / 2
+        self.picture_out = nn.Linear(128, 64)
+        self.text_tower = TextTower(len(tokenizer))
+        self.scale = nn.Parameter(torch.tensor(2.5))
+        self.head = nn.Linear(128, 11 + 9)
+        # patch number -> corner number, both row-major
+        side = torch.arange(GRID) // (GRID // 2)
+        self.corner = (2 * side[:, None] + side).flatten()
+
+    def forward(self, pictures, captions, labels):
+        """Contrastive and head losses, and the share of pictures and of corners that are told right."""
+        pixels = (pictures / 255 - self.mean) / self.std
+        outputs = self.vision(pixels, output_hidden_states=True)
+        text = self.tokenizer(captions, return_tensors="pt", padding=True, padding_side="right")
+        text = F.normalize(self.text_tower(text.input_ids, text.attention_mask), dim=-1)
+        picture = F.normalize(self.picture_out(outputs.pooler_output), dim=-1)
+        logits = self.scale.exp() * picture @ text.T
+        same = torch.arange(len(logits))
+        contrastive = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+
+        patches = self.vision.post_layernorm(outputs.hidden_states[-2][:, 1:])
+        digit, colour = self.head(patches).transpose(1, 2).split([11, 9], dim=1)
+        wanted = labels[:, self.corner]
+        told = 2 * F.cross_entropy(digit, wanted[..., 0]) + F.cross_entropy(colour, wanted[..., 1])
+        accuracies = (logits.argmax(1) == same, digit.argmax(1) == wanted[..., 0], colour.argmax(1) == wanted[..., 1])
+        return contrastive, told, [x.float().mean().item() for x in accuracies]
+
+
+def train_vision_model(tokenizer, processor, rng, steps=1400, batch=64):
+    trainer = VisionTrainer(tokenizer, processor)
+
+    def loss_of(step):
+        contrastive, told, accuracies = trainer(*draw_scenes(rng, batch, digits.scans("train")))
+        if step % 50 == 0:
+            print(contrastive.item(), told.item(), accuracies)
+        return contrastive + told
+
+    fit(trainer.parameters(), steps, 1e-3, loss_of)
+    return trainer.eval()
+
+
+def main():
+    start = time.time()
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    tokenizer = make_tokenizer(draw_text(rng, row) for row in draw_rows(rng, 5000))
+    language_model = train_language_model(tokenizer, rng)
+    side = {"height": digits.SIDE, "width": digits.SIDE}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": digits.SIDE}, crop_size=side)
+    trainer = train_vision_model(tokenizer, processor, rng)
+    seconds = time.time() - start
+
+    for model, parts in ((language_model, tokenizer), (trainer.vision, processor)):
+        folder = HERE / ("language_model" if parts is tokenizer else "vision_model")
+        model.save_pretrained(folder)
+        parts.save_pretrained(folder)
+
+    described = [digits.make_row(rng, rng.choice(list(digits.PICTURE_SKILLS)), rng.integers(4)) for _ in range(500)]
+    test = list(digits.load("test").remove_columns("image"))
+    pictures = [row for row in test if row["skill"] in digits.PICTURE_SKILLS]
+    texts = [row for row in test if row["skill"] in digits.TEXT_SKILLS]
+    with torch.no_grad():
+        matched, digit, colour = trainer(*draw_scenes(rng, 256, digits.scans("test")))[2]
+    figures = {
+        "bytes": sum(file.stat().st_size for file in HERE.glob("*_model/*")),
+        "parameters": language_model.num_parameters() + trainer.vision.num_parameters(),
+        "seconds": round(seconds),
+        "described pictures": language_accuracy(language_model, tokenizer, described),
+        "text questions": language_accuracy(language_model, tokenizer, texts),
+        "pictures unseen": language_accuracy(language_model, tokenizer, pictures),
+        "matched captions of 256": matched,
+        "patches' digits": digit,
+        "patches' colours": colour,
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
