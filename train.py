@@ -430,6 +430,8 @@ def main():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     recipe, data_args, model_args, adapter_args, training_args = parse_arguments(sys.argv[1:])
     set_seed(training_args.seed)
+    if training_args.use_cpu:  # `accelerate launch` leaves each process a single thread
+        torch.set_num_threads(max(1, os.cpu_count() // training_args.world_size))
     if training_args.base_learning_rate is not None:
         devices = training_args.gradient_accumulation_steps * training_args.world_size
         batch_size = training_args.per_device_train_batch_size * devices
