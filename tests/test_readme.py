@@ -50,7 +50,7 @@ def test_the_main_job_scores_every_question_of_the_test_split(main_job):
 @pytest.mark.xfail(
     raises=AssertionError,
     strict=True,
-    reason="the embedded language model answers only half of the questions whose picture is told in words, and on "
+    reason="the embedded language model answers 62 % of the questions whose picture is told in words, and on "
     "these frozen backbones the adapters do not learn to see within the recipe's time",
 )
 def test_the_main_job_sees(main_job):
