@@ -5,7 +5,7 @@ Trains DEHVF adapters on frozen bases, evaluates them on the test split and save
     accelerate launch train.py                                          # recipes/digits.yaml, minutes on a CPU
     accelerate launch train.py --visual_prompts none --output_dir outputs/digits-blind
     accelerate launch train.py recipes/scienceqa-llama7b.yaml --per_device_train_batch_size 2
-    accelerate launch --num_processes 2 train.py --deepspeed ds_config.json
+    accelerate launch --num_processes 2 --use_deepspeed train.py --deepspeed ds_config.json
 
 A recipe is a YAML file of the flags that `--help` lists; flags beside it override it. `--output_dir` gets the adapters
 (`model.safetensors` and the files to load them), `README.md` (the card), `predictions.jsonl` and `results.json`.
