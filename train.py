@@ -229,6 +229,8 @@ class Split(torch.utils.data.Dataset):
         return len(self.encoded)
 
     def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):  # or `list(split)` would never end
+            raise IndexError(f"Row {index} was asked for, but the {self.name} split has {len(self)} rows.")
         for row in [*range(index, len(self)), *range(index)]:
             try:
                 image = read_image(self.rows[row]["image"])

@@ -1,9 +1,6 @@
 """The training script: its arguments, what it makes of rows, and whole runs in processes of their own."""
 
 import json
-import os
-import subprocess
-import sys
 
 import datasets
 import numpy as np
@@ -11,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import DEHVF_SIZES, ROOT, DehvfConfig, save_tiny_bases, tiny_processor
+from tiny import DEHVF_SIZES, DehvfConfig, run, save_tiny_bases, tiny_processor
 
 import train
 from tasks import get_task
@@ -211,17 +208,8 @@ def test_an_unknown_task_is_refused():
 # --- whole runs ---
 
 
-def run(command) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-4000:]
-    return process.stdout
-
-
 def launch(*arguments, launcher=()) -> str:
-    return run(
-        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launcher, "train.py", *arguments]
-    )
+    return run("accelerate", "launch", *launcher, "train.py", *arguments)
 
 
 TINY_ADAPTERS = [word for name, value in DEHVF_SIZES.items() for word in (f"--{name}", value)]
@@ -255,7 +243,7 @@ def test_the_scienceqa_recipe_trains_on_a_stand_in(scienceqa, tmp_path, launcher
     assert {"NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "average"} <= results["scores"].keys()
     assert results["scores"]["count"] == results["size"] == 4
     code = printed[printed.index("from PIL import Image") :]
-    assert "Response:" in run([sys.executable, "-c", code]), "the lines of Python that a run ends with work"
+    assert "Response:" in run("python", "-c", code), "the lines of Python that a run ends with work"
     card = (output / "README.md").read_text()
     assert code.strip() in card and "pipeline_tag: image-text-to-text" in card
 
