@@ -2,7 +2,7 @@
 
 The scans are the 1,797 of `sklearn.datasets.load_digits`, shared out so that no two splits have a scan in common. A
 scene is one to four of them, each with a digit and a colour of its own, in the corners of a noisy picture. About half
-of the questions are about such a picture; the others have a described scene, a story or nothing as their context.
+of the questions are about such a picture; the others have a story or nothing as their context.
 
 Every question is made from its options: four options first, then the one that is right, then a scene for which it
 is. Given the question and the options, each option is therefore equally likely: who does not see is at 25 %.
@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from tasks.scienceqa import ANSWER_PREFIX, COLUMNS, MAX_NEW_TOKENS, answer, context, prompt, score  # noqa: F401
 
 
-SIZES = {"train": 10000, "validation": 500, "test": 1000}
+SIZES = {"train": 40000, "validation": 500, "test": 1000}
 SCANS = {"train": 0.7, "validation": 0.1, "test": 0.2}  # share of each digit's scans
 SIDE = 64  # of a picture, in pixels
 
@@ -48,12 +48,10 @@ ASK = {
     ("place", "colour"): "What colour is the digit in the {}?",
     ("digit", "place"): "Where is the {}?",
     ("colour", "place"): "Where is the {} digit?",
+    (None, "digit"): "Which digit is there?",
+    (None, "colour"): "Which colour is there?",
+    (None, "place"): "Where is a digit?",
 }
-WORDINGS = (
-    "In the {place} is {colour} {digit}.",
-    "The {colour} {digit} stands {place}.",
-    "The {place} {digit} is {colour}.",
-)
 HINTS = (
     "The picture shows digits written by hand.",
     "Each digit has a colour of its own.",
@@ -80,6 +78,49 @@ KINDS = {
     "an animal": ("cat", "dog", "horse", "sheep", "mouse", "duck"),
     "a fruit": ("apple", "pear", "plum", "cherry", "grape", "fig"),
 }
+# What is to be known by heart: things by their value, how to ask for the value, how to ask for the thing
+KNOWN = {
+    "spelling": (
+        {str(digit): (word,) for digit, word in enumerate(SPELLED)},
+        "Which digit is {}?",
+        "How do you spell {}?",
+    ),
+    "colours": (
+        {
+            "red": ("tomato", "cherry", "rose"),
+            "orange": ("carrot", "pumpkin", "fox"),
+            "yellow": ("banana", "lemon", "sun"),
+            "green": ("grass", "frog", "leaf"),
+            "cyan": ("lagoon", "glacier", "mint"),
+            "blue": ("sky", "sea", "whale"),
+            "purple": ("plum", "violet", "grape"),
+            "white": ("snow", "milk", "swan"),
+        },
+        "What colour is the {}?",
+        "Which thing is {}?",
+    ),
+    "countries": (
+        {
+            "northwest": ("Ireland", "Iceland", "Scotland", "Wales"),
+            "northeast": ("Finland", "Estonia", "Latvia", "Russia"),
+            "southwest": ("Spain", "Portugal", "Andorra", "Morocco"),
+            "southeast": ("Greece", "Turkey", "Cyprus", "Bulgaria"),
+        },
+        "Where is {}?",
+        "Which country is in the {}?",
+    ),
+    "legs": (
+        {
+            "0": ("snake", "fish", "worm"),
+            "2": ("duck", "hen", "goose"),
+            "4": ("dog", "cat", "horse"),
+            "6": ("bee", "ant", "fly"),
+            "8": ("spider", "crab", "tick"),
+        },
+        "How many legs has the {}?",
+        "Which animal has {} legs?",
+    ),
+}
 
 
 # Questions. Each maker returns the question, the options with the right one first, the solution and the context: the
@@ -105,7 +146,7 @@ def presence(rng, wanted):
     choices = values[wanted][:4]
     del values[wanted][1:4]  # the scene has none of the other options
     marks = [dict(zip(values, mark)) for mark in zip(*values.values())][: rng.integers(1, 5)]
-    return f"Which {wanted} is there?", choices, f"There is {choices[0]}.", marks
+    return ASK[None, wanted], choices, f"There is {choices[0]}.", marks
 
 
 def count(rng):
@@ -144,10 +185,14 @@ def compare(rng):
     return f"Which number is the {name}?", choices, f"The {name} number is {choices[0]}.", ""
 
 
-def spelling(rng):
-    choices = rng.permutation(10)[:4]
-    words = [SPELLED[n] for n in choices]
-    return f"How do you spell {choices[0]}?", words, f"{choices[0]} is spelled {words[0]}.", ""
+def known(rng, name):
+    things, ask_value, ask_thing = KNOWN[name]
+    values = rng.permutation(list(things))[:4]
+    names = [rng.choice(things[value]) for value in values]
+    solution = f"What goes with {names[0]} is {values[0]}."
+    if rng.random() < 0.5:
+        return ask_value.format(names[0]), values, solution, ""
+    return ask_thing.format(values[0]), names, solution, ""
 
 
 def opposite(rng):
@@ -159,68 +204,52 @@ def opposite(rng):
 def meaning(rng):
     names = rng.permutation(list(KINDS))
     choices = [rng.choice(KINDS[name]) for name in names]
-    return f"Which word is {names[0]}?", choices, f"The word {choices[0]} is {names[0]}.", ""
+    return f"Which word is {names[0]}?", choices, f"The {choices[0]} is {names[0]}.", ""
 
 
 def ownership(rng):
     people, numbers, goods = rng.permutation(PEOPLE)[:4], rng.permutation(10)[:4], rng.choice(GOODS)
-    story = " ".join(f"{who} has {n} {goods}." for who, n in sorted(zip(people, numbers)))
+    story = f"Of {goods} {', '.join(f'{who} has {n}' for who, n in sorted(zip(people, numbers)))}."
     solution = f"{people[0]} has {numbers[0]} {goods}."
     if rng.random() < 0.5:
         return f"Who has {numbers[0]} {goods}?", people, solution, story
     return f"How many {goods} does {people[0]} have?", numbers, solution, story
 
 
-def described(rng):
-    """A picture's question with the picture in words."""
-    maker = list(PICTURE_SKILLS.values())[rng.integers(len(PICTURE_SKILLS))][0]
-    question, choices, solution, marks = maker(rng)
-    return question, choices, solution, describe(rng, marks)
-
-
 def describe(rng, marks):
-    """The scene in words, a sentence a mark, in any order."""
-    return " ".join(rng.choice(WORDINGS).format(**mark) for mark in rng.permutation(marks))
+    """The scene in words, mark by mark, in any order."""
+    return ", ".join("{colour} {digit} {place}".format(**mark) for mark in rng.permutation(marks)) + "."
 
+
+NATURAL, SOCIAL, LANGUAGE = "natural science", "social science", "language science"
 
 # skill: (maker, share of the rows in %, subject, topic, category, grade)
 PICTURE_SKILLS = {
-    "digit by colour": (
-        partial(attribute, given="colour", wanted="digit"),
-        5,
-        "natural science",
-        "seeing",
-        "Attributes",
-        2,
-    ),
-    "digit by place": (partial(attribute, given="place", wanted="digit"), 5, "social science", "maps", "Places", 2),
-    "colour by digit": (
-        partial(attribute, given="digit", wanted="colour"),
-        5,
-        "natural science",
-        "seeing",
-        "Attributes",
-        3,
-    ),
-    "colour by place": (partial(attribute, given="place", wanted="colour"), 5, "social science", "maps", "Places", 1),
-    "place by digit": (partial(attribute, given="digit", wanted="place"), 5, "social science", "maps", "Places", 3),
-    "place by colour": (partial(attribute, given="colour", wanted="place"), 5, "social science", "maps", "Places", 1),
-    "digit present": (partial(presence, wanted="digit"), 4, "natural science", "seeing", "Presence", 1),
-    "colour present": (partial(presence, wanted="colour"), 4, "natural science", "seeing", "Presence", 1),
-    "count": (count, 4, "natural science", "numbers", "Counting", 4),
-    "largest": (partial(extreme, name="largest"), 3, "natural science", "numbers", "Order", 6),
-    "smallest": (partial(extreme, name="smallest"), 3, "natural science", "numbers", "Order", 7),
-    "sum": (partial(pair, name="sum"), 3, "natural science", "numbers", "Arithmetic", 9),
-    "difference": (partial(pair, name="difference"), 3, "natural science", "numbers", "Arithmetic", 11),
+    "digit present": (partial(presence, wanted="digit"), 8, NATURAL, "seeing", "Presence", 1),
+    "colour present": (partial(presence, wanted="colour"), 8, NATURAL, "seeing", "Presence", 1),
+    "place present": (partial(presence, wanted="place"), 4, SOCIAL, "maps", "Presence", 1),
+    "digit by colour": (partial(attribute, given="colour", wanted="digit"), 5, NATURAL, "seeing", "Attributes", 2),
+    "digit by place": (partial(attribute, given="place", wanted="digit"), 4, SOCIAL, "maps", "Places", 2),
+    "colour by digit": (partial(attribute, given="digit", wanted="colour"), 5, NATURAL, "seeing", "Attributes", 3),
+    "colour by place": (partial(attribute, given="place", wanted="colour"), 4, SOCIAL, "maps", "Places", 1),
+    "place by digit": (partial(attribute, given="digit", wanted="place"), 4, SOCIAL, "maps", "Places", 3),
+    "place by colour": (partial(attribute, given="colour", wanted="place"), 4, SOCIAL, "maps", "Places", 1),
+    "count": (count, 3, NATURAL, "numbers", "Counting", 4),
+    "largest": (partial(extreme, name="largest"), 1, NATURAL, "numbers", "Order", 6),
+    "smallest": (partial(extreme, name="smallest"), 1, NATURAL, "numbers", "Order", 7),
+    "sum": (partial(pair, name="sum"), 2, NATURAL, "numbers", "Arithmetic", 9),
+    "difference": (partial(pair, name="difference"), 1, NATURAL, "numbers", "Arithmetic", 11),
 }
 TEXT_SKILLS = {
-    "description": (described, 11, "natural science", "reading", "Descriptions", 8),
-    "ownership": (ownership, 7, "social science", "reading", "Stories", 5),
-    "arithmetic": (arithmetic, 7, "natural science", "numbers", "Arithmetic", 10),
-    "compare": (compare, 6, "natural science", "numbers", "Order", 7),
-    "spelling": (spelling, 5, "language science", "words", "Spelling", 1),
-    "opposite": (opposite, 5, "language science", "words", "Vocabulary", 8),
-    "meaning": (meaning, 5, "language science", "words", "Vocabulary", 12),
+    "countries": (partial(known, name="countries"), 7, SOCIAL, "maps", "Places", 8),
+    "colours": (partial(known, name="colours"), 6, NATURAL, "seeing", "Attributes", 3),
+    "legs": (partial(known, name="legs"), 5, NATURAL, "numbers", "Counting", 4),
+    "arithmetic": (arithmetic, 6, NATURAL, "numbers", "Arithmetic", 10),
+    "compare": (compare, 4, NATURAL, "numbers", "Order", 7),
+    "ownership": (ownership, 4, SOCIAL, "reading", "Stories", 5),
+    "spelling": (partial(known, name="spelling"), 5, LANGUAGE, "words", "Spelling", 1),
+    "opposite": (opposite, 5, LANGUAGE, "words", "Vocabulary", 8),
+    "meaning": (meaning, 4, LANGUAGE, "words", "Vocabulary", 12),
 }
 
 
@@ -268,14 +297,12 @@ def encode(pixels):
 
 
 def make_row(rng, skill, letter, scans=None):
-    """One row, the right option at place `letter`. Without `scans` a picture is told in words, as the hint."""
+    """One row, the right option at place `letter`. Without `scans` a question about a picture has none."""
     maker, _, subject, topic, category, grade = (PICTURE_SKILLS | TEXT_SKILLS)[skill]
     question, (right, *others), solution, told = maker(rng)
     others, image, hint = rng.permutation(others), None, told
-    if skill in PICTURE_SKILLS and scans is None:
-        hint = describe(rng, told)
-    elif skill in PICTURE_SKILLS:
-        image, hint = encode(render(rng, told, scans)), rng.choice(HINTS) if rng.random() < 0.25 else ""
+    if skill in PICTURE_SKILLS:
+        image, hint = scans and encode(render(rng, told, scans)), rng.choice(HINTS) if rng.random() < 0.25 else ""
     return {
         "image": image,
         "question": question,
@@ -293,8 +320,21 @@ def make_row(rng, skill, letter, scans=None):
     }
 
 
+def from_easy_to_hard(rng, names):
+    """What there is before where it is, then what follows from it: nobody can count digits who never saw one."""
+
+    def place(name):
+        if name.endswith("present"):
+            return rng.uniform(0, 0.4)
+        if " by " in name:
+            return rng.uniform(0.15, 1)
+        return rng.uniform(0.4 if name in PICTURE_SKILLS else 0.15, 1)
+
+    return sorted(names, key=place)
+
+
 def load(split: str, path: None = None, seed: int = 0, size: int | None = None) -> Dataset:
-    """The rows of a split, the same for the same seed; `size` defaults to 10,000 / 500 / 1,000."""
+    """The rows of a split, the same for the same seed; `size` defaults to 40,000 / 500 / 1,000."""
     if path is not None:
         raise ValueError(f"path is {path!r}, but `digits` is made at run time and read from nowhere. Leave it out.")
     if split not in SIZES:
@@ -305,6 +345,8 @@ def load(split: str, path: None = None, seed: int = 0, size: int | None = None) 
     rng = np.random.default_rng([seed, list(SIZES).index(split)])
     skills = PICTURE_SKILLS | TEXT_SKILLS
     names = rng.choice(list(skills), size, p=[share / 100 for _, share, *_ in skills.values()])
+    if split == "train":
+        names = from_easy_to_hard(rng, names)
     letters = rng.permutation(size) % 4
     rows = [make_row(rng, name, letter, scans(split)) for name, letter in zip(names, letters)]
     return Dataset.from_list(rows, features=FEATURES)

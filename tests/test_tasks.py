@@ -64,6 +64,12 @@ def test_half_of_digits_is_text_and_the_rest_needs_the_image(rows):
             assert ((images == has_image) & (hints == has_hint)).sum() > 20
 
 
+def test_digits_teaches_what_there_is_before_what_follows_from_it():
+    skills = [skill for skill in digits.load("train", size=2000)["skill"] if skill in digits.PICTURE_SKILLS]
+    assert {"digit present", "colour present", "place present"} == set(skills[:100])
+    assert {"count", "sum", "place by digit"} <= set(skills[-300:])
+
+
 def test_correct_letters_of_digits_are_balanced(rows):
     images = np.array(scienceqa.rows_with_image(rows["train"]))
     counts = np.bincount(np.array(rows["train"]["answer"])[images], minlength=4) / images.sum()
