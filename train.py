@@ -14,6 +14,7 @@ A recipe is a YAML file of the flags that `--help` lists; flags beside it overri
 import dataclasses
 import difflib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -231,7 +232,7 @@ class Split(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):  # or `list(split)` would never end
             raise IndexError(f"Row {index} was asked for, but the {self.name} split has {len(self)} rows.")
-        for row in [*range(index, len(self)), *range(index)]:
+        for row in itertools.chain(range(index, len(self)), range(index)):
             try:
                 image = read_image(self.rows[row]["image"])
             except Exception as error:  # PIL raises many kinds

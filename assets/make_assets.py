@@ -30,10 +30,10 @@ from transformers import (
 )
 
 from tasks import digits
+from tasks.scienceqa import letter
 
 
 HERE = Path(__file__).parent
-LETTERS = "ABCD"
 GRID = 4  # patches along a side of a picture
 FORMS = ((1, 0, 0, 0), (0.1, 0.9, 0, 0), (0.1, 0.2, 0.5, 0.2), (0.05, 0.05, 0.15, 0.75))
 
@@ -78,14 +78,14 @@ def draw_text(rng, row, progress=1.0):
     *lines, options, response = build_prompt(row).split("\n")
     form = rng.choice(["list", "facts", "words", "letter"], p=FORMS[np.searchsorted((0.06, 0.2, 0.35), progress)])
     if form == "list":
-        listed = [f"{row['choices'][i]} is {LETTERS[i]}" for i in rng.integers(4, size=8)]
+        listed = [f"{row['choices'][i]} is {letter(i)}" for i in rng.integers(4, size=8)]
         return f"{options}\n{response} {', '.join(listed)}."
     if form == "facts":
         told, facts = draw_facts(rng)
         return f"Context: {told or 'N/A'}\n{response} {', '.join(rng.choice(facts, 8))}."
     if form == "words" and row["skill"] in digits.TEXT_SKILLS:
         return "\n".join([*lines, response]) + f" The answer is {row['choices'][row['answer']]}. {row['solution']}"
-    return f"{build_prompt(row)} The answer is {LETTERS[row['answer']]}."
+    return f"{build_prompt(row)} {digits.answer(row)}"
 
 
 def make_tokenizer(texts):
@@ -205,10 +205,10 @@ def language_accuracy(model, tokenizer, rows):
     right = 0
     for start in range(0, len(rows), 250):
         part = rows[start : start + 250]
-        texts = [f"{build_prompt(row)} The answer is" for row in part]
+        texts = [build_prompt(row) + digits.ANSWER_PREFIX for row in part]
         inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
         letters = tokenizer.batch_decode(model(**inputs).logits[:, -1:].argmax(-1))
-        right += sum(letter == f" {LETTERS[row['answer']]}" for letter, row in zip(letters, part))
+        right += sum(given == f" {letter(row['answer'])}" for given, row in zip(letters, part))
     return right / len(rows)
 
 

@@ -323,14 +323,14 @@ def make_row(rng, skill, letter, scans=None):
 def from_easy_to_hard(rng, names):
     """What there is before where it is, then what follows from it: nobody can count digits who never saw one."""
 
-    def place(name):
+    def position(name):
         if name.endswith("present"):
             return rng.uniform(0, 0.4)
         if " by " in name:
             return rng.uniform(0.15, 1)
         return rng.uniform(0.4 if name in PICTURE_SKILLS else 0.15, 1)
 
-    return sorted(names, key=place)
+    return sorted(names, key=position)
 
 
 def load(split: str, path: None = None, seed: int = 0, size: int | None = None) -> Dataset:
