@@ -1,11 +1,12 @@
 """Makes the two tiny frozen backbones of the default recipe: `python -m assets.make_assets`, from the root.
 
-- `assets/language_model`: a Llama of 8 layers and a byte-level BPE tokenizer, trained on text alone: what is to be
+- `assets/language_model`: a Llama of 8 layers and a byte-level BPE tokenizer, trained on words alone: what is to be
   known for the text questions of `tasks/digits.py`, and those questions in their prompt. Questions about a picture it
-  reads without any, and learns that it cannot know.
+  reads either with the scene told by words that are added to its hidden states (see `Teller`), or with nothing, and
+  learns that then it cannot know.
 - `assets/vision_model`: a CLIP vision transformer of 8 layers, trained on scenes of the train scans against their
   description in words, as in CLIP. Two parts help and are thrown away: the text tower, and a linear head by which each
-  patch of the penultimate layer, the one that LLaVA-like models read, tells what stands in its corner of the picture.
+  patch, from the third layer on, tells what stands in its corner of the picture.
 
 Nothing here reads a scan of the validation or test split but for the figures at the end.
 """
@@ -36,21 +37,24 @@ from tasks.scienceqa import letter
 HERE = Path(__file__).parent
 GRID = 4  # patches along a side of a picture
 FORMS = ((1, 0, 0, 0), (0.1, 0.9, 0, 0), (0.1, 0.2, 0.5, 0.2), (0.05, 0.05, 0.15, 0.75))
+WORDS = [word for pool in digits.POOLS.values() for word in pool]
+TOLD_LAYERS = 6  # of the states before the layers, how many are told something: the embeddings and five more
 
 
-def draw_rows(rng, size, blind=0.15):
+def draw_rows(rng, size, shown):
     """
-    Text-only rows, some of them with a hint that does not matter. `blind` of the rows ask about a picture that is not
-    there: from them the model learns that it cannot know.
+    Rows and the marks of their scenes. `shown` of the rows are about a scene that the model is told of, see `Teller`,
+    others are text-only, some of them with a hint that does not matter, and 15 % of those ask about a picture that is
+    not there: from them the model learns that it cannot know.
     """
-    shares = np.array([share for _, share, *_ in digits.TEXT_SKILLS.values()])
-    for name in rng.choice(list(digits.TEXT_SKILLS), size, p=shares / shares.sum()):
-        if rng.random() < blind:
-            name = rng.choice(list(digits.PICTURE_SKILLS))
-        row = digits.make_row(rng, name, rng.integers(4))
+    for _ in range(size):
+        is_shown, is_blind = rng.random(2) < (shown, 0.15)
+        skills = digits.PICTURE_SKILLS if is_shown or is_blind else digits.TEXT_SKILLS
+        shares = np.array([share for _, share, *_ in skills.values()])
+        row, marks = digits.make_row(rng, rng.choice(list(skills), p=shares / shares.sum()), rng.integers(4))
         if not row["hint"] and rng.random() < 0.3:
             row["hint"] = str(rng.choice([*digits.HINTS, *digits.LECTURES.values()]))
-        yield row
+        yield row, marks if is_shown else []
 
 
 def build_prompt(row):
@@ -70,20 +74,23 @@ def draw_facts(rng):
     return "", [f"{name} is {value}" for things in tables for value in things for name in things[value]]
 
 
-def draw_text(rng, row, progress=1.0):
+def draw_text(rng, row, marks, progress=1.0):
     """
     A row with its answer. Training begins with what the letters stand for, goes on to facts and to answers in words,
     and ends with the letter as the answer.
     """
     *lines, options, response = build_prompt(row).split("\n")
-    form = rng.choice(["list", "facts", "words", "letter"], p=FORMS[np.searchsorted((0.06, 0.2, 0.35), progress)])
+    shares = FORMS[np.searchsorted((0.06, 0.2, 0.35), progress)]
+    if marks:
+        shares = (0, 0, 0.2, 0.8) if progress > 0.35 else (0, 0, 0.6, 0.4)
+    form = rng.choice(["list", "facts", "words", "letter"], p=shares)
     if form == "list":
         listed = [f"{row['choices'][i]} is {letter(i)}" for i in rng.integers(4, size=8)]
         return f"{options}\n{response} {', '.join(listed)}."
     if form == "facts":
         told, facts = draw_facts(rng)
         return f"Context: {told or 'N/A'}\n{response} {', '.join(rng.choice(facts, 8))}."
-    if form == "words" and row["skill"] in digits.TEXT_SKILLS:
+    if form == "words" and (marks or row["skill"] in digits.TEXT_SKILLS):
         return "\n".join([*lines, response]) + f" The answer is {row['choices'][row['answer']]}. {row['solution']}"
     return f"{build_prompt(row)} {digits.answer(row)}"
 
@@ -156,59 +163,129 @@ def attend_to_near(model, backs=(1, 2, 3), sharp=8.0, wide=1.5):
             key.bias.data[rows] = strength * torch.cat([torch.ones_like(angles), torch.zeros_like(angles)])
 
 
-def train_language_model(tokenizer, steps=3500, batch=64):
+class Teller:
+    """
+    Tells a language model of scenes by adding words to its hidden states, not by giving it more to read.
+
+    Whatever adapts a frozen model changes its hidden states and relies on the model to take what is added as said. A
+    large model does so. A small one only does what its texts asked for, so this is asked for too. What is added are
+    the embeddings of words: nothing here has seen a picture.
+    """
+
+    def __init__(self, model, tokenizer):
+        self.embedding, self.amounts = model.model.embed_tokens.weight, None
+        self.words = [tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in WORDS]
+        self.newline, self.is_ = (tokenizer.encode(text, add_special_tokens=False)[0] for text in ("\n", " is"))
+        for index, module in enumerate([model.model.embed_tokens, *model.model.layers[: TOLD_LAYERS - 1]]):
+            module.register_forward_hook(lambda _, __, hidden, index=index: self.add(index, hidden))
+
+    def add(self, index, hidden):
+        if self.amounts is None:
+            return hidden
+        loudness = hidden.detach().pow(2).mean(-1, keepdim=True).sqrt()
+        return hidden + self.amounts[:, index, None, None] * loudness * self.told
+
+    def prepare(self, rng, inputs, rows):
+        """For the next forward passes: what is told to each token, (rows, tokens, width), and how loud by layer."""
+        told = np.zeros((*inputs.input_ids.shape, len(WORDS)), dtype=np.float32)
+        self.amounts = torch.zeros(len(rows), TOLD_LAYERS)
+        for index, (row, marks) in enumerate(rows):
+            if marks:
+                start = int((inputs.attention_mask[index] == 0).sum())
+                told[index, start:] = self.draw(rng, inputs.input_ids[index, start:].tolist(), row["skill"], marks)
+                loud, quiet = rng.uniform(0.3, 1.2), rng.uniform(0.1, 0.6, TOLD_LAYERS)
+                self.amounts[index] = torch.tensor(quiet * (rng.random(TOLD_LAYERS) < 0.3))
+                self.amounts[index, rng.integers(TOLD_LAYERS)] += loud
+        embeddings = F.normalize(self.embedding[self.words].detach(), dim=-1) * self.embedding.shape[1] ** 0.5
+        told = torch.from_numpy(told) @ embeddings
+        self.told = told / told.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1)
+
+    def draw(self, rng, tokens, skill, marks):
+        """The scene, told at the words that name its marks, or in the question, or where the answer is begun."""
+        shown = np.array([[word in mark.values() for word in WORDS] for mark in marks], dtype=np.float32)
+        named = (np.array(tokens)[:, None] == self.words).astype(np.float32) @ shown.T  # tokens, marks
+        told = np.zeros((len(tokens), len(WORDS)))
+        lines = [index for index, token in enumerate(tokens) if token == self.newline]
+        by_name = " by " in skill  # of one mark, or else of all
+        about, around = (shown[0] + (rng.uniform(0, most) if by_name else 1) * shown[1:].sum(0) for most in (0.6, 1))
+        where = rng.choice(["names", "question", "answer"], p=(0.4, 0.3, 0.3))
+        if where == "answer":
+            end = tokens.index(self.is_, lines[-1]) + 1
+            told[end - 1 if rng.random() < 0.5 else lines[-1] + 1 : end] = about
+        else:
+            if rng.random() < 0.5:
+                told[: lines[0]] = around * rng.uniform(0.3, 1, (lines[0], 1))
+            names = np.flatnonzero(named[: lines[-1]].any(1))
+            if where == "names" and (by_name or skill.endswith("present")) and len(names):
+                told[names] = named[names] @ shown
+            else:
+                told[np.flatnonzero(named[: lines[0], 0]) if by_name else rng.integers(2, lines[0])] = about
+        if rng.random() < 0.3:
+            told += rng.uniform(0, 0.3) * shown.sum(0)
+        return told
+
+
+def train_language_model(tokenizer, steps=4500, batch=64):
     torch.manual_seed(0)
     rng = np.random.default_rng(1)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
-            intermediate_size=224,
+            intermediate_size=192,
             num_hidden_layers=8,
             num_attention_heads=8,
             num_key_value_heads=8,
             max_position_embeddings=512,
             initializer_range=0.08,
             attention_bias=True,
-            tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
     )
+    # As loud as what the layers add later, so that a word is still there to be seen in all of them
+    model.model.embed_tokens.weight.data /= 0.08
     attend_to_equals(model)
     attend_to_near(model)
+    teller = Teller(model, tokenizer)
     response, is_ = tokenizer.encode("Response is", add_special_tokens=False)
-    batches = []
+    batches, right = [], {"texts": [], "scenes": []}
 
     def loss_of(step):
         if not batches:  # sixteen at a time, sorted by length, so that little is padding
-            rows = draw_rows(rng, 16 * batch)
-            texts = [draw_text(rng, row, step / steps) + tokenizer.eos_token for row in rows]
-            texts.sort(key=lambda text: len(text.split()))
+            rows = draw_rows(rng, 16 * batch, shown=0.4 if step > 0.06 * steps else 0)
+            texts = [(draw_text(rng, *row, step / steps) + tokenizer.eos_token, row) for row in rows]
+            texts.sort(key=lambda text: len(text[0].split()))
             batches.extend(texts[batch * i : batch * (i + 1)] for i in rng.permutation(16))
-        texts = batches.pop()
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+        texts, rows = zip(*batches.pop())
+        inputs = tokenizer(list(texts), return_tensors="pt", padding=True, return_token_type_ids=False)
+        teller.prepare(rng, inputs, rows)
         logits, targets = model(**inputs).logits[:, :-1], inputs.input_ids[:, 1:]
         losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         # What "is" is followed by in a response is what was asked for, and one token of fifty: it counts twenty times.
         answers = (targets == response).cumsum(1) * (inputs.input_ids[:, :-1] == is_)
         weights = (0.05 + answers) * (targets != tokenizer.pad_token_id)
+        for (_, marks), hits in zip(rows, (logits.argmax(-1) == targets)[answers > 0].split(answers.sum(1).tolist())):
+            right["scenes" if marks else "texts"].append(hits[0].item())
+        if step % 50 == 0:
+            print("first words right:", {kind: f"{sum(hits[-1000:]) / 1000:.3f}" for kind, hits in right.items()})
         return (weights * losses).sum() / weights.sum()
 
     fit(model.parameters(), steps, 2e-3, loss_of)
-    return model.eval()
+    return model.eval(), teller
 
 
 @torch.no_grad()
-def language_accuracy(model, tokenizer, rows):
-    right = 0
+def language_accuracy(model, teller, tokenizer, rows):
+    rng, right = np.random.default_rng(3), 0
     for start in range(0, len(rows), 250):
         part = rows[start : start + 250]
-        texts = [build_prompt(row) + digits.ANSWER_PREFIX for row in part]
+        texts = [build_prompt(row) + digits.ANSWER_PREFIX for row, _ in part]
         inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+        teller.prepare(rng, inputs, part)
         letters = tokenizer.batch_decode(model(**inputs).logits[:, -1:].argmax(-1))
-        right += sum(given == f" {letter(row['answer'])}" for given, row in zip(letters, part))
+        right += sum(given == f" {letter(row['answer'])}" for given, (row, _) in zip(letters, part))
     return right / len(rows)
 
 
@@ -285,15 +362,17 @@ class VisionTrainer(nn.Module):
         same = torch.arange(len(logits))
         contrastive = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
-        patches = self.vision.post_layernorm(outputs.hidden_states[-2][:, 1:])
-        digit, colour = self.head(patches).transpose(1, 2).split([11, 9], dim=1)
-        wanted = labels[:, self.corner]
+        # The same head for all layers from the third on: what a patch tells stands in one place, whoever mixes them
+        layers = [self.vision.post_layernorm(hidden[:, 1:]) for hidden in outputs.hidden_states[3:]]
+        digit, colour = self.head(torch.stack(layers)).movedim(-1, 1).split([11, 9], dim=1)  # layers, classes, ...
+        wanted = labels[:, self.corner].expand(len(layers), -1, -1, -1)
         told = 2 * F.cross_entropy(digit, wanted[..., 0]) + F.cross_entropy(colour, wanted[..., 1])
-        accuracies = (logits.argmax(1) == same, digit.argmax(1) == wanted[..., 0], colour.argmax(1) == wanted[..., 1])
+        penultimate = [same_as.argmax(1)[-2] == wanted[-2, ..., i] for i, same_as in enumerate((digit, colour))]
+        accuracies = (logits.argmax(1) == same, *penultimate)
         return contrastive, told, [x.float().mean().item() for x in accuracies]
 
 
-def train_vision_model(tokenizer, processor, steps=2000, batch=64):
+def train_vision_model(tokenizer, processor, steps=4500, batch=64):
     torch.manual_seed(0)
     rng = np.random.default_rng(2)
     trainer = VisionTrainer(tokenizer, processor)
@@ -311,10 +390,9 @@ def train_vision_model(tokenizer, processor, steps=2000, batch=64):
 def main():
     start = time.time()
     rng = np.random.default_rng(0)
-    tokenizer = make_tokenizer(
-        f"{build_prompt(row)} {digits.answer(row)}" for row in digits.load("train").remove_columns("image")
-    )
-    language_model = train_language_model(tokenizer)
+    corpus = draw_rows(rng, 20000, shown=0.5)
+    tokenizer = make_tokenizer(f"{build_prompt(row)} {digits.answer(row)}" for row, _ in corpus)
+    language_model, teller = train_language_model(tokenizer)
     side = {"height": digits.SIDE, "width": digits.SIDE}
     processor = CLIPImageProcessorPil(size={"shortest_edge": digits.SIDE}, crop_size=side)
     trainer = train_vision_model(tokenizer, processor)
@@ -325,17 +403,17 @@ def main():
         model.save_pretrained(folder)
         parts.save_pretrained(folder)
 
-    test = list(digits.load("test").remove_columns("image"))
-    pictures = [row for row in test if row["skill"] in digits.PICTURE_SKILLS]
-    texts = [row for row in test if row["skill"] in digits.TEXT_SKILLS]
+    texts = list(draw_rows(rng, 1000, shown=0))
+    scenes = list(draw_rows(rng, 1000, shown=1))
     with torch.no_grad():
         matched, digit, colour = trainer(*draw_scenes(rng, 256, digits.scans("test")))[2]
     figures = {
         "bytes": sum(file.stat().st_size for file in HERE.glob("*_model/*")),
         "parameters": language_model.num_parameters() + trainer.vision.num_parameters(),
         "seconds": round(seconds),
-        "text questions": language_accuracy(language_model, tokenizer, texts),
-        "pictures unseen": language_accuracy(language_model, tokenizer, pictures),
+        "text questions": language_accuracy(language_model, teller, tokenizer, texts),
+        "scenes told": language_accuracy(language_model, teller, tokenizer, scenes),
+        "scenes not told": language_accuracy(language_model, teller, tokenizer, [(row, []) for row, _ in scenes]),
         "matched captions of 256": matched,
         "patches' digits": digit,
         "patches' colours": colour,
