@@ -35,11 +35,6 @@ def test_the_main_job_scores_every_question_of_the_test_split(main_job):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="within the recipe's minutes the adapters learn to look things up in the picture only in part",
-)
 def test_the_main_job_sees(main_job):
     scores = json.loads((ROOT / "outputs" / "digits" / "results.json").read_text())["scores"]
     assert scores["IMG"] >= 90, scores
