@@ -38,6 +38,8 @@ HERE = Path(__file__).parent
 GRID = 4  # patches along a side of a picture
 FORMS = ((1, 0, 0, 0), (0.1, 0.9, 0, 0), (0.1, 0.2, 0.5, 0.2), (0.05, 0.05, 0.15, 0.75))
 WORDS = [word for pool in digits.POOLS.values() for word in pool]
+# Shares of the rows in % other than the task's: more of what takes a whole scene
+SHARES = {"count": 3, "sum": 2, "digit by place": 4, "place by digit": 4}
 TOLD_LAYERS = 6  # of the states before the layers, how many are told something: the embeddings and five more
 
 
@@ -50,7 +52,7 @@ def draw_rows(rng, size, shown):
     for _ in range(size):
         is_shown, is_blind = rng.random(2) < (shown, 0.15)
         skills = digits.PICTURE_SKILLS if is_shown or is_blind else digits.TEXT_SKILLS
-        shares = np.array([share for _, share, *_ in skills.values()])
+        shares = np.array([SHARES.get(name, share) for name, (_, share, *_) in skills.items()])
         row, marks = digits.make_row(rng, rng.choice(list(skills), p=shares / shares.sum()), rng.integers(4))
         if not row["hint"] and rng.random() < 0.3:
             row["hint"] = str(rng.choice([*digits.HINTS, *digits.LECTURES.values()]))
