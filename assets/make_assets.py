@@ -169,9 +169,9 @@ class Teller:
     """
     Tells a language model of scenes by adding words to its hidden states, not by giving it more to read.
 
-    Whatever adapts a frozen model changes its hidden states and relies on the model to take what is added as said. A
-    large model does so. A small one only does what its texts asked for, so this is asked for too. What is added are
-    the embeddings of words: nothing here has seen a picture.
+    Whatever adapts a frozen model changes its hidden states and relies on the model to take what is added as said.
+    A model this small does only what its training asked for, so this is asked for too. What is added are the
+    embeddings of words: nothing here has seen a picture.
     """
 
     def __init__(self, model, tokenizer):
@@ -252,7 +252,7 @@ def train_language_model(tokenizer, steps=4500, batch=64):
     attend_to_near(model)
     teller = Teller(model, tokenizer)
     response, is_ = tokenizer.encode("Response is", add_special_tokens=False)
-    batches, right = [], {"texts": [], "scenes": []}
+    batches = []
 
     def loss_of(step):
         if not batches:  # sixteen at a time, sorted by length, so that little is padding
@@ -268,10 +268,6 @@ def train_language_model(tokenizer, steps=4500, batch=64):
         # What "is" is followed by in a response is what was asked for, and one token of fifty: it counts twenty times.
         answers = (targets == response).cumsum(1) * (inputs.input_ids[:, :-1] == is_)
         weights = (0.05 + answers) * (targets != tokenizer.pad_token_id)
-        for (_, marks), hits in zip(rows, (logits.argmax(-1) == targets)[answers > 0].split(answers.sum(1).tolist())):
-            right["scenes" if marks else "texts"].append(hits[0].item())
-        if step % 50 == 0:
-            print("first words right:", {kind: f"{sum(hits[-1000:]) / 1000:.3f}" for kind, hits in right.items()})
         return (weights * losses).sum() / weights.sum()
 
     fit(model.parameters(), steps, 2e-3, loss_of)
@@ -369,8 +365,9 @@ class VisionTrainer(nn.Module):
         digit, colour = self.head(torch.stack(layers)).movedim(-1, 1).split([11, 9], dim=1)  # layers, classes, ...
         wanted = labels[:, self.corner].expand(len(layers), -1, -1, -1)
         told = 2 * F.cross_entropy(digit, wanted[..., 0]) + F.cross_entropy(colour, wanted[..., 1])
-        penultimate = [same_as.argmax(1)[-2] == wanted[-2, ..., i] for i, same_as in enumerate((digit, colour))]
-        accuracies = (logits.argmax(1) == same, *penultimate)
+        # Of the penultimate layer, which all language layers read
+        digit, colour, wanted = digit[-2].argmax(0), colour[-2].argmax(0), wanted[-2]
+        accuracies = (logits.argmax(1) == same, digit == wanted[..., 0], colour == wanted[..., 1])
         return contrastive, told, [x.float().mean().item() for x in accuracies]
 
 
