@@ -53,8 +53,13 @@ class DehvfConfig(PreTrainedConfig):
             deep (paper: 4).
         layer_fusion (`str`): how a language layer weighs the candidates of its group. `"adaptive"`: the fuser decides
             for each image; `"mean"`: all alike; `"penultimate"`: the penultimate vision layer alone, which is MemVP.
-        fuser_query (`str`): what asks the fuser. `"network"`: the input embedding network; `"tokens"`: one learned
-            vector for each language layer and position.
+        layer_mapping (`str`): which group a language layer reads. `"hierarchical"`: shallow with shallow, deep with
+            deep; `"random"`: each group is read as often as there, but by layers drawn at random.
+        layer_mapping_seed (`int`): of that draw.
+        fuser_query (`str`): what asks the fuser. `"network"`: the input embedding network, for each language layer
+            and position; `"tokens"`: one learned vector for each of them; `"instruction"`: the same network with
+            the user's text in place of the language layer (as IGVA does, arXiv 2501.08443);
+            `"layer+instruction"`: with the sum of both.
         layer_embedding_size (`int`): width of the embeddings that enter the input embedding network (64, which meets
             the paper's parameter count).
         fuser_hidden_size (`int`, r): width of the fuser (paper: 64).
@@ -110,7 +115,9 @@ class DehvfConfig(PreTrainedConfig):
 
     num_groups: int = 4
     layer_fusion: Literal["adaptive", "mean", "penultimate"] = "adaptive"
-    fuser_query: Literal["network", "tokens"] = "network"
+    layer_mapping: Literal["hierarchical", "random"] = "hierarchical"
+    layer_mapping_seed: int = 0
+    fuser_query: Literal["network", "tokens", "instruction", "layer+instruction"] = "network"
     layer_embedding_size: int = 64
     fuser_hidden_size: int = 64
     fuser_num_layers: int = 4
@@ -149,6 +156,12 @@ class DehvfConfig(PreTrainedConfig):
         """Which of key (0) and value (1) get features of their own."""
         positions = {"keys_and_values": [0, 1], "keys": [0], "values": [1], "shared": [0], "none": []}
         return positions[self.visual_prompts]
+
+    @property
+    def reads_instruction(self) -> bool:
+        """Whether an image's memory depends on the question as well."""
+        adaptive = self.layer_fusion == "adaptive" and self.visual_prompts != "none"
+        return adaptive and "instruction" in self.fuser_query
 
     def validate_numbers(self):
         """Each size is positive and each dropout a probability."""

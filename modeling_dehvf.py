@@ -12,6 +12,7 @@ width, c projector width.
 """
 
 import os
+import random
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -133,6 +134,8 @@ def hierarchy(config: DehvfConfig) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(len(group) for group in groups)
     text_runs = split_into_runs(config.text_config.num_hidden_layers, config.num_groups)
     rows = [group for group, run in zip(groups, text_runs) for _ in run]
+    if config.layer_mapping == "random":
+        random.Random(config.layer_mapping_seed).shuffle(rows)
     candidates = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     valid = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
     return candidates, valid
@@ -141,17 +144,19 @@ def hierarchy(config: DehvfConfig) -> tuple[torch.Tensor, torch.Tensor]:
 class InputEmbeddingNetwork(nn.Module):
     """
     The fuser's query for language layer `l` and position `p`: `MLP([e_l ; e_p])` (method step 3). With
-    `visual_prompts="shared"` there is one position, and no `e_p`.
-
-    Returns:
-        `torch.Tensor` of shape `(num_language_layers, num_positions, fuser_hidden_size)`.
+    `visual_prompts="shared"` there is one position, and no `e_p`. Where the query reads the user's text, a projection
+    of it stands in place of `e_l`, or is added to it.
     """
 
     def __init__(self, config: DehvfConfig):
         super().__init__()
         size = config.layer_embedding_size
+        self.num_layers = config.text_config.num_hidden_layers
         self.positions = config.memory_positions
-        self.layer_embedding = nn.Parameter(torch.empty(config.text_config.num_hidden_layers, size))
+        reads_layer = config.fuser_query != "instruction"
+        self.layer_embedding = nn.Parameter(torch.empty(self.num_layers, size)) if reads_layer else None
+        reads_text = config.fuser_query != "network"
+        self.instruction_proj = nn.Linear(config.text_config.hidden_size, size) if reads_text else None
         # One row each for key and value, also where only one of them carries an image, as the paper's counts have it
         shared = config.visual_prompts == "shared"
         self.position_embedding = None if shared else nn.Parameter(torch.empty(2, size))
@@ -160,13 +165,24 @@ class InputEmbeddingNetwork(nn.Module):
         self.act = ACT2FN[config.fuser_hidden_act]
         self.linear_2 = nn.Linear(2 * size, config.fuser_hidden_size)
 
-    def forward(self) -> torch.Tensor:
-        num_layers = self.layer_embedding.shape[0]
-        embedding = self.layer_embedding[:, None].expand(-1, len(self.positions), -1)  # D P e
+    def forward(self, instruction: torch.Tensor | None) -> torch.Tensor:
+        """
+        Args:
+            instruction: `(num_images, language_hidden_size)`, the user's text, where it is read.
+
+        Returns:
+            `(num_images or 1, num_language_layers, num_positions, fuser_hidden_size)`.
+        """
+        parts = []
+        if self.layer_embedding is not None:
+            parts.append(self.layer_embedding[None])  # 1 D e
+        if self.instruction_proj is not None:
+            parts.append(self.instruction_proj(instruction)[:, None].expand(-1, self.num_layers, -1))  # B D e
+        embedding = sum(parts).unsqueeze(2).expand(-1, -1, len(self.positions), -1)  # B D P e
         if self.position_embedding is not None:
-            position_embedding = self.position_embedding[self.positions].expand(num_layers, -1, -1)
-            embedding = torch.cat((embedding, position_embedding), dim=-1)  # D P 2e
-        return self.linear_2(self.act(self.linear_1(embedding)))  # D P r
+            position_embedding = self.position_embedding[self.positions].expand_as(embedding)
+            embedding = torch.cat((embedding, position_embedding), dim=-1)  # B D P 2e
+        return self.linear_2(self.act(self.linear_1(embedding)))  # B D P r
 
 
 class LearnableQueryTokens(nn.Module):
@@ -177,11 +193,8 @@ class LearnableQueryTokens(nn.Module):
         num_layers, num_positions = config.text_config.num_hidden_layers, len(config.memory_positions)
         self.tokens = nn.Parameter(torch.empty(num_layers, num_positions, config.fuser_hidden_size))
 
-    def forward(self) -> torch.Tensor:
-        return self.tokens.clone()  # D P r; a copy as in `MemorySlots`
-
-
-FUSER_QUERIES = {"network": InputEmbeddingNetwork, "tokens": LearnableQueryTokens}
+    def forward(self, instruction: None) -> torch.Tensor:
+        return self.tokens.clone()[None]  # 1 D P r; a copy as in `MemorySlots`
 
 
 class FuserBlock(nn.Module):
@@ -235,7 +248,7 @@ class HierarchicalVisualFuser(nn.Module):
     ) -> torch.Tensor:
         """
         Args:
-            query: `(num_language_layers, num_positions, fuser_hidden_size)`.
+            query: `(num_images or 1, num_language_layers, num_positions, fuser_hidden_size)`.
             class_features: `(num_images, num_vision_layers, vision_hidden_size)`.
             candidates, valid: `(num_language_layers, num_candidates)`, see [`hierarchy`].
 
@@ -332,19 +345,22 @@ class MemoryFFN:
 
     def lookup(self, hidden_states: torch.Tensor, view: MemoryView) -> torch.Tensor:
         """`phi(x K^T) V` without ever building `K` or `V`. hidden_states and result: B T h."""
+        weights = F.dropout(self.slot_activations(hidden_states, view), self.memory_dropout, self.training)
+        output = weights @ view.value_slots  # B T h
+        if view.value_features is not None:
+            visual = self._split(weights, view.value_features)[0] @ view.value_features  # B T c+1
+            output = output + F.linear(visual, view.basis)
+        return output
+
+    def slot_activations(self, hidden_states: torch.Tensor, view: MemoryView) -> torch.Tensor:
+        """`phi(x K^T)`: how much each slot is read, B T S. The first n slots belong to the patches, row by row."""
         scores = F.linear(hidden_states, view.key_slots)  # B T S
         if view.key_features is not None:
             # Slots past the patches have no visual part, and a sample without an image has rows of zeros.
             visual = (hidden_states @ view.basis) @ view.key_features.transpose(1, 2)  # B T n
             first, rest = self._split(scores, view.key_features)
             scores = torch.cat((first + visual, rest), dim=-1)
-        weights = getattr(self, self.activation_name)(scores)
-        weights = F.dropout(weights, self.memory_dropout, self.training)
-        output = weights @ view.value_slots  # B T h
-        if view.value_features is not None:
-            visual = self._split(weights, view.value_features)[0] @ view.value_features  # B T c+1
-            output = output + F.linear(visual, view.basis)
-        return output
+        return getattr(self, self.activation_name)(scores)
 
     @staticmethod
     def _split(slots: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -413,7 +429,8 @@ class DehvfPreTrainedModel(PreTrainedModel):
             init.normal_(module.key, std=std)
             init.zeros_(module.value)  # as in MemVP: the memory starts almost silent
         elif isinstance(module, InputEmbeddingNetwork):
-            init.normal_(module.layer_embedding, std=std)
+            if module.layer_embedding is not None:
+                init.normal_(module.layer_embedding, std=std)
             if module.position_embedding is not None:
                 init.normal_(module.position_embedding, std=std)
         elif isinstance(module, LearnableQueryTokens):
@@ -473,7 +490,8 @@ class DehvfModel(DehvfPreTrainedModel):
         num_layers_read = config.vision_config.num_hidden_layers - (config.layer_fusion == "penultimate")
         self.vision_adapters = nn.ModuleList(VisionAdapter(config) for _ in range(num_layers_read))
         if config.layer_fusion == "adaptive":
-            self.fuser_query = FUSER_QUERIES[config.fuser_query](config)
+            learned_tokens = config.fuser_query == "tokens"
+            self.fuser_query = (LearnableQueryTokens if learned_tokens else InputEmbeddingNetwork)(config)
             self.fuser = HierarchicalVisualFuser(config)
         candidates, valid = hierarchy(config)
         self.register_buffer("candidates", candidates, persistent=False)  # D M
@@ -500,8 +518,38 @@ class DehvfModel(DehvfPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.language_model.set_input_embeddings(value)
 
+    def get_instruction_features(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        instruction_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        The user's text as `get_image_features` takes it: the mean of its word embeddings, normalised, since language
+        models differ in how large their embeddings are. (IGVA takes a sentence encoder, which we would have to add.)
+
+        Args:
+            input_ids, inputs_embeds: `(batch_size, sequence_length)` tokens, or their embeddings.
+            instruction_mask: `(batch_size, sequence_length)`, 1 or true where the tokens are the user's. By default
+                all are.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, language_hidden_size)`, in float32.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        inputs_embeds = inputs_embeds.float()
+        if instruction_mask is None:
+            return F.layer_norm(inputs_embeds.mean(dim=1), inputs_embeds.shape[-1:])
+        weights = instruction_mask.to(inputs_embeds.dtype)[..., None]
+        mean = (weights * inputs_embeds).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        return F.layer_norm(mean, mean.shape[-1:])  # B h
+
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None
+        self,
+        pixel_values: torch.Tensor,
+        image_mask: torch.Tensor | None = None,
+        instruction: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """
         Encodes images into visual memory, once, for any number of questions.
@@ -510,6 +558,8 @@ class DehvfModel(DehvfPreTrainedModel):
             pixel_values: `(batch_size, num_channels, height, width)`.
             image_mask: `(batch_size,)` booleans, false for samples without an image, whose rows of `pixel_values` are
                 not looked at. By default all samples have one.
+            instruction: `(batch_size, language_hidden_size)`, the result of `get_instruction_features`. Needed where
+                `fuser_query` reads the user's text, which makes the memory one of this question alone.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_language_layers, num_positions, num_patches,
@@ -517,7 +567,8 @@ class DehvfModel(DehvfPreTrainedModel):
             that carries `b_2`. A sample without an image has zeros. `None` with `visual_prompts="none"`.
 
         Raises:
-            ValueError: if `pixel_values` does not have the encoder's shape or `image_mask` another batch size.
+            ValueError: if `pixel_values` does not have the encoder's shape, `image_mask` or `instruction` another
+                batch size, or an instruction is needed and missing.
         """
         vision = self.config.vision_config
         _check_shape("pixel_values", pixel_values, (vision.num_channels, vision.image_size, vision.image_size))
@@ -530,17 +581,52 @@ class DehvfModel(DehvfPreTrainedModel):
             )
         if self.config.visual_prompts == "none":
             return None
+        if self.config.reads_instruction:
+            self._check_instruction(instruction, len(pixel_values))
         rows = image_mask.nonzero().flatten()
         if not len(rows):
             rows = rows.new_zeros(1)  # see `forward`: the vision path is run even for no image at all
         class_features, patches = self._hierarchical_features(pixel_values[rows])
-        weights = self._fusion_weights(class_features)  # B D P N
+        instruction = instruction[rows] if self.config.reads_instruction else None
+        weights = self._fusion_weights(class_features, instruction)  # B D P N
         memory = F.silu(torch.einsum("bdpj,bjnc->bdpnc", weights.to(patches.dtype), patches))
         memory = torch.cat((memory, memory.new_ones(*memory.shape[:-1], 1)), dim=-1)  # B D P n c+1
         memory = memory * image_mask[rows].to(memory.dtype).view(-1, 1, 1, 1, 1)
         if len(rows) == len(image_mask):
             return memory
         return memory.new_zeros(len(image_mask), *memory.shape[1:]).index_copy(0, rows, memory)
+
+    @torch.no_grad()
+    def get_fusion_weights(self, pixel_values: torch.Tensor, instruction: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        What each language layer's memory is mixed from, for each image (method step 4), to be looked at.
+
+        Args:
+            pixel_values, instruction: as in `get_image_features`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_language_layers, num_positions, num_vision_layers)`. Each row
+            sums to one; layers of other groups have zero.
+
+        Raises:
+            ValueError: if the config says `visual_prompts="none"`, so that nothing is mixed; or as in
+                `get_image_features`.
+        """
+        if self.config.visual_prompts == "none":
+            raise ValueError('There are no fusion weights with `visual_prompts="none"`: no image enters the memory.')
+        if self.config.reads_instruction:
+            self._check_instruction(instruction, len(pixel_values))
+        return self._fusion_weights(self._hierarchical_features(pixel_values)[0], instruction)
+
+    @staticmethod
+    def _check_instruction(instruction: torch.Tensor | None, num_images: int):
+        given = "none" if instruction is None else f"one for {len(instruction)} texts"
+        if instruction is None or len(instruction) != num_images:
+            raise ValueError(
+                f"The fuser of this model reads the user's text, so each of the {num_images} images needs an "
+                f"`instruction`, but {given} was given. Pass `model.get_instruction_features(input_ids, "
+                "attention_mask)`, one row per row of `pixel_values`."
+            )
 
     def _hierarchical_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Method step 1, and `W_1`, `b_1` of step 6. Returns class features B N d and projected patches B N n c."""
@@ -553,11 +639,11 @@ class DehvfModel(DehvfPreTrainedModel):
             patches.append(self.projector.down(hidden[:, 1:] if has_class_token else hidden))
         return torch.stack(class_features, dim=1), torch.stack(patches, dim=1)
 
-    def _fusion_weights(self, class_features: torch.Tensor) -> torch.Tensor:
+    def _fusion_weights(self, class_features: torch.Tensor, instruction: torch.Tensor | None) -> torch.Tensor:
         """Weights of the candidates (method step 4 or its ablations), spread over all vision layers: B D P N."""
         num_images, num_vision_layers, _ = class_features.shape
         if self.config.layer_fusion == "adaptive":
-            weights = self.fuser(self.fuser_query(), class_features, self.candidates, self.valid_candidates)
+            weights = self.fuser(self.fuser_query(instruction), class_features, self.candidates, self.valid_candidates)
         else:
             weights = self.valid_candidates / self.valid_candidates.sum(dim=-1, keepdim=True)  # D M
             weights = weights[:, None].expand(num_images, -1, len(self.config.memory_positions), -1)
@@ -586,12 +672,16 @@ class DehvfModel(DehvfPreTrainedModel):
         image_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         visual_memory: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        instruction_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> DehvfModelOutputWithPast:
         """
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`, if any sample has an image.
             image_mask: `(batch_size,)` booleans, which samples have one. By default all.
+            instruction_mask: `(batch_size, sequence_length)`, which tokens are the user's, for a `fuser_query` that
+                reads them. By default those of `attention_mask`.
             visual_memory: result of `get_image_features`, in place of `pixel_values`. One row serves a whole batch.
 
         All others are those of the language model.
@@ -603,18 +693,24 @@ class DehvfModel(DehvfPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if self.adapter_enabled:
-            if self.training and pixel_values is None and visual_memory is None:
+            blank = self.training and pixel_values is None and visual_memory is None
+            if blank:
                 # Half of ScienceQA has no image. Under ZeRO-3 and DDP all ranks must run the same modules at each
                 # step, so a batch without any image still runs the vision path, on one blank, to zero effect.
                 vision = self.config.vision_config
                 pixel_values = inputs_embeds.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
                 image_mask = torch.zeros(1, dtype=torch.bool, device=pixel_values.device)
             if pixel_values is not None:
-                visual_memory = self.get_image_features(pixel_values, image_mask)
+                instruction = None
+                if self.config.reads_instruction:
+                    mask = attention_mask if instruction_mask is None else instruction_mask
+                    instruction = self.get_instruction_features(None, mask, inputs_embeds)
+                    instruction = instruction[: 1 if blank else None]
+                visual_memory = self.get_image_features(pixel_values, image_mask, instruction)
             if visual_memory is not None:
                 self._check_visual_memory(visual_memory, len(inputs_embeds))
             kwargs["memory_view"] = self._memory_view(visual_memory, inputs_embeds.dtype)
-        outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
+        outputs = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         return DehvfModelOutputWithPast(**outputs, visual_memory=visual_memory)
 
     def _check_visual_memory(self, visual_memory: torch.Tensor, batch_size: int):
@@ -794,10 +890,17 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             self.model.adapter_enabled = True
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None
+        self,
+        pixel_values: torch.Tensor,
+        image_mask: torch.Tensor | None = None,
+        instruction: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """See [`DehvfModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, image_mask)
+        return self.model.get_image_features(pixel_values, image_mask, instruction)
+
+    def get_instruction_features(self, input_ids=None, instruction_mask=None, inputs_embeds=None) -> torch.Tensor:
+        """See [`DehvfModel.get_instruction_features`]."""
+        return self.model.get_instruction_features(input_ids, instruction_mask, inputs_embeds)
 
     @can_return_tuple
     def forward(
@@ -810,6 +913,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
         visual_memory: torch.Tensor | None = None,
+        instruction_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -819,8 +923,12 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             labels: `(batch_size, sequence_length)` token ids, -100 where no loss is taken.
             logits_to_keep: compute logits for the last so many positions only; 0 is all.
 
-        All others as in [`DehvfModel.forward`].
+        All others as in [`DehvfModel.forward`]; with `labels`, the tokens without a loss are the user's by default.
         """
+        if self.config.reads_instruction and instruction_mask is None and labels is not None:
+            instruction_mask = labels == -100
+            if attention_mask is not None:
+                instruction_mask = instruction_mask & attention_mask.bool()
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -830,6 +938,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             visual_memory=visual_memory,
+            instruction_mask=instruction_mask,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -855,10 +964,15 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         `visual_memory` is an input like any other: batch first, repeated for beams, handed to every step.
         """
         pixel_values, image_mask = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_mask", None)
-        memory = model_kwargs.pop("visual_memory", None)
+        memory, mask = model_kwargs.pop("visual_memory", None), model_kwargs.pop("instruction_mask", None)
         _check_one_of(pixel_values, memory)
         if pixel_values is not None and self.model.adapter_enabled:
-            memory = self.get_image_features(pixel_values.to(self.device), image_mask)
+            instruction = None
+            if self.config.reads_instruction:
+                mask = model_kwargs.get("attention_mask") if mask is None else mask
+                embeds = model_kwargs.get("inputs_embeds")
+                instruction = self.get_instruction_features(input_ids, mask, embeds)
+            memory = self.get_image_features(pixel_values.to(self.device), image_mask, instruction)
         if memory is not None:
             batch_size = len(model_kwargs["inputs_embeds"] if input_ids is None else input_ids)
             model_kwargs["visual_memory"] = (

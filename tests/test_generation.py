@@ -100,6 +100,14 @@ def test_one_image_answers_a_batch_of_questions():
     assert torch.equal(generate(model, inputs, visual_memory=memory, num_beams=2), expected)
 
 
+def test_a_question_that_the_fuser_reads_is_the_same_in_a_batch_and_alone():
+    """Padding is no part of it."""
+    model = tiny_model(fuser_query="layer+instruction")
+    whole, singles = mixed_batch()
+    expected = torch.cat([generate(model, single)[:, -8:] for single in singles])
+    assert torch.equal(generate(model, whole)[:, -8:], expected)
+
+
 def test_text_alone_generates():
     model = tiny_model()
     inputs = tiny_inputs(2)

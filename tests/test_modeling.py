@@ -1,5 +1,7 @@
 """The method's claims, over all supported language models and all ablations."""
 
+import random
+
 import pytest
 import torch
 from tiny import (
@@ -28,7 +30,7 @@ ablations = pytest.mark.parametrize("ablation", ABLATIONS.values(), ids=ABLATION
 # --- the slow reference, written from method.md step by step ---
 
 
-def reference_fusion_weights(model, class_features, layer, position):
+def reference_fusion_weights(model, class_features, instruction, layer, position):
     """Steps 2 to 4 for one image, language layer and position. Returns `(num_vision_layers,)` weights."""
     config = model.config
     dehvf = model.model
@@ -40,7 +42,10 @@ def reference_fusion_weights(model, class_features, layer, position):
         ]
         return [list(range(sum(sizes[:g]), sum(sizes[: g + 1]))) for g in range(config.num_groups)]
 
-    group = next(g for g, run in enumerate(runs(num_text)) if layer in run)
+    group_of_layer = [group for group, run in enumerate(runs(num_text)) for _ in run]
+    if config.layer_mapping == "random":
+        random.Random(config.layer_mapping_seed).shuffle(group_of_layer)
+    group = group_of_layer[layer]
     candidates = runs(num_vision)[group] + [num_vision - 2]
     weights = torch.zeros(num_vision)
     if config.layer_fusion == "penultimate":
@@ -55,7 +60,11 @@ def reference_fusion_weights(model, class_features, layer, position):
     if config.fuser_query == "tokens":
         query = query_network.tokens[layer, config.memory_positions.index(position)]
     else:
-        query = query_network.layer_embedding[layer]
+        query = 0
+        if config.fuser_query != "instruction":
+            query = query + query_network.layer_embedding[layer]
+        if config.fuser_query != "network":
+            query = query + query_network.instruction_proj(instruction)
         if config.visual_prompts != "shared":
             query = torch.cat((query, query_network.position_embedding[position]))
         query = query_network.linear_2(F.gelu(query_network.linear_1(query)))
@@ -76,7 +85,7 @@ def reference_fusion_weights(model, class_features, layer, position):
     return weights
 
 
-def reference_memory(model, pixel_values, layer):
+def reference_memory(model, pixel_values, layer, input_ids=None):
     """Steps 1 to 7 for one image and language layer: keys and values of shape `(num_memory_slots, hidden_size)`."""
     config, dehvf = model.config, model.model
     keys, values = dehvf.memory_slots.key.clone(), dehvf.memory_slots.value.clone()
@@ -88,11 +97,15 @@ def reference_memory(model, pixel_values, layer):
         class_features, patches = features.mean(dim=1), features
     else:
         class_features, patches = features[:, 0], features[:, 1:]
+    instruction = None
+    if input_ids is not None:
+        mean = dehvf.get_input_embeddings()(input_ids).mean(dim=0)
+        instruction = (mean - mean.mean()) / (mean.var(unbiased=False) + 1e-5).sqrt()
     for position, slots in ((0, keys), (1, values)):
         if config.visual_prompts == ("values", "keys")[position]:
             continue
         position = 0 if config.visual_prompts == "shared" else position
-        weights = reference_fusion_weights(model, class_features, layer, position)
+        weights = reference_fusion_weights(model, class_features, instruction, layer, position)
         fused = sum(weight * feature for weight, feature in zip(weights, patches))
         down, up = dehvf.projector.down, dehvf.projector.up
         projected = F.linear(F.silu(F.linear(fused, down.weight, down.bias)), up.weight, up.bias)
@@ -112,7 +125,7 @@ def reference_logits(model, input_ids, pixel_values):
     """The whole model for one sample without padding, its FFNs replaced one by one."""
     originals = []
     for index, layer in enumerate(model.model.language_model.layers):
-        keys, values = reference_memory(model, pixel_values, index)
+        keys, values = reference_memory(model, pixel_values, index, input_ids)
         hook = layer.mlp.register_forward_hook(
             lambda ffn, args, output, keys=keys, values=values: reference_ffn(ffn, args[0], keys, values)
         )
@@ -253,8 +266,7 @@ def test_injection_is_concatenation_on_a_plain_ffn(model_type):
 @torch.no_grad()
 def test_fusion_weights_sum_to_one_and_stay_in_their_group(values):
     model = tiny_model(**values)
-    class_features, _ = model.model._hierarchical_features(tiny_inputs()["pixel_values"])
-    weights = model.model._fusion_weights(class_features)  # B D P N
+    weights = model.model.get_fusion_weights(tiny_inputs()["pixel_values"])  # B D P N
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
     split_into_runs = dehvf_class("modeling_dehvf", "split_into_runs")
     text_runs = split_into_runs(model.config.text_config.num_hidden_layers, model.config.num_groups)
@@ -272,7 +284,7 @@ def test_a_language_layer_does_not_see_another_groups_layers():
     class_features, _ = model.model._hierarchical_features(tiny_inputs()["pixel_values"])
     changed = class_features.clone()
     changed[:, 0] += 1  # the first vision layer belongs to the first of two groups
-    before, after = model.model._fusion_weights(class_features), model.model._fusion_weights(changed)
+    before, after = (model.model._fusion_weights(features, None) for features in (class_features, changed))
     half = NUM_TEXT_LAYERS // 2
     assert not torch.equal(before[:, :half], after[:, :half])
     assert torch.equal(before[:, half:], after[:, half:])
@@ -280,11 +292,47 @@ def test_a_language_layer_does_not_see_another_groups_layers():
 
 def test_weights_differ_by_image_layer_and_position():
     model = tiny_model()
-    class_features, _ = model.model._hierarchical_features(tiny_inputs()["pixel_values"])
-    weights = model.model._fusion_weights(class_features)
+    weights = model.model.get_fusion_weights(tiny_inputs()["pixel_values"])
     assert not torch.allclose(weights[0], weights[1])
     assert not torch.allclose(weights[:, 0], weights[:, 1])
     assert not torch.allclose(weights[:, :, 0], weights[:, :, 1])
+
+
+def test_the_random_mapping_deals_the_same_groups_to_other_layers():
+    hierarchical, random_one, random_two = (
+        tiny_model(num_hidden_layers=12, **values).model.candidates.tolist()
+        for values in ({}, {"layer_mapping": "random"}, {"layer_mapping": "random", "layer_mapping_seed": 1})
+    )
+    assert sorted(hierarchical) == sorted(random_one) == sorted(random_two)
+    assert hierarchical != random_one != random_two
+
+
+def test_weights_follow_the_instruction_where_it_is_read():
+    inputs = tiny_inputs()
+    pixel_values = inputs["pixel_values"][[0, 0]]  # one image, two questions
+    for query, reads_layer in (("instruction", False), ("layer+instruction", True)):
+        model = tiny_model(fuser_query=query, num_groups=1)
+        instruction = model.get_instruction_features(inputs["input_ids"])
+        weights = model.model.get_fusion_weights(pixel_values, instruction)
+        assert not torch.allclose(weights[0], weights[1])
+        assert torch.allclose(weights[:, 0], weights[:, 1]) != reads_layer
+
+
+def test_the_answer_is_no_part_of_the_instruction():
+    """What is learned from must be what is there when an answer is asked for."""
+    model, inputs = tiny_model(fuser_query="instruction"), tiny_inputs()
+    asked = model(**{**inputs, "input_ids": inputs["input_ids"][:, :4], "attention_mask": None}).visual_memory
+    labels = inputs["input_ids"].clone()
+    labels[:, :4] = -100
+    torch.testing.assert_close(model(**inputs, labels=labels).visual_memory, asked)
+    assert not torch.allclose(model(**inputs).visual_memory, asked)
+
+
+def test_an_instruction_that_is_missing_or_of_another_batch_is_refused():
+    model, inputs = tiny_model(fuser_query="instruction"), tiny_inputs()
+    for instruction in (None, model.get_instruction_features(inputs["input_ids"][:1])):
+        with pytest.raises(ValueError, match="each of the 2 images needs an `instruction`"):
+            model.get_image_features(inputs["pixel_values"], instruction=instruction)
 
 
 @ablations
@@ -301,7 +349,9 @@ def test_one_step_moves_every_adapter_of_each_backbone(model_type):
 def check_training_step(model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     inputs = tiny_inputs(4)
-    model(**inputs, image_mask=torch.tensor([True, True, True, False]), labels=inputs["input_ids"]).loss.backward()
+    labels = inputs["input_ids"].clone()
+    labels[:, :3] = -100  # the prompt
+    model(**inputs, image_mask=torch.tensor([True, True, True, False]), labels=labels).loss.backward()
     # Adam, since a bias on attention keys shifts all scores alike: its gradient is rounding error, but not zero
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     torch.optim.Adam(trained, lr=0.1, eps=1e-20).step()

@@ -76,6 +76,9 @@ ABLATIONS = {
     "keys": {"visual_prompts": "keys"},
     "values": {"visual_prompts": "values"},
     "tokens": {"fuser_query": "tokens"},
+    "instruction": {"fuser_query": "instruction"},
+    "layer and instruction": {"fuser_query": "layer+instruction"},
+    "random mapping": {"layer_mapping": "random", "layer_mapping_seed": 3},
 }
 
 
