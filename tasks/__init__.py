@@ -3,16 +3,32 @@ One file a task. A task is a module with
 
     COLUMNS                          columns that its rows must have
     ANSWER_PREFIX, MAX_NEW_TOKENS    evaluation lets the model go on from prompt and prefix by so many greedy tokens
-    load(split, path=None)           -> `datasets.Dataset`
+    CARD                             the Hub's names of the task and of the metric, and which score a model card states
+    load(split, path=None, streaming=False)
+                                     -> `datasets.Dataset`, or `datasets.IterableDataset` when streaming, of the split
+                                     "train", "validation" or "test". Column `image` is a `datasets.Image`, None in a
+                                     row that is text alone; no image is decoded here.
     context(row)                     -> str, the only part of a prompt that may be shortened
     prompt(row, context)             -> str, what the user says
     answer(row)                      -> str, what the model should say
-    score(predictions, rows)         -> dict of numbers, `predictions` being the text after the prefix, one per row
+    options(row)                     -> list of str, what may stand right after the prefix; None if that is free
+    score(records, size)             -> dict of numbers, None where there is no such row
+
+A record is a line of `predictions.jsonl`: a row without its image, with `index`, `prediction` (the text after the
+prefix), `expected` (the row's answer), `has_image` and, where there are options, `choice` (the index of the most
+likely one). `size` is the number of rows in the split: another number of records is an error. A task may also have
+
+    check_scorer()                   raises before anything is generated if `score` would lack something
+    load(..., max_samples=None)      to make a smaller split, where its first rows would not do
 """
 
+import json
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 
 
 NAMES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py")))
@@ -22,3 +38,68 @@ def get_task(name: str) -> ModuleType:
     if name not in NAMES:
         raise ValueError(f"There is no task `{name}`. There are: {', '.join(NAMES)}.")
     return import_module(f"tasks.{name}")
+
+
+def score_folder(folder: str | Path) -> dict:
+    """
+    Scores the answers that `train.py` left in a folder; no model is needed. Reads `predictions.jsonl`, and `task` and
+    `size` from `results.json`; writes `scores` into the latter, and `scores_by_likelihood` if each row has a `choice`.
+
+    Returns:
+        What `results.json` then holds.
+
+    Raises:
+        FileNotFoundError: if one of the two files is missing.
+        ValueError: if there are fewer or more answers than the split has rows.
+    """
+    predictions, results = Path(folder) / "predictions.jsonl", Path(folder) / "results.json"
+    require_files([predictions, results], "`train.py` writes both files into its `--output_dir`.")
+    with open(predictions, encoding="utf-8") as lines:
+        records = [json.loads(line) for line in lines]
+    facts = json.loads(results.read_text(encoding="utf-8"))
+    task = get_task(facts["task"])
+    scores = {"scores": task.score(records, facts["size"])}
+    if all("choice" in record for record in records):
+        chosen = [{**record, "prediction": task.options(record)[record["choice"]]} for record in records]
+        scores["scores_by_likelihood"] = task.score(chosen, facts["size"])
+    others = {name: fact for name, fact in facts.items() if name not in ("scores", "scores_by_likelihood")}
+    results.write_text(json.dumps(scores | others, indent=2), encoding="utf-8")
+    return scores | others
+
+
+def print_scores(results: dict):
+    """The scores that `score_folder` returns, a line for each way of choosing an answer."""
+    for kind in ("scores", "scores_by_likelihood"):
+        if kind in results:
+            scores = {name: value for name, value in results[kind].items() if value is not None}
+            print(f"{kind}:", *(f"{name} {value:.2f}" for name, value in scores.items()))
+
+
+def open_dataset(path: str, split: str, streaming: bool) -> Dataset | IterableDataset:
+    """
+    A split of a data set on the Hub, of a folder that `DatasetDict.save_to_disk` wrote, or of a folder with Parquet
+    files, such as a clone of the Hub's repository. Folders need no network.
+
+    Raises:
+        ValueError: if `path` is a file or a folder of another kind, or there is no such split.
+    """
+    folder = Path(path)
+    if (folder / "dataset_dict.json").is_file():
+        splits = load_from_disk(path)
+        if split not in splits:
+            raise ValueError(f"{path} has no split `{split}`. It has: {', '.join(splits)}.")
+        return splits[split].to_iterable_dataset() if streaming else splits[split]
+    if folder.exists() and not any(folder.rglob("*.parquet")):
+        raise ValueError(
+            f"{path} holds no data set that this task reads: no `dataset_dict.json` (`DatasetDict.save_to_disk` "
+            "writes it), no Parquet file, and none of the files that the task's docstring in tasks/ names."
+        )
+    return load_dataset(path, split=split, streaming=streaming)
+
+
+def require_files(paths: Iterable[Path], layout: str):
+    """Raises FileNotFoundError with the first missing file or folder, how many more there are, and `layout`."""
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
+        raise FileNotFoundError(f"{missing[0]}{more} is missing. {layout}")

@@ -12,21 +12,27 @@ import io
 from functools import cache, partial
 
 import numpy as np
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, IterableDataset
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
-from tasks.scienceqa import ANSWER_PREFIX, COLUMNS, MAX_NEW_TOKENS, answer, context, prompt, score  # noqa: F401
+from tasks.scienceqa import (  # noqa: F401
+    ANSWER_PREFIX,
+    CARD,
+    COLUMNS,
+    FEATURES,
+    MAX_NEW_TOKENS,
+    answer,
+    context,
+    options,
+    prompt,
+    score,
+)
 
 
 SIZES = {"train": 52000, "validation": 500, "test": 1000}
 SCANS = {"train": 0.7, "validation": 0.1, "test": 0.2}  # share of each digit's scans
 SIDE = 64  # of a picture, in pixels
-
-FEATURES = Features(
-    {"image": Image(), "question": Value("string"), "choices": List(Value("string")), "answer": Value("int8")}
-    | {name: Value("string") for name in "hint task grade subject topic category skill lecture solution".split()}
-)
 
 COLOURS = {
     "red": (225, 45, 45),
@@ -336,15 +342,20 @@ def from_easy_to_hard(rng, names):
     return sorted(names, key=position)
 
 
-def load(split: str, path: None = None, seed: int = 0, size: int | None = None) -> Dataset:
-    """The rows of a split, the same for the same seed; `size` defaults to 52,000 / 500 / 1,000."""
+def load(
+    split: str, path: None = None, streaming: bool = False, max_samples: int | None = None, seed: int = 0
+) -> Dataset | IterableDataset:
+    """
+    The rows of a split, the same for the same seed: 52,000 / 500 / 1,000, or `max_samples` if that is less, which go
+    all the way from easy to hard too. All are made here and now, also when streaming.
+    """
     if path is not None:
         raise ValueError(f"path is {path!r}, but `digits` is made at run time and read from nowhere. Leave it out.")
     if split not in SIZES:
         raise ValueError(f"split is {split!r}, but must be one of {', '.join(SIZES)}.")
-    size = SIZES[split] if size is None else size
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"size is {size!r}, but must be a whole number of at least 1.")
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples is {max_samples}, but must be at least 1.")
+    size = min(SIZES[split], max_samples or SIZES[split])
     rng = np.random.default_rng([seed, list(SIZES).index(split)])
     skills = PICTURE_SKILLS | TEXT_SKILLS
     names = rng.choice(list(skills), size, p=[share / 100 for _, share, *_ in skills.values()])
@@ -352,4 +363,5 @@ def load(split: str, path: None = None, seed: int = 0, size: int | None = None) 
         names = from_easy_to_hard(rng, names)
     letters = rng.permutation(size) % 4
     rows = [make_row(rng, name, letter, scans(split))[0] for name, letter in zip(names, letters)]
-    return Dataset.from_list(rows, features=FEATURES)
+    rows = Dataset.from_list(rows, features=FEATURES)
+    return rows.to_iterable_dataset() if streaming else rows

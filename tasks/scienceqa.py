@@ -1,21 +1,57 @@
-"""ScienceQA (Lu et al., 2022) in the columns of `derek-thomas/ScienceQA`: multiple choice, half with an image."""
+"""
+ScienceQA (Lu et al., 2022): multiple choice, half with an image, in the columns of `derek-thomas/ScienceQA`. Read from
+that data set on the Hub, a folder that `save_to_disk` wrote, a folder with the Hub's Parquet files, or a folder in the
+layout of the original release (github.com/lupantech/ScienceQA):
 
+    problems.json   pid_splits.json   images/{train,val,test}/<number>/image.png
+"""
+
+import json
 from pathlib import Path
 
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
+
+from tasks import open_dataset, require_files
 
 
 COLUMNS = ("image", "question", "choices", "answer", "hint", "subject", "grade")
 ANSWER_PREFIX = " The answer is"
 MAX_NEW_TOKENS = 1
+CARD = {"task_type": "visual-question-answering", "metric_type": "accuracy", "score": "average"}
 METRIC = Path(__file__).parents[1] / "metrics" / "scienceqa"
 
+FEATURES = Features(
+    {"image": Image(), "question": Value("string"), "choices": List(Value("string")), "answer": Value("int8")}
+    | {name: Value("string") for name in "hint task grade subject topic category skill lecture solution".split()}
+)
 
-def load(split: str, path: str | None = None) -> Dataset:
-    """`path` is a Hub id, or a folder that `save_to_disk` wrote with the same splits and columns."""
-    if path is not None and Path(path).is_dir():
-        return load_from_disk(path)[split]
-    return load_dataset(path or "derek-thomas/ScienceQA", split=split)
+
+def load(split: str, path: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
+    """
+    Raises:
+        FileNotFoundError: if the original layout lacks a file or folder.
+        ValueError: if `path` holds none of the layouts or has no such split.
+    """
+    if path is not None and any((Path(path) / name).exists() for name in ("problems.json", "pid_splits.json")):
+        rows = load_original(Path(path), split)
+        return rows.to_iterable_dataset() if streaming else rows
+    return open_dataset(path or "derek-thomas/ScienceQA", split, streaming)
+
+
+def load_original(folder: Path, split: str) -> Dataset:
+    images = folder / "images" / {"validation": "val"}.get(split, split)
+    layout = (
+        "The original layout of ScienceQA is a folder with problems.json, pid_splits.json and the images as "
+        "images/{train,val,test}/<number>/image.png: see github.com/lupantech/ScienceQA for all of them."
+    )
+    files = folder / "problems.json", folder / "pid_splits.json"
+    require_files([*files, images], layout)
+    problems, splits = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    rows = []
+    for number in splits[images.name]:
+        row = {name: problems[number][name] for name in FEATURES}
+        rows.append({**row, "image": row["image"] and str(images / number / row["image"])})
+    return Dataset.from_list(rows, features=FEATURES)
 
 
 def context(row: dict) -> str:
@@ -23,42 +59,38 @@ def context(row: dict) -> str:
 
 
 def prompt(row: dict, context: str) -> str:
-    options = " ".join(f"({letter(index)}) {choice}" for index, choice in enumerate(row["choices"]))
-    return f"Question: {row['question']}\nContext: {context or 'N/A'}\nOptions: {options}"
+    listed = " ".join(f"({letter(index)}) {choice}" for index, choice in enumerate(row["choices"]))
+    return f"Question: {row['question']}\nContext: {context or 'N/A'}\nOptions: {listed}"
 
 
 def answer(row: dict) -> str:
     return f"The answer is {letter(row['answer'])}."
 
 
+def options(row: dict) -> list[str]:
+    return [f" {letter(index)}" for index in range(len(row["choices"]))]
+
+
 def letter(index: int) -> str:
     return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[index]
 
 
-def score(predictions: list[str], rows: Dataset) -> dict[str, float]:
+def score(records: list[dict], size: int) -> dict[str, float | None]:
     """The nine columns of the ScienceQA table, in per cent, and the share of answers that are no letter."""
     import evaluate
 
-    columns = rows.remove_columns("image") if "image" in rows.column_names else rows
     references = [
         {
-            "answer": row["answer"],
-            "num_choices": len(row["choices"]),
-            "subject": row["subject"],
-            "grade": row["grade"],
-            "has_hint": bool(row["hint"]),
-            "has_image": has_image,
+            "answer": record["answer"],
+            "num_choices": len(record["choices"]),
+            "subject": record["subject"],
+            "grade": record["grade"],
+            "has_hint": bool(record["hint"]),
+            "has_image": record["has_image"],
         }
-        for row, has_image in zip(columns, rows_with_image(rows))
+        for record in records
     ]
     # In memory and under a name of its own, since processes that score side by side would share a file
     metric = evaluate.load(str(METRIC), keep_in_memory=True)
-    return metric.compute(predictions=predictions, references=references)
-
-
-def rows_with_image(rows: Dataset) -> list[bool]:
-    """Which rows have an image, without decoding any."""
-    from datasets import Image
-
-    undecoded = rows.select_columns("image").cast_column("image", Image(decode=False))
-    return [row["image"] is not None for row in undecoded]
+    predictions = [record["prediction"] for record in records]
+    return metric.compute(predictions=predictions, references=references, size=size)

@@ -1,13 +1,18 @@
-"""Tasks and metrics: what is asked, and how it is scored."""
+"""Tasks: where rows come from, what is asked, how answers are scored, and the two commands of `python -m tasks`."""
 
+import json
+import shutil
+import subprocess
+import sys
 from collections import Counter
 
-import evaluate
 import numpy as np
 import pytest
-from tiny import ROOT
+from datasets import Dataset, DatasetDict, Image, IterableDataset
+from PIL import Image as PILImage
+from tiny import ROOT, run
 
-from tasks import NAMES, digits, get_task, scienceqa
+from tasks import NAMES, coco_captions, digits, get_task, scienceqa, score_folder, vqa
 
 
 SCIENCEQA_COLUMNS = (
@@ -17,13 +22,41 @@ SCIENCEQA_COLUMNS = (
 
 @pytest.fixture(scope="module")
 def rows():
-    return {split: digits.load(split, size=1000) for split in ("train", "validation", "test")}
+    return {split: digits.load(split, max_samples=1000) for split in ("train", "validation", "test")}
+
+
+def undecoded(rows):
+    return list(rows.cast_column("image", Image(decode=False)))
+
+
+def has_image(rows):
+    return [row["image"] is not None for row in undecoded(rows)]
+
+
+def write_image(file, colour="red"):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    PILImage.new("RGB", (8, 8), colour).save(file)
+
+
+def write_lines(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_records(task, rows, predictions, choices=None):
+    """What `train.py` writes into predictions.jsonl."""
+    records = []
+    for index, (row, prediction) in enumerate(zip(undecoded(rows), predictions)):
+        image = row.pop("image")
+        facts = {"prediction": prediction, "expected": task.answer(row), "has_image": image is not None}
+        records.append({"index": index, **facts, **row} | ({"choice": choices[index]} if choices else {}))
+    return records
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_task_has_the_interface(name):
     task = get_task(name)
-    for attribute in "COLUMNS ANSWER_PREFIX MAX_NEW_TOKENS load context prompt answer score".split():
+    for attribute in "COLUMNS ANSWER_PREFIX MAX_NEW_TOKENS CARD load context prompt answer options score".split():
         assert hasattr(task, attribute), attribute
 
 
@@ -48,41 +81,47 @@ def test_splits_of_digits_share_no_scan():
 
 
 def test_digits_is_the_same_every_time():
-    left, right = digits.load("test", size=50), digits.load("test", size=50)
+    left, right = digits.load("test", max_samples=50), digits.load("test", max_samples=50)
     assert left.data.table == right.data.table
-    assert digits.load("test", seed=1, size=50).data.table != left.data.table
+    assert digits.load("test", seed=1, max_samples=50).data.table != left.data.table
+    streamed = digits.load("test", streaming=True, max_samples=50)
+    assert isinstance(streamed, IterableDataset) and undecoded(streamed) == undecoded(left)
+
+
+def test_digits_has_no_more_rows_than_its_split():
+    assert len(digits.load("validation", max_samples=501)) == 500
 
 
 def test_half_of_digits_is_text_and_the_rest_needs_the_image(rows):
-    images = np.array(scienceqa.rows_with_image(rows["train"]))
+    images = np.array(has_image(rows["train"]))
     assert 0.4 < images.mean() < 0.6
     kinds = Counter(np.array(rows["train"]["skill"])[images])
     assert {"digit by colour", "colour by place", "count", "sum", "difference", "largest"} <= kinds.keys()
     hints = np.array([bool(hint) for hint in rows["train"]["hint"]])
-    for has_image in (True, False):
-        for has_hint in (True, False):
-            assert ((images == has_image) & (hints == has_hint)).sum() > 20
+    for with_image in (True, False):
+        for with_hint in (True, False):
+            assert ((images == with_image) & (hints == with_hint)).sum() > 20
 
 
 def test_digits_teaches_what_there_is_before_what_follows_from_it():
-    skills = [skill for skill in digits.load("train", size=2000)["skill"] if skill in digits.PICTURE_SKILLS]
+    skills = [skill for skill in digits.load("train", max_samples=2000)["skill"] if skill in digits.PICTURE_SKILLS]
     assert {"digit present", "colour present", "place present"} == set(skills[:100])
     assert {"count", "sum", "place by digit"} <= set(skills[-300:])
 
 
 def test_correct_letters_of_digits_are_balanced(rows):
-    images = np.array(scienceqa.rows_with_image(rows["train"]))
+    images = np.array(has_image(rows["train"]))
     counts = np.bincount(np.array(rows["train"]["answer"])[images], minlength=4) / images.sum()
     assert (abs(counts - 0.25) < 0.05).all()
 
 
 def test_the_text_of_an_image_question_does_not_give_its_answer_away():
     """The best guess from question and options alone: the option that was right most often for this question."""
-    train, test = digits.load("train", size=6000), digits.load("test", size=2000)
+    train, test = digits.load("train", max_samples=6000), digits.load("test")
 
     def image_questions(rows):
         columns = rows.remove_columns("image")
-        return [row for row, has_image in zip(columns, scienceqa.rows_with_image(rows)) if has_image]
+        return [row for row, with_image in zip(columns, has_image(rows)) if with_image]
 
     right, offered = Counter(), Counter()
     for row in image_questions(train):
@@ -97,13 +136,15 @@ def test_the_text_of_an_image_question_does_not_give_its_answer_away():
     assert hits / len(questions) < 0.33
 
 
-@pytest.mark.parametrize("arguments", [{"split": "dev"}, {"split": "test", "size": 0}, {"split": "test", "path": "x"}])
+@pytest.mark.parametrize(
+    "arguments", [{"split": "dev"}, {"split": "test", "max_samples": 0}, {"split": "test", "path": "x"}]
+)
 def test_digits_refuses_what_it_does_not_have(arguments):
     with pytest.raises(ValueError, match="dev|at least 1|run time"):
         digits.load(**arguments)
 
 
-# --- ScienceQA's prompt and score ---
+# --- ScienceQA ---
 
 
 ROW = {"question": "Why?", "hint": "", "choices": ["so", "not so"], "answer": 1}
@@ -113,52 +154,392 @@ def test_prompt_and_answer_are_the_papers():
     assert scienceqa.prompt(ROW, "") == "Question: Why?\nContext: N/A\nOptions: (A) so (B) not so"
     assert scienceqa.prompt(ROW, "It rains.") == "Question: Why?\nContext: It rains.\nOptions: (A) so (B) not so"
     assert scienceqa.answer(ROW) == "The answer is B."
+    assert scienceqa.options(ROW) == [" A", " B"]
 
 
-def reference(answer=0, subject="natural science", grade="grade1", hint=False, image=False, num_choices=2):
-    return {
-        "answer": answer,
-        "num_choices": num_choices,
-        "subject": subject,
-        "grade": grade,
-        "has_hint": hint,
-        "has_image": image,
+def scienceqa_problem(**facts):
+    text = {name: name for name in "hint task subject topic category skill lecture solution".split()}
+    return {**text, "question": "Why?", "choices": ["so", "not so"], "answer": 1, "grade": "grade3", **facts}
+
+
+@pytest.fixture
+def original(tmp_path):
+    """ScienceQA as it was released: two test questions, one with an image, and one question to validate."""
+    folder = tmp_path / "scienceqa"
+    problems = {
+        "7": scienceqa_problem(image="image.png", split="test"),
+        "8": scienceqa_problem(image=None, split="val", question="When?"),
+        "12": scienceqa_problem(image=None, split="test", answer=0),
     }
+    write_image(folder / "images" / "test" / "7" / "image.png")
+    for name in ("train", "val"):
+        (folder / "images" / name).mkdir()
+    (folder / "problems.json").write_text(json.dumps(problems))
+    (folder / "pid_splits.json").write_text(json.dumps({"train": [], "val": ["8"], "test": ["12", "7"]}))
+    return folder
 
 
-def metric():
-    return evaluate.load(str(ROOT / "metrics" / "scienceqa"), keep_in_memory=True)
+def test_the_original_scienceqa_has_the_columns_of_the_hubs(original):
+    rows = scienceqa.load("test", str(original))
+    assert rows.features == digits.FEATURES and rows.column_names == SCIENCEQA_COLUMNS
+    assert [row["answer"] for row in rows] == [0, 1]  # in the order of the split
+    assert [row["image"] and row["image"].size for row in rows] == [None, (8, 8)]
+    assert scienceqa.load("validation", str(original))["question"] == ["When?"]
+    assert rows[1]["grade"] == "grade3" and rows[1]["hint"] == "hint"
 
 
-def test_the_nine_columns_count_their_own_questions():
-    references = [
-        reference(0, "natural science", "grade1", hint=True),
-        reference(1, "natural science", "grade7", image=True),
-        reference(0, "social science", "grade6", hint=True, image=True),
-        reference(1, "language science", "grade12"),
-    ]
-    scores = metric().compute(predictions=[" A", " A", " B", " B."], references=references)
-    assert scores == {
-        "NAT": 50,
-        "SOC": 0,
-        "LAN": 100,
-        "TXT": 50,
-        "IMG": 0,
-        "NO": 100,
-        "G1-6": 50,
-        "G7-12": 50,
-        "average": 50,
-        "unparsed": 0,
-        "count": 4,
-    }
+@pytest.mark.parametrize("layout", ["original", "save_to_disk", "parquet"])
+def test_every_layout_of_scienceqa_gives_the_same_rows_streamed_or_not(layout, original, tmp_path):
+    expected = scienceqa.load("test", str(original))
+    folder = original
+    if layout == "save_to_disk":
+        folder = tmp_path / "saved"
+        DatasetDict(test=expected).save_to_disk(folder)
+    if layout == "parquet":
+        folder = tmp_path / "hub"
+        (folder / "data").mkdir(parents=True)
+        expected.to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    whole, streamed = (scienceqa.load("test", str(folder), streaming=streaming) for streaming in (False, True))
+    assert isinstance(whole, Dataset) and isinstance(streamed, IterableDataset)
+    assert undecoded(whole) == undecoded(streamed) and has_image(whole) == [False, True]
+    assert whole.features == streamed.features == digits.FEATURES
+    texts = list(expected.remove_columns("image"))
+    assert list(whole.remove_columns("image")) == list(streamed.remove_columns("image")) == texts
+
+
+@pytest.mark.parametrize("missing", ["problems.json", "pid_splits.json", "images/test"])
+def test_what_the_original_scienceqa_lacks_is_named(missing, original):
+    path = original / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{path} is missing.*images/\{{train,val,test\}}/<number>"):
+        scienceqa.load("test", str(original))
+
+
+def test_a_folder_of_another_kind_or_without_the_split_is_refused(original, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no data set.*dataset_dict.json"):
+        scienceqa.load("test", str(tmp_path / "empty"))
+    DatasetDict(test=scienceqa.load("test", str(original))).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="no split `train`. It has: test"):
+        scienceqa.load("train", str(tmp_path / "saved"))
+
+
+def test_scienceqa_is_scored_by_what_its_records_say(original):
+    records = make_records(scienceqa, scienceqa.load("test", str(original)), [" A", " A"])
+    scores = scienceqa.score(records, 2)
+    assert (scores["IMG"], scores["TXT"], scores["G1-6"], scores["average"]) == (0, 50, 50, 50)
+    with pytest.raises(ValueError, match="2 predictions for a split of 3 rows"):
+        scienceqa.score(records, 3)
+
+
+# --- COCO Captions ---
+
+
+def save_karpathy(folder):
+    """Four images with two captions each, one for each of Karpathy's parts."""
+    images = []
+    for number, (part, images_of) in enumerate(
+        [("train", "train2014"), ("restval", "val2014"), ("val", "val2014"), ("test", "val2014")]
+    ):
+        name = f"COCO_{images_of}_{number:012d}.jpg"
+        write_image(folder / images_of / name)
+        sentences = [{"raw": f"A {part}\nimage. "}, {"raw": f"Number {number}."}]
+        images.append(
+            {"filepath": images_of, "filename": name, "split": part, "sentences": sentences, "cocoid": number}
+        )
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+
+
+@pytest.fixture
+def coco(tmp_path):
+    save_karpathy(tmp_path / "coco")
+    return tmp_path / "coco"
+
+
+def test_coco_trains_on_captions_and_evaluates_images(coco):
+    train, validation, test = (coco_captions.load(split, str(coco)) for split in ("train", "validation", "test"))
+    assert train["captions"] == [["A train image."], ["Number 0."], ["A restval image."], ["Number 1."]]
+    assert train["image_id"] == [0, 0, 1, 1]
+    assert (validation["image_id"], validation["captions"]) == ([2], [["A val image.", "Number 2."]])
+    assert (test["image_id"], test["captions"]) == ([3], [["A test image.", "Number 3."]])
+    assert test[0]["image"].size == (8, 8)
+    streamed = coco_captions.load("train", str(coco), streaming=True)
+    assert isinstance(streamed, IterableDataset) and undecoded(streamed) == undecoded(train)
+    assert [coco_captions.answer(row) for row in (train[1], test[0])] == ["Number 0.", "A test image."]
+    assert coco_captions.options(test[0]) is None
+
+
+@pytest.mark.parametrize("missing", ["dataset_coco.json", "val2014"])
+def test_what_coco_lacks_is_named_with_its_place_to_get_it(missing, coco):
+    path = coco / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{path} is missing.*caption_datasets.zip.*val2014.zip"):
+        coco_captions.load("test", str(coco))
+
+
+def test_coco_needs_a_path_and_one_of_its_splits(coco):
+    with pytest.raises(ValueError, match="path is None.*caption_datasets.zip"):
+        coco_captions.load("test")
+    with pytest.raises(ValueError, match="split is 'dev'"):
+        coco_captions.load("dev", str(coco))
+
+
+def test_captions_are_scored_against_all_of_their_image(coco):
+    records = make_records(coco_captions, coco_captions.load("test", str(coco)), [" number 3"])
+    scores = coco_captions.score(records, 1)
+    assert scores["BLEU-2"] == pytest.approx(100) and coco_captions.CARD["score"] in scores
+    with pytest.raises(ValueError, match="1 predictions for a split of 2 rows"):
+        coco_captions.score(records, 2)
+
+
+def test_a_missing_java_is_named_before_anything_is_generated(tmp_path, monkeypatch):
+    coco_captions.check_scorer()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="no `java` on PATH.*Install"):
+        coco_captions.check_scorer()
+
+
+def test_a_missing_pycocoevalcap_is_named_before_anything_is_generated(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pycocoevalcap"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)  # as if it were not installed
+    with pytest.raises(ImportError, match="pip install pycocoevalcap"):
+        coco_captions.check_scorer()
+
+
+# --- Your own questions ---
+
+
+EXAMPLE = ROOT / "examples" / "vqa"
+CHOICE = {"question": "Which?", "choices": ["a cat", "a dog"], "answer": "a dog", "context": "It barks."}
+FREE = {"question": "What?", "answer": "A red car."}
+
+
+def test_the_example_has_ten_rows_of_all_kinds():
+    rows = [row for split in ("train", "test") for row in vqa.load(split, str(EXAMPLE))]
+    assert len(rows) == 10
+    kinds = Counter((row["image"] is not None, row["choices"] is not None) for row in rows)
+    assert set(kinds) == {(True, True), (True, False), (False, True), (False, False)}
+    assert all(file.stat().st_size < 4096 for file in EXAMPLE.glob("images/*"))
+
+
+def test_own_questions_are_asked_with_options_or_without():
+    assert vqa.prompt(CHOICE, "It barks.") == "Question: Which?\nContext: It barks.\nOptions: (A) a cat (B) a dog"
+    assert (vqa.answer(CHOICE), vqa.options(CHOICE)) == ("The answer is B.", [" A", " B"])
+    assert vqa.prompt(FREE, "") == "Question: What?\nContext: N/A"
+    assert (vqa.answer(FREE), vqa.options(FREE)) == ("The answer is A red car.", None)
+    assert (vqa.context(CHOICE), vqa.context(FREE)) == ("It barks.", "")
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "save_to_disk", "parquet"])
+def test_every_layout_of_own_questions_gives_the_same_rows_streamed_or_not(layout, tmp_path):
+    folder, expected = EXAMPLE, vqa.load("train", str(EXAMPLE))
+    if layout == "save_to_disk":
+        folder = tmp_path / "saved"
+        DatasetDict(train=expected).save_to_disk(folder)
+    if layout == "parquet":
+        folder = tmp_path / "hub"
+        folder.mkdir()
+        expected.to_parquet(folder / "train.parquet")
+    whole, streamed = (vqa.load("train", str(folder), streaming=streaming) for streaming in (False, True))
+    assert isinstance(whole, Dataset) and isinstance(streamed, IterableDataset)
+    assert undecoded(whole) == undecoded(streamed)
+    assert whole.features == streamed.features == vqa.FEATURES
+    assert has_image(whole) == [True, True, True, True, False, False]
+    texts = [[task(row) for task in (vqa.context, vqa.answer, vqa.options)] for row in whole]
+    assert texts == [[task(row) for task in (vqa.context, vqa.answer, vqa.options)] for row in expected]
+
+
+def test_a_data_set_may_lack_the_columns_that_a_row_may_lack(tmp_path):
+    rows = Dataset.from_list([{"image": None, "question": "Why?", "answer": "so"}])
+    DatasetDict(test=rows).save_to_disk(tmp_path)
+    row = vqa.load("test", str(tmp_path))[0]
+    assert vqa.prompt(row, vqa.context(row)) == "Question: Why?\nContext: N/A"
+    assert (vqa.answer(row), vqa.options(row)) == ("The answer is so.", None)
+
+
+def test_images_are_looked_for_from_their_file_and_not_opened(tmp_path):
+    (tmp_path / "broken.png").write_text("no image")
+    write_lines(tmp_path / "test.jsonl", [{**FREE, "image": "broken.png"}, {**FREE, "image": None}])
+    rows = undecoded(vqa.load("test", str(tmp_path)))
+    assert [row["image"] for row in rows] == [{"path": str(tmp_path / "broken.png"), "bytes": None}, None]
 
 
 @pytest.mark.parametrize(
-    "text, choice",
-    [(" A", 0), ("B", 1), (" (B)", 1), (" B.", 1), ("A\n", 0), ("And", None), ("C", None), ("", None), (" b", None)],
+    "spoil", [lambda file: file.write_text("no image"), lambda file: file.unlink()], ids=["broken", "missing"]
 )
-def test_an_answer_that_names_no_option_is_counted_as_such(text, choice):
-    scores = metric().compute(predictions=[text], references=[reference(answer=choice or 0)])
-    assert scores["unparsed"] == (100 if choice is None else 0)
-    assert scores["average"] == (0 if choice is None else 100)
-    assert scores["SOC"] is None
+def test_an_image_that_is_no_good_ends_no_loading(spoil, original, coco, tmp_path):
+    write_image(tmp_path / "own.png")
+    write_lines(tmp_path / "test.jsonl", [{**FREE, "image": "own.png"}])
+    for file in [*original.glob("images/*/*/*"), *coco.glob("*/*"), tmp_path / "own.png"]:
+        spoil(file)
+    assert has_image(vqa.load("test", str(tmp_path))) == [True]
+    assert has_image(scienceqa.load("test", str(original))) == [False, True]
+    assert has_image(coco_captions.load("test", str(coco), streaming=True)) == [True]
+
+
+def test_own_questions_need_a_path_the_split_and_good_rows(tmp_path):
+    with pytest.raises(ValueError, match="path is None"):
+        vqa.load("train")
+    write_lines(tmp_path / "train.jsonl", [FREE, {"question": "Why?"}, {"answer": "so"}])
+    with pytest.raises(FileNotFoundError, match="test.jsonl is missing"):
+        vqa.load("test", str(tmp_path))
+    with pytest.raises(ValueError, match="train.jsonl:2: there is no `answer`.*\n.*first of 2: `python -m"):
+        vqa.load("train", str(tmp_path))
+    with pytest.raises(ValueError, match="none of"):  # a row from elsewhere is seen when its answer is needed
+        vqa.answer({**CHOICE, "answer": "a cow"})
+
+
+@pytest.mark.parametrize(
+    "prediction, answer, is_right",
+    [
+        (" The red car.", "a red car", True),
+        (" red, car", "Red car", True),
+        (" red", "red car", False),
+        (" 3.5", "35", False),
+        (" -5.", "5", False),
+        (" -5.", "-5", True),
+        (" A.", "A", True),  # an article is kept where there is nothing else
+        (" the", "A", False),
+        (" +.", "+", True),
+        (" Ärger!", "ärger", True),
+    ],
+)
+def test_free_answers_are_compared_without_case_punctuation_and_articles(prediction, answer, is_right):
+    records = [{"question": "?", "answer": answer, "choices": None, "prediction": prediction, "has_image": False}]
+    assert vqa.score(records, 1)["free"] == 100 * is_right
+
+
+def test_own_questions_are_scored_by_kind():
+    records = [
+        {**CHOICE, "prediction": " B.", "has_image": True},
+        {**CHOICE, "prediction": " a dog", "has_image": False},  # no letter
+        {**FREE, "prediction": " the red car", "has_image": True},
+        {**FREE, "prediction": " ", "has_image": True},
+    ]
+    scores = vqa.score(records, 4)
+    assert vqa.CARD["score"] in scores
+    assert scores.pop("image") == pytest.approx(200 / 3)
+    assert scores == {"no image": 0, "choices": 50, "free": 50, "average": 50, "unparsed": 50, "count": 4}
+    assert vqa.score(records[:1], 1)["free"] is None
+    with pytest.raises(ValueError, match="4 predictions for a split of 5 rows"):
+        vqa.score(records, 5)
+
+
+# --- python -m tasks ---
+
+
+def fail(*command) -> tuple[int, str]:
+    """Runs `python -m tasks`. Returns the exit code, which must not be 0, and what it printed."""
+    process = subprocess.run(
+        [sys.executable, "-m", "tasks", *map(str, command)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode != 0 and "Traceback" not in process.stderr, process.stderr
+    return process.returncode, process.stdout + process.stderr
+
+
+def test_the_check_command_counts_the_rows_of_the_example():
+    output = run(sys.executable, "-m", "tasks", "check", "examples/vqa")
+    assert "examples/vqa/test.jsonl: 4 good rows, 2 with an image, 2 with choices" in output
+    assert "examples/vqa/train.jsonl: 6 good rows, 4 with an image, 3 with choices" in output
+
+
+FAULTS = [
+    (b'{"question": "Why?", "answer": }', "no JSON: Expecting value at character 32"),
+    (b'{"question": "Wh\xe4t?", "answer": "so"}', "no UTF-8 text"),
+    ([1, 2], "is no row"),
+    ({"answer": "so"}, "there is no `question`"),
+    ({"question": "Why?"}, "there is no `answer`"),
+    ({"question": " ", "answer": "so"}, "`question` is ' '"),
+    ({"question": "Why?", "answer": 3}, "`answer` is 3"),
+    ({**FREE, "context": ["so"]}, "`context` is ['so']"),
+    ({**CHOICE, "choices": "a dog"}, "`choices` is 'a dog'"),
+    ({**CHOICE, "choices": ["a dog", 3]}, "`choices` is ['a dog', 3]"),
+    ({**CHOICE, "choices": ["a dog"]}, "`choices` has 1 texts"),
+    ({**CHOICE, "choices": [f"a dog{' ' * n}" for n in range(27)]}, "`choices` has 27 texts"),
+    ({**CHOICE, "choices": ["a dog", "a cat", "a cat"]}, "`choices` repeats 'a cat'"),
+    ({**CHOICE, "answer": "A dog"}, "`answer` is 'A dog', which is none of"),
+    ({**FREE, "image": 3}, "`image` is 3"),
+    ({**FREE, "image": ""}, "`image` is ''"),
+    ({**FREE, "image": "lost.png"}, "there is no image"),
+    ({**FREE, "image": "broken.png"}, "broken.png cannot be read"),
+    ({**FREE, "image": "cut.png"}, "cut.png cannot be read"),
+]
+
+
+def test_the_check_command_names_every_bad_row_and_no_other(tmp_path):
+    (tmp_path / "broken.png").write_text("no image")
+    write_image(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:-30])
+    good = json.dumps({**CHOICE, "image": "good.png", "id": 5}).encode()
+    lines = [good, b""]
+    for fault, _ in FAULTS:
+        lines += [fault if isinstance(fault, bytes) else json.dumps(fault).encode(), good]
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(b"\n".join(lines))
+    code, output = fail("check", file)
+    assert code == 1
+    *faults, summary, total = output.splitlines()
+    for number, (fault, (_, text)) in enumerate(zip(faults, FAULTS, strict=True)):
+        assert fault.startswith(f"{file}:{3 + 2 * number}: ") and text in fault
+        assert fault.endswith(".")  # what to do
+    assert summary == f"{file}: 20 good rows, 20 with an image, 20 with choices"
+    assert total == "19 faults"
+
+
+def test_the_check_command_names_all_faults_of_one_row(tmp_path):
+    write_lines(tmp_path / "test.jsonl", [{"choices": ["a"], "context": 3, "image": "lost.png"}])
+    _, output = fail("check", tmp_path)
+    for text in ("no `question`", "no `answer`", "`context` is 3", "has 1 texts", "no image"):
+        assert text in output
+    assert output.count("test.jsonl:1: ") == 5
+
+
+def test_the_check_command_refuses_what_holds_no_rows(tmp_path):
+    assert "has no .jsonl file" in fail("check", tmp_path)[1]
+    assert "lost.jsonl" in fail("check", tmp_path / "lost.jsonl")[1]
+    (tmp_path / "train.jsonl").write_text("\n")
+    assert "train.jsonl: no rows" in fail("check", tmp_path)[1]
+
+
+@pytest.fixture
+def answered(tmp_path):
+    """A folder as `train.py` leaves it before scoring."""
+    rows = digits.load("test", max_samples=12)
+    letters = ["ABCD"[row["answer"]] for row in rows]
+    wrong = [" B" if letter == "A" else " A" for letter in letters[9:]]
+    predictions = [f" {letter}" for letter in letters[:9]] + wrong
+    records = make_records(digits, rows, predictions, choices=[row["answer"] for row in rows])
+    write_lines(tmp_path / "predictions.jsonl", records)
+    (tmp_path / "results.json").write_text(json.dumps({"task": "digits", "size": 12, "seed": 3}))
+    return tmp_path
+
+
+def test_scoring_a_folder_writes_both_scores_and_can_be_repeated(answered):
+    results = score_folder(answered)
+    assert results["scores"]["average"] == 75 and results["scores_by_likelihood"]["average"] == 100
+    assert (results["task"], results["size"], results["seed"]) == ("digits", 12, 3)
+    written = (answered / "results.json").read_text()
+    assert json.loads(written) == results
+    output = run(sys.executable, "-m", "tasks", "score", answered)
+    assert (answered / "results.json").read_text() == written
+    greedy, likelihood = output.splitlines()
+    assert greedy.startswith("scores: ") and "average 75.00" in greedy
+    assert likelihood.startswith("scores_by_likelihood: ") and "average 100.00" in likelihood
+
+
+def test_answers_without_a_choice_have_no_score_by_likelihood(answered):
+    score_folder(answered)
+    records = [json.loads(line) for line in (answered / "predictions.jsonl").read_text().splitlines()]
+    del records[5]["choice"]
+    write_lines(answered / "predictions.jsonl", records)
+    assert "scores_by_likelihood" not in score_folder(answered)
+
+
+def test_scoring_refuses_a_folder_that_lacks_an_answer_or_a_file(answered):
+    lines = (answered / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (answered / "predictions.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(ValueError, match="11 predictions for a split of 12 rows"):
+        score_folder(answered)
+    (answered / "results.json").unlink()
+    assert "results.json is missing" in fail("score", answered)[1]

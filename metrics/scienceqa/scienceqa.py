@@ -13,6 +13,7 @@ class ScienceQA(evaluate.Metric):
     """
     predictions: what the model said after "The answer is", one text per question.
     references: the question's facts, see `_info`.
+    size: the number of questions in the split, if another number of predictions is to be refused.
 
     Returns accuracies in per cent, `None` where the split has no such question: NAT, SOC, LAN by subject; TXT with a
     hint, IMG with an image, NO with neither; G1-6 and G7-12 by grade; `average` over all questions. `unparsed` is the
@@ -39,7 +40,11 @@ class ScienceQA(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions, references, size=None):
+        if size is not None and len(predictions) != size:
+            raise ValueError(
+                f"There are {len(predictions)} predictions for a split of {size} rows. Score each row once."
+            )
         chosen = [parse(text, row["num_choices"]) for text, row in zip(predictions, references)]
         correct = [choice == row["answer"] for choice, row in zip(chosen, references)]
 

@@ -1,0 +1,99 @@
+"""
+COCO Captions (Chen et al., 2015) in the splits of Karpathy and Fei-Fei (2015): 113,287 / 5,000 / 5,000 images with
+about five captions each. Read from a folder with
+
+    dataset_coco.json   train2014/*.jpg   val2014/*.jpg
+
+A training row is one caption, a row to evaluate is one image with all of its captions.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
+
+from tasks import require_files
+
+
+COLUMNS = ("image", "captions", "image_id")
+ANSWER_PREFIX = ""
+MAX_NEW_TOKENS = 40  # a caption has about 10 words, hardly any has more than 25
+CARD = {"task_type": "image-to-text", "metric_type": "cider", "score": "CIDEr"}
+METRIC = Path(__file__).parents[1] / "metrics" / "coco_captions"
+
+PARTS = {"train": ("train", "restval"), "validation": ("val",), "test": ("test",)}
+FEATURES = Features({"image": Image(), "captions": List(Value("string")), "image_id": Value("int64")})
+LAYOUT = (
+    "COCO Captions is read from a folder with dataset_coco.json, Karpathy's splits "
+    "(https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip), and the image folders train2014 "
+    "and val2014 (http://images.cocodataset.org/zips/train2014.zip and val2014.zip). Unpack them there and give the "
+    "folder as `path`, in train.py `--data_path`."
+)
+
+
+def load(split: str, path: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
+    """
+    Raises:
+        FileNotFoundError: if `path` lacks the splits or an image folder of this one.
+        ValueError: without a path, or if there is no such split.
+    """
+    if path is None:
+        raise ValueError(f"path is None, but COCO Captions has no place of its own. {LAYOUT}")
+    if split not in PARTS:
+        raise ValueError(f"split is {split!r}, but must be one of {', '.join(PARTS)}.")
+    folder = Path(path)
+    splits = folder / "dataset_coco.json"
+    require_files([splits], LAYOUT)
+    entries = json.loads(splits.read_text(encoding="utf-8"))["images"]
+    entries = [entry for entry in entries if entry["split"] in PARTS[split]]
+    require_files(sorted({folder / entry["filepath"] for entry in entries}), LAYOUT)
+    rows = []
+    for entry in entries:
+        image = folder / entry["filepath"] / entry["filename"]
+        captions = [" ".join(sentence["raw"].split()) for sentence in entry["sentences"]]
+        for group in [[caption] for caption in captions] if split == "train" else [captions]:
+            rows.append({"image": str(image), "captions": group, "image_id": entry["cocoid"]})
+    rows = Dataset.from_list(rows, features=FEATURES)
+    return rows.to_iterable_dataset() if streaming else rows
+
+
+def context(row: dict) -> str:
+    return ""
+
+
+def prompt(row: dict, context: str) -> str:
+    return "Describe the image in one sentence."
+
+
+def answer(row: dict) -> str:
+    return row["captions"][0]
+
+
+def options(row: dict) -> None:
+    return None
+
+
+def check_scorer():
+    """
+    Scores a caption, so that what is missing is told before hours of generation.
+
+    Raises:
+        ImportError: without pycocoevalcap; from `evaluate`, which names the package.
+        RuntimeError: without a Java that works.
+    """
+    if shutil.which("java") is None:
+        raise RuntimeError(
+            "There is no `java` on PATH, but captions are scored after the PTB tokenizer, a Java program that is part "
+            "of pycocoevalcap. Install a Java runtime, on Debian and Ubuntu with `apt install default-jre-headless`."
+        )
+    score([{"prediction": "two dogs", "captions": ["two dogs", "a cat"]}], size=1)
+
+
+def score(records: list[dict], size: int) -> dict[str, float]:
+    """BLEU-1 to BLEU-4 and CIDEr, times 100 as papers print them (`scale`), of the split's captions (`count`)."""
+    import evaluate
+
+    metric = evaluate.load(str(METRIC), keep_in_memory=True)
+    predictions = [record["prediction"] for record in records]
+    return metric.compute(predictions=predictions, references=[record["captions"] for record in records], size=size)
