@@ -1,18 +1,23 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Trains DEHVF adapters on frozen bases, evaluates them on the test split and saves them with a model card.
+Trains adapters on frozen bases, evaluates them on the test split and saves them with a model card.
 
     accelerate launch train.py                                          # recipes/digits.yaml, minutes on a CPU
     accelerate launch train.py --visual_prompts none --output_dir outputs/digits-blind
+    accelerate launch train.py --method llava-lora --output_dir outputs/digits-llava-lora
+    accelerate launch train.py --adapter outputs/digits --num_train_epochs 0 --output_dir outputs/digits-again
     accelerate launch train.py recipes/scienceqa-llama7b.yaml --per_device_train_batch_size 2
     accelerate launch --num_processes 2 --use_deepspeed train.py --deepspeed ds_config.json
 
-A recipe is a YAML file of the flags that `--help` lists; flags beside it override it. `--output_dir` gets the adapters
-(`model.safetensors` and the files to load them), `README.md` (the card), `predictions.jsonl` and `results.json`.
+A recipe is a YAML file of the flags that `--help` lists, and perhaps `base:`, a recipe beside it whose values it
+changes; flags override both. `--output_dir` gets the adapters (`model.safetensors` and the files to load them),
+`README.md` (the card), `predictions.jsonl` and `results.json`.
 """
 
 import dataclasses
 import difflib
+import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -21,21 +26,33 @@ import os
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
 import yaml
+from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, logging
 
-from tasks import NAMES, get_task
+from baselines import METHODS as BASELINES
+from baselines import BaselineArguments, build
+from tasks import NAMES, get_task, print_scores, score_folder
 
 
 ROOT = Path(__file__).parent
 DEFAULT_RECIPE = ROOT / "recipes" / "digits.yaml"
+# What `--method` says -> values of `DehvfConfig`. The baselines that are no case of DEHVF stand in `baselines/`.
+DEHVF_METHODS = {
+    "dehvf": {},
+    "memvp": {"layer_fusion": "penultimate"},
+    "igva": {"fuser_query": "instruction"},
+    "layer+instruction": {"fuser_query": "layer+instruction"},
+}
 logger = logging.get_logger("train")
 
 
@@ -56,14 +73,30 @@ class DataArguments:
         default=512, metadata={"help": "Longest prompt in tokens. A longer one loses the end of its context."}
     )
     max_samples: int | None = field(
-        default=None, metadata={"help": "Take the first so many rows of each split, for a quick try."}
+        default=None,
+        metadata={"help": "Take so many rows of each split, for a quick try: the first (digits: a shorter course)."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the train split as it comes, without a copy on disk. Needs --max_steps."},
     )
 
 
 @dataclass
 class ModelArguments:
-    """The frozen bases."""
+    """The method and the frozen bases."""
 
+    method: Literal[(*DEHVF_METHODS, *BASELINES)] = field(
+        default="dehvf", metadata={"help": "What is trained: DEHVF, a setting of it, or a baseline of the paper."}
+    )
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of DEHVF adapters to start from, with their own config; "
+            "--num_train_epochs 0 evaluates them as they are."
+        },
+    )
+    adapter_revision: str | None = field(default=None, metadata={"help": "Commit of the adapters."})
     vision_model: str = field(
         default="openai/clip-vit-large-patch14", metadata={"help": "Hub id or folder of the vision encoder."}
     )
@@ -119,16 +152,15 @@ class DehvfTrainingArguments(TrainingArguments):
 def parse_arguments(arguments: list[str]):
     """Reads `[recipe.yaml] [--flag value ...]`. Flags override the recipe; an unknown key ends the run."""
     parser = HfArgumentParser(
-        [DataArguments, ModelArguments, adapter_arguments(), DehvfTrainingArguments],
+        [DataArguments, ModelArguments, adapter_arguments(), BaselineArguments, DehvfTrainingArguments],
         description=__doc__,
         usage="accelerate launch train.py [recipe.yaml] [--flag value ...]",
         allow_abbrev=False,
     )
     recipe = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
-    if not recipe.is_file():
-        raise ValueError(f"There is no recipe {recipe}. There are: {', '.join(map(str, recipes()))}.")
     flags = []
-    for key, value in (yaml.safe_load(recipe.read_text()) or {}).items():
+    values = {"output_dir": f"outputs/{recipe.stem}"} | read_recipe(recipe)
+    for key, value in values.items():
         if f"--{key}" not in parser._option_string_actions:
             known = [name.removeprefix("--") for name in parser._option_string_actions]
             close = difflib.get_close_matches(key, known, n=1)
@@ -137,7 +169,25 @@ def parse_arguments(arguments: list[str]):
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         flags += [f"--{key}", *map(str, values)]
     parsed = parser.parse_args_into_dataclasses([*flags, *arguments], look_for_args_file=False)
+    _, model_args, adapter_args, _, _ = parsed
+    for name, value in DEHVF_METHODS.get(model_args.method, {}).items():
+        if getattr(adapter_args, name) not in (value, type(adapter_args)().__dict__[name]):
+            raise ValueError(
+                f"`--method {model_args.method}` means `--{name} {value}`, but `{getattr(adapter_args, name)}` was "
+                "given. Leave one of them out."
+            )
+        setattr(adapter_args, name, value)
     return recipe, *parsed
+
+
+def read_recipe(recipe: Path) -> dict:
+    """The values of a recipe, on top of those of its `base`; a `null` takes one of these back."""
+    if not recipe.is_file():
+        raise ValueError(f"There is no recipe {recipe}. There are: {', '.join(map(str, recipes()))}.")
+    values = yaml.safe_load(recipe.read_text()) or {}
+    base = values.pop("base", None)
+    values = values if base is None else read_recipe(recipe.parent / base) | values
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def recipes() -> list[Path]:
@@ -149,82 +199,125 @@ def recipes() -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Split(torch.utils.data.Dataset):
+class RowEncoder:
     """
-    A split of a task, encoded. Texts are encoded here and now, so that what is wrong with them comes out before
-    training; images are decoded when a batch needs them.
-
-    A training row is prompt, answer and end of sequence, with labels on the last two; a row to evaluate is prompt and
-    answer prefix. An image that cannot be read is an error in evaluation; in training the next row stands in for it,
-    and `num_unreadable` counts.
+    A row's texts as token ids. A training row is prompt, answer and end of sequence, with labels on the last two; a
+    row to evaluate is prompt and answer prefix, with the tokens that its options begin with. `instruction_length` is
+    the number of tokens of the prompt. `num_shortened` counts the prompts that lost the end of their context.
 
     Raises:
-        ValueError: if the split is empty or lacks a column, or a row has no answer or is too long without context.
+        ValueError: if a row has no answer, is too long without context, or its options begin with the same token.
     """
 
-    def __init__(self, task, split: str, processor, arguments: DataArguments, training: bool):
-        from datasets import Image as ImageFeature
-
-        rows = task.load(split, arguments.data_path)
-        if missing := [name for name in task.COLUMNS if name not in rows.column_names]:
-            raise ValueError(
-                f"The {split} split of `{arguments.task}` lacks the columns {missing}. It has {rows.column_names}."
-            )
-        if arguments.max_samples is not None:
-            rows = rows.select(range(min(arguments.max_samples, len(rows))))
-        if not len(rows):
-            raise ValueError(f"The {split} split of `{arguments.task}` is empty.")
-        self.name, self.training = split, training
-        self.rows = rows.cast_column("image", ImageFeature(decode=False))
+    def __init__(self, task, split: str, processor, max_prompt_length: int, training: bool):
+        self.task, self.split, self.processor = task, split, processor
+        self.max_prompt_length, self.training = max_prompt_length, training
         self.num_shortened = 0
-        self._num_unreadable = multiprocessing.Value("i", 0)  # shared with the workers of a data loader
-        self.encoded = [
-            self._encode(task, processor, row, index, arguments.max_prompt_length)
-            for index, row in enumerate(rows.remove_columns("image"))
-        ]
-        if self.num_shortened:
-            logger.warning(
-                f"{self.num_shortened} of {len(rows)} prompts of the {split} split were longer than "
-                f"{arguments.max_prompt_length} tokens and lost the end of their context."
-            )
+        self.option_tokens = {}
 
-    @property
-    def num_unreadable(self) -> int:
-        return self._num_unreadable.value
+    def __call__(self, row: dict, index: int) -> dict:
+        tokenizer, prompt = self.processor.tokenizer, self._prompt(row, index)
+        text = f"{prompt} {self.task.answer(row)}" if self.training else prompt + self.task.ANSWER_PREFIX
+        # Encoded in one piece, as the model will meet it, and split where the prompt ends
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        tokens = encoded.input_ids
+        is_answer = [start >= len(prompt) and end > start for start, end in encoded.offset_mapping]
+        instruction_length = is_answer.index(True) if any(is_answer) else len(tokens)
+        if not self.training:
+            options = [self._option_token(text, tokens, option) for option in self.task.options(row) or []]
+            if len(set(options)) < len(options):
+                raise ValueError(
+                    f"Row {index} of the {self.split} split has options that begin with the same token: "
+                    f"{self.task.options(row)}. Their likelihood cannot be compared. Give letters."
+                )
+            return {"input_ids": tokens, "instruction_length": instruction_length, "options": options}
+        if not self.task.answer(row).strip() or not any(is_answer):
+            raise ValueError(f"Row {index} of the {self.split} split has no answer to learn: {row}")
+        labels = [token if answer else -100 for token, answer in zip(tokens, is_answer)]
+        end = tokenizer.eos_token_id
+        return {
+            "input_ids": [*tokens, end],
+            "instruction_length": instruction_length,
+            "labels": [*labels, end],
+        }
 
-    def _encode(self, task, processor, row: dict, index: int, max_prompt_length: int) -> dict[str, list[int]]:
-        tokenizer = processor.tokenizer
+    def _prompt(self, row: dict, index: int) -> str:
+        tokenizer, task = self.processor.tokenizer, self.task
         context = task.context(row)
-        prompt = render(processor, task.prompt(row, context))
-        excess = len(tokenizer(prompt).input_ids) - max_prompt_length
+        prompt = render(self.processor, task.prompt(row, context))
+        excess = len(tokenizer(prompt).input_ids) - self.max_prompt_length
         if excess > 0:
             offsets = tokenizer(context, return_offsets_mapping=True, add_special_tokens=False).offset_mapping
             # A cut can leave a word in more tokens than it had, hence perhaps once more
             while excess > 0 and offsets:
                 offsets = offsets[:-excess]
                 context = context[: offsets[-1][1]] if offsets else ""
-                prompt = render(processor, task.prompt(row, context))
-                excess = len(tokenizer(prompt).input_ids) - max_prompt_length
+                prompt = render(self.processor, task.prompt(row, context))
+                excess = len(tokenizer(prompt).input_ids) - self.max_prompt_length
             self.num_shortened += 1
         if excess > 0:
             raise ValueError(
-                f"Row {index} of the {self.name} split has {excess + max_prompt_length} tokens without any context, "
-                f"more than `max_prompt_length={max_prompt_length}`. Raise the limit: question, options and answer "
-                "are never cut."
+                f"Row {index} of the {self.split} split has {excess + self.max_prompt_length} tokens without any "
+                f"context, more than `max_prompt_length={self.max_prompt_length}`. Raise the limit: question, options "
+                "and answer are never cut."
             )
-        if not self.training:
-            return {"input_ids": tokenizer(prompt + task.ANSWER_PREFIX).input_ids}
-        # Encoded in one piece, as the model will meet it, and split where the prompt ends
-        answer = task.answer(row)
-        encoded = tokenizer(f"{prompt} {answer}", return_offsets_mapping=True)
-        labels = [
-            token if start >= len(prompt) and end > start else -100
-            for token, (start, end) in zip(encoded.input_ids, encoded.offset_mapping)
+        return prompt
+
+    def _option_token(self, text: str, tokens: list[int], option: str) -> int:
+        if option not in self.option_tokens:  # letters mean the same tokens in every row
+            self.option_tokens[option] = self.processor.tokenizer(text + option).input_ids[len(tokens)]
+        return self.option_tokens[option]
+
+
+class Split(torch.utils.data.Dataset):
+    """
+    A split of a task, encoded. Texts are encoded here and now, so that what is wrong with them comes out before
+    training; images are decoded when a batch needs them.
+
+    An image that cannot be read is an error in evaluation; in training the next row stands in for it, and
+    `num_unreadable` counts.
+
+    Raises:
+        ValueError: if the split is empty or lacks a column, or as in [`RowEncoder`].
+    """
+
+    def __init__(self, task, name: str, processor, arguments: DataArguments, training: bool):
+        self.name, self.training = name, training
+        self.rows = load_rows(task, name, arguments)
+        if arguments.streaming:  # splits to evaluate are small, and scored as a whole
+            self.rows = Dataset.from_list(list(self.rows), features=self.rows.features)
+        self._num_unreadable = multiprocessing.Value("i", 0)  # shared with the workers of a data loader
+        self.encoder = RowEncoder(task, name, processor, arguments.max_prompt_length, training)
+        if not training:
+            self._require_images()
+        texts = self.rows.remove_columns("image")
+        self.encoded = [self.encoder(row, index) for index, row in enumerate(texts)]
+        if self.num_shortened:
+            logger.warning(
+                f"{self.num_shortened} of {len(self)} prompts of the {name} split were longer than "
+                f"{arguments.max_prompt_length} tokens and lost the end of their context."
+            )
+
+    def _require_images(self):
+        """A file that is missing would otherwise come out after training."""
+        missing = [
+            f"row {index}: {image['path']}"
+            for index, image in enumerate(self.rows["image"])
+            if image is not None and image["bytes"] is None and not os.path.isfile(image["path"])
         ]
-        if not answer.strip() or all(label == -100 for label in labels):
-            raise ValueError(f"Row {index} of the {self.name} split has no answer to learn: {row}")
-        end = tokenizer.eos_token_id
-        return {"input_ids": [*encoded.input_ids, end], "labels": [*labels, end]}
+        if missing:
+            raise ValueError(
+                f"{len(missing)} images of the {self.name} split are missing: {', '.join(missing[:10])}. Put them "
+                "there, or leave these rows out of the split that is evaluated."
+            )
+
+    @property
+    def num_shortened(self) -> int:
+        return self.encoder.num_shortened
+
+    @property
+    def num_unreadable(self) -> int:
+        return self._num_unreadable.value
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -247,6 +340,51 @@ class Split(torch.utils.data.Dataset):
         raise ValueError(f"No image of the {self.name} split can be read.")
 
 
+class StreamedSplit(torch.utils.data.IterableDataset):
+    """A train split that is read and encoded row by row; what is wrong with a row comes out when it is reached."""
+
+    def __init__(self, task, name: str, processor, arguments: DataArguments, shuffle_seed: int | None):
+        self.rows = load_rows(task, name, arguments)
+        if shuffle_seed is not None:
+            self.rows = self.rows.shuffle(seed=shuffle_seed, buffer_size=1000)
+        self._num_unreadable = multiprocessing.Value("i", 0)
+        self.encoder = RowEncoder(task, name, processor, arguments.max_prompt_length, training=True)
+
+    num_shortened, num_unreadable = Split.num_shortened, Split.num_unreadable
+
+    def set_epoch(self, epoch: int):
+        self.rows.set_epoch(epoch)
+
+    def __iter__(self):
+        for index, row in enumerate(self.rows):
+            try:
+                image = read_image(row.pop("image"))
+            except Exception as error:
+                with self._num_unreadable.get_lock():
+                    self._num_unreadable.value += 1
+                logger.warning(f"Image {index} of the stream cannot be read: {error}. Its row is left out.")
+                continue
+            yield {"index": index, "image": image, **self.encoder(row, index)}
+
+
+def load_rows(task, name: str, arguments: DataArguments):
+    """The rows of a split as the task gives them, images undecoded."""
+    limit = arguments.max_samples
+    makes_any_size = "max_samples" in inspect.signature(task.load).parameters
+    sizes = {"max_samples": limit} if makes_any_size else {}
+    rows = task.load(name, arguments.data_path, streaming=arguments.streaming, **sizes)
+    if limit is not None and not makes_any_size:
+        rows = rows.take(min(limit, len(rows)) if not arguments.streaming else limit)
+    if missing := [column for column in task.COLUMNS if column not in rows.column_names]:
+        raise ValueError(
+            f"The {name} split of `{arguments.task}` lacks the columns {missing}. It has {rows.column_names}."
+        )
+    rows = rows.cast_column("image", ImageFeature(decode=False))
+    if next(iter(rows), None) is None:
+        raise ValueError(f"The {name} split of `{arguments.task}` is empty.")
+    return rows
+
+
 def render(processor, prompt: str) -> str:
     return processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
 
@@ -264,24 +402,42 @@ class Collator:
 
         input_ids      (2, 3)          attention_mask [[1, 1, 1], [0, 1, 1]]
         pixel_values   (2, 3, 64, 64)  image_mask     [False, True]
-        labels         (2, 3), -100 on padding and prompt, in training; index (2,), the row's number, in evaluation
+
+    In training also `labels` (2, 3), -100 on padding and prompt; in evaluation `index` (2,), the row's number, and
+    `options` (2, 4), the tokens that the options begin with, -1 where there is none.
+
+    Args:
+        image_tokens: what a model without DEHVF takes in its text for an image, put behind the first token.
+        instruction_mask: whether to mark the user's tokens, (2, 3), for a fuser that reads them.
     """
 
     processor: object
+    image_tokens: list[int] = field(default_factory=list)
+    instruction_mask: bool = False
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        tokens = {"input_ids": [row["input_ids"] for row in rows]}
-        batch = self.processor.tokenizer.pad(tokens, return_tensors="pt")
+        images = [row["image"] for row in rows]
+        added = [self.image_tokens if image is not None else [] for image in images]
+        tokens = [[*row["input_ids"][:1], *new, *row["input_ids"][1:]] for row, new in zip(rows, added)]
+        batch = dict(self.processor.tokenizer.pad({"input_ids": tokens}, return_tensors="pt"))
         length = batch["input_ids"].shape[1]
+
+        def pad(values: list[list[int]], filler: int) -> torch.Tensor:
+            return torch.tensor([[filler] * (length - len(row)) + row for row in values])
+
+        if self.instruction_mask:
+            lengths = [row["instruction_length"] for row in rows]
+            rest = [len(row["input_ids"]) - read for row, read in zip(rows, lengths)]
+            batch["instruction_mask"] = pad([[1] * read + [0] * left for read, left in zip(lengths, rest)], 0)
         if "labels" in rows[0]:
-            labels = [[-100] * (length - len(row["labels"])) + row["labels"] for row in rows]
-            batch["labels"] = torch.tensor(labels)
+            batch["labels"] = pad([[-100] * len(new) + row["labels"] for row, new in zip(rows, added)], -100)
         else:
             batch["index"] = torch.tensor([row["index"] for row in rows])
-        images = [row["image"] for row in rows]
+            width = max(1, *(len(row["options"]) for row in rows))
+            batch["options"] = torch.tensor([row["options"] + [-1] * (width - len(row["options"])) for row in rows])
         if any(image is not None for image in images):
             batch.update(self.processor(images=images, return_tensors="pt"))
-        return dict(batch)
+        return batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,7 +446,10 @@ class Collator:
 
 
 class AnswerTrainer(Trainer):
-    """A Trainer whose evaluation lets the model answer: predictions are the new tokens, labels the rows' numbers."""
+    """
+    A Trainer whose evaluation lets the model answer. Predictions are the new tokens and the most likely option (-1
+    where there are none), labels the rows' numbers.
+    """
 
     def __init__(self, *args, max_new_tokens: int, **kwargs):
         super().__init__(*args, **kwargs)
@@ -298,61 +457,74 @@ class AnswerTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        index = inputs.pop("index")
-        model = self.accelerator.unwrap_model(model)
-        tokens = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
-        return None, tokens[:, inputs["input_ids"].shape[1] :], index
+        index, options = inputs.pop("index"), inputs.pop("options")
+        generated = self.accelerator.unwrap_model(model).generate(
+            **inputs,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        # Options begin with tokens of their own, so the logits of the first new token order them by likelihood
+        scores = generated.logits[0].float().gather(1, options.clamp(min=0)).masked_fill(options < 0, float("-inf"))
+        choice = scores.argmax(dim=1).masked_fill(options[:, 0] < 0, -1)
+        return None, (generated.sequences[:, inputs["input_ids"].shape[1] :], choice), index
 
 
-def decode(processor, split: Split, output) -> dict[int, str]:
-    """Row number -> the model's words, from the output of `AnswerTrainer`, for each row of the split once."""
-    tokens = torch.as_tensor(output.predictions)
+def make_records(task, processor, split: Split, output) -> list[dict]:
+    """The lines of `predictions.jsonl`: each row of the split once, with what `AnswerTrainer` predicted for it."""
+    tokens, choices = output.predictions
+    tokens = torch.as_tensor(tokens)
     tokens = tokens.masked_fill(tokens == -100, processor.tokenizer.pad_token_id)
     texts = processor.batch_decode(tokens, skip_special_tokens=True)
-    predictions = dict(sorted(zip(output.label_ids.tolist(), texts)))
-    if list(predictions) != list(range(len(split))):
-        raise ValueError(f"{len(predictions)} answers came back for the {len(split)} rows of the {split.name} split.")
-    return predictions
-
-
-def write_predictions(file: Path, task, split: Split, predictions: dict[int, str]):
-    """One JSON object a line. Before scoring, so that no generated answer is lost to a fault there."""
-    rows = split.rows.remove_columns("image")
-    with open(file, "w") as lines:
-        for index, prediction in predictions.items():
-            row = {"index": index, "prediction": prediction, "expected": task.answer(rows[index]), **rows[index]}
-            lines.write(json.dumps(row) + "\n")
+    answers = dict(sorted(zip(output.label_ids.tolist(), zip(texts, choices.tolist()))))
+    if list(answers) != list(range(len(split))):
+        raise ValueError(f"{len(answers)} answers came back for the {len(split)} rows of the {split.name} split.")
+    records = []
+    for index, row in enumerate(split.rows):
+        has_image = row.pop("image") is not None
+        record = {
+            "index": index,
+            "prediction": answers[index][0],
+            "expected": task.answer(row),
+            "has_image": has_image,
+        }
+        if split.encoded[index]["options"]:
+            record["choice"] = answers[index][1]
+        records.append({**record, **row})
+    return records
 
 
 def write_card(folder: Path, model, results: dict):
     """A card with valid metadata. A base in a local folder has no Hub id to name, so it is left out."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    bases = [base for base in (model.config.text_model_id, model.config.vision_model_id) if not Path(base).exists()]
+    names = [results["text_model"], results["vision_model"]]
     scores, task_name = results["scores"], results["task"]
+    card = get_task(task_name).CARD
     data = ModelCardData(
-        base_model=bases or None,
+        base_model=[name for name in names if not Path(name).exists()] or None,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=["dehvf", "adapter"],
+        tags=[results["method"], "adapter"],
         model_name=folder.name,
         eval_results=[
             EvalResult(
-                task_type="visual-question-answering",
+                task_type=card["task_type"],
                 dataset_type=task_name,
                 dataset_name=task_name,
                 dataset_split="test",
-                metric_type="accuracy",
-                metric_value=round(scores["average"], 2),
+                metric_type=card["metric_type"],
+                metric_value=round(scores[card["score"]], 2),
             )
         ],
     )
     table = "\n".join(f"| {name} | {value:.2f} |" for name, value in scores.items() if value is not None)
+    use = f"## Use\n\n```python\n{example_code(folder)}```\n" if results["method"] in DEHVF_METHODS else ""
     ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n# {folder.name}\n\nDEHVF adapters: {results['trained_parameters']:,} trained "
-        f"parameters on the frozen {model.config.text_model_id} and {model.config.vision_model_id}.\n\n"
-        f"## Test split of `{task_name}`, {results['size']} rows\n\n| | |\n|---|---|\n{table}\n\n"
-        f"## Use\n\n```python\n{example_code(folder)}```\n"
+        f"---\n{data.to_yaml()}\n---\n\n# {folder.name}\n\nAdapters of the method `{results['method']}`: "
+        f"{results['trained_parameters']:,} trained parameters on the frozen {' and '.join(names)}.\n\n"
+        f"## Test split of `{task_name}`, {results['size']} rows\n\n| | |\n|---|---|\n{table}\n\n{use}"
     ).save(folder / "README.md")
 
 
@@ -388,7 +560,7 @@ def count_parameters(model) -> tuple[int, int]:
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
-def load(task, data_args, model_args, adapter_args, training_args):
+def load(task, data_args, model_args, adapter_args, baseline_args, training_args):
     """Returns the processor, the splits by name (data before models: its faults come out sooner) and the model."""
     with training_args.main_process_first(desc="load the remote code"):  # its cache is not made for several writers
         model_class = get_class_from_dynamic_module("modeling_dehvf.DehvfForConditionalGeneration", str(ROOT))
@@ -396,87 +568,150 @@ def load(task, data_args, model_args, adapter_args, training_args):
     bases = (model_args.vision_model, model_args.text_model)
     revisions = {name: getattr(model_args, name) for name in ("vision_model_revision", "text_model_revision")}
     processor = processor_class.from_vision_text_pretrained(*bases, **revisions)
-    names = ("train", "test") if training_args.eval_strategy == "no" else ("train", "validation", "test")
-    splits = {name: Split(task, name, processor, data_args, training=name == "train") for name in names}
-    model = model_class.from_vision_text_pretrained(
-        *bases,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-        **revisions,
-        **dataclasses.asdict(adapter_args),
-    )
+    splits = {}
+    if training_args.num_train_epochs > 0:
+        if data_args.streaming:
+            sequential = training_args.train_sampling_strategy == "sequential"
+            seed = None if sequential else training_args.seed
+            splits["train"] = StreamedSplit(task, "train", processor, data_args, seed)
+        else:
+            splits["train"] = Split(task, "train", processor, data_args, training=True)
+    for name in ("test",) if training_args.eval_strategy == "no" else ("validation", "test"):
+        splits[name] = Split(task, name, processor, data_args, training=False)
+    loading = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    if model_args.method in BASELINES:
+        values = dataclasses.asdict(baseline_args)
+        model = build(model_args.method, *bases, **loading, **revisions, **values)
+    elif model_args.adapter is None:
+        values = dataclasses.asdict(adapter_args)
+        model = model_class.from_vision_text_pretrained(*bases, **loading, **revisions, **values)
+    else:
+        model = model_class.from_pretrained(
+            model_args.adapter,
+            revision=model_args.adapter_revision,
+            vision_model=model_args.vision_model,
+            text_model=model_args.text_model,
+            **loading,
+        )
     return processor, splits, model
 
 
-def report(folder: Path, task, processor, model, split: Split, predictions: dict[int, str], facts: dict):
-    """Scores the predictions and leaves everything about the run in its folder."""
-    results = {
-        "scores": task.score(list(predictions.values()), split.rows),
+def check_arguments(data_args, model_args, training_args):
+    """What would otherwise come out late, or never."""
+    if data_args.streaming and training_args.max_steps <= 0:
+        raise ValueError(
+            "A stream does not tell how many rows it has, so `--streaming` needs `--max_steps`: rows x epochs / batch."
+        )
+    if model_args.adapter is not None and model_args.method != "dehvf":
+        raise ValueError(
+            f"`--adapter` takes DEHVF adapters, whose config says which setting they are; `--method "
+            f"{model_args.method}` was given beside it. Leave one of them out."
+        )
+
+
+def commit_of(location: str | None, revision: str | None) -> str | None:
+    """The commit that adapters were loaded at; `None` for a folder, which has none."""
+    if location is None or Path(location).is_dir():
+        return None
+    return extract_commit_hash(cached_file(location, CONFIG_NAME, revision=revision), None)
+
+
+def describe_run(task, processor, model, split: Split, data_args, model_args, training_args, folder: Path) -> dict:
+    """All that a reader needs to repeat or to doubt a result."""
+    packages = ("torch", "transformers", "accelerate", "datasets", "peft", "deepspeed", "pycocoevalcap")
+    weights = [*folder.glob("*.safetensors")]
+    return {
+        "method": model_args.method,
+        "task": data_args.task,
+        "data_path": data_args.data_path,
         "split": split.name,
         "size": len(split),
         "template": render(processor, task.prompt(split.rows[0], "{context}")) + task.ANSWER_PREFIX,
-        "decoding": f"greedy, {task.MAX_NEW_TOKENS} tokens",
-        **facts,
+        "decoding": f"greedy, max_new_tokens={task.MAX_NEW_TOKENS}",
+        "seed": training_args.seed,
+        "data_seed": training_args.data_seed,
+        "learning_rate": training_args.learning_rate,
+        "adapter": model_args.adapter,
+        "adapter_revision": commit_of(model_args.adapter, model_args.adapter_revision),
+        "adapter_sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in weights},
+        "vision_model": model_args.vision_model,
+        "vision_model_revision": model.config.vision_model_revision,
+        "text_model": model_args.text_model,
+        "text_model_revision": model.config.text_model_revision,
         "config": model.config.to_diff_dict(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
+        "versions": {name: version(name) for name in packages if find_spec(name)},
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2, default=str))
+
+
+def report(folder: Path, task, processor, model, split: Split, method: str):
+    """Scores the predictions in a folder, writes its card and says how to use what is there."""
+    results = score_folder(folder)
     write_card(folder, model, results)
-    print(" ".join(f"{name} {value:.2f}" for name, value in results["scores"].items() if value is not None))
-    if write_example(folder, task, processor, split):
+    print_scores(results)
+    if method in DEHVF_METHODS and write_example(folder, task, processor, split):
         print(f"\nTo ask the result about an image:\n\n{example_code(folder)}")
 
 
-def main():
-    if "--deepspeed" in sys.argv and "RANK" not in os.environ:
+def main(arguments: list[str]):
+    if "--deepspeed" in arguments and "RANK" not in os.environ:
         # `accelerate launch` sets these for several processes alone; without them DeepSpeed asks for MPI
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
-    recipe, data_args, model_args, adapter_args, training_args = parse_arguments(sys.argv[1:])
+    recipe, data_args, model_args, adapter_args, baseline_args, training_args = parse_arguments(arguments)
+    check_arguments(data_args, model_args, training_args)
     set_seed(training_args.seed)
     if training_args.use_cpu:  # `accelerate launch` leaves each process a single thread
-        torch.set_num_threads(max(1, os.cpu_count() // training_args.world_size))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // training_args.world_size))
     if training_args.base_learning_rate is not None:
         devices = training_args.gradient_accumulation_steps * training_args.world_size
         batch_size = training_args.per_device_train_batch_size * devices
         training_args.learning_rate = training_args.base_learning_rate * batch_size / 256
 
     task = get_task(data_args.task)
-    processor, splits, model = load(task, data_args, model_args, adapter_args, training_args)
+    if hasattr(task, "check_scorer"):  # before hours of training, and not after them
+        task.check_scorer()
+    processor, splits, model = load(task, data_args, model_args, adapter_args, baseline_args, training_args)
     trained, total = count_parameters(model)
     main_process = training_args.process_index == 0
     if main_process:
-        print(f"recipe {recipe}, {len(splits['train'])} rows, learning rate {training_args.learning_rate:g}")
+        print(f"recipe {recipe}, method {model_args.method}, learning rate {training_args.learning_rate:g}")
         print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)")
 
     def compute_metrics(output):
-        predictions = decode(processor, splits["validation"], output)
-        return task.score(list(predictions.values()), splits["validation"].rows)
+        records = make_records(task, processor, splits["validation"], output)
+        return task.score(records, len(splits["validation"]))
 
     trainer = AnswerTrainer(
         model=model,
         args=training_args,
-        train_dataset=splits["train"],
+        train_dataset=splits.get("train"),
         eval_dataset=splits.get("validation"),
-        data_collator=Collator(processor),
+        data_collator=Collator(
+            processor, getattr(model, "image_tokens", []), getattr(model.config, "reads_instruction", False)
+        ),
         processing_class=processor,
         compute_metrics=compute_metrics,
         max_new_tokens=task.MAX_NEW_TOKENS,
     )
-    facts = {"task": data_args.task, "seed": training_args.seed, "trained_parameters": trained}
-    facts["train_seconds"] = trainer.train().metrics["train_runtime"]
+    facts = {"trained_parameters": trained}
+    if "train" in splits:
+        facts["train_seconds"] = trainer.train().metrics["train_runtime"]
+        facts["unreadable_images"] = splits["train"].num_unreadable
     trainer.save_model()
     facts["shortened_prompts"] = {name: split.num_shortened for name, split in splits.items()}
-    facts["unreadable_images"] = splits["train"].num_unreadable
     trainer.compute_metrics = None  # it scores the validation split
     output = trainer.predict(splits["test"])
     if main_process:
         folder = Path(training_args.output_dir)
-        predictions = decode(processor, splits["test"], output)
-        write_predictions(folder / "predictions.jsonl", task, splits["test"], predictions)
-        report(folder, task, processor, model, splits["test"], predictions, facts)
+        # Before scoring, so that no generated answer is lost to a fault there; `python -m tasks score` repeats it
+        records = make_records(task, processor, splits["test"], output)
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        facts |= describe_run(task, processor, model, splits["test"], data_args, model_args, training_args, folder)
+        (folder / "results.json").write_text(json.dumps(facts, indent=2, default=str))
+        report(folder, task, processor, model, splits["test"], model_args.method)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import DEHVF_SIZES, DehvfConfig, run, save_tiny_bases, tiny_processor
 
 import train
-from tasks import get_task
+from tasks import get_task, score_folder
 
 
 def make_rows(size=6, hint="abc"):
@@ -49,7 +49,7 @@ def make_split(folder, split="train", training=True, **values):
 
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults():
-    recipe, data, model, adapter, training = train.parse_arguments(
+    recipe, data, model, adapter, _, training = train.parse_arguments(
         ["recipes/digits.yaml", "--num_groups", "2", "--visual_prompts", "none", "--output_dir", "x"]
     )
     assert (recipe.name, data.task, model.vision_model) == ("digits.yaml", "digits", "assets/vision_model")
@@ -59,12 +59,12 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults():
 
 def test_no_recipe_means_digits():
     assert train.parse_arguments([])[0] == train.DEFAULT_RECIPE
-    assert train.parse_arguments(["--seed", "7"])[4].seed == 7
+    assert train.parse_arguments(["--seed", "7"])[-1].seed == 7
 
 
 @pytest.mark.parametrize("recipe", train.recipes(), ids=lambda path: path.stem)
 def test_every_recipe_parses(recipe):
-    _, data, model, adapter, training = train.parse_arguments([str(recipe)])
+    training = train.parse_arguments([str(recipe)])[-1]
     assert training.output_dir == f"outputs/{recipe.stem}"
 
 
@@ -93,7 +93,34 @@ def test_a_missing_recipe_lists_those_that_are_there():
 
 def test_a_rate_in_scientific_notation_is_a_number(tmp_path):
     (tmp_path / "a.yaml").write_text("learning_rate: 2e-2\noutput_dir: x\n")
-    assert train.parse_arguments([str(tmp_path / "a.yaml")])[4].learning_rate == 0.02
+    assert train.parse_arguments([str(tmp_path / "a.yaml")])[-1].learning_rate == 0.02
+
+
+def test_a_recipe_changes_its_base(tmp_path):
+    (tmp_path / "base.yaml").write_text("num_groups: 2\nseed: 5\noutput_dir: x\n")
+    (tmp_path / "row.yaml").write_text("base: base.yaml\nnum_groups: 8\n")
+    _, _, _, adapter, _, training = train.parse_arguments([str(tmp_path / "row.yaml")])
+    assert (adapter.num_groups, training.seed, training.output_dir) == (8, 5, "x")
+
+
+def test_a_method_sets_its_switch_and_refuses_another():
+    adapter = train.parse_arguments(["--method", "memvp"])[3]
+    assert (adapter.layer_fusion, adapter.fuser_query) == ("penultimate", "network")
+    assert train.parse_arguments(["--method", "layer+instruction"])[3].fuser_query == "layer+instruction"
+    with pytest.raises(ValueError, match="`--method memvp` means `--layer_fusion penultimate`, but `mean` was given"):
+        train.parse_arguments(["--method", "memvp", "--layer_fusion", "mean"])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--streaming", "true"], "needs `--max_steps`"),
+        (["--adapter", "x", "--method", "lavin"], "`--method lavin` was given beside it"),
+    ],
+)
+def test_flags_that_cannot_hold_together_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        train.main(flags)
 
 
 # --- rows ---
@@ -114,6 +141,17 @@ def test_an_evaluated_row_ends_where_the_answer_is_due(scienceqa):
     row = make_split(scienceqa[0], "test", training=False)[1]
     assert tiny_processor().tokenizer.decode(row["input_ids"]).endswith("answer is")
     assert "labels" not in row
+
+
+def test_likelihood_compares_the_letters_tokens(scienceqa):
+    split = make_split(scienceqa[0], "test", training=False)
+    assert tiny_processor().tokenizer.convert_ids_to_tokens(split[0]["options"]) == [" A", " B"]
+
+
+def test_options_that_begin_alike_are_refused(scienceqa, monkeypatch):
+    monkeypatch.setattr(get_task("scienceqa"), "options", lambda row: ["one", "on"])
+    with pytest.raises(ValueError, match="Row 0 of the test split has options that begin with the same token"):
+        make_split(scienceqa[0], "test", training=False)
 
 
 def test_training_and_evaluation_see_the_same_prompt(scienceqa):
@@ -181,8 +219,19 @@ def test_an_unreadable_image_fails_in_evaluation_with_its_row(scienceqa):
         make_split(folder, "test", training=False)[3]
 
 
+def test_a_missing_image_is_named_before_training_where_it_will_be_evaluated(tmp_path):
+    rows = [{"question": "why", "answer": "so", "image": "lost.png"}, {"question": "why", "answer": "so"}]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = train.DataArguments(task="vqa", data_path=str(tmp_path))
+    trained = train.Split(get_task("vqa"), "train", tiny_processor(), arguments, training=True)
+    assert trained[0]["index"] == 1 and trained.num_unreadable == 1
+    with pytest.raises(ValueError, match="1 images of the test split are missing: row 0: .*lost.png"):
+        train.Split(get_task("vqa"), "test", tiny_processor(), arguments, training=False)
+
+
 def test_an_empty_split_is_refused(scienceqa, monkeypatch):
-    monkeypatch.setattr(get_task("scienceqa"), "load", lambda split, path: make_rows().select([]))
+    monkeypatch.setattr(get_task("scienceqa"), "load", lambda *_, **__: make_rows().select([]))
     with pytest.raises(ValueError, match="train split of `scienceqa` is empty"):
         make_split(scienceqa[0])
 
@@ -201,7 +250,7 @@ def test_a_row_without_an_answer_is_refused(scienceqa, monkeypatch):
 
 
 def test_an_unknown_task_is_refused():
-    with pytest.raises(ValueError, match="no task `cifar`. There are: digits"):
+    with pytest.raises(ValueError, match="no task `cifar`. There are: .*digits"):
         get_task("cifar")
 
 
@@ -252,3 +301,90 @@ def test_the_scienceqa_recipe_trains_on_a_stand_in(scienceqa, tmp_path, launcher
 def test_help_lists_every_argument():
     printed = launch("--help")
     assert "--visual_prompts" in printed and "--base_learning_rate" in printed
+
+
+def tiny_flags(tmp_path, scienceqa_folder, output, **flags) -> list[str]:
+    """A run of seconds; `flags` change it."""
+    vision, text = tmp_path / "vision", tmp_path / "text"
+    if not vision.exists():
+        save_tiny_bases(tmp_path, max_position_embeddings=512)
+    values = {
+        **{"task": "scienceqa", "data_path": scienceqa_folder, "vision_model": vision, "text_model": text},
+        **{"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "num_train_epochs": 1},
+        **{"learning_rate": 0.05, **DEHVF_SIZES, "output_dir": output, **flags},
+    }
+    return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+
+
+def read_predictions(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_a_stream_trains_on_the_rows_that_can_be_read(scienceqa, tmp_path):
+    folder, save = scienceqa
+    save(train=break_images(make_rows(), [3]), test=make_rows(4))
+    train.main(tiny_flags(tmp_path, folder, tmp_path / "output", streaming=True, max_steps=4))
+    results = json.loads((tmp_path / "output" / "results.json").read_text())
+    assert results["unreadable_images"] >= 1
+    assert len(read_predictions(tmp_path / "output")) == results["size"] == 4
+
+
+def test_a_stream_has_the_rows_of_the_split_and_mixes_them(scienceqa):
+    arguments = train.DataArguments(task="scienceqa", data_path=str(scienceqa[0]), streaming=True, max_samples=5)
+    task, processor = get_task("scienceqa"), tiny_processor()
+    streamed, shuffled = (train.StreamedSplit(task, "train", processor, arguments, seed) for seed in (None, 0))
+    rows = make_split(scienceqa[0], max_samples=5)
+    assert [row["input_ids"] for row in streamed] == [row["input_ids"] for row in rows]
+    lengths = [[row["labels"] for row in split] for split in (streamed, shuffled)]
+    assert lengths[0] != lengths[1] and sorted(lengths[0]) == sorted(lengths[1])
+
+
+@pytest.fixture
+def trained(scienceqa, tmp_path):
+    """`(flags, folder)` of a run of seconds."""
+    scienceqa[1](train=make_rows(), test=make_rows(6).select(range(5)))
+    train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "trained", logging_steps=1))
+    return tiny_flags(
+        tmp_path, scienceqa[0], tmp_path / "again", adapter=tmp_path / "trained", num_train_epochs=0
+    ), tmp_path / "trained"
+
+
+def test_saved_adapters_are_evaluated_as_they_were(trained, tmp_path):
+    flags, folder = trained
+    train.main(flags)
+    assert read_predictions(tmp_path / "again") == read_predictions(folder)
+    before, after = (json.loads((path / "results.json").read_text()) for path in (folder, tmp_path / "again"))
+    assert before["scores"] == after["scores"] and before["adapter_sha256"] == after["adapter_sha256"]
+    assert after["adapter"] == str(folder) and "train_seconds" not in after
+
+
+def test_a_result_tells_how_it_was_made(trained):
+    results = json.loads((trained[1] / "results.json").read_text())
+    assert (
+        {"NAT", "average", "unparsed", "count"} <= results["scores"].keys() == results["scores_by_likelihood"].keys()
+    )
+    known = "method task split size template decoding seed versions adapter_sha256 vision_model text_model".split()
+    assert all(results[name] is not None for name in known)
+    assert {"data_path", "adapter_revision", "vision_model_revision", "text_model_revision"} <= results.keys()
+
+
+def test_answers_are_kept_when_scoring_fails_and_can_be_scored_alone(trained, tmp_path, monkeypatch):
+    flags, folder = trained
+    with monkeypatch.context() as patch:
+        patch.setattr(get_task("scienceqa"), "score", lambda records, size: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.main(flags)
+    assert "scores" not in json.loads((tmp_path / "again" / "results.json").read_text())
+    scored = score_folder(tmp_path / "again")
+    assert scored["scores"] == json.loads((folder / "results.json").read_text())["scores"]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_result_of_one(trained, tmp_path):
+    flags, folder = trained
+    launch(*flags, launcher=("--num_processes", "2", "--cpu", "--num_machines", "1"))
+    assert read_predictions(tmp_path / "again") == read_predictions(folder)
+    one, two = (json.loads((path / "results.json").read_text()) for path in (folder, tmp_path / "again"))
+    assert two["size"] == two["scores"]["count"] == 5
+    for name in ("scores", "scores_by_likelihood"):
+        assert one[name] == two[name]

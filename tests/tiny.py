@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 ROOT = Path(__file__).parents[1]
-IMAGE_SIZE, PATCH_SIZE, NUM_VISION_LAYERS, NUM_TEXT_LAYERS, VOCAB_SIZE = 16, 4, 6, 4, 64
+IMAGE_SIZE, PATCH_SIZE, NUM_VISION_LAYERS, NUM_TEXT_LAYERS, VOCAB_SIZE = 16, 4, 6, 4, 68
 NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 
 TEXT_SIZES = {
@@ -136,13 +136,14 @@ def tiny_inputs(batch_size: int = 2, length: int = 7, seed: int = 0) -> dict[str
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character."""
+    """One token per character, and one for each option's letter with the space before it."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+    letters = (" A", " B", " C", " D")
     characters = "abcdefghijklmnopqrstuvwxyzABCDEFGHOQRT 0123456789.?:(),-+!;\n"
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters, *letters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" [ABCD](?![A-Za-z])|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
@@ -159,11 +160,14 @@ def tiny_processor():
     return DehvfProcessor(tiny_image_processor(), tiny_tokenizer())
 
 
-def save_tiny_bases(folder: Path, seed: int = 0, **text_values) -> tuple[Path, Path]:
+def save_tiny_bases(
+    folder: Path, seed: int = 0, num_vision_layers: int = NUM_VISION_LAYERS, **text_values
+) -> tuple[Path, Path]:
     """Writes a vision encoder and a language model as their own repositories would be. Returns their folders."""
     torch.manual_seed(seed)
     vision, text = folder / "vision", folder / "text"
-    AutoModel.from_config(CLIPVisionConfig(**VISION_SIZES)).save_pretrained(vision)
+    vision_config = CLIPVisionConfig(**{**VISION_SIZES, "num_hidden_layers": num_vision_layers})
+    AutoModel.from_config(vision_config).save_pretrained(vision)
     tiny_image_processor().save_pretrained(vision)
     AutoModelForCausalLM.from_config(tiny_text_config(**text_values)).save_pretrained(text)
     tiny_tokenizer().save_pretrained(text)

@@ -1,0 +1,332 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+The baselines of the paper's tables on the same frozen bases and rows as DEHVF, for `train.py`:
+
+    model = build("llava-lora", "openai/clip-vit-large-patch14", "huggyllama/llama-7b", lora_rank=8)
+
+Each method is `transformers`' LLaVA, whose vision tower and language model are the loaded bases, and has its trained
+modules in a file of its own: `llava_lora.py`, `lavin.py`, `llama_adapter.py`. What all share is here.
+
+Letters at the end of a line give shapes: B samples, I images, n tokens per image, T tokens, L language layers,
+A prompt length, h language width.
+"""
+
+import os
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers.activations import ACT2FN
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+
+ROOT = Path(__file__).parents[1]
+METHODS = {"llava-lora": "llava_lora", "lavin": "lavin", "llama-adapter": "llama_adapter"}
+# `model_type`s that all methods can adapt: their layers take further keyword arguments and hand them to `self_attn`
+VISION_TYPES, TEXT_TYPES = ("clip_vision_model",), ("llama", "mistral")
+
+
+@dataclass
+class BaselineArguments:
+    """
+    Sizes of the baselines. The defaults are those of the 7B rows of the paper's tables, whose trained parameters they
+    meet: 4.4 M (LLaVA-LoRA), 3.8 M (LaVIN), 1.8 M (LLaMA-Adapter). "ours" marks what no source gives.
+    """
+
+    lora_rank: int = field(default=8, metadata={"help": "llava-lora: rank (ours, meets the paper's count)."})
+    lora_alpha: float = field(default=16, metadata={"help": "llava-lora: scale times rank (LLaVA's train.py)."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "llava-lora: dropout (LLaVA's train.py)."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"],
+        metadata={"help": "llava-lora: adapted linear layers of the language model (LoRA, arXiv 2106.09685)."},
+    )
+    lora_projector_size: int = field(
+        default=40, metadata={"help": "llava-lora: hidden width of the projector (ours, meets the paper's count)."}
+    )
+    lavin_adapter_size: int = field(
+        default=8, metadata={"help": "lavin: width of the adapters (scripts/finetuning_sqa_7b.sh)."}
+    )
+    lavin_adapter_dropout: float = field(
+        default=0.1, metadata={"help": "lavin: dropout inside the adapters (mm_adapter.py)."}
+    )
+    lavin_temperature: float = field(
+        default=10.0, metadata={"help": "lavin: temperature of the routers (scripts/finetuning_sqa_7b.sh)."}
+    )
+    lavin_image_tokens: int = field(
+        default=6,
+        metadata={"help": "lavin: class tokens per image, one a layer, evenly spread (arXiv 2305.15023)."},
+    )
+    lavin_projector_size: int = field(
+        default=128, metadata={"help": "lavin: hidden width of the visual adapter (train.py there)."}
+    )
+    adaption_prompt_length: int = field(
+        default=10, metadata={"help": "llama-adapter: prompts per layer (arXiv 2303.16199)."}
+    )
+    adaption_prompt_layers: int | None = field(
+        default=None,
+        metadata={"help": "llama-adapter: topmost layers with prompts; by default all but two, as there."},
+    )
+    adaption_image_layers: int = field(
+        default=4, metadata={"help": "llama-adapter: vision layers whose class tokens make the image feature (ours)."}
+    )
+    adaption_projector_size: int = field(
+        default=64, metadata={"help": "llama-adapter: hidden width of the projector (ours, meets the paper's count)."}
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the methods share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Projector(nn.Module):
+    """
+    The two-layer network from vision to language width, `(num_images, num_tokens, in_size)` to `(num_images,
+    num_tokens, out_size)`, in place of LLaVA's, which alone has 21 M parameters at 7B. Initialised as LaVIN does.
+    """
+
+    def __init__(self, in_size: int, size: int, out_size: int, hidden_act: str):
+        super().__init__()
+        self.down = nn.Linear(in_size, size)
+        self.act = ACT2FN[hidden_act]
+        self.up = nn.Linear(size, out_size)
+        for linear in (self.down, self.up):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.up(self.act(self.down(features.to(self.down.weight.dtype))))
+
+
+class ClassTokenProjector(Projector):
+    """
+    Takes the hidden states of several layers side by side, as LLaVA does with a list in `vision_feature_layer`, and
+    projects their class tokens: one token per `in_size` of their width.
+    """
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(features[:, 0].unflatten(-1, (-1, self.down.in_features)))
+
+
+def spread_layers(num_layers: int, number: int) -> list[int]:
+    """`number` of the layers `1..num_layers`, evenly spaced, the last one among them: 6 of 24 are 4, 8, ..., 24."""
+    if not 1 <= number <= num_layers:
+        raise ValueError(
+            f"Class tokens of {number} vision layers are wanted (`lavin_image_tokens`, `adaption_image_layers`), but "
+            f"the vision encoder has {num_layers} layers. Ask for 1 to {num_layers}."
+        )
+    return [num_layers * (index + 1) // number for index in range(number)]
+
+
+class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
+    """
+    `transformers`' LLaVA on loaded bases, which it freezes. Subclasses add what is trained; only that is saved.
+
+    Args:
+        vision_tower (`CLIPVisionModel`), causal_lm (`LlamaForCausalLM` or `MistralForCausalLM`): the bases.
+        projector (`nn.Module`): takes the place of `multi_modal_projector`.
+        config_values: fields of `LlavaConfig`, on how the vision tower is read.
+
+    Raises:
+        ValueError: if a base is of another type.
+    """
+
+    def __init__(self, vision_tower, causal_lm, projector: nn.Module, **config_values):
+        for base, known in ((vision_tower, VISION_TYPES), (causal_lm, TEXT_TYPES)):
+            if base.config.model_type not in known:
+                raise ValueError(f"The baselines take {' and '.join(known)}, not `{base.config.model_type}`.")
+        config = LlavaConfig(
+            vision_config=vision_tower.config,
+            text_config=causal_lm.config,
+            image_token_index=causal_lm.config.vocab_size,  # the first id that no token has; it gets no weights
+            attn_implementation=causal_lm.config._attn_implementation,  # or the bases would lose theirs
+            **config_values,
+        )
+        with torch.device("meta"):  # all that LLaVA builds itself is replaced
+            super().__init__(config)
+        self.model.vision_tower = vision_tower
+        self.model.language_model = causal_lm.base_model
+        self.lm_head = causal_lm.get_output_embeddings()
+        self.generation_config = causal_lm.generation_config
+        self.requires_grad_(False)
+        self.model.multi_modal_projector = projector
+
+    def image_features(
+        self, pixel_values: torch.Tensor | None = None, image_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Args:
+            pixel_values: `(batch_size, num_channels, height, width)`; by default one blank image.
+            image_mask: `(batch_size,)` booleans, false for rows of zeros, which are dropped. By default none is.
+
+        Returns:
+            `torch.Tensor` of shape `(num_images, num_image_tokens, language_hidden_size)`.
+        """
+        if pixel_values is None:
+            vision = self.config.vision_config
+            size = (1, vision.num_channels, vision.image_size, vision.image_size)
+            pixel_values = torch.zeros(size, device=self.device)
+        elif image_mask is not None:
+            pixel_values = pixel_values[image_mask]
+        return torch.stack(self.model.get_image_features(pixel_values).pooler_output)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "`use_reentrant=True` was given, but re-entrant checkpointing drops the gradients of arguments passed "
+                "by keyword, and what the adapters read is one. Set `use_reentrant` to False."
+            )
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+    def _trained_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs):
+        """Writes the trained tensors alone (`model.safetensors`) and the config; `load_trained` reads them."""
+        names = self._trained_names()
+        trained = {name: tensor for name, tensor in (state_dict or self.state_dict()).items() if name in names}
+        super().save_pretrained(
+            save_directory, is_main_process, state_dict=trained, save_original_format=False, **kwargs
+        )
+
+    def load_trained(self, folder: str | os.PathLike):
+        """
+        Reads what `save_pretrained` wrote of a model that `build` made with the same bases and values.
+
+        Raises:
+            ValueError: if other tensors are trained here. `load_state_dict` refuses other shapes.
+        """
+        tensors, names = load_file(Path(folder) / SAFE_WEIGHTS_NAME), self._trained_names()
+        if differing := sorted(tensors.keys() ^ names):
+            raise ValueError(
+                f"The tensors in {folder} and the {len(names)} trained here differ in {len(differing)} names, among "
+                f"them {differing[0]}. Build the model with the method and values of the saved one."
+            )
+        self.load_state_dict(tensors, strict=False)
+
+
+class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
+    """
+    A method with image tokens in the sequence. Rows with an image have the ids `image_tokens` somewhere, and the
+    features of their image replace the embeddings there.
+    """
+
+    @property
+    def image_tokens(self) -> list[int]:
+        """The placeholders of one image, to be put into `input_ids`."""
+        return [self.config.image_token_id] * self.config.image_seq_length
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ):
+        """
+        Args:
+            pixel_values: `(batch_size, num_channels, height, width)`, if any sample has an image.
+            image_mask: `(batch_size,)` booleans, which samples have one. By default all.
+
+        All others, and the output, are those of `LlavaForConditionalGeneration`.
+
+        Raises:
+            ValueError: if `input_ids` have more or fewer placeholders than the images need.
+        """
+        embed = self.get_input_embeddings()
+        if pixel_values is None:
+            inputs_embeds = embed(input_ids)  # B T h
+            if self.training:
+                # DDP stops at parameters without a gradient: without any image the vision path is run to zero effect
+                inputs_embeds = inputs_embeds + (0 * self.image_features().sum()).to(inputs_embeds.dtype)
+        else:
+            inputs_embeds = embed(input_ids.masked_fill(input_ids == self.config.image_token_id, 0))
+            features = self.image_features(pixel_values, image_mask).to(inputs_embeds.dtype)  # I n h
+            placeholders = self.model.get_placeholder_mask(input_ids, inputs_embeds, features)
+            inputs_embeds = inputs_embeds.masked_scatter(placeholders, features)
+        return super().forward(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def assemble(method: str, vision_tower, causal_lm, arguments: BaselineArguments):
+    """
+    New trained modules, in fp32, on loaded bases.
+
+    Args:
+        method: `"llava-lora"`, `"lavin"` or `"llama-adapter"`.
+        vision_tower, causal_lm: see [`FrozenBasesForConditionalGeneration`].
+
+    Raises:
+        ValueError: if the method is none of these, or does not fit the bases.
+    """
+    with causal_lm.device:
+        return _method_module(method).assemble(vision_tower, causal_lm, arguments)
+
+
+def _method_module(method: str):
+    if method not in METHODS:
+        raise ValueError(f"There is no baseline `{method}`. There are: {', '.join(METHODS)}.")
+    return import_module(f".{METHODS[method]}", __name__)  # here, so that peft is needed where it is used
+
+
+def build(
+    method: str,
+    vision_model: str,
+    text_model: str,
+    *,
+    dtype="auto",
+    attn_implementation: str | None = None,
+    vision_model_revision: str | None = None,
+    text_model_revision: str | None = None,
+    **method_values,
+) -> FrozenBasesForConditionalGeneration:
+    """
+    Loads the bases and puts a new baseline on them.
+
+    Args:
+        vision_model, text_model: Hub id or folder of the vision encoder and of the language model.
+        dtype, attn_implementation: of the bases, as in `from_pretrained`.
+        vision_model_revision, text_model_revision: commits of those repositories.
+        method_values: fields of [`BaselineArguments`].
+
+    Raises:
+        ValueError: as [`assemble`].
+    """
+    _method_module(method)  # a mistake here, or peft missing, should not cost the loading of two bases
+    arguments = BaselineArguments(**method_values)
+    options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    vision_tower = _load_base(AutoModel, "vision", vision_model, vision_model_revision, **options)
+    causal_lm = _load_base(AutoModelForCausalLM, "text", text_model, text_model_revision, **options)
+    model = assemble(method, vision_tower, causal_lm, arguments)
+    facts = {"method": method, **vars(arguments)}
+    for key, location, base in (("vision", vision_model, vision_tower), ("text", text_model, causal_lm)):
+        facts[f"{key}_model_id"] = os.path.abspath(location) if os.path.isdir(location) else location
+        facts[f"{key}_model_revision"] = getattr(base.config, "_commit_hash", None)
+    model.config.update(facts)  # for the reports of a run
+    return model.eval()
+
+
+def _load_base(auto_class, key: str, location: str, revision: str | None, **options):
+    """A base as DEHVF loads it: of a two-tower model the tower that is meant, without dropout."""
+    disable_dropout = get_class_from_dynamic_module("configuration_dehvf.disable_dropout", str(ROOT))
+    config = AutoConfig.from_pretrained(location, revision=revision)
+    config = disable_dropout(getattr(config, f"{key}_config", config))
+    return auto_class.from_pretrained(location, config=config, revision=revision, **options)

@@ -1,0 +1,162 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+LaVIN (arXiv 2305.15023): few image tokens, and mixture-of-modality adapters before the attention of all layers of
+both bases. After the authors' code, luogen1996/LaVIN at dd0a1bf, with `scripts/finetuning_sqa_7b.sh`. Trained
+parameters for LLaMA-7B and CLIP ViT-L/14, where the paper says 3.8 M:
+
+    32 adapters of the language model        32 x 81,930 = 2,621,760
+    24 adapters of the vision encoder        24 x 20,490 =   491,760
+    projector 1024 -> 128 -> 4096                            659,584
+    modality tokens, 2 x 4096                                  8,192
+    sum                                                    3,781,296
+
+An adapter has a down projection, two up projections in two groups each (RepAdapter, arXiv 2302.08106) and a router:
+at width d, 8 (d + 1) + 2 (4 d + d) + 2 (d + 1).
+
+Three differences, of which the first changes no result:
+
+- There, a modality token stands before each sequence, attends to itself alone, is seen by no other token and serves
+  the routers. So what a router makes of it depends on the modality only. Here both modality tokens run through the
+  language model on their own, once per forward or per call of `generate`, and sequences and caches stay as they are.
+- There, the vision encoder's routers get sequences with the batch second, and so weigh each position by the first
+  image of the batch. Here they look at each image's class token, and a sample does not depend on its neighbours.
+- There, sequences start with the words "Image:" or "Image: N/A". Here each method gets the same text.
+"""
+
+import torch
+from torch import nn
+
+from . import BaselineArguments, ClassTokenProjector, ImageTokensForConditionalGeneration, spread_layers
+
+
+class MixtureOfModalityAdapter(nn.Module):
+    """
+    Adds two adapters' outputs, weighted by `routing`, to the input of an attention module.
+
+    Args:
+        width: that of the hidden states.
+        size: hidden width of the adapters.
+        temperature: divides the router's scores.
+        dropout: on the hidden activations in training.
+    """
+
+    def __init__(self, width: int, size: int, temperature: float, dropout: float):
+        super().__init__()
+        self.down = nn.Linear(width, size)
+        self.up = nn.ModuleList(nn.Conv1d(size, width, kernel_size=1, groups=2) for _ in range(2))
+        self.router = nn.Linear(width, 2)
+        self.dropout = nn.Dropout(dropout)
+        self.temperature = temperature
+        nn.init.xavier_uniform_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+        for up in self.up:  # the bases start as they are
+            nn.init.zeros_(up.weight)
+            nn.init.zeros_(up.bias)
+
+    def route(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The weights of both adapters, `(batch_size, 2)`, from the first token of `(batch_size, length, width)`."""
+        return (self.router(hidden_states[:, 0].to(self.router.weight.dtype)) / self.temperature).softmax(dim=-1)
+
+    def forward(self, hidden_states: torch.Tensor, routing: torch.Tensor | None = None) -> torch.Tensor:
+        routing = self.route(hidden_states) if routing is None else routing
+        hidden = self.dropout(self.down(hidden_states.to(self.down.weight.dtype))).transpose(1, 2)  # B size T
+        added = sum(weight[:, None, None] * up(hidden) for weight, up in zip(routing.unbind(1), self.up))  # B width T
+        return hidden_states + added.transpose(1, 2).to(hidden_states.dtype)
+
+
+def adapt_input(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """
+    Forward pre-hook of an attention module that owns an `adapter`. `routing`, an argument of the language model that
+    reaches each of its layers, has the weights of all layers, `(batch_size, num_language_layers, 2)`.
+    """
+    routing = kwargs.pop("routing", None)
+    if routing is not None:
+        routing = routing[:, attention.layer_idx]
+    kwargs["hidden_states"] = attention.adapter(kwargs["hidden_states"], routing)
+    return args, kwargs
+
+
+class LavinForConditionalGeneration(ImageTokensForConditionalGeneration):
+    """LaVIN. Its image tokens are class tokens of layers that are evenly spread over the depth."""
+
+    def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments):
+        vision, width, act = vision_tower.config, causal_lm.config.hidden_size, "silu"
+        super().__init__(
+            vision_tower,
+            causal_lm,
+            ClassTokenProjector(vision.hidden_size, arguments.lavin_projector_size, width, act),
+            projector_hidden_act=act,
+            vision_feature_layer=spread_layers(vision.num_hidden_layers, arguments.lavin_image_tokens),
+            vision_feature_select_strategy="full",
+            image_seq_length=arguments.lavin_image_tokens,
+        )
+        self.modality_embedding = nn.Embedding(2, width)  # text alone, text with an image
+        for layer in (*vision_tower.encoder.layers, *self.model.language_model.layers):
+            layer.self_attn.adapter = MixtureOfModalityAdapter(
+                layer.self_attn.config.hidden_size,
+                arguments.lavin_adapter_size,
+                arguments.lavin_temperature,
+                arguments.lavin_adapter_dropout,
+            )
+            layer.self_attn.register_forward_pre_hook(adapt_input, with_kwargs=True)
+
+    def routing(self, image_mask: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+        """
+        The weights of the language model's adapters for each sample, `(batch_size, num_language_layers, 2)`.
+
+        Args:
+            image_mask: `(batch_size,)` booleans, which samples have an image; `None` if none has.
+        """
+        language_model = self.model.language_model
+        tokens = self.modality_embedding(torch.arange(2, device=self.device)[:, None])  # 2 1 h
+        tokens = tokens.to(language_model.dtype)  # which need not be that of the vision encoder
+        states = language_model(inputs_embeds=tokens, output_hidden_states=True, use_cache=False).hidden_states
+        weights = [  # the last state has no layer above it
+            layer.self_attn.adapter.route(layer.input_layernorm(state))
+            for layer, state in zip(language_model.layers, states)
+        ]
+        if image_mask is None:
+            image_mask = torch.zeros(batch_size, device=tokens.device)
+        return torch.stack(weights, dim=1)[image_mask.long()]  # B L 2
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        routing: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """
+        As [`ImageTokensForConditionalGeneration.forward`], and `routing`: the result of that method, if it is there.
+        """
+        if routing is None:
+            routing = self.routing(_image_mask(pixel_values, image_mask), len(input_ids))
+        return super().forward(
+            input_ids,
+            pixel_values,
+            image_mask,
+            attention_mask,
+            position_ids,
+            logits_to_keep,
+            routing=routing,
+            **kwargs,
+        )
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Routes once: from here `routing` is an input, batch first, repeated for beams and handed to every step."""
+        image_mask = _image_mask(model_kwargs.get("pixel_values"), model_kwargs.get("image_mask"))
+        model_kwargs["routing"] = self.routing(image_mask, len(input_ids))
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+
+def _image_mask(pixel_values: torch.Tensor | None, image_mask: torch.Tensor | None) -> torch.Tensor | None:
+    if image_mask is None and pixel_values is not None:
+        return pixel_values.new_ones(len(pixel_values))
+    return image_mask
+
+
+assemble = LavinForConditionalGeneration

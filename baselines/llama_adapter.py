@@ -1,0 +1,146 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+LLaMA-Adapter with images (arXiv 2303.16199): learned prompts that the attention of the topmost language layers reads
+beside the sequence, through a gate that starts at zero (peft's adaption prompt). A feature of the image is added to
+the prompts of all these layers; no token is added to the sequence.
+
+As in that paper the image feature is made of class tokens of several depths of the vision encoder, side by side, and
+projected by a small network. It names neither the depths nor the network. Ours are four, evenly spread, and 64 hidden
+units; trained parameters for LLaMA-7B and CLIP ViT-L/14, where the paper says 1.8 M:
+
+    prompts of 30 layers          30 x 10 x 4096 = 1,228,800
+    gates, one a layer as in peft                         30
+    projector 4 x 1024 -> 64 -> 4096                 528,448
+    sum                                            1,757,278
+
+There 30 of 32 layers have prompts, the lowest two do not; so by default here, whatever the depth.
+"""
+
+import torch
+from torch.nn import functional as F
+from transformers.utils.versions import require_version
+
+
+require_version("peft>=0.21", "The baseline llama-adapter needs it: pip install peft")
+
+from peft.tuners.adaption_prompt import AdaptedAttention  # noqa: E402
+from peft.tuners.adaption_prompt.utils import llama_compute_query_states  # noqa: E402
+
+from . import (  # noqa: E402
+    BaselineArguments,
+    ClassTokenProjector,
+    FrozenBasesForConditionalGeneration,
+    spread_layers,
+)
+
+
+class ImageAdaptedAttention(AdaptedAttention):
+    """
+    peft's adapted attention, whose prompts are those of all samples, with prompts for each sample, and in fp32.
+
+    It takes from peft the parameters `adaption_prompt` of shape `(1, prompt_length, hidden_size)` and `adaption_gate`,
+    their initialisation, the wrapped attention, `model`, and the query with its rotary embedding.
+    """
+
+    def __init__(self, attention, prompt_length: int):
+        super().__init__(attention.config.model_type, prompt_length, attention)
+        self.adaption_prompt.data = self.adaption_prompt.data.float()  # peft has them in the dtype of the base
+        self.adaption_gate.data = self.adaption_gate.data.float()
+
+    def forward(self, visual_prompt: torch.Tensor | None = None, **kwargs):
+        """visual_prompt: `(batch_size or 1, 1, hidden_size)`, added to all prompts. Others: those of the attention."""
+        output, *rest = self.model(**kwargs)
+        prompt = self.adaption_prompt if visual_prompt is None else self.adaption_prompt + visual_prompt
+        query = llama_compute_query_states(model=self.model, **kwargs)  # B heads T head_dim
+        prompt = prompt.to(query.dtype).expand(len(query), -1, -1)  # B A h
+        key, value = (
+            projection(prompt).unflatten(-1, (-1, self.model.head_dim)).transpose(1, 2)
+            for projection in (self.model.k_proj, self.model.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        attended = (self.adaption_gate * attended).to(query.dtype).transpose(1, 2).flatten(2)
+        return output + self.model.o_proj(attended), *rest
+
+
+class LlamaAdapterForConditionalGeneration(FrozenBasesForConditionalGeneration):
+    """
+    LLaMA-Adapter. `visual_prompt`, an argument of the language model, reaches each of its layers.
+
+    Raises:
+        ValueError: if `adaption_prompt_layers` is not between 1 and the number of language layers.
+    """
+
+    def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments):
+        vision, act, number = vision_tower.config, "silu", arguments.adaption_image_layers
+        width = causal_lm.config.hidden_size
+        super().__init__(
+            vision_tower,
+            causal_lm,
+            ClassTokenProjector(number * vision.hidden_size, arguments.adaption_projector_size, width, act),
+            projector_hidden_act=act,
+            vision_feature_layer=spread_layers(vision.num_hidden_layers, number),
+            vision_feature_select_strategy="full",
+        )
+        layers = self.model.language_model.layers
+        adapted = arguments.adaption_prompt_layers
+        adapted = len(layers) - 2 if adapted is None else adapted
+        if not 1 <= adapted <= len(layers):
+            raise ValueError(
+                f"{adapted} layers shall have prompts, but the language model has {len(layers)} layers. Set "
+                f"`adaption_prompt_layers` to 1 to {len(layers)}."
+            )
+        for layer in layers[-adapted:]:
+            layer.self_attn = ImageAdaptedAttention(layer.self_attn, arguments.adaption_prompt_length)
+
+    def visual_prompt(self, pixel_values: torch.Tensor | None, image_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """What is added to the prompts, `(batch_size, 1, hidden_size)`, zeros for samples without an image."""
+        if pixel_values is None:
+            # DDP stops at parameters without a gradient: without any image the vision path is run to zero effect
+            return 0 * self.image_features() if self.training else None
+        features = self.image_features(pixel_values, image_mask)  # I 1 h
+        if image_mask is None:
+            return features
+        rows = image_mask.nonzero().flatten()
+        return features.new_zeros(len(image_mask), *features.shape[1:]).index_copy(0, rows, features)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        visual_prompt: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """
+        Args:
+            pixel_values: `(batch_size, num_channels, height, width)`, if any sample has an image.
+            image_mask: `(batch_size,)` booleans, which samples have one. By default all.
+            visual_prompt: the result of that method, if it is there, in place of both.
+
+        All others, and the output, are those of `LlavaForConditionalGeneration`.
+        """
+        if visual_prompt is None:
+            visual_prompt = self.visual_prompt(pixel_values, image_mask)
+        if position_ids is None and attention_mask is not None:
+            # The prompts' keys have no position, so that here padding on the left must not move the queries
+            position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            logits_to_keep=logits_to_keep,
+            visual_prompt=visual_prompt,
+            **kwargs,
+        )
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Encodes once: from here `visual_prompt` is an input, batch first, repeated for beams and handed on."""
+        images = (model_kwargs.pop(name, None) for name in ("pixel_values", "image_mask"))
+        model_kwargs["visual_prompt"] = self.visual_prompt(*images)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+
+assemble = LlamaAdapterForConditionalGeneration

@@ -1,0 +1,55 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+LLaVA-LoRA: each patch of the image becomes a token of the sequence, and LoRA (peft) adapts the language model.
+
+As in LLaVA 1.5 the patches are those of the penultimate vision layer without its class token, and the projector has
+two layers and a GELU. The paper gives 4.4 M trained parameters for LLaMA-7B and CLIP ViT-L/14, and not where they are.
+Ours:
+
+    LoRA of rank 8 on q_proj and v_proj      32 x 2 x 8 x (4096 + 4096) = 4,194,304
+    projector 1024 -> 40 -> 4096             40 x (1024 + 1) + 4096 x (40 + 1) = 208,936
+    sum                                      4,403,240
+
+For inference without LoRA's extra products:
+
+    model.model.language_model = model.model.language_model.merge_and_unload()
+"""
+
+from transformers.utils.versions import require_version
+
+
+require_version("peft>=0.21", "The baseline llava-lora needs it: pip install peft")
+
+from peft import LoraConfig, LoraModel  # noqa: E402
+
+from . import BaselineArguments, ImageTokensForConditionalGeneration, Projector  # noqa: E402
+
+
+class LlavaLoraForConditionalGeneration(ImageTokensForConditionalGeneration):
+    """LLaVA with LoRA on the language model, `model.language_model`, which is a `peft.LoraModel`."""
+
+    def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments):
+        vision, act = vision_tower.config, "gelu"
+        super().__init__(
+            vision_tower,
+            causal_lm,
+            Projector(vision.hidden_size, arguments.lora_projector_size, causal_lm.config.hidden_size, act),
+            projector_hidden_act=act,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+            image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        )
+        lora = LoraConfig(
+            r=arguments.lora_rank,
+            lora_alpha=arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            target_modules=arguments.lora_target_modules,
+        )
+        # Not `get_peft_model`, whose `PeftModel` asks transformers 5 by a deprecated name
+        self.model.language_model = LoraModel(self.model.language_model, lora, "default")
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # peft makes them in the dtype of the base
+
+
+assemble = LlavaLoraForConditionalGeneration

@@ -1,0 +1,361 @@
+"""The baselines of `baselines/`: what they train, what their images do, and the sizes that they claim."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from peft import AdaptionPromptConfig, AdaptionPromptModel
+from safetensors.torch import load_file
+from tiny import IMAGE_SIZE, NUM_PATCHES, NUM_TEXT_LAYERS, VISION_SIZES, VOCAB_SIZE, save_tiny_bases
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Trainer,
+    TrainingArguments,
+)
+
+from baselines import BaselineArguments, assemble, build
+
+
+METHODS = ("llava-lora", "lavin", "llama-adapter")
+all_methods = pytest.mark.parametrize("method", METHODS)
+NO_DROPOUT = {"lora_dropout": 0.0, "lavin_adapter_dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return save_tiny_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="module")
+def make(bases):
+    """New baselines on tiny bases; `random=True` fills what starts at zero and would hide the rest."""
+
+    def make(method, random=True, seed=0, **values):
+        torch.manual_seed(seed)
+        model = build(method, *bases, **{**NO_DROPOUT, **values})
+        for parameter in trained(model).values():
+            if random and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.5)
+        return model
+
+    return make
+
+
+def trained(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def make_batch(model, rows, labels=False):
+    """
+    Rows of token ids and image (or `None`) as the collator of `train.py` makes a batch of them: placeholders after
+    the first token, padded on the left.
+    """
+    rows = [(ids[:1] + (getattr(model, "image_tokens", []) if i is not None else []) + ids[1:], i) for ids, i in rows]
+    length = max(len(ids) for ids, _ in rows)
+    batch = {
+        "input_ids": torch.tensor([[0] * (length - len(ids)) + ids for ids, _ in rows]),
+        "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in rows]),
+    }
+    if labels:
+        batch["labels"] = batch["input_ids"].clone()
+        batch["labels"][:, :-2] = -100
+    if any(image is not None for _, image in rows):
+        blank = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
+        batch["pixel_values"] = torch.stack([blank if image is None else image for _, image in rows])
+        batch["image_mask"] = torch.tensor([image is not None for _, image in rows])
+    return batch
+
+
+def picture(seed=0):
+    return torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+ROWS = [([1, 5, 6, 7, 8, 9], None), ([1, 20, 21, 22], picture(1)), ([1, 30, 31, 32, 33], picture(2))]
+generate = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+
+
+def last_logits(model, rows):
+    with torch.no_grad():
+        return model(**make_batch(model, rows)).logits[:, -1]
+
+
+# --- what is trained ---
+
+
+@all_methods
+def test_steps_change_each_trained_parameter_and_nothing_frozen(make, method):
+    model = make(method, random=False).train()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.Adam(trained(model).values(), lr=1e-2)
+    for _ in range(3):  # zeros hide what stands before them from the first step
+        optimizer.zero_grad()
+        model(**make_batch(model, ROWS, labels=True)).loss.backward()
+        optimizer.step()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == trained(model).keys()
+
+
+@all_methods
+def test_a_training_batch_without_images_gives_each_trained_parameter_a_gradient(make, method):
+    model = make(method).train()
+    model(**make_batch(model, ROWS[:1], labels=True)).loss.backward()
+    assert all(parameter.grad is not None for parameter in trained(model).values())
+
+
+@all_methods
+def test_the_blank_of_a_training_batch_without_images_has_no_effect(make, method):
+    model = make(method)
+    expected = last_logits(model, ROWS[:1])
+    torch.testing.assert_close(last_logits(model.train(), ROWS[:1]), expected)
+
+
+@all_methods
+def test_checkpointing_leaves_gradients_as_they_are(make, method):
+    gradients, runs = [], {False: [], True: []}
+    for checkpointing in (False, True):
+        model = make(method).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        counted = model.model.language_model.layers[0].mlp
+        counted.register_forward_pre_hook(lambda *_, calls=runs[checkpointing]: calls.append(1))
+        model(**make_batch(model, ROWS, labels=True)).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in trained(model).items()})
+    torch.testing.assert_close(*gradients)
+    assert len(runs[True]) == 2 * len(runs[False])  # each layer runs again
+
+
+@all_methods
+def test_reentrant_checkpointing_is_refused(make, method):
+    with pytest.raises(ValueError, match="use_reentrant"):
+        make(method).activation_checkpointing_enable({"use_reentrant": True})
+
+
+@all_methods
+def test_adapters_are_fp32_on_bases_of_the_asked_dtype(make, method):
+    model = make(method, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in trained(model).values()} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    model.train()(**make_batch(model, ROWS, labels=True)).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in trained(model).values())
+
+
+@all_methods
+def test_the_attention_that_is_asked_for_is_that_of_both_bases(make, method):
+    model = make(method, attn_implementation="eager")
+    bases = (model.model.vision_tower, model.model.language_model, model)
+    assert {base.config._attn_implementation for base in bases} == {"eager"}
+    torch.testing.assert_close(last_logits(model, ROWS), last_logits(make(method), ROWS))
+
+
+# --- what images do ---
+
+
+@all_methods
+def test_a_new_baseline_is_its_language_model_for_text(make, bases, method):
+    batch = make_batch(None, ROWS[:1])
+    expected = AutoModelForCausalLM.from_pretrained(bases[1])(**batch).logits
+    assert torch.equal(make(method, random=False)(**batch).logits, expected)
+
+
+def test_a_new_llama_adapter_is_its_language_model_for_images_too(make, bases):
+    model = make("llama-adapter", random=False)
+    text = AutoModelForCausalLM.from_pretrained(bases[1])
+    batch = make_batch(model, ROWS[1:2])
+    expected = text(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert torch.equal(model(**batch).logits, expected)
+
+
+@all_methods
+def test_the_image_matters(make, method):
+    model = make(method)
+    first, second = (last_logits(model, [([1, 20, 21, 22], picture(seed))]) for seed in (1, 2))
+    assert (first - second).abs().max() > 1e-3
+
+
+@all_methods
+def test_rows_of_a_mixed_padded_batch_are_as_alone(make, method):
+    model = make(method)
+    expected = torch.cat([last_logits(model, [row]) for row in ROWS])
+    torch.testing.assert_close(last_logits(model, ROWS), expected, atol=1e-4, rtol=1e-4)
+
+
+@all_methods
+def test_without_a_mask_all_samples_have_images(make, method):
+    model = make(method)
+    batch = make_batch(model, ROWS[1:])
+    expected = model(**batch).logits
+    del batch["image_mask"]
+    assert torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("method", ["llava-lora", "lavin"])
+def test_placeholders_that_do_not_fit_the_images_are_an_error(make, method):
+    model = make(method)
+    batch = make_batch(model, ROWS)
+    batch["input_ids"][1, -1] = model.image_tokens[0]
+    with pytest.raises(ValueError, match="do not match"):
+        model(**batch)
+
+
+def test_the_tokens_of_an_image_are_all_patches_or_six_or_none(make):
+    expected = {"llava-lora": NUM_PATCHES, "lavin": 6}
+    for method, number in expected.items():
+        assert make(method).image_tokens == [VOCAB_SIZE] * number
+    assert not hasattr(make("llama-adapter"), "image_tokens")
+
+
+# --- generation ---
+
+
+@all_methods
+def test_cached_generation_equals_uncached_and_encodes_once(make, method):
+    model = make(method)
+    batch, runs = make_batch(model, ROWS), []
+    model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    cached = model.generate(**batch, **generate)
+    assert len(runs) == 1
+    uncached = model.generate(**batch, **generate, use_cache=False)
+    assert torch.equal(cached.sequences, uncached.sequences)
+    torch.testing.assert_close(cached.logits, uncached.logits, atol=1e-4, rtol=1e-4)
+    assert torch.equal(cached.sequences[:, : batch["input_ids"].shape[1]], batch["input_ids"])
+    assert cached.logits[0].shape[-1] == VOCAB_SIZE  # so that no placeholder can be generated
+
+
+@all_methods
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_batch_generates_what_its_rows_generate(make, method, num_beams):
+    model = make(method)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": num_beams}
+    together = model.generate(**make_batch(model, ROWS), **options)[:, -4:]
+    alone = [model.generate(**make_batch(model, [row]), **options)[:, -4:] for row in ROWS]
+    assert torch.equal(together, torch.cat(alone))
+
+
+# --- saving ---
+
+
+@all_methods
+def test_trainer_saves_the_trained_tensors_alone_and_they_load_back(make, method, tmp_path):
+    model = make(method)
+    arguments = TrainingArguments(
+        tmp_path, max_steps=1, use_cpu=True, remove_unused_columns=False, save_strategy="no", report_to="none"
+    )
+    data, collate = [ROWS[0], ROWS[1]], partial(make_batch, model, labels=True)
+    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=data)
+    trainer.train()
+    trainer.save_model()
+    assert load_file(tmp_path / "model.safetensors").keys() == trained(model).keys()
+    loaded = make(method, seed=1)
+    assert not torch.equal(last_logits(loaded, ROWS), last_logits(model.eval(), ROWS))
+    loaded.load_trained(tmp_path)
+    assert torch.equal(last_logits(loaded, ROWS), last_logits(model, ROWS))
+    other = make(next(name for name in METHODS if name != method))
+    with pytest.raises(ValueError, match="Build the model with the method and values"):
+        other.load_trained(tmp_path)
+
+
+@all_methods
+def test_the_config_says_what_was_built_from_what(make, bases, method, tmp_path):
+    values = make(method, lora_rank=4).config.to_diff_dict()
+    assert values["method"] == method and values["lora_rank"] == 4
+    assert [values["vision_model_id"], values["text_model_id"]] == [str(base) for base in bases]
+
+
+# --- facts of one method ---
+
+
+def test_merging_lora_leaves_the_logits(make):
+    model = make("llava-lora")
+    expected = last_logits(model, ROWS)
+    model.model.language_model = model.model.language_model.merge_and_unload()
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(last_logits(model, ROWS), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("modality", [0, 1])
+def test_lavin_routes_as_with_the_modality_token_in_the_sequence(make, modality):
+    model = make("lavin")
+    language_model = model.model.language_model
+    text = model.get_input_embeddings()(torch.tensor([[1, 5, 6, 7]]))
+    expected = language_model(inputs_embeds=text, routing=model.routing(torch.tensor([modality]), 1))
+    # Without `routing` each adapter looks at its own first token, as in LaVIN's code; the others do not see that token
+    sequence = torch.cat((model.modality_embedding.weight[modality].view(1, 1, -1), text), dim=1)
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    mask[1:, 0] = False
+    found = language_model(inputs_embeds=sequence, attention_mask=mask[None, None])
+    torch.testing.assert_close(found.last_hidden_state[:, 1:], expected.last_hidden_state, atol=1e-4, rtol=1e-4)
+
+
+def test_lavin_routes_text_and_images_differently(make):
+    weights = make("lavin").routing(torch.tensor([True, False, True]), 3)
+    assert weights.shape == (3, NUM_TEXT_LAYERS, 2)
+    assert torch.equal(weights[0], weights[2]) and not torch.allclose(weights[0], weights[1])
+
+
+def test_llama_adapter_without_images_is_the_adaption_prompt_of_peft(make, bases):
+    model = make("llama-adapter")
+    config = AdaptionPromptConfig(adapter_len=10, adapter_layers=NUM_TEXT_LAYERS - 2, task_type="CAUSAL_LM")
+    text = AdaptionPromptModel(AutoModelForCausalLM.from_pretrained(bases[1]), {"default": config}, "default").eval()
+    parameters = {name.split("layers.")[-1]: p for name, p in trained(model).items() if "adaption" in name}
+    names = [name for name, parameter in text.named_parameters() if parameter.requires_grad]
+    assert len(names) == len(parameters)
+    text.load_state_dict({name: parameters[name.split("layers.")[-1]] for name in names}, strict=False)
+    batch = make_batch(model, ROWS[:1])
+    torch.testing.assert_close(model(**batch).logits, text(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"adaption_prompt_layers": 5}, "1 to 4"), ({"adaption_image_layers": 7}, "1 to 6")],
+)
+def test_more_layers_than_there_are_are_refused(make, values, message):
+    with pytest.raises(ValueError, match=message):
+        make("llama-adapter", **values)
+
+
+def test_an_unknown_method_is_refused_by_name(make):
+    with pytest.raises(ValueError, match="There is no baseline `lora`"):
+        make("lora")
+
+
+@all_methods
+def test_mistral_can_be_adapted_and_gpt2_is_refused(method):
+    vision = AutoModel.from_config(CLIPVisionConfig(**VISION_SIZES))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text = AutoModelForCausalLM.from_config(MistralConfig(vocab_size=VOCAB_SIZE, num_key_value_heads=2, **sizes))
+    model = assemble(method, vision, text, BaselineArguments()).eval()
+    assert last_logits(model, ROWS).isfinite().all()
+    other = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=VOCAB_SIZE))
+    with pytest.raises(ValueError, match="not `gpt2`"):
+        assemble(method, vision, other, BaselineArguments())
+
+
+# --- sizes ---
+
+CLIP_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "paper"),
+    [("llava-lora", 4_403_240, 4.4e6), ("lavin", 3_781_296, 3.8e6), ("llama-adapter", 1_757_278, 1.8e6)],
+)
+def test_at_7b_as_many_parameters_are_trained_as_in_the_paper(method, count, paper):
+    with torch.device("meta"):
+        vision = AutoModel.from_config(CLIPVisionConfig(**CLIP_LARGE))
+        text = AutoModelForCausalLM.from_config(LlamaConfig())
+    model = assemble(method, vision, text, BaselineArguments())
+    assert sum(parameter.numel() for parameter in trained(model).values()) == count
+    assert abs(count / paper - 1) < 0.03
