@@ -1,0 +1,62 @@
+"""Every recipe is started as it is, but for the places of data and bases and the sizes that tiny bases ask for."""
+
+import json
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from test_tasks import save_karpathy
+from test_train import make_rows
+from tiny import DEHVF_SIZES, ROOT, save_tiny_bases
+
+import train
+
+
+RECIPES = [recipe for recipe in train.recipes() if recipe != train.DEFAULT_RECIPE]  # test_readme.py runs that one
+SIZES = {**DEHVF_SIZES, "lora_rank": 2, "lavin_image_tokens": 2, "adaption_prompt_length": 3}
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+    """Bases of 8 layers, which 8 groups need, and data for each task."""
+    from datasets import DatasetDict
+
+    folder = tmp_path_factory.mktemp("stand_ins")
+    vision, text = save_tiny_bases(folder, num_vision_layers=8, num_hidden_layers=8, max_position_embeddings=512)
+    DatasetDict(train=make_rows(), validation=make_rows(2), test=make_rows(4)).save_to_disk(str(folder / "scienceqa"))
+    save_karpathy(folder / "coco_captions")
+    return vision, text, folder
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_each_recipe_starts(recipe, stand_ins, tmp_path, capsys):
+    vision, text, data = stand_ins
+    own = train.read_recipe(recipe)
+    sizes = {name: value for name, value in SIZES.items() if name != "num_groups" or name not in own}
+    flags = {
+        "vision_model": vision,
+        "text_model": text,
+        "data_path": data / own["task"],
+        "dtype": "float32",
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "dataloader_num_workers": 0,
+        "save_strategy": "no",
+        "output_dir": tmp_path / "output",
+        **sizes,
+    }
+    train.main([str(recipe), *(str(word) for name, value in flags.items() for word in (f"--{name}", value))])
+    rate = own.get("learning_rate") or own["base_learning_rate"] * 2 / 256
+    assert f"learning rate {float(rate):g}" in capsys.readouterr().out, "the absolute rate"
+    results = json.loads((tmp_path / "output" / "results.json").read_text())
+    assert results["size"] == results["scores"]["count"]
+    trained = sum(tensor.numel() for tensor in load_file(tmp_path / "output" / "model.safetensors").values())
+    assert trained == results["trained_parameters"]
+
+
+def test_a_recipe_says_only_what_differs_from_its_base():
+    for recipe in RECIPES:
+        values = yaml.safe_load(recipe.read_text())
+        if "base" in values:
+            base = train.read_recipe(ROOT / "recipes" / values.pop("base"))
+            assert all(base.get(name) != value for name, value in values.items()), recipe
