@@ -76,6 +76,7 @@ class DataArguments:
         default=None,
         metadata={"help": "Take so many rows of each split, for a quick try: the first (digits: a shorter course)."},
     )
+    only_images: bool = field(default=False, metadata={"help": "Leave rows without an image out of the train split."})
     streaming: bool = field(
         default=False,
         metadata={"help": "Read the train split as it comes, without a copy on disk. Needs --max_steps."},
@@ -380,6 +381,8 @@ def load_rows(task, name: str, arguments: DataArguments):
             f"The {name} split of `{arguments.task}` lacks the columns {missing}. It has {rows.column_names}."
         )
     rows = rows.cast_column("image", ImageFeature(decode=False))
+    if arguments.only_images and name == "train":
+        rows = rows.filter(lambda row: row["image"] is not None)
     if next(iter(rows), None) is None:
         raise ValueError(f"The {name} split of `{arguments.task}` is empty.")
     return rows

@@ -1,3 +1,5 @@
+import os
+
 import torch
 from transformers.utils import logging
 
@@ -5,3 +7,16 @@ from transformers.utils import logging
 # Tiny models lose far more to the hand-over between threads than they gain
 torch.set_num_threads(1)
 logging.disable_progress_bar()
+
+
+def pytest_configure(config):
+    """With `pytest -n`, a core for each worker: threads that wait for a busy core crawl."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
+
+
+def pytest_collection_modifyitems(items):
+    """The main job first, since it takes as long as everything else."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 from tiny import ROOT, run
@@ -47,11 +48,45 @@ def test_the_lines_that_it_ends_with_answer_a_question_about_an_image(main_job):
 
 
 @pytest.mark.slow
-def test_each_block_of_python_runs_and_own_data_trains(main_job):
-    for code in PYTHON:
-        run("python", "-c", code)
-    run(*find("outputs/own-data"))
-    assert json.loads((ROOT / "outputs" / "own" / "results.json").read_text())["size"] == 2
+def test_the_block_that_asks_about_an_image_answers(main_job):
+    (code,) = [code for code in PYTHON if "AutoProcessor" in code]
+    assert "The answer is" in run("python", "-c", code)
+
+
+@pytest.mark.slow
+def test_the_main_jobs_adapters_are_scored_and_evaluated_again(main_job):
+    first = json.loads((ROOT / "outputs" / "digits" / "results.json").read_text())
+    assert f"average {first['scores']['average']:.2f}" in run(*find("tasks score"))
+    run(*find("--adapter"))
+    again = json.loads((ROOT / "outputs" / "digits-again" / "results.json").read_text())
+    for name in ("scores", "scores_by_likelihood", "adapter_sha256"):
+        assert again[name] == first[name]
+
+
+@pytest.mark.slow
+def test_the_main_jobs_adapters_are_drawn(main_job):
+    printed = run(*find("pictures.py"))
+    for name in ("fusion_weights.png", "fusion_curves.png", "slot_activations.png"):
+        assert name in printed and (ROOT / "outputs" / "digits" / "pictures" / name).stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_own_data_is_checked_and_trained_on():
+    assert "6 good rows" in run(*find("tasks check"))
+    run(*find("--data_path examples/vqa"))
+    assert json.loads((ROOT / "outputs" / "own" / "results.json").read_text())["size"] == 4
+
+
+@pytest.mark.slow
+def test_a_new_task_is_one_more_file(tmp_path):
+    (code,) = [code for code in PYTHON if code.startswith("# tasks/scans.py")]
+    assert len(code.splitlines()) < 40
+    copy = shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns("outputs", ".*"))
+    (copy / "tasks" / "scans.py").write_text(code)
+    flags = ("--task", "scans", "--max_samples", 64, "--output_dir", tmp_path / "output")
+    run("accelerate", "launch", "train.py", *flags, folder=copy)
+    results = json.loads((tmp_path / "output" / "results.json").read_text())
+    assert results["scores"]["count"] == 64 and "scores_by_likelihood" in results
 
 
 @pytest.mark.slow

@@ -1,14 +1,19 @@
 """Every recipe is started as it is, but for the places of data and bases and the sizes that tiny bases ask for."""
 
+import dataclasses
 import json
+import re
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from test_tasks import save_karpathy
 from test_train import make_rows
-from tiny import DEHVF_SIZES, ROOT, save_tiny_bases
+from tiny import DEHVF_SIZES, ROOT, DehvfConfig, DehvfForConditionalGeneration, save_tiny_bases
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
+import baselines
 import train
 
 
@@ -60,3 +65,31 @@ def test_a_recipe_says_only_what_differs_from_its_base():
         if "base" in values:
             base = train.read_recipe(ROOT / "recipes" / values.pop("base"))
             assert all(base.get(name) != value for name, value in values.items()), recipe
+
+
+LLAMA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+
+
+def count_trained(recipe) -> int:
+    """Trained parameters of a recipe's row at its full size, built on the meta device."""
+    _, _, model_args, adapter_args, baseline_args, _ = train.parse_arguments([str(recipe)])
+    text = LlamaConfig(**LLAMA_13B) if model_args.text_model.endswith("13b") else LlamaConfig()
+    config = DehvfConfig(text_config=text, **dataclasses.asdict(adapter_args))
+    with torch.device("meta"):
+        if model_args.method in baselines.METHODS:
+            bases = AutoModel.from_config(config.vision_config), AutoModelForCausalLM.from_config(text)
+            model = baselines.assemble(model_args.method, *bases, baseline_args)
+        else:
+            model = DehvfForConditionalGeneration(config)
+    return train.count_parameters(model)[0]
+
+
+def test_the_readme_names_each_recipe_with_its_trained_parameters():
+    named = {}
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if re.match(r"\|.*`(scienceqa|coco)-llama", line):
+            _, _, names, counts, *_ = line.split("|")
+            named |= zip(re.findall(r"`([\w-]+)`", names), re.findall(r"\d[\d,]+", counts), strict=True)
+    assert named.keys() == {recipe.stem for recipe in RECIPES}
+    for recipe in RECIPES:
+        assert f"{count_trained(recipe):,}" == named[recipe.stem], recipe.stem

@@ -92,11 +92,11 @@ DehvfForConditionalGeneration = dehvf_class("modeling_dehvf", "DehvfForCondition
 DehvfProcessor = dehvf_class("processing_dehvf", "DehvfProcessor")
 
 
-def run(*command) -> str:
-    """Runs a command in its own process, at the root, with this Python and no network. Returns what it printed."""
+def run(*command, folder: Path = ROOT) -> str:
+    """Runs a command in its own process, in `folder`, with this Python and no network. Returns what it printed."""
     path = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": path}
-    process = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    process = subprocess.run(list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-4000:]
     return process.stdout
 
