@@ -159,9 +159,8 @@ def parse_arguments(arguments: list[str]):
         allow_abbrev=False,
     )
     recipe = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
-    flags = []
-    values = {"output_dir": f"outputs/{recipe.stem}"} | read_recipe(recipe)
-    for key, value in values.items():
+    flags = ["--output_dir", f"outputs/{recipe.stem}"]
+    for key, value in read_recipe(recipe).items():
         if f"--{key}" not in parser._option_string_actions:
             known = [name.removeprefix("--") for name in parser._option_string_actions]
             close = difflib.get_close_matches(key, known, n=1)
@@ -218,7 +217,8 @@ class RowEncoder:
 
     def __call__(self, row: dict, index: int) -> dict:
         tokenizer, prompt = self.processor.tokenizer, self._prompt(row, index)
-        text = f"{prompt} {self.task.answer(row)}" if self.training else prompt + self.task.ANSWER_PREFIX
+        answer = self.task.answer(row)  # also to evaluate, since a task finds out here what is wrong with a row
+        text = f"{prompt} {answer}" if self.training else prompt + self.task.ANSWER_PREFIX
         # Encoded in one piece, as the model will meet it, and split where the prompt ends
         encoded = tokenizer(text, return_offsets_mapping=True)
         tokens = encoded.input_ids
@@ -232,9 +232,9 @@ class RowEncoder:
                     f"{self.task.options(row)}. Their likelihood cannot be compared. Give letters."
                 )
             return {"input_ids": tokens, "instruction_length": instruction_length, "options": options}
-        if not self.task.answer(row).strip() or not any(is_answer):
+        if not answer.strip() or not any(is_answer):
             raise ValueError(f"Row {index} of the {self.split} split has no answer to learn: {row}")
-        labels = [token if answer else -100 for token, answer in zip(tokens, is_answer)]
+        labels = [token if learned else -100 for token, learned in zip(tokens, is_answer)]
         end = tokenizer.eos_token_id
         return {
             "input_ids": [*tokens, end],

@@ -13,7 +13,8 @@ units; trained parameters for LLaMA-7B and CLIP ViT-L/14, where the paper says 1
     projector 4 x 1024 -> 64 -> 4096                 528,448
     sum                                            1,757,278
 
-There 30 of 32 layers have prompts, the lowest two do not; so by default here, whatever the depth.
+There 30 of 32 layers have prompts, the lowest two do not; so by default here, whatever the depth. peft's gate is one
+number a layer, and the authors' code has one for each head.
 """
 
 import torch
