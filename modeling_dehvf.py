@@ -11,6 +11,7 @@ group, P positions (key and value), n patches, S memory slots, T tokens, d visio
 width, c projector width.
 """
 
+import hashlib
 import os
 import random
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from types import MethodType
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin
@@ -708,16 +710,17 @@ class DehvfModel(DehvfPreTrainedModel):
                     instruction = instruction[: 1 if blank else None]
                 visual_memory = self.get_image_features(pixel_values, image_mask, instruction)
             if visual_memory is not None:
-                self._check_visual_memory(visual_memory, len(inputs_embeds))
+                self.check_visual_memory(visual_memory, len(inputs_embeds))
             kwargs["memory_view"] = self._memory_view(visual_memory, inputs_embeds.dtype)
         outputs = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         return DehvfModelOutputWithPast(**outputs, visual_memory=visual_memory)
 
-    def _check_visual_memory(self, visual_memory: torch.Tensor, batch_size: int):
+    def check_visual_memory(self, visual_memory: torch.Tensor, batch_size: int | None = None):
+        """Raises `ValueError` if the memory is not this model's, or has rows for another number of texts."""
         config = self.config
         sizes = (config.text_config.num_hidden_layers, len(config.memory_positions), config.num_patches)
         _check_shape("visual_memory", visual_memory, (*sizes, config.projector_hidden_size + 1))
-        if len(visual_memory) not in (1, batch_size):
+        if batch_size is not None and len(visual_memory) not in (1, batch_size):
             raise ValueError(
                 f"There are {len(visual_memory)} rows of images and {batch_size} texts. Give one row per text, and "
                 "mark texts without an image in `image_mask`, as this model's processor does."
@@ -878,6 +881,55 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             except (OSError, ValueError):
                 logger.info(f"No processor in {bases}; save yours to {save_directory} to make it complete.")
 
+    # --- visual memory in files ---
+
+    def save_visual_memory(self, visual_memory: torch.Tensor, file: str | os.PathLike):
+        """
+        Writes what `get_image_features` returned to a safetensors file, for `load_visual_memory` in another process.
+
+        Args:
+            visual_memory: as `get_image_features` returns it.
+            file: path of the file.
+        """
+        self.model.check_visual_memory(visual_memory)
+        save_file({"visual_memory": visual_memory.contiguous()}, file, metadata=self._memory_origin())
+
+    def load_visual_memory(self, file: str | os.PathLike) -> torch.Tensor:
+        """
+        Reads what `save_visual_memory` wrote.
+
+        Returns:
+            `torch.Tensor` as `get_image_features` returns it, on the model's device.
+
+        Raises:
+            ValueError: if it was encoded by other adapters, another vision encoder or at another image size, to which
+                this model's way of reading does not fit; the message names what differs.
+        """
+        with safe_open(file, framework="pt", device=str(self.device)) as tensors:
+            found, expected = tensors.metadata() or {}, self._memory_origin()
+            differing = [
+                f"{name} is {found.get(name)}, here {value}"
+                for name, value in expected.items()
+                if found.get(name) != value
+            ]
+            if differing:
+                raise ValueError(
+                    f"The visual memory in {file} was not encoded by this model: {'; '.join(differing)}. Encode the "
+                    "images again with `get_image_features`, or load the adapters that the memory was made with."
+                )
+            return tensors.get_tensor("visual_memory")
+
+    def _memory_origin(self) -> dict[str, str]:
+        """What an image's memory, and the way to read it, depend on."""
+        encoder = self.model.vision_tower.named_parameters()
+        vision = self.config.vision_config
+        return {
+            "adapters": _digest(self.adapter_state_dict()),
+            # Its norms and biases, which no two encoders share, in the narrowest dtype that it may be loaded in
+            "vision encoder": _digest({name: p.detach().bfloat16() for name, p in encoder if p.ndim == 1}),
+            "image size": f"{vision.image_size} with patches of {vision.patch_size}",
+        }
+
     # --- computing ---
 
     @contextmanager
@@ -979,6 +1031,14 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
                 memory.expand(batch_size, *memory.shape[1:]) if len(memory) == 1 else memory
             )
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of tensors and their names, whatever device they are on."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _hub_kwargs(kwargs: dict) -> dict:

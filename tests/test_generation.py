@@ -100,6 +100,45 @@ def test_one_image_answers_a_batch_of_questions():
     assert torch.equal(generate(model, inputs, visual_memory=memory, num_beams=2), expected)
 
 
+def test_saved_memory_answers_in_another_model_with_the_same_adapters(tmp_path):
+    inputs = tiny_inputs(2)
+    expected = generate(tiny_model(), inputs)
+    first, second = tiny_model(), tiny_model()
+    memory = first.get_image_features(inputs.pop("pixel_values"))
+    first.save_visual_memory(memory, tmp_path / "memory.safetensors")
+    loaded = second.load_visual_memory(tmp_path / "memory.safetensors")
+    assert torch.equal(loaded, memory)
+    assert torch.equal(generate(second, inputs, visual_memory=loaded), expected)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda: tiny_model(seed=1), "adapters is .*vision encoder is"),
+        (lambda: one_step_later(tiny_model()), "adapters is [0-9a-f]{64}, here [0-9a-f]{64}. Encode"),
+        (lambda: tiny_model(image_size=20, num_memory_slots=30), "image size is 16 with patches of 4, here 20"),
+    ],
+    ids=["another model", "other adapters", "another image size"],
+)
+def test_memory_of_another_model_is_refused(change, reason, tmp_path):
+    model = tiny_model()
+    memory = model.get_image_features(tiny_inputs()["pixel_values"])
+    model.save_visual_memory(memory, tmp_path / "memory.safetensors")
+    with pytest.raises(ValueError, match=f"was not encoded by this model: .*{reason}"):
+        change().load_visual_memory(tmp_path / "memory.safetensors")
+
+
+def one_step_later(model):
+    with torch.no_grad():
+        model.model.memory_slots.key.add_(1e-3)
+    return model
+
+
+def test_what_is_no_visual_memory_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="`visual_memory` has the shape"):
+        tiny_model().save_visual_memory(torch.zeros(1, 2, 3), tmp_path / "memory.safetensors")
+
+
 def test_a_question_that_the_fuser_reads_is_the_same_in_a_batch_and_alone():
     """Padding is no part of it."""
     model = tiny_model(fuser_query="layer+instruction")

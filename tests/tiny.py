@@ -107,9 +107,10 @@ def tiny_text_config(model_type: str = "llama", **values):
 
 def tiny_config(model_type: str = "llama", vision_type: str = "clip_vision_model", **values):
     text = {name: values.pop(name) for name in list(values) if name in TEXT_SIZES and name != "initializer_range"}
+    vision = {name: values.pop(name) for name in ("image_size", "patch_size") if name in values}
     return DehvfConfig(
         text_config=tiny_text_config(model_type, **text),
-        vision_config=AutoConfig.for_model(vision_type, **VISION_SIZES),
+        vision_config=AutoConfig.for_model(vision_type, **{**VISION_SIZES, **vision}),
         **{**DEHVF_SIZES, **values},
     )
 
