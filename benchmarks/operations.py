@@ -1,0 +1,381 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+Operations of one answer's first token, part by part, of DEHVF and of LLaVA-1.5: in closed form, and as torch counts
+them in a forward of the real models (the paper's Figure 2, and its 6 % at 576 visual tokens).
+
+    python -m benchmarks.operations
+
+Takes seconds and no weights: the models of 7B and 13B run on the meta device, which computes shapes alone. The results
+go to `benchmarks/results`: `operations.json`, `.md` and `.png`.
+
+A multiplication and an addition are two operations, as in torch. What is not a product of matrices (norms,
+activations, softmax) is not counted, attention counts its whole matrix, and logits are those of the last token. One
+prompt, one image.
+"""
+
+import json
+import platform
+import re
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch.fx.experimental import _config as fx_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+LLAMA_7B, LLAMA_13B = "config.json", "presets/dehvf-llama13b.json"
+# Name -> preset, patches per side, memory slots. The paper gives slots for 256 patches; 576 need as many at least.
+SHAPES = {
+    "LLaMA-7B, 256 visual tokens, 320 slots": (LLAMA_7B, 16, 320),
+    "LLaMA-7B, 576 visual tokens, 576 slots": (LLAMA_7B, 24, 576),
+    "LLaMA-13B, 256 visual tokens, 400 slots": (LLAMA_13B, 16, 400),
+    "LLaMA-13B, 576 visual tokens, 576 slots": (LLAMA_13B, 24, 576),
+}
+NUM_TEXT_TOKENS = 32  # the paper's
+PAPER_SHARE = 6  # in %, of LLaVA-1.5 at 576 visual tokens
+
+LANGUAGE_MODEL = ("attention", "FFN", "lm_head")
+LANGUAGE_SIDE = (*LANGUAGE_MODEL, "memory lookup")
+
+
+def dehvf_class(file: str, name: str):
+    return get_class_from_dynamic_module(f"{file}.{name}", str(ROOT))
+
+
+def load_config(file: str, patches_per_side: int, num_memory_slots: int):
+    """The preset in `file`, for images of another size."""
+    config = dehvf_class("configuration_dehvf", "DehvfConfig").from_json_file(ROOT / file)
+    config.num_memory_slots = num_memory_slots
+    config.vision_config.image_size = patches_per_side * config.vision_config.patch_size
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Closed forms, for CLIP and LLaMA, and for DEHVF without ablations. Letters: modeling_dehvf.py.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def product(rows: int, inner: int, columns: int) -> int:
+    """Operations of a matrix product, `(rows, inner) @ (inner, columns)`."""
+    return 2 * rows * inner * columns
+
+
+def vision_encoder(vision) -> int:
+    patches, d = (vision.image_size // vision.patch_size) ** 2, vision.hidden_size
+    tokens = patches + 1
+    attention = 4 * product(tokens, d, d) + 2 * product(tokens, d, tokens)
+    ffn = 2 * product(tokens, d, vision.intermediate_size)
+    embedding = product(patches, vision.num_channels * vision.patch_size**2, d)
+    return embedding + vision.num_hidden_layers * (attention + ffn)
+
+
+def language_model(text, tokens: int) -> dict[str, int]:
+    query, key = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    attention = product(tokens, text.hidden_size, 2 * query + 2 * key) + 2 * product(tokens, query, tokens)
+    return {
+        "attention": text.num_hidden_layers * attention,
+        "FFN": text.num_hidden_layers * 3 * product(tokens, text.hidden_size, text.intermediate_size),
+        "lm_head": product(1, text.hidden_size, text.vocab_size),
+    }
+
+
+def fuser(config) -> int:
+    r, layers = config.fuser_hidden_size, config.vision_config.num_hidden_layers
+    queries = 2 * config.text_config.num_hidden_layers  # D P
+    candidates = -(-layers // config.num_groups) + 1  # M
+    width = 2 * config.layer_embedding_size
+    query_network = product(queries, width, width) + product(queries, width, r)
+    projections = 2 * product(queries, r, r) + 2 * product(layers, r, r)
+    attention = 2 * product(queries, r, candidates)
+    ffn = 2 * product(queries, r, config.fuser_intermediate_size)
+    blocks = config.fuser_num_layers * (projections + attention + ffn)
+    class_features = product(layers, config.vision_config.hidden_size, r)
+    return query_network + class_features + blocks + product(queries, r, candidates)
+
+
+def memory_lookup(config, tokens: int) -> int:
+    """As `MemoryFFN.lookup` does it: a token meets the slots' position embeddings, `W_2` and the patches in turn."""
+    h, columns = config.text_config.hidden_size, config.projector_hidden_size + 1
+    slots = product(tokens, h, config.num_memory_slots)
+    visual = product(tokens, h, columns) + product(tokens, columns, config.num_patches)
+    return config.text_config.num_hidden_layers * 2 * (slots + visual)
+
+
+def materialised_lookup(config, tokens: int) -> int:
+    """The same memory the plain way: `K_l` and `V_l` are built for the image, then each token meets them alone."""
+    h, columns = config.text_config.hidden_size, config.projector_hidden_size + 1
+    build = product(config.num_patches, columns, h)
+    return config.text_config.num_hidden_layers * 2 * (build + product(tokens, h, config.num_memory_slots))
+
+
+def break_even(config) -> float:
+    """
+    Text tokens per image from which the materialised form has fewer operations.
+
+    With `c` columns the slots cost both forms the same, a token costs the factored one `c (h + n)` more, and building
+    costs the other `c n h`, which does not depend on the tokens.
+    """
+    n, h = config.num_patches, config.text_config.hidden_size
+    return n * h / (n + h)
+
+
+def dehvf(config, text_tokens: int) -> dict[str, int]:
+    """Part -> operations. The full method, whose query is the network and whose keys and values both carry images."""
+    vision, n, c = config.vision_config, config.num_patches, config.projector_hidden_size
+    layers, d = vision.num_hidden_layers, vision.hidden_size
+    return {
+        "vision encoder": vision_encoder(vision),
+        "vision adapters": layers * 2 * product(n + 1, d, config.vision_adapter_size),
+        "projector": layers * product(n, d, c),  # `down` alone
+        "fuser": fuser(config),
+        "fusing": product(2 * config.text_config.num_hidden_layers, layers, n * c),
+        **language_model(config.text_config, text_tokens),
+        "memory lookup": memory_lookup(config, text_tokens),
+    }
+
+
+def llava(config, text_tokens: int) -> dict[str, int]:
+    """Part -> operations of LLaVA-1.5 on the same bases: a projector of two layers, and each patch a token."""
+    n, d, h = config.num_patches, config.vision_config.hidden_size, config.text_config.hidden_size
+    return {
+        "vision encoder": vision_encoder(config.vision_config),
+        "projector": product(n, d, h) + product(n, h, h),
+        **language_model(config.text_config, n + text_tokens),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch's counter
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def meta_device():
+    """New tensors and models have shapes and no values; what would look at values takes the good case for granted."""
+    every_row_has_an_image = fx_config.patch(meta_nonzero_assume_all_nonzero=True)
+    placeholders_fit = patch.dict("os.environ", TRANSFORMERS_DISABLE_TORCH_CHECK="1")
+    with torch.device("meta"), every_row_has_an_image, placeholders_fit:
+        yield
+
+
+def build_dehvf(config):
+    return dehvf_class("modeling_dehvf", "DehvfForConditionalGeneration")(config).eval()
+
+
+def build_llava(config):
+    bases = {"vision_config": config.vision_config, "text_config": config.text_config}
+    return LlavaForConditionalGeneration(LlavaConfig(**bases, image_token_index=0)).eval()
+
+
+def count(model, text_tokens: int, image_tokens: int = 0) -> dict[str, int]:
+    """
+    Part -> operations that torch counts in a forward, by the modules that they happen in.
+
+    Args:
+        model: of `build_dehvf`, or of `build_llava`, which needs `image_tokens`, placeholders in front of the text.
+    """
+    vision = model.config.vision_config
+    ids = torch.tensor([[0] * image_tokens + [1] * text_tokens])
+    pixels = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+    # The counter does not know the fused kernels of CPUs, so attention has to run as products
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, pixel_values=pixels, logits_to_keep=1)
+    counts = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
+
+    def inside(modules: str) -> int:
+        return sum(number for name, number in counts.items() if re.fullmatch(rf"\w+\.{modules}", name))
+
+    adapters, ffns = inside(r"model\.vision_adapters\.\d+"), inside(r"model\.language_model\.layers\.\d+\.mlp")
+    parts = {
+        "vision encoder": inside(r"model\.vision_tower") - adapters,
+        "vision adapters": adapters,
+        "projector": inside(r"model\.(projector\.down|multi_modal_projector)"),
+        "fuser": inside(r"model\.(fuser|fuser_query)"),
+        "attention": inside(r"model\.language_model") - ffns,
+        "FFN": (ffn := inside(r"model\.language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj")),
+        "lm_head": inside("lm_head"),
+        "memory lookup": ffns - ffn,
+    }
+    parts["fusing"] = counts["Global"] - sum(parts.values())  # what happens in no module of its own
+    return {part: number for part, number in parts.items() if number}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def total(parts: dict[str, int], names=None) -> int:
+    return sum(number for part, number in parts.items() if names is None or part in names)
+
+
+def language_sides(config, text_tokens: int = NUM_TEXT_TOKENS) -> dict[str, int]:
+    """Operations of the language model and of what is read in it."""
+    text = total(language_model(config.text_config, text_tokens))
+    return {
+        "LLaVA-1.5": total(llava(config, text_tokens), LANGUAGE_SIDE),
+        "DEHVF": text + memory_lookup(config, text_tokens),
+        "DEHVF, materialised": text + materialised_lookup(config, text_tokens),
+        "text alone": text,
+    }
+
+
+def measure(shape: tuple) -> dict:
+    config = load_config(*shape)
+    with meta_device():
+        counted = {
+            "DEHVF": count(build_dehvf(config), NUM_TEXT_TOKENS),
+            "LLaVA-1.5": count(build_llava(config), NUM_TEXT_TOKENS, config.num_patches),
+        }
+    closed = {"DEHVF": dehvf(config, NUM_TEXT_TOKENS), "LLaVA-1.5": llava(config, NUM_TEXT_TOKENS)}
+    sides = language_sides(config)
+    encoder = closed["LLaVA-1.5"]["vision encoder"]
+    ours, theirs = total(closed["DEHVF"]), total(closed["LLaVA-1.5"])
+    return {
+        "operations": {
+            name: {
+                part: {"closed_form": number, "torch": counted[name].get(part, 0)} for part, number in parts.items()
+            }
+            for name, parts in closed.items()
+        },
+        "materialised_lookup": materialised_lookup(config, NUM_TEXT_TOKENS),
+        "break_even_text_tokens": break_even(config),
+        "percent_of_llava": {
+            "language side": {name: 100 * side / sides["LLaVA-1.5"] for name, side in sides.items()},
+            "all but the vision encoder": 100 * (ours - encoder) / (theirs - encoder),
+            "all": 100 * ours / theirs,
+        },
+    }
+
+
+def sweep() -> dict[str, list]:
+    """Language sides at 7B over the visual tokens, with one slot for each."""
+    rows = {"visual tokens": []}
+    for side in range(10, 33):
+        config = load_config(LLAMA_7B, side, side**2)
+        rows["visual tokens"].append(config.num_patches)
+        for name, number in language_sides(config).items():
+            rows.setdefault(name, []).append(number)
+    return rows
+
+
+def markdown(report: dict) -> str:
+    lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"], ""]
+    lines += [f"## In % of LLaVA-1.5, at {NUM_TEXT_TOKENS} text tokens", ""]
+    lines += ["| | language side: text alone | DEHVF | DEHVF, materialised | all but the vision encoder | all |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for name, shape in report["shapes"].items():
+        shares = shape["percent_of_llava"]
+        side = [shares["language side"][key] for key in ("text alone", "DEHVF", "DEHVF, materialised")]
+        numbers = [*side, shares["all but the vision encoder"], shares["all"]]
+        lines.append(f"| {name} | {' | '.join(f'{number:.2f}' for number in numbers)} |")
+    lines += ["", f"The paper: {PAPER_SHARE} % at 576 visual tokens."]
+    lines += ["", "## Memory lookup, factored or materialised", ""]
+    lines += [f"10⁹ operations at {NUM_TEXT_TOKENS} text tokens, and the text tokens per image from which the"]
+    lines += ["materialised form has fewer.", "", "| | factored | materialised | break-even |", "|---|---|---|---|"]
+    for name, shape in report["shapes"].items():
+        factored = shape["operations"]["DEHVF"]["memory lookup"]["closed_form"]
+        numbers = f"{factored / 1e9:.2f} | {shape['materialised_lookup'] / 1e9:.2f}"
+        lines.append(f"| {name} | {numbers} | {shape['break_even_text_tokens']:.1f} |")
+    for name, shape in report["shapes"].items():
+        lines += ["", f"## {name}", "", "10⁹ operations.", ""]
+        lines += ["| | " + " | ".join(f"{model} | torch counts | difference" for model in shape["operations"]) + " |"]
+        lines += ["|---" * 7 + "|"]
+        for part in shape["operations"]["DEHVF"]:
+            cells = [part]
+            for parts in shape["operations"].values():
+                if part in parts:
+                    closed, counted = parts[part]["closed_form"], parts[part]["torch"]
+                    cells += [f"{closed / 1e9:.3f}", f"{counted / 1e9:.3f}", f"{100 * (closed / counted - 1):.3f} %"]
+                else:
+                    cells += ["–", "–", "–"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(report: dict, file: Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (absolute, relative, lookup) = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    rows = report["figure"]
+    tokens, theirs = rows["visual tokens"], rows["LLaVA-1.5"]
+    styles = {
+        "LLaVA-1.5": {"color": "tab:orange"},
+        "DEHVF, materialised": {"color": "tab:blue", "linestyle": "--"},
+        "DEHVF": {"color": "tab:blue"},
+        "text alone": {"color": "grey", "linestyle": ":"},
+    }
+    for name, style in styles.items():
+        absolute.plot(tokens, [number / 1e12 for number in rows[name]], label=name, **style)
+        if name != "LLaVA-1.5":
+            shares = [100 * number / other for number, other in zip(rows[name], theirs)]
+            relative.plot(tokens, shares, label=name, **style)
+    relative.plot(576, PAPER_SHARE, "x", color="black", label=f"the paper's {PAPER_SHARE} %")
+    absolute.set_title(f"Language side at {NUM_TEXT_TOKENS} text tokens (the paper's Figure 2)")
+    absolute.set_ylabel("operations, in 10¹²")
+    relative.set_title("The same, in % of LLaVA-1.5")
+    relative.set_ylabel("operations, in % of LLaVA-1.5")
+    for axis in (absolute, relative):
+        axis.set_xlabel("visual tokens (and memory slots)")
+
+    lengths = range(0, 801, 10)
+    for name, color in zip(SHAPES, ("tab:green", "tab:purple")):  # those of 7B
+        config = load_config(*SHAPES[name])
+        for form, style in ((memory_lookup, "-"), (materialised_lookup, "--")):
+            label = f"{'factored' if form is memory_lookup else 'materialised'}, {config.num_patches} visual tokens"
+            numbers = [form(config, length) / 1e9 for length in lengths]
+            lookup.plot(lengths, numbers, style, color=color, label=label)
+        even = break_even(config)
+        height = memory_lookup(config, even) / 1e9
+        lookup.plot(even, height, "o", color=color)
+        lookup.annotate(f"{even:.0f}", (even, height), (8, -14), textcoords="offset points", color=color)
+    lookup.set_title("Memory lookup and its break-even")
+    lookup.set_xlabel("text tokens per image")
+    lookup.set_ylabel("operations, in 10⁹")
+    for axis in (absolute, relative, lookup):
+        axis.set_ylim(0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=9)
+    relative.set(xlim=(256, 1024), ylim=(0, 12))  # below, text is most of both, and the curves cannot be told apart
+    figure.suptitle("Operations of one image and one prompt, LLaMA-7B and CLIP ViT-L/14")
+    figure.savefig(file, dpi=130)
+
+
+def main():
+    versions = {"Python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}
+    report = {
+        "command": "python -m benchmarks.operations",
+        "versions": versions,
+        "text_tokens": NUM_TEXT_TOKENS,
+        "shapes": {name: measure(shape) for name, shape in SHAPES.items()},
+        "figure": sweep(),
+    }
+    report["note"] = (
+        "Operations of the forward that gives an answer's first token, for one prompt and one image: closed forms, "
+        "and what torch counts when the models run on the meta device. A multiplication and an addition are two; only "
+        "products of matrices count; attention counts its whole matrix; logits are those of the last token. The "
+        "language side is attention, FFN, lm_head and memory lookup; LLaVA's projector, and what DEHVF does once per "
+        "image, stand outside. Both run all layers of the vision encoder, as transformers does, though LLaVA does "
+        "not need the last one. The paper gives memory slots for 256 visual tokens only; for 576 we take 576, the "
+        f"fewest that fit. {', '.join(f'{name} {number}' for name, number in versions.items())}."
+    )
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "operations.json").write_text(json.dumps(report, indent=1))
+    (RESULTS / "operations.md").write_text(markdown(report))
+    draw(report, RESULTS / "operations.png")
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()
