@@ -75,6 +75,9 @@ class DehvfConfig(PreTrainedConfig):
         projector_hidden_size (`int`): hidden width of the projector (MemVP: 128).
         visual_scale (`float`, lambda): scale of the visual features (MemVP: 0.01).
         memory_scale (`float`, s): scale of what the memory adds to an FFN (MemVP's LLaMA code: 0.1).
+        memory_form (`str`): how FFNs read visual features. `"factored"`: through the projector's width, which is as
+            exact and nearly always cheaper; `"materialised"`: as keys and values of full width, made anew in each FFN;
+            `"auto"`: whichever takes fewer operations, see `MemoryFFN`.
         memory_dropout (`float`): dropout on the activations of the slots in training (MemVP: 0.1).
 
     The vision adapters (method step 10):
@@ -130,6 +133,7 @@ class DehvfConfig(PreTrainedConfig):
     projector_hidden_size: int = 128
     visual_scale: float | int = 0.01
     memory_scale: float | int = 0.1
+    memory_form: Literal["auto", "factored", "materialised"] = "auto"
     memory_dropout: float | int = 0.1
 
     vision_adapter_size: int = 12

@@ -314,6 +314,7 @@ class MemoryView(NamedTuple):
         each language layer; `None` where keys or values carry no image.
     basis: `(language_hidden_size, projector_hidden_size + 1)`, lambda times `W_2` with `b_2` as its last column.
     key_slots, value_slots: `(num_memory_slots, language_hidden_size)`.
+    materialised: whether keys and values are made in full before they are read.
     """
 
     key_features: tuple[torch.Tensor, ...] | torch.Tensor | None
@@ -321,6 +322,7 @@ class MemoryView(NamedTuple):
     basis: torch.Tensor | None
     key_slots: torch.Tensor
     value_slots: torch.Tensor
+    materialised: bool
 
     def layer(self, index: int) -> "MemoryView":
         return self._replace(
@@ -335,6 +337,11 @@ class MemoryFFN:
 
     On a two-matrix FFN this is concatenating the keys to `W_1` and the values to `W_2` (paper, equation 13); in a
     gated FFN the appended units have a gate of one.
+
+    An image's visual features F (n c+1) and the shared basis W (h c+1) can be read in two ways with the same result.
+    Factored, `(x W) F^T`: `T (h + n) (c + 1)` products for T tokens of the image, keys and values alike. Materialised,
+    `x (W F^T)`: `n h (c + 1)` products whatever T is, since the slots themselves have to be read in both. So the first
+    is cheaper up to `T = n h / (n + h)`: at 7B 241 tokens, and always in decoding.
     """
 
     memory_view: MemoryView | None = None
@@ -348,19 +355,27 @@ class MemoryFFN:
     def lookup(self, hidden_states: torch.Tensor, view: MemoryView) -> torch.Tensor:
         """`phi(x K^T) V` without ever building `K` or `V`. hidden_states and result: B T h."""
         weights = F.dropout(self.slot_activations(hidden_states, view), self.memory_dropout, self.training)
-        output = weights @ view.value_slots  # B T h
-        if view.value_features is not None:
-            visual = self._split(weights, view.value_features)[0] @ view.value_features  # B T c+1
-            output = output + F.linear(visual, view.basis)
-        return output
+        if view.value_features is None:
+            return weights @ view.value_slots  # B T h
+        first, rest = self._split(weights, view.value_features)
+        if view.materialised:
+            value_slots, other_slots = self._split(view.value_slots.T, view.value_features)
+            values = value_slots.T + F.linear(view.value_features, view.basis)  # B n h
+            return first @ values + rest @ other_slots.T
+        return weights @ view.value_slots + F.linear(first @ view.value_features, view.basis)
 
     def slot_activations(self, hidden_states: torch.Tensor, view: MemoryView) -> torch.Tensor:
         """`phi(x K^T)`: how much each slot is read, B T S. The first n slots belong to the patches, row by row."""
-        scores = F.linear(hidden_states, view.key_slots)  # B T S
-        if view.key_features is not None:
-            # Slots past the patches have no visual part, and a sample without an image has rows of zeros.
+        # Slots past the patches have no visual part, and a sample without an image has rows of zeros.
+        if view.key_features is None:
+            scores = F.linear(hidden_states, view.key_slots)  # B T S
+        elif view.materialised:
+            key_slots, other_slots = self._split(view.key_slots.T, view.key_features)
+            keys = key_slots.T + F.linear(view.key_features, view.basis)  # B n h
+            scores = torch.cat((hidden_states @ keys.transpose(1, 2), hidden_states @ other_slots), dim=-1)
+        else:
             visual = (hidden_states @ view.basis) @ view.key_features.transpose(1, 2)  # B T n
-            first, rest = self._split(scores, view.key_features)
+            first, rest = self._split(F.linear(hidden_states, view.key_slots), view.key_features)
             scores = torch.cat((first + visual, rest), dim=-1)
         return getattr(self, self.activation_name)(scores)
 
@@ -653,8 +668,9 @@ class DehvfModel(DehvfPreTrainedModel):
         index = self.candidates[:, None].expand(weights.shape)
         return weights.new_zeros(*weights.shape[:-1], num_vision_layers).scatter_add(-1, index, weights)
 
-    def _memory_view(self, visual_memory: torch.Tensor | None, dtype: torch.dtype) -> MemoryView:
-        """Brings the memory to the language model's dtype, once for all layers."""
+    def _memory_view(self, visual_memory: torch.Tensor | None, inputs_embeds: torch.Tensor) -> MemoryView:
+        """Brings the memory to the language model's dtype, once for all layers, and chooses how it is read."""
+        dtype = inputs_embeds.dtype
         key_features = value_features = basis = None
         if visual_memory is not None:
             # `unbind` and not an index for each layer, whose backward would fill a whole memory with zeros each time
@@ -664,7 +680,17 @@ class DehvfModel(DehvfPreTrainedModel):
             if self.config.visual_prompts != "keys":
                 value_features = features[-1]
             basis = (self.config.visual_scale * self.projector.up()).to(dtype)
-        return MemoryView(key_features, value_features, basis, *self.memory_slots(dtype))
+        materialised = visual_memory is not None and self._materialises(inputs_embeds, len(visual_memory))
+        return MemoryView(key_features, value_features, basis, *self.memory_slots(dtype), materialised)
+
+    def _materialises(self, inputs_embeds: torch.Tensor, num_images: int) -> bool:
+        """Whether full keys and values have fewer operations, see [`MemoryFFN`]."""
+        if self.config.memory_form != "auto" or torch.is_grad_enabled():
+            # To train, they would have to be kept for backward in every layer, which is worse than some operations
+            return self.config.memory_form == "materialised"
+        batch_size, num_tokens, width = inputs_embeds.shape
+        num_patches = self.config.num_patches
+        return batch_size * num_tokens * (width + num_patches) > num_images * num_patches * width
 
     @can_return_tuple
     def forward(
@@ -711,7 +737,7 @@ class DehvfModel(DehvfPreTrainedModel):
                 visual_memory = self.get_image_features(pixel_values, image_mask, instruction)
             if visual_memory is not None:
                 self.check_visual_memory(visual_memory, len(inputs_embeds))
-            kwargs["memory_view"] = self._memory_view(visual_memory, inputs_embeds.dtype)
+            kwargs["memory_view"] = self._memory_view(visual_memory, inputs_embeds)
         outputs = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         return DehvfModelOutputWithPast(**outputs, visual_memory=visual_memory)
 

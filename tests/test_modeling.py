@@ -224,10 +224,46 @@ def check_against_reference(model):
         torch.testing.assert_close(logits[sample], expected, atol=1e-5, rtol=1e-5)
 
 
+@ablations
+def test_both_ways_of_reading_equal_the_slow_reference(ablation):
+    for form in ("factored", "materialised"):
+        check_against_reference(tiny_model(memory_form=form, **ablation))
+
+
+def test_the_cheaper_way_of_reading_is_taken_unless_one_is_forced():
+    """At 7B, 256 patches: n h / (n + h) = 240.94 tokens for each image."""
+
+    def materialises(batch_size, num_tokens, num_images, **values):
+        with torch.device("meta"):
+            model = DehvfForConditionalGeneration(DehvfConfig(**values)).model
+            return model._materialises(torch.empty(batch_size, num_tokens, 4096), num_images)
+
+    with torch.no_grad():
+        assert [materialises(1, length, 1) for length in (1, 240, 241, 2000)] == [False, False, True, True]
+        assert not materialises(8, 240, 8) and materialises(8, 241, 8)
+        assert not materialises(8, 30, 1) and materialises(8, 31, 1), "eight texts about one image"
+        assert materialises(1, 1, 1, memory_form="materialised")
+        assert not materialises(1, 2000, 1, memory_form="factored")
+    assert not materialises(1, 2000, 1), "in training"
+
+
+@torch.no_grad()
+def test_generation_reads_a_long_prompt_and_its_answer_in_different_ways(monkeypatch):
+    model, inputs = tiny_model(), tiny_inputs(2, length=12)  # break-even at 10.67 tokens
+    asked = []
+    choose = model.model._materialises
+    monkeypatch.setattr(model.model, "_materialises", lambda *args: asked.append(choose(*args)) or asked[-1])
+    generated = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
+    assert asked == [True, False, False, False]
+    model.config.memory_form = "factored"
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, min_new_tokens=4), generated)
+
+
+@pytest.mark.parametrize("form", ["factored", "materialised"])
 @pytest.mark.parametrize("model_type", ["phi", "starcoder2"])
-def test_injection_is_concatenation_on_a_plain_ffn(model_type):
+def test_injection_is_concatenation_on_a_plain_ffn(model_type, form):
     """Forward and gradients of the FFN built with `[W_1; K]` and `[W_2; V]`, the paper's equation 13."""
-    model = tiny_model(model_type, memory_scale=1.0)
+    model = tiny_model(model_type, memory_scale=1.0, memory_form=form)
     ffn = model.model.language_model.layers[2].mlp
     first, second = (ffn.fc1, ffn.fc2) if model_type == "phi" else (ffn.c_fc, ffn.c_proj)
     pixel_values = tiny_inputs()["pixel_values"]
@@ -239,7 +275,7 @@ def test_injection_is_concatenation_on_a_plain_ffn(model_type):
         return torch.autograd.grad((output * upstream).sum(), [inputs, *adapters], allow_unused=True)
 
     inputs = hidden_states.clone().requires_grad_()
-    view = model.model._memory_view(model.get_image_features(pixel_values), torch.float32)
+    view = model.model._memory_view(model.get_image_features(pixel_values), hidden_states)
     ffn.memory_view = view.layer(2)
     output = ffn(inputs)
     ffn.memory_view = None

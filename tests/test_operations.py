@@ -46,7 +46,7 @@ def test_the_materialised_lookup_gives_the_same_for_the_operations_of_its_closed
     tokens, model = 9, tiny_model(**sizes)
     config = model.config
     hidden = torch.randn(1, tokens, config.text_config.hidden_size)
-    view = model.model._memory_view(model.get_image_features(torch.randn(1, 3, 16, 16)), hidden.dtype)
+    view = model.model._memory_view(model.get_image_features(torch.randn(1, 3, 16, 16)), hidden)
     expected = [
         layer.mlp.lookup(hidden, view.layer(index)) for index, layer in enumerate(model.model.language_model.layers)
     ]
@@ -80,7 +80,7 @@ def test_at_576_visual_tokens_dehvf_stays_below_the_papers_share_of_llava():
 
 
 def test_the_report_has_what_torch_counts_beside_every_part(tmp_path, monkeypatch):
-    tiny = tiny_config()
+    tiny = tiny_config(memory_form="factored")
     monkeypatch.setattr(operations, "RESULTS", tmp_path)
     monkeypatch.setattr(operations, "load_config", lambda *shape: tiny)
     monkeypatch.setattr(operations, "SHAPES", {"tiny": ()})

@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 ROOT = Path(__file__).parents[1]
-IMAGE_SIZE, PATCH_SIZE, NUM_VISION_LAYERS, NUM_TEXT_LAYERS, VOCAB_SIZE = 16, 4, 6, 4, 68
+IMAGE_SIZE, PATCH_SIZE, NUM_VISION_LAYERS, NUM_TEXT_LAYERS, VOCAB_SIZE = 16, 4, 6, 4, 64
 NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 
 TEXT_SIZES = {
@@ -141,7 +141,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     letters = (" A", " B", " C", " D")
-    characters = "abcdefghijklmnopqrstuvwxyzABCDEFGHOQRT 0123456789.?:(),-+!;\n"
+    characters = "abcdefghijklmnopqrstuvwxyzABCDEFGHOQRT 0123456789.?:(),\n"
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters, *letters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" [ABCD](?![A-Za-z])|[\s\S]"), "isolated")
