@@ -18,13 +18,14 @@ import dataclasses
 import difflib
 import hashlib
 import inspect
-import io
 import itertools
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -160,14 +161,17 @@ def parse_arguments(arguments: list[str]):
     )
     recipe = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
     flags = ["--output_dir", f"outputs/{recipe.stem}"]
-    for key, value in read_recipe(recipe).items():
+    values = read_recipe(recipe)
+    if "--learning_rate" in arguments:
+        values.pop("base_learning_rate", None)
+    for key, value in values.items():
         if f"--{key}" not in parser._option_string_actions:
             known = [name.removeprefix("--") for name in parser._option_string_actions]
             close = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean `{close[0]}`?" if close else " `train.py --help` lists all."
             raise ValueError(f"{recipe}: unknown key `{key}`.{hint}")
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flags += [f"--{key}", *map(str, values)]
+        words = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        flags += [f"--{key}", *map(str, words)]
     parsed = parser.parse_args_into_dataclasses([*flags, *arguments], look_for_args_file=False)
     _, model_args, adapter_args, _, _ = parsed
     for name, value in DEHVF_METHODS.get(model_args.method, {}).items():
@@ -203,21 +207,34 @@ class RowEncoder:
     """
     A row's texts as token ids. A training row is prompt, answer and end of sequence, with labels on the last two; a
     row to evaluate is prompt and answer prefix, with the tokens that its options begin with. `instruction_length` is
-    the number of tokens of the prompt. `num_shortened` counts the prompts that lost the end of their context.
+    the number of tokens of the prompt. `num_shortened` counts the prompts that lost the end of their context, in the
+    workers of a data loader too, to which the encoder may be sent.
 
     Raises:
-        ValueError: if a row has no answer, is too long without context, or its options begin with the same token.
+        ValueError: if a row has no answer, is too long without context, its options begin with the same token, or the
+            task finds a fault.
     """
 
     def __init__(self, task, split: str, processor, max_prompt_length: int, training: bool):
-        self.task, self.split, self.processor = task, split, processor
+        self.task_name, self.split, self.processor = task.__name__, split, processor
         self.max_prompt_length, self.training = max_prompt_length, training
-        self.num_shortened = 0
+        self._num_shortened = multiprocessing.Value("i", 0)
         self.option_tokens = {}
 
+    @property
+    def task(self):
+        return import_module(self.task_name)  # a module cannot be sent to a worker
+
+    @property
+    def num_shortened(self) -> int:
+        return self._num_shortened.value
+
     def __call__(self, row: dict, index: int) -> dict:
+        try:
+            answer = self.task.answer(row)  # also to evaluate, since a task finds out here what is wrong with a row
+        except ValueError as error:
+            raise ValueError(f"Row {index} of the {self.split} split: {error}") from error
         tokenizer, prompt = self.processor.tokenizer, self._prompt(row, index)
-        answer = self.task.answer(row)  # also to evaluate, since a task finds out here what is wrong with a row
         text = f"{prompt} {answer}" if self.training else prompt + self.task.ANSWER_PREFIX
         # Encoded in one piece, as the model will meet it, and split where the prompt ends
         encoded = tokenizer(text, return_offsets_mapping=True)
@@ -255,7 +272,8 @@ class RowEncoder:
                 context = context[: offsets[-1][1]] if offsets else ""
                 prompt = render(self.processor, task.prompt(row, context))
                 excess = len(tokenizer(prompt).input_ids) - self.max_prompt_length
-            self.num_shortened += 1
+            with self._num_shortened.get_lock():
+                self._num_shortened.value += 1
         if excess > 0:
             raise ValueError(
                 f"Row {index} of the {self.split} split has {excess + self.max_prompt_length} tokens without any "
@@ -290,7 +308,7 @@ class Split(torch.utils.data.Dataset):
         self._num_unreadable = multiprocessing.Value("i", 0)  # shared with the workers of a data loader
         self.encoder = RowEncoder(task, name, processor, arguments.max_prompt_length, training)
         if not training:
-            self._require_images()
+            self._check_images()
         texts = self.rows.remove_columns("image")
         self.encoded = [self.encoder(row, index) for index, row in enumerate(texts)]
         if self.num_shortened:
@@ -299,17 +317,18 @@ class Split(torch.utils.data.Dataset):
                 f"{arguments.max_prompt_length} tokens and lost the end of their context."
             )
 
-    def _require_images(self):
-        """A file that is missing would otherwise come out after training."""
-        missing = [
-            f"row {index}: {image['path']}"
-            for index, image in enumerate(self.rows["image"])
-            if image is not None and image["bytes"] is None and not os.path.isfile(image["path"])
-        ]
-        if missing:
+    def _check_images(self):
+        """What cannot be read would otherwise come out after training."""
+        faults = []
+        for index, image in enumerate(self.rows["image"]):
+            try:
+                read_image(image)
+            except Exception as error:  # PIL raises many kinds
+                faults.append(f"row {index}: {error}")
+        if faults:
             raise ValueError(
-                f"{len(missing)} images of the {self.name} split are missing: {', '.join(missing[:10])}. Put them "
-                "there, or leave these rows out of the split that is evaluated."
+                f"{len(faults)} images of the {self.name} split cannot be read: {'; '.join(faults[:10])}. Replace "
+                "them, or leave these rows out of the split that is evaluated."
             )
 
     @property
@@ -393,9 +412,8 @@ def render(processor, prompt: str) -> str:
 
 
 def read_image(image: dict | None) -> Image.Image | None:
-    if image is None:
-        return None
-    return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]).convert("RGB")
+    """As `datasets` decodes it: the right way up, and from wherever its path leads."""
+    return None if image is None else ImageFeature().decode_example(image).convert("RGB")
 
 
 @dataclass
@@ -486,19 +504,21 @@ def make_records(task, processor, split: Split, output) -> list[dict]:
     records = []
     for index, row in enumerate(split.rows):
         has_image = row.pop("image") is not None
-        record = {
-            "index": index,
-            "prediction": answers[index][0],
-            "expected": task.answer(row),
-            "has_image": has_image,
-        }
-        if split.encoded[index]["options"]:
-            record["choice"] = answers[index][1]
-        records.append({**record, **row})
+        prediction, choice = answers[index]
+        records.append(
+            {
+                **row,
+                "index": index,
+                "prediction": prediction,
+                "choice": choice if split.encoded[index]["options"] else None,
+                "expected": task.answer(row),
+                "has_image": has_image,
+            }
+        )
     return records
 
 
-def write_card(folder: Path, model, results: dict):
+def write_card(folder: Path, results: dict, code: str | None):
     """A card with valid metadata. A base in a local folder has no Hub id to name, so it is left out."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -523,7 +543,7 @@ def write_card(folder: Path, model, results: dict):
         ],
     )
     table = "\n".join(f"| {name} | {value:.2f} |" for name, value in scores.items() if value is not None)
-    use = f"## Use\n\n```python\n{example_code(folder)}```\n" if results["method"] in DEHVF_METHODS else ""
+    use = f"## Use\n\n```python\n{code}```\n" if code else ""
     ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {folder.name}\n\nAdapters of the method `{results['method']}`: "
         f"{results['trained_parameters']:,} trained parameters on the frozen {' and '.join(names)}.\n\n"
@@ -599,8 +619,11 @@ def load(task, data_args, model_args, adapter_args, baseline_args, training_args
     return processor, splits, model
 
 
-def check_arguments(data_args, model_args, training_args):
+def check_arguments(flags: list[str], data_args, model_args, adapter_args, training_args):
     """What would otherwise come out late, or never."""
+    given = {flag.removeprefix("--").split("=")[0] for flag in flags if flag.startswith("--")}
+    if {"learning_rate", "base_learning_rate"} <= given:
+        raise ValueError("`--learning_rate` and `--base_learning_rate` were given. Leave one of them out.")
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError(
             "A stream does not tell how many rows it has, so `--streaming` needs `--max_steps`: rows x epochs / batch."
@@ -609,6 +632,11 @@ def check_arguments(data_args, model_args, training_args):
         raise ValueError(
             f"`--adapter` takes DEHVF adapters, whose config says which setting they are; `--method "
             f"{model_args.method}` was given beside it. Leave one of them out."
+        )
+    if model_args.adapter is not None and (own := sorted(given & vars(adapter_args).keys())):
+        raise ValueError(
+            f"The config of `--adapter {model_args.adapter}` says what it is, and `--{own[0]}` was given beside it. "
+            "Leave it out."
         )
 
 
@@ -619,12 +647,38 @@ def commit_of(location: str | None, revision: str | None) -> str | None:
     return extract_commit_hash(cached_file(location, CONFIG_NAME, revision=revision), None)
 
 
+def base_revision(config, key: str, location: str) -> str | None:
+    """The commit of a base, if the config speaks of the place that it was loaded from."""
+    known = getattr(config, f"{key}_model_id") == location
+    return getattr(config, f"{key}_model_revision") if known else None
+
+
+def method_of(config, asked: str) -> str:
+    """What is trained, or was: with `--adapter` its config tells."""
+    fits = [
+        name
+        for name, values in DEHVF_METHODS.items()
+        if values and all(getattr(config, key, None) == value for key, value in values.items())
+    ]
+    return asked if asked in BASELINES or not fits else fits[0]
+
+
+def commit_of_this_code() -> str | None:
+    """`None` outside of a git checkout."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def describe_run(task, processor, model, split: Split, data_args, model_args, training_args, folder: Path) -> dict:
     """All that a reader needs to repeat or to doubt a result."""
+    method = method_of(model.config, model_args.method)
     packages = ("torch", "transformers", "accelerate", "datasets", "peft", "deepspeed", "pycocoevalcap")
     weights = [*folder.glob("*.safetensors")]
     return {
-        "method": model_args.method,
+        "method": method,
         "task": data_args.task,
         "data_path": data_args.data_path,
         "split": split.name,
@@ -638,21 +692,24 @@ def describe_run(task, processor, model, split: Split, data_args, model_args, tr
         "adapter_revision": commit_of(model_args.adapter, model_args.adapter_revision),
         "adapter_sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in weights},
         "vision_model": model_args.vision_model,
-        "vision_model_revision": model.config.vision_model_revision,
+        "vision_model_revision": base_revision(model.config, "vision", model_args.vision_model),
         "text_model": model_args.text_model,
-        "text_model_revision": model.config.text_model_revision,
+        "text_model_revision": base_revision(model.config, "text", model_args.text_model),
         "config": model.config.to_diff_dict(),
         "versions": {name: version(name) for name in packages if find_spec(name)},
+        "commit": commit_of_this_code(),
     }
 
 
-def report(folder: Path, task, processor, model, split: Split, method: str):
+def report(folder: Path, task, processor, split: Split):
     """Scores the predictions in a folder, writes its card and says how to use what is there."""
     results = score_folder(folder)
-    write_card(folder, model, results)
     print_scores(results)
-    if method in DEHVF_METHODS and write_example(folder, task, processor, split):
-        print(f"\nTo ask the result about an image:\n\n{example_code(folder)}")
+    usable = results["method"] in DEHVF_METHODS and write_example(folder, task, processor, split)
+    code = example_code(folder) if usable else None
+    write_card(folder, results, code)
+    if usable:
+        print(f"\nTo ask the result about an image:\n\n{code}")
 
 
 def main(arguments: list[str]):
@@ -660,7 +717,7 @@ def main(arguments: list[str]):
         # `accelerate launch` sets these for several processes alone; without them DeepSpeed asks for MPI
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     recipe, data_args, model_args, adapter_args, baseline_args, training_args = parse_arguments(arguments)
-    check_arguments(data_args, model_args, training_args)
+    check_arguments(arguments, data_args, model_args, adapter_args, training_args)
     set_seed(training_args.seed)
     if training_args.use_cpu:  # `accelerate launch` leaves each process a single thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -670,14 +727,20 @@ def main(arguments: list[str]):
         batch_size = training_args.per_device_train_batch_size * devices
         training_args.learning_rate = training_args.base_learning_rate * batch_size / 256
 
+    if data_args.streaming:  # a batch without images cannot be cut into parts beside one with them
+        training_args.accelerator_config.dispatch_batches = False
     task = get_task(data_args.task)
+    if training_args.load_best_model_at_end and training_args.metric_for_best_model in (None, "loss"):
+        training_args.metric_for_best_model, training_args.greater_is_better = task.CARD["score"], True
     if hasattr(task, "check_scorer"):  # before hours of training, and not after them
         task.check_scorer()
     processor, splits, model = load(task, data_args, model_args, adapter_args, baseline_args, training_args)
     trained, total = count_parameters(model)
     main_process = training_args.process_index == 0
     if main_process:
-        print(f"recipe {recipe}, method {model_args.method}, learning rate {training_args.learning_rate:g}")
+        method = method_of(model.config, model_args.method)
+        rate = f"learning rate {training_args.learning_rate:g}"
+        print(f"recipe {recipe}, method {method}, {rate}, {training_args.world_size} processes")
         print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)")
 
     def compute_metrics(output):
@@ -698,8 +761,11 @@ def main(arguments: list[str]):
     )
     facts = {"trained_parameters": trained}
     if "train" in splits:
-        facts["train_seconds"] = trainer.train().metrics["train_runtime"]
-        facts["unreadable_images"] = splits["train"].num_unreadable
+        training = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        facts["train_seconds"] = training.metrics["train_runtime"]
+        # Each process reads rows of its own, but the whole of a stream
+        times = torch.tensor(splits["train"].num_unreadable, device=training_args.device)
+        facts["unreadable_image_reads"] = int(times if data_args.streaming else trainer.accelerator.reduce(times))
     trainer.save_model()
     facts["shortened_prompts"] = {name: split.num_shortened for name, split in splits.items()}
     trainer.compute_metrics = None  # it scores the validation split
@@ -708,10 +774,11 @@ def main(arguments: list[str]):
         folder = Path(training_args.output_dir)
         # Before scoring, so that no generated answer is lost to a fault there; `python -m tasks score` repeats it
         records = make_records(task, processor, splits["test"], output)
-        (folder / "predictions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        lines = [json.dumps(record, default=str) + "\n" for record in records]
+        (folder / "predictions.jsonl").write_text("".join(lines))
         facts |= describe_run(task, processor, model, splits["test"], data_args, model_args, training_args, folder)
         (folder / "results.json").write_text(json.dumps(facts, indent=2, default=str))
-        report(folder, task, processor, model, splits["test"], model_args.method)
+        report(folder, task, processor, splits["test"])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -15,8 +15,8 @@ One file a task. A task is a module with
     score(records, size)             -> dict of numbers, None where there is no such row
 
 A record is a line of `predictions.jsonl`: a row without its image, with `index`, `prediction` (the text after the
-prefix), `expected` (the row's answer), `has_image` and, where there are options, `choice` (the index of the most
-likely one). `size` is the number of rows in the split: another number of records is an error. A task may also have
+prefix), `expected` (the row's answer), `has_image` and `choice` (the index of the most likely option, None where there
+is none). `size` is the number of rows in the split: another number of records is an error. A task may also have
 
     check_scorer()                   raises before anything is generated if `score` would lack something
     load(..., max_samples=None)      to make a smaller split, where its first rows would not do
@@ -59,7 +59,7 @@ def score_folder(folder: str | Path) -> dict:
     facts = json.loads(results.read_text(encoding="utf-8"))
     task = get_task(facts["task"])
     scores = {"scores": task.score(records, facts["size"])}
-    if all("choice" in record for record in records):
+    if all(record.get("choice") is not None for record in records):
         chosen = [{**record, "prediction": task.options(record)[record["choice"]]} for record in records]
         scores["scores_by_likelihood"] = task.score(chosen, facts["size"])
     others = {name: fact for name, fact in facts.items() if name not in ("scores", "scores_by_likelihood")}
@@ -77,8 +77,8 @@ def print_scores(results: dict):
 
 def open_dataset(path: str, split: str, streaming: bool) -> Dataset | IterableDataset:
     """
-    A split of a data set on the Hub, of a folder that `DatasetDict.save_to_disk` wrote, or of a folder with Parquet
-    files, such as a clone of the Hub's repository. Folders need no network.
+    A split of a data set on the Hub (`org/name`, or `org/name:config`), of a folder that `DatasetDict.save_to_disk`
+    wrote, or of a folder with Parquet files, such as a clone of the Hub's repository. Folders need no network.
 
     Raises:
         ValueError: if `path` is a file or a folder of another kind, or there is no such split.
@@ -94,7 +94,10 @@ def open_dataset(path: str, split: str, streaming: bool) -> Dataset | IterableDa
             f"{path} holds no data set that this task reads: no `dataset_dict.json` (`DatasetDict.save_to_disk` "
             "writes it), no Parquet file, and none of the files that the task's docstring in tasks/ names."
         )
-    return load_dataset(path, split=split, streaming=streaming)
+    if folder.exists():
+        return load_dataset(path, split=split, streaming=streaming)
+    name, _, config = path.partition(":")
+    return load_dataset(name, config or None, split=split, streaming=streaming)
 
 
 def require_files(paths: Iterable[Path], layout: str):

@@ -22,7 +22,7 @@ def check(path: Path) -> bool:
     for file in files:
         rows, faults = read(file, with_images=True)
         all_faults += faults
-        images, choices = (sum(row[name] is not None for row in rows) for name in ("image", "choices"))
+        images, choices = (sum(bool(row[name]) for row in rows) for name in ("image", "choices"))
         print(*faults, f"{file}: {len(rows)} good rows, {images} with an image, {choices} with choices", sep="\n")
     if all_faults:
         print(f"{len(all_faults)} faults")

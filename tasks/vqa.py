@@ -16,6 +16,7 @@ these columns.
 import json
 import re
 import reprlib
+import unicodedata
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
@@ -44,7 +45,7 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
     if path is None:
         raise ValueError("path is None, but `vqa` reads your own data: give a folder or a Hub id (--data_path).")
     if not any(Path(path).glob("*.jsonl")):
-        return open_dataset(path, split, streaming)
+        return only_own_columns(open_dataset(path, split, streaming))
     file = Path(path) / f"{split}.jsonl"
     require_files([file], "A folder with JSON Lines has one such file for each split: train, validation, test.")
     rows, faults = read(file)
@@ -52,6 +53,14 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
         raise ValueError(f"{faults[0]}\nThat is the first of {len(faults)}: `python -m tasks check {path}` names all.")
     rows = Dataset.from_list(rows, features=FEATURES)
     return rows.to_iterable_dataset() if streaming else rows
+
+
+def only_own_columns(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Others may be of any kind, or bear the names of what `train.py` adds."""
+    rows = rows.select_columns([name for name in rows.column_names if name in FEATURES])
+    if "image" in rows.column_names:
+        return rows
+    return rows.map(lambda row: {"image": None}, features=Features({**rows.features, "image": Image()}))
 
 
 def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
@@ -94,7 +103,7 @@ def find_faults(row) -> list[str]:
     if not isinstance(row.get("context"), str | None):
         faults.append(f"`context` is {reprlib.repr(row['context'])}. Make it a text in quotes, or leave it out.")
     choices, answer = row.get("choices"), row.get("answer")
-    if choices is None:
+    if not choices and isinstance(choices, list | None):  # Arrow may have an empty list for none
         return faults
     if not isinstance(choices, list) or not all(is_text(choice) for choice in choices):
         return [*faults, f"`choices` is {reprlib.repr(choices)}. Make it a list of texts, none of them blank."]
@@ -136,7 +145,7 @@ def context(row: dict) -> str:
 
 
 def prompt(row: dict, context: str) -> str:
-    if row.get("choices") is not None:
+    if row.get("choices"):
         return scienceqa.prompt(row, context)
     return f"Question: {row['question']}\nContext: {context or 'N/A'}"
 
@@ -147,14 +156,14 @@ def answer(row: dict) -> str:
         ValueError: if the row is not as it should be, which is seen here for rows that do not come from JSON Lines.
     """
     if faults := find_faults(row):
-        raise ValueError(f"The row {row} is not as `vqa` needs it: {' '.join(faults)}")
-    if row.get("choices") is not None:
+        raise ValueError(f"{row} is not as `vqa` needs it: {' '.join(faults)}")
+    if row.get("choices"):
         return scienceqa.answer({"answer": row["choices"].index(row["answer"])})
     return f"The answer is {row['answer'].strip().removesuffix('.')}."
 
 
 def options(row: dict) -> list[str] | None:
-    return None if row.get("choices") is None else scienceqa.options(row)
+    return scienceqa.options(row) if row.get("choices") else None
 
 
 def score(records: list[dict], size: int) -> dict[str, float | None]:
@@ -170,7 +179,7 @@ def score(records: list[dict], size: int) -> dict[str, float | None]:
     said, hits = [], []
     for record in records:
         choices, text, wanted = record.get("choices"), record["prediction"], record["answer"]
-        if choices is None:
+        if not choices:
             said.append(normalise(text) or None)
             hits.append(said[-1] == normalise(wanted))
         else:
@@ -184,8 +193,8 @@ def score(records: list[dict], size: int) -> dict[str, float | None]:
     return {
         "image": accuracy(lambda record: record["has_image"]),
         "no image": accuracy(lambda record: not record["has_image"]),
-        "choices": accuracy(lambda record: record.get("choices") is not None),
-        "free": accuracy(lambda record: record.get("choices") is None),
+        "choices": accuracy(lambda record: record.get("choices")),
+        "free": accuracy(lambda record: not record.get("choices")),
         "average": accuracy(lambda record: True),
         "unparsed": 100 * sum(text is None for text in said) / len(said),
         "count": len(said),
@@ -194,7 +203,9 @@ def score(records: list[dict], size: int) -> dict[str, float | None]:
 
 def normalise(text: str) -> str:
     """Lower case, without punctuation and articles (" The red car." -> "red car"), unless it is nothing else."""
-    text = text.lower().strip().removesuffix(".")
+    text = unicodedata.normalize("NFC", text).lower().strip().removesuffix(".")
     # A sign before a digit is part of the number: -5, 3.5, 10:30, 1/2
-    words = re.sub(r"(?![-.,:/]\d)[^\w\s]", "", text).split() or text.split()
+    is_part = [bool(re.match(r"[-.,:/]\d", text[place:])) for place in range(len(text))]
+    kept = [sign for sign, part in zip(text, is_part) if part or not unicodedata.category(sign).startswith("P")]
+    words = "".join(kept).split() or text.split()
     return " ".join([word for word in words if word not in ("a", "an", "the")] or words)

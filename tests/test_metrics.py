@@ -48,7 +48,19 @@ def test_the_nine_columns_count_their_own_questions():
 
 @pytest.mark.parametrize(
     "text, choice",
-    [(" A", 0), ("B", 1), (" (B)", 1), (" B.", 1), ("A\n", 0), ("And", None), ("C", None), ("", None), (" b", None)],
+    [
+        (" A", 0),
+        ("B", 1),
+        (" (B)", 1),
+        (" B.", 1),
+        ("A\n", 0),
+        ("And", None),
+        (" A cat", None),
+        ("A, or", 0),
+        ("C", None),
+        ("", None),
+        (" b", None),
+    ],
 )
 def test_an_answer_that_names_no_option_is_counted_as_such(text, choice):
     scores = metric("scienceqa").compute(predictions=[text], references=[reference(answer=choice or 0)])

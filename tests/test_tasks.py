@@ -5,10 +5,11 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from datetime import datetime
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, Image, IterableDataset
+from datasets import Dataset, DatasetDict, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 from tiny import ROOT, run
 
@@ -358,6 +359,17 @@ def test_a_data_set_may_lack_the_columns_that_a_row_may_lack(tmp_path):
     assert (vqa.answer(row), vqa.options(row)) == ("The answer is so.", None)
 
 
+def test_a_data_set_may_have_more_columns_and_no_choices_as_an_empty_list(tmp_path):
+    others = {"prediction": "so", "choice": "a", "when": datetime.now(), "image_2": PILImage.new("L", (2, 2))}
+    rows = Dataset.from_list([{"question": "Why?", "answer": "so", "choices": [], **others}])
+    DatasetDict(test=rows.cast_column("choices", List(Value("string")))).save_to_disk(tmp_path)
+    for streaming in (False, True):
+        (row,) = vqa.load("test", str(tmp_path), streaming=streaming)
+        assert row == {"question": "Why?", "answer": "so", "choices": [], "image": None}
+    assert vqa.prompt(row, "") == "Question: Why?\nContext: N/A"
+    assert (vqa.answer(row), vqa.options(row)) == ("The answer is so.", None)
+
+
 def test_images_are_looked_for_from_their_file_and_not_opened(tmp_path):
     (tmp_path / "broken.png").write_text("no image")
     write_lines(tmp_path / "test.jsonl", [{**FREE, "image": "broken.png"}, {**FREE, "image": None}])
@@ -403,6 +415,9 @@ def test_own_questions_need_a_path_the_split_and_good_rows(tmp_path):
         (" the", "A", False),
         (" +.", "+", True),
         (" Ärger!", "ärger", True),
+        (" e\u0301te\u0301", "été", True),
+        (" की", "का", False),
+        (" C++.", "C#", False),
     ],
 )
 def test_free_answers_are_compared_without_case_punctuation_and_articles(prediction, answer, is_right):

@@ -71,7 +71,7 @@ class ScienceQA(evaluate.Metric):
 
 
 def parse(text, num_choices):
-    """The option that a text names: a capital letter at its start, or None."""
-    match = re.match(r"\s*\(?([A-Z])(?![A-Za-z])", text)
+    """The option that a text names, or None: a capital letter at its start that no word follows."""
+    match = re.match(r"\s*\(?([A-Z])(?=[.):,\n]|\s*$)", text)
     index = ord(match[1]) - ord("A") if match else None
     return index if index is not None and index < num_choices else None
