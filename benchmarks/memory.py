@@ -1,0 +1,276 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+Bytes: what an image costs once it is encoded, beside LLaVA's KV cache of its tokens; what a checkpoint holds; and what
+a training step needs at its peak.
+
+    python -m benchmarks.memory     # minutes on 2 cores, nearly all of them for the training steps
+
+Bytes per image and per checkpoint are those of the tensors of 7B and 13B, which run on the meta device: shapes and
+dtypes without values. The peak of training is measured on the CPU, with the models of `benchmarks.speed`'s preset
+`small`: how far the resident set of a fresh process grows in two steps. The results go to `benchmarks/results`:
+`memory.json`, `.md` and `.png`.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+from benchmarks import operations, speed
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PROC = Path("/proc/self")
+PEAK_METHODS = (speed.TEXT_ONLY, speed.DEHVF, speed.MEMVP, speed.LLAVA)
+PEAK_RUNS = 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Closed forms: numbers of values. Letters: modeling_dehvf.py.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def visual_memory(config) -> int:
+    """`D P n (c + 1)`, with the column of ones that carries the projector's bias."""
+    positions = config.text_config.num_hidden_layers * len(config.memory_positions)
+    return positions * config.num_patches * (config.projector_hidden_size + 1)
+
+
+def materialised_memory(config) -> int:
+    """`D P n h`: keys and values in full, as the paper's equation 13 has them."""
+    positions = config.text_config.num_hidden_layers * len(config.memory_positions)
+    return positions * config.num_patches * config.text_config.hidden_size
+
+
+def kv_cache(text, tokens: int) -> int:
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def bytes_of(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def cached_tensors(causal_lm, tokens: int) -> list[torch.Tensor]:
+    """Keys and values that a language model keeps of a sequence, such as the visual tokens of one image."""
+    with torch.no_grad():
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=causal_lm.device)
+        cache = causal_lm(ids, use_cache=True, logits_to_keep=1).past_key_values
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def encoded_image(model) -> torch.Tensor:
+    vision = model.config.vision_config
+    size = (1, vision.num_channels, vision.image_size, vision.image_size)
+    with torch.no_grad():
+        return model.get_image_features(torch.zeros(size, device=model.device))
+
+
+def measure(shape: tuple) -> dict:
+    """Of models without values, with bases in bfloat16 and adapters in float32, as they are trained and loaded."""
+    config = operations.load_config(*shape)
+    half = torch.bfloat16
+    with operations.meta_device():
+        vision = AutoModel.from_config(config.vision_config, dtype=half)
+        text = AutoModelForCausalLM.from_config(config.text_config, dtype=half)
+        model, llava = (speed.build(method, config, vision, text) for method in (speed.DEHVF, speed.LLAVA))
+        memory = encoded_image(model)
+        cache = cached_tensors(text, config.num_patches)
+    return {
+        "image": {
+            "visual memory": {"closed_form": half.itemsize * visual_memory(config), "tensors": memory.to(half).nbytes},
+            "KV cache": {
+                "closed_form": half.itemsize * kv_cache(config.text_config, config.num_patches),
+                "tensors": bytes_of(cache),
+            },
+            "materialised memory": {"closed_form": half.itemsize * materialised_memory(config)},
+            "visual memory as returned": {"dtype": str(memory.dtype).removeprefix("torch."), "tensors": memory.nbytes},
+        },
+        "checkpoint": {
+            "DEHVF": bytes_of(model.adapter_state_dict().values()),
+            "LLaVA-LoRA": bytes_of(parameter for parameter in llava.parameters() if parameter.requires_grad),
+            "vision encoder": bytes_of(vision.parameters()),
+            "language model": bytes_of(text.parameters()),
+        },
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The peak of training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def resident_set(field: str) -> int:
+    """Bytes: `VmRSS` now, `VmHWM` at most since the last reset."""
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", (PROC / "status").read_text())[1])
+
+
+def growth_at_peak(job: Callable) -> int:
+    """By how many bytes this process's resident set grows at most while `job` runs."""
+    gc.collect()
+    (PROC / "clear_refs").write_text("5")  # resets VmHWM, see proc(5)
+    before = resident_set("VmRSS")
+    job()
+    return resident_set("VmHWM") - before
+
+
+def training_peak(method: str, preset: speed.Preset) -> int:
+    """Of two steps, since in the first one AdamW has no state yet. Weights are there before and do not count."""
+    side, tokens = preset.patches_per_side[0], preset.text_tokens[0]
+    config = speed.make_config(preset, side)
+    text = speed.random_base(AutoModelForCausalLM, config.text_config, preset)
+    model = speed.build_all((method,), preset, side, text)[method]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained) if trained else None
+    inputs = speed.make_inputs(model, preset, side, preset.training_batch, tokens)
+    step = partial(speed.training_step, model, optimizer, inputs, time.perf_counter)
+    return growth_at_peak(lambda: [step() for _ in range(2)])
+
+
+def peaks_in_fresh_processes(preset: str) -> dict[str, list[int]] | None:
+    """Method -> bytes, one for each run; `None` where Linux's account of the resident set cannot be reset."""
+    if not os.access(PROC / "clear_refs", os.W_OK):
+        return None
+    # Each larger tensor is mapped on its own and given back at once, so that the resident set is what is alive
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    peaks = {method: [] for method in PEAK_METHODS}
+    for _ in range(PEAK_RUNS):
+        for method in PEAK_METHODS:
+            command = [sys.executable, "-m", "benchmarks.memory", "--preset", preset, "--peak-of", method]
+            process = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE)
+            peaks[method].append(int(process.stdout))
+    return peaks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def markdown(report: dict) -> str:
+    lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"], ""]
+    lines += ["## An image, once it is encoded", "", "10⁶ bytes, in bfloat16.", ""]
+    lines += [
+        "| | visual memory | LLaVA's KV cache | materialised memory | visual memory as returned |",
+        "|---" * 5 + "|",
+    ]
+    for name, shape in report["shapes"].items():
+        image = shape["image"]
+        numbers = [image["visual memory"]["tensors"], image["KV cache"]["tensors"]]
+        numbers.append(image["materialised memory"]["closed_form"])
+        cells = [f"{number / 1e6:.1f}" for number in numbers]
+        returned = image["visual memory as returned"]
+        cells.append(f"{returned['tensors'] / 1e6:.1f} ({returned['dtype']})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "## A checkpoint", "", "10⁶ bytes: trained tensors in float32, bases in bfloat16.", ""]
+    lines += [
+        "| | DEHVF | LLaVA-LoRA | vision encoder | language model | DEHVF, in % of the bases |",
+        "|---" * 6 + "|",
+    ]
+    for name, shape in report["shapes"].items():
+        checkpoint = shape["checkpoint"]
+        share = 100 * checkpoint["DEHVF"] / (checkpoint["vision encoder"] + checkpoint["language model"])
+        numbers = " | ".join(f"{number / 1e6:,.1f}" for number in checkpoint.values())
+        lines.append(f"| {name} | {numbers} | {share:.2f} |")
+    lines += ["", f"## The peak of training, preset `{report['preset']}`", ""]
+    if report["training_peaks"] is None:
+        lines.append("Not measured: this system has no `/proc/self/clear_refs`.")
+    else:
+        lines += ["10⁶ bytes that the resident set grows by, beyond the weights.", ""]
+        lines += ["| | median | least to greatest |", "|---|---|---|"]
+        for method, peaks in report["training_peaks"].items():
+            least, median, greatest = (f(peaks) / 1e6 for f in (min, statistics.median, max))
+            lines.append(f"| {method} | {median:,.0f} | {least:,.0f} to {greatest:,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(report: dict, file: Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (images, checkpoints, training) = pyplot.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    names = [name.replace(", ", "\n") for name in report["shapes"]]
+    bars = {"visual memory": "tab:blue", "KV cache": "tab:orange"}
+    for shift, (part, color) in enumerate(bars.items()):
+        numbers = [shape["image"][part]["tensors"] / 1e6 for shape in report["shapes"].values()]
+        places = [position + 0.4 * shift - 0.2 for position in range(len(names))]
+        label = "LLaVA's KV cache" if part == "KV cache" else part
+        images.bar_label(images.bar(places, numbers, 0.36, color=color, label=label), fmt="%.1f", fontsize=8)
+    images.set_title("An image, once it is encoded: 10⁶ bytes in bfloat16")
+    parts = {"DEHVF": "tab:blue", "LLaVA-LoRA": "tab:orange", "language model": "grey"}
+    for shift, (part, color) in enumerate(parts.items()):
+        numbers = [shape["checkpoint"][part] / 1e6 for shape in report["shapes"].values()]
+        places = [position + 0.27 * (shift - 1) for position in range(len(names))]
+        container = checkpoints.bar(places, numbers, 0.25, color=color, label=part)
+        checkpoints.bar_label(container, fmt="%.0f", fontsize=8)
+    checkpoints.set_yscale("log")
+    checkpoints.set_title("A checkpoint, and the base that it leaves out: 10⁶ bytes")
+    for axis in (images, checkpoints):
+        axis.set_xticks(range(len(names)), names, fontsize=8)
+        axis.legend(fontsize=9)
+    training.set_title(f"The peak of training in `{report['preset']}`: 10⁶ bytes")
+    for position, peaks in enumerate((report["training_peaks"] or {}).values()):
+        training.bar(position, statistics.median(peaks) / 1e6, color="tab:blue", alpha=0.4)
+        training.plot([position] * len(peaks), [peak / 1e6 for peak in peaks], "o", color="tab:blue", markersize=4)
+    training.set_xticks(range(len(report["training_peaks"] or {})), list(report["training_peaks"] or {}))
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_cpu = [name for name, preset in speed.PRESETS.items() if preset.device == "cpu"]
+    parser.add_argument("--preset", choices=on_cpu, default="small", help="of the training steps")
+    parser.add_argument("--peak-of", choices=PEAK_METHODS, help="only print the bytes of this method's training peak")
+    arguments = parser.parse_args()
+    preset = speed.PRESETS[arguments.preset]
+    if arguments.peak_of:
+        print(training_peak(arguments.peak_of, preset))
+        return
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    report = {
+        "command": "python -m benchmarks.memory",
+        "preset": arguments.preset,
+        "shapes": {name: measure(shape) for name, shape in operations.SHAPES.items()},
+        "training_peaks": peaks_in_fresh_processes(arguments.preset),
+    }
+    report["note"] = (
+        "Bytes per image and per checkpoint are those of tensors on the meta device. A visual memory is what "
+        "`get_image_features` returns, and serves any number of questions; LLaVA's KV cache is that of the image's "
+        "tokens alone, as many as patches. The materialised memory is an image's keys and values in full, which this "
+        "repository never keeps. The peak of training is that of two steps with a batch of "
+        f"{preset.training_batch}, {preset.patches_per_side[0] ** 2} patches and {preset.text_tokens[0]} text tokens "
+        f"in {str(preset.dtype).removeprefix('torch.')}: activations, gradients and AdamW's state, in {PEAK_RUNS} "
+        "fresh processes. The language model alone has nothing to train and runs backward to its input embeddings. "
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
+        f"Python {platform.python_version()}, {versions}."
+    )
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "memory.json").write_text(json.dumps(report, indent=1))
+    (RESULTS / "memory.md").write_text(markdown(report))
+    draw(report, RESULTS / "memory.png")
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,602 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+Seconds of a training step, of an answer and of its parts: DEHVF beside its language model without an image, MemVP and
+LLaVA-LoRA, on the same random bases, texts and images.
+
+    python -m benchmarks.speed                          # the preset `small`: about 10 minutes on 2 cores
+    python -m benchmarks.speed --threads 1 --clock cpu  # one core, without the time that others have it
+    python -m benchmarks.speed --preset llama-7b        # needs one CUDA device
+
+In `small` the language model has a quarter of LLaMA-7B's width and half of its layers, and the encoder is as much
+smaller than CLIP ViT-L/14 as gives both the same share of the operations of 256 patches and 64 text tokens. The
+results go to `benchmarks/results`: `speed.json`, `.md` and `.png`; of other presets, `speed-<preset>.json` and so on.
+
+What is compared takes turns, in an order that is turned around each round, for at least 7 rounds after one that warms
+up. So whatever else the machine does falls on all of them. A ratio is the median of the rounds' ratios.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from json import dumps
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, StoppingCriteria
+
+from baselines import BaselineArguments, assemble
+from benchmarks import operations
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+ROUNDS = 7
+
+TEXT_ONLY, DEHVF, MEMVP, LLAVA, MERGED = "text alone", "DEHVF", "MemVP", "LLaVA-LoRA", "LLaVA-LoRA, merged"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """
+    config: file of a `DehvfConfig`, or `text_config` and `vision_config` of one.
+    patches_per_side: of the images; the first is that of all comparisons, the second is compared as well, and the time
+        of the language side is followed over all.
+    text_tokens: of the prompts; the first is that of all comparisons, all are compared.
+    num_memory_slots: where the patches are not more.
+    new_tokens: of a whole answer.
+    extra_seconds: as long a comparison goes on beyond the least number of rounds.
+    has_targets: whether the targets of `COMPARISONS` speak of this preset.
+    """
+
+    config: str | dict
+    patches_per_side: tuple[int, ...] = (16, 24, 34)
+    text_tokens: tuple[int, ...] = (64, 32, 128, 256)
+    num_memory_slots: int = 320
+    training_batch: int = 4
+    inference_batch: int = 32
+    sweep_batch: int = 32
+    decode_batch: int = 8
+    new_tokens: int = 16
+    extra_seconds: float = 20
+    has_targets: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cuda"
+
+
+ON_CPU = {"dtype": torch.float32, "device": "cpu"}
+SMALL_BASES = {
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": 4000,  # as LLaMA's, 2 % of the weights
+        "hidden_size": 1024,
+        "intermediate_size": 2752,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "eos_token_id": None,  # all answers are equally long
+        "pad_token_id": 0,
+    },
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 240,
+        "intermediate_size": 960,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 3,
+        "patch_size": 14,
+    },
+}
+TINY_SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+TINY_BASES = {
+    "text_config": {**SMALL_BASES["text_config"], **TINY_SIZES, "num_key_value_heads": 4, "vocab_size": 64},
+    "vision_config": {**SMALL_BASES["vision_config"], **TINY_SIZES, "patch_size": 4},
+}
+PRESETS = {
+    "tiny": Preset(
+        TINY_BASES,
+        patches_per_side=(3, 4, 5),
+        text_tokens=(6, 4),
+        num_memory_slots=12,
+        training_batch=2,
+        inference_batch=2,
+        sweep_batch=1,
+        decode_batch=2,
+        new_tokens=3,
+        extra_seconds=0,
+        **ON_CPU,
+    ),
+    "small": Preset(SMALL_BASES, inference_batch=4, sweep_batch=1, has_targets=True, **ON_CPU),
+    "llama-7b": Preset(operations.LLAMA_7B),
+    "llama-13b": Preset(operations.LLAMA_13B, num_memory_slots=400),
+}
+
+
+class Comparison(NamedTuple):
+    """How much more time `method` takes than `reference`. The target holds at `small`: a least or a greatest ratio."""
+
+    what: str
+    group: str
+    measure: str
+    method: str
+    reference: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+# The least that 1.15 and 1.12 can be is 1.08: that is what the slots and the visual features add in operations
+COMPARISONS = [
+    Comparison("training step", "training", "training step", LLAVA, DEHVF, at_least=3),
+    Comparison("answer of one token", "inference", "first token", MERGED, DEHVF, at_least=3),
+    Comparison("whole answer", "inference", "whole answer", MERGED, DEHVF, at_least=3),
+    Comparison("answer of one token", "inference", "first token", LLAVA, DEHVF, at_least=3),
+    Comparison("whole answer", "inference", "whole answer", LLAVA, DEHVF, at_least=3),
+    Comparison("training step", "training", "training step", DEHVF, MEMVP, at_most=1.03),
+    Comparison("answer of one token", "inference", "first token", DEHVF, MEMVP, at_most=1.03),
+    Comparison("whole answer", "inference", "whole answer", DEHVF, MEMVP, at_most=1.03),
+    Comparison("prefill, language side", "prefill", "prefill", DEHVF, TEXT_ONLY, at_most=1.15),
+    Comparison("decoding step", "decoding", "step", DEHVF, TEXT_ONLY, at_most=1.12),
+    Comparison("second question, whole answer", "second question", "whole answer", DEHVF, TEXT_ONLY, at_most=1.12),
+]
+LARGEST_DEVIATION = 5  # in %, ours: up to which the growth over the patches is called linear
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_config(preset: Preset, patches_per_side: int):
+    slots = max(preset.num_memory_slots, patches_per_side**2)
+    if isinstance(preset.config, str):
+        config = operations.load_config(preset.config, patches_per_side, slots)
+        config.text_config.eos_token_id, config.text_config.pad_token_id = None, 0
+        return config
+    bases = deepcopy(preset.config)
+    bases["vision_config"]["image_size"] = patches_per_side * bases["vision_config"]["patch_size"]
+    return operations.dehvf_class("configuration_dehvf", "DehvfConfig")(**bases, num_memory_slots=slots)
+
+
+def random_base(auto_class, config, preset: Preset) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.device(preset.device):
+        return auto_class.from_config(config, dtype=preset.dtype).eval().requires_grad_(False)
+
+
+def with_same_weights(base: nn.Module) -> nn.Module:
+    """A copy to put a method into. Its tensors are those of `base`, so that five models of 7B take the room of one."""
+    tensors = [*base.parameters(), *base.buffers()]
+    return deepcopy(base, {id(tensor): tensor for tensor in tensors})
+
+
+def build(method: str, config, vision: nn.Module, text: nn.Module) -> nn.Module:
+    """A method with new trained modules on the bases, which stay as they are."""
+    vision, text = with_same_weights(vision), with_same_weights(text)
+    if method == TEXT_ONLY:
+        return text
+    if method in (LLAVA, MERGED):
+        model = assemble("llava-lora", vision, text, BaselineArguments())
+        if method == MERGED:  # into the shared weights, which it leaves as they are: new LoRA modules add zero
+            model.model.language_model = model.model.language_model.merge_and_unload()
+        return model.eval()
+    config = deepcopy(config)
+    config.layer_fusion = "penultimate" if method == MEMVP else "adaptive"
+    with text.device:
+        return operations.dehvf_class("modeling_dehvf", "DehvfForConditionalGeneration")(config, vision, text).eval()
+
+
+def build_all(methods: tuple[str, ...], preset: Preset, patches_per_side: int, text: nn.Module) -> dict:
+    config = make_config(preset, patches_per_side)
+    vision = random_base(AutoModel, config.vision_config, preset)
+    return {method: build(method, config, vision, text) for method in methods}
+
+
+def count_trained(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs: what is timed. Each returns what it measured -> seconds.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_inputs(model, preset: Preset, patches_per_side: int, batch_size: int, text_tokens: int) -> dict:
+    """The same text and images for all methods; without an image for the language model, for LLaVA as tokens too."""
+    generator = torch.Generator().manual_seed(0)
+    text = getattr(model.config, "text_config", model.config)
+    ids = torch.randint(1, text.vocab_size, (batch_size, text_tokens), generator=generator)
+    inputs = {"labels": ids}
+    if vision := getattr(model.config, "vision_config", None):
+        side = patches_per_side * vision.patch_size
+        inputs["pixel_values"] = torch.randn(batch_size, vision.num_channels, side, side, generator=generator)
+    if placeholders := getattr(model, "image_tokens", []):
+        image_ids = torch.tensor([placeholders] * batch_size)
+        ids = torch.cat((image_ids, ids), dim=1)
+        inputs["labels"] = torch.cat((torch.full_like(image_ids, -100), inputs["labels"]), dim=1)
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {name: tensor.to(preset.device) for name, tensor in inputs.items()}
+
+
+def training_step(model, optimizer, inputs: dict, now: Callable) -> dict[str, float]:
+    """Of the wholly frozen language model: the gradient of its input, without which no layer could be adapted."""
+    model.train()
+    inputs = dict(inputs)
+    start = now()
+    if optimizer is None:
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).requires_grad_()
+    model(**inputs).loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"training step": now() - start}
+
+
+class Ticks(StoppingCriteria):
+    """Notes the time after each new token, and stops nothing."""
+
+    def __init__(self, now: Callable):
+        self.now, self.times = now, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.times.append(self.now())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def answer(model, inputs: dict, new_tokens: int, now: Callable) -> dict[str, float]:
+    """`generate`, greedy. The first token comes after encoder and prefill, and is the whole of a ScienceQA answer."""
+    model.eval()
+    inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    ticks = Ticks(now)
+    start = now()
+    model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, stopping_criteria=[ticks])
+    seconds = {"first token": ticks.times[0] - start, "whole answer": now() - start}
+    if new_tokens > 1:
+        seconds["further token"] = (ticks.times[-1] - ticks.times[0]) / (new_tokens - 1)
+    return seconds
+
+
+@torch.no_grad()
+def prefill(model, inputs: dict, now: Callable) -> dict[str, float]:
+    start = now()
+    model(**inputs, use_cache=True, logits_to_keep=1)
+    return {"prefill": now() - start}
+
+
+@torch.no_grad()
+def decode(model, inputs: dict, cache, steps: int, now: Callable) -> dict[str, float]:
+    start = now()
+    for _ in range(steps):
+        model(**inputs, past_key_values=cache, use_cache=True)
+    seconds = (now() - start) / steps
+    cache.crop(-steps)
+    return {"step": seconds}
+
+
+def language_side(model, inputs: dict) -> dict:
+    """The inputs of a question about images that have been encoded before."""
+    sides = {"input_ids": inputs["input_ids"]}
+    if "pixel_values" in inputs:
+        with torch.no_grad():
+            sides["visual_memory"] = model.get_image_features(inputs["pixel_values"])
+    return sides
+
+
+def take_turns(jobs: dict[str, Callable], extra_seconds: float) -> dict[str, dict[str, list[float]]]:
+    """Name -> measure -> seconds in each round."""
+    samples = {name: {measure: [] for measure in job()} for name, job in jobs.items()}  # and warms up
+    start, rounds = time.perf_counter(), 0
+    while rounds < ROUNDS or time.perf_counter() - start < extra_seconds:
+        for name in list(jobs)[:: -1 if rounds % 2 else 1]:
+            for measure, seconds in jobs[name]().items():
+                samples[name][measure].append(seconds)
+        rounds += 1
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups of jobs that take turns
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure_methods(models: dict, preset: Preset, now: Callable) -> dict:
+    """Training and inference of all methods at the main shape."""
+    side, tokens = preset.patches_per_side[0], preset.text_tokens[0]
+    jobs = {}
+    for name in (TEXT_ONLY, DEHVF, MEMVP, LLAVA):
+        model = models[name]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained) if trained else None
+        inputs = make_inputs(model, preset, side, preset.training_batch, tokens)
+        jobs[name] = partial(training_step, model, optimizer, inputs, now)
+    groups = {"training": take_turns(jobs, preset.extra_seconds)}
+    jobs = {}
+    for name, model in models.items():
+        inputs = make_inputs(model, preset, side, preset.inference_batch, tokens)
+        jobs[name] = partial(answer, model, inputs, preset.new_tokens, now)
+    return groups | {"inference": take_turns(jobs, preset.extra_seconds)}
+
+
+def measure_language_side(models: dict, preset: Preset, now: Callable) -> dict:
+    """What a question costs once its image is encoded."""
+    side, tokens = preset.patches_per_side[0], preset.text_tokens[0]
+    jobs = {"prefill": {}, "decoding": {}, "second question": {}}
+    for name in (TEXT_ONLY, DEHVF):
+        model = models[name].eval()
+        make = partial(make_inputs, model, preset, side)
+        inputs = language_side(model, make(preset.inference_batch, tokens))
+        jobs["prefill"][name] = partial(prefill, model, inputs, now)
+        inputs = language_side(model, make(preset.decode_batch, tokens))
+        with torch.no_grad():
+            cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+        inputs["input_ids"] = inputs["input_ids"][:, :1]
+        jobs["decoding"][name] = partial(decode, model, inputs, cache, preset.new_tokens, now)
+        inputs = language_side(model, make(1, tokens))
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        jobs["second question"][name] = partial(answer, model, inputs, preset.new_tokens, now)
+    return {group: take_turns(group_jobs, preset.extra_seconds) for group, group_jobs in jobs.items()}
+
+
+def measure_sweep(text: nn.Module, preset: Preset, now: Callable) -> list[dict]:
+    """Answers of one token, over the lengths of the text and at a second number of patches."""
+    first, second, *_ = preset.patches_per_side
+    points = []
+    for side, lengths in ((first, sorted(preset.text_tokens)), (second, preset.text_tokens[:1])):
+        models = build_all((TEXT_ONLY, DEHVF, MERGED), preset, side, text)
+        for tokens in lengths:
+            jobs = {}
+            for name, model in models.items():
+                inputs = make_inputs(model, preset, side, preset.sweep_batch, tokens)
+                jobs[name] = partial(answer, model, inputs, 1, now)
+            samples = take_turns(jobs, 0)
+            points.append({"patches": side**2, "text_tokens": tokens, "samples": samples})
+    return points
+
+
+def measure_growth(text: nn.Module, preset: Preset, now: Callable) -> dict:
+    """Prefill of the language side over the patches, with as many memory slots, and the line through it."""
+    jobs = {}
+    for side in preset.patches_per_side:
+        config = make_config(preset, side)
+        config.num_memory_slots = side**2
+        model = build(DEHVF, config, random_base(AutoModel, config.vision_config, preset), text)
+        inputs = make_inputs(model, preset, side, preset.inference_batch, preset.text_tokens[0])
+        jobs[str(side**2)] = partial(prefill, model, language_side(model, inputs), now)
+    samples = take_turns(jobs, preset.extra_seconds)
+    patches = np.array([int(name) for name in samples])
+    seconds = np.array([statistics.median(measures["prefill"]) for measures in samples.values()])
+    slope, start = np.polyfit(patches, seconds, 1)
+    deviation = 100 * np.abs((start + slope * patches) / seconds - 1).max()
+    return {
+        "samples": samples,
+        "seconds_per_patch": slope,
+        "seconds_at_no_patch": start,
+        "largest_deviation_in_percent": deviation,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compare(comparison: Comparison, groups: dict) -> dict:
+    above, below = (
+        groups[comparison.group][name][comparison.measure] for name in (comparison.method, comparison.reference)
+    )
+    ratios = [one / other for one, other in zip(above, below)]
+    ratio = statistics.median(ratios)
+    at_least, at_most = comparison.at_least, comparison.at_most
+    return {
+        **comparison._asdict(),
+        "ratio": ratio,
+        "least": min(ratios),
+        "greatest": max(ratios),
+        "met": ratio >= at_least if at_least else ratio <= at_most,
+    }
+
+
+def median_ms(samples: list[float]) -> str:
+    return f"{1e3 * statistics.median(samples):,.1f}"
+
+
+def markdown(report: dict) -> str:
+    groups, growth, has_targets = report["groups"], report["growth"], report["has_targets"]
+
+    def verdict(met: bool) -> str:
+        return ("met" if met else "**missed**") if has_targets else "–"
+
+    def table(*head: str) -> list[str]:
+        return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+
+    lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"], "", "## Ratios", ""]
+    lines += table("", "of", "over", "ratio (least to greatest)", "target at `small`", "")
+    for row in report["comparisons"]:
+        target = f"≥ {row['at_least']}" if row["at_least"] else f"≤ {row['at_most']}"
+        ratio = f"{row['ratio']:.3f} ({row['least']:.3f} to {row['greatest']:.3f})"
+        cells = [row["what"], row["method"], row["reference"], ratio, target, verdict(row["met"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    deviation = growth["largest_deviation_in_percent"]
+    lines.append(
+        f"| growth over the patches: off a straight line | DEHVF | | {deviation:.1f} % | ≤ {LARGEST_DEVIATION} % "
+        f"(ours) | {verdict(deviation <= LARGEST_DEVIATION)} |"
+    )
+    lines += ["", "## Methods", "", "Milliseconds per batch.", ""]
+    lines += table("", "trained", "training step", "first token", "further token", "whole answer")
+    for name, trained in report["trained_parameters"].items():
+        step = groups["training"].get(name)
+        cells = [name, f"{trained:,}", median_ms(step["training step"]) if step else "–"]
+        answers = groups["inference"][name]
+        cells += [median_ms(answers[measure]) for measure in ("first token", "further token", "whole answer")]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## Language side, the image having been encoded before", "", "Milliseconds per batch.", ""]
+    lines += table("", "prefill", "decoding step", "second question: first token", "whole answer")
+    for name in (TEXT_ONLY, DEHVF):
+        second = groups["second question"][name]
+        samples = groups["prefill"][name]["prefill"], groups["decoding"][name]["step"], second["first token"]
+        cells = [name, *map(median_ms, samples), median_ms(second["whole answer"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## Answer of one token over text and patches", "", "Milliseconds per batch, encoder included.", ""]
+    names = list(report["sweep"][0]["samples"])
+    lines += table("patches", "text tokens", *names, f"{MERGED} over DEHVF")
+    for point in report["sweep"]:
+        samples = {name: measures["first token"] for name, measures in point["samples"].items()}
+        ratio = statistics.median(one / other for one, other in zip(samples[MERGED], samples[DEHVF]))
+        cells = [f"{point['patches']:,}", str(point["text_tokens"]), *map(median_ms, samples.values()), f"{ratio:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## Growth over the patches: prefill, language side", ""]
+    lines += table("patches (and slots)", "milliseconds per batch")
+    lines += [f"| {int(name):,} | {median_ms(row['prefill'])} |" for name, row in growth["samples"].items()]
+    slope = 1e5 * growth["seconds_per_patch"]
+    lines += ["", f"{slope:.2f} ms per batch for each 100 patches; {deviation:.1f} % off a straight line at most."]
+    return "\n".join(lines) + "\n"
+
+
+def draw(report: dict, file: Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colors = {TEXT_ONLY: "grey", DEHVF: "tab:blue", MEMVP: "tab:green", LLAVA: "tab:red", MERGED: "tab:orange"}
+    figure, ((ratios, bars), (texts, patches)) = pyplot.subplots(2, 2, figsize=(15, 9), layout="constrained")
+
+    rows = report["comparisons"][::-1]
+    for position, row in enumerate(rows):
+        color = "tab:green" if row["met"] else "tab:red"
+        color = color if report["has_targets"] else "tab:blue"
+        ratios.plot((row["least"], row["greatest"]), (position, position), color=color, alpha=0.4, linewidth=4)
+        ratios.plot(row["ratio"], position, "o", color=color)
+        ratios.plot(row["at_least"] or row["at_most"], position, "|", color="black", markersize=14)
+    labels = [f"{row['what']}: {row['method']} over {row['reference']}" for row in rows]
+    ratios.set_yticks(range(len(rows)), labels, fontsize=8)
+    ratios.set_title("Ratios of time: median, least to greatest; target (black)")
+
+    measures = [("training", "training step"), ("inference", "first token"), ("inference", "whole answer")]
+    for shift, (name, color) in enumerate(colors.items()):
+        for position, (group, measure) in enumerate(measures):
+            if name in report["groups"][group]:
+                seconds = statistics.median(report["groups"][group][name][measure])
+                label = name if measure == "whole answer" else None
+                bars.bar(position + 0.16 * (shift - 2), seconds, 0.15, color=color, label=label)
+    bars.legend(fontsize=9)
+    bars.set_xticks(range(len(measures)), [measure for _, measure in measures])
+    bars.set_title("Seconds per batch")
+
+    first = report["sweep"][0]["patches"]
+    points = [point for point in report["sweep"] if point["patches"] == first]
+    for name in points[0]["samples"]:
+        seconds = [statistics.median(point["samples"][name]["first token"]) for point in points]
+        texts.plot([point["text_tokens"] for point in points], seconds, "o-", color=colors[name], label=name)
+    texts.set_title(f"Answer of one token at {first} patches, seconds per batch")
+    texts.set_xlabel("text tokens")
+    texts.legend(fontsize=9)
+
+    growth = report["growth"]
+    numbers = [int(name) for name in growth["samples"]]
+    seconds = [statistics.median(row["prefill"]) for row in growth["samples"].values()]
+    patches.plot(numbers, seconds, "o", color=colors[DEHVF], label="DEHVF")
+    ends = np.array([0, numbers[-1]])
+    line = growth["seconds_at_no_patch"] + growth["seconds_per_patch"] * ends
+    patches.plot(ends, line, "--", color=colors[DEHVF], label="straight line")
+    alone = statistics.median(report["groups"]["prefill"][TEXT_ONLY]["prefill"])
+    patches.axhline(alone, color=colors[TEXT_ONLY], linestyle=":", label=TEXT_ONLY)
+    patches.set_title("Prefill, language side: seconds per batch")
+    patches.set_xlabel("patches (and memory slots)")
+    patches.legend(fontsize=9)
+    for axis in (bars, texts, patches):
+        axis.set_ylim(0)
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"Preset `{report['preset']}`, {report['threads']} threads, {report['clock']} time")
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def note(name: str, preset: Preset, clock: str) -> str:
+    device = platform.processor() or platform.machine()
+    if preset.device == "cuda":
+        device = torch.cuda.get_device_name()
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "peft"))
+    unmeasured = [other for other, sizes in PRESETS.items() if sizes.device == "cuda" and other != name]
+    return (
+        f"Preset `{name}` with random weights in {str(preset.dtype).removeprefix('torch.')}: {clock} time, medians of "
+        f"at least {ROUNDS} rounds in which all take turns. {preset.patches_per_side[0] ** 2} patches and "
+        f"{preset.text_tokens[0]} text tokens where nothing else is said; batches of {preset.training_batch} in "
+        f"training, {preset.inference_batch} in inference and prefill, {preset.decode_batch} in decoding, "
+        f"{preset.sweep_batch} over text and patches, 1 for the second question; a whole answer has "
+        f"{preset.new_tokens} tokens. "
+        "Training is forward, backward and AdamW; for the language model alone, which has nothing to train, forward "
+        "and backward to its input embeddings. Inference is `generate`, encoder included; its first token is all of a "
+        "ScienceQA answer. Both MemVP and DEHVF run as this repository's model, which projects all vision layers. "
+        f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads for all; Python "
+        f"{platform.python_version()}, {versions}. Not measured here: "
+        f"{' and '.join(f'`{other}`' for other in unmeasured)}, which need one CUDA device."
+    )
+
+
+def measure(preset: Preset, clock: str) -> dict:
+    read = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
+
+    def now() -> float:
+        if preset.device == "cuda":
+            torch.cuda.synchronize()
+        return read()
+
+    side = preset.patches_per_side[0]
+    text = random_base(AutoModelForCausalLM, make_config(preset, side).text_config, preset)
+    models = build_all((TEXT_ONLY, DEHVF, MEMVP, LLAVA, MERGED), preset, side, text)
+    groups = measure_methods(models, preset, now) | measure_language_side(models, preset, now)
+    trained = {name: count_trained(model) for name, model in models.items()}
+    del models
+    return {
+        "trained_parameters": trained,
+        "groups": groups,
+        "comparisons": [compare(comparison, groups) for comparison in COMPARISONS],
+        "sweep": measure_sweep(text, preset, now),
+        "growth": measure_growth(text, preset, now),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of all that is measured")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: the time that this process has all its cores"
+    )
+    arguments = parser.parse_args()
+    preset = PRESETS[arguments.preset]
+    if preset.device == "cuda" and not torch.cuda.is_available():
+        sys.exit(
+            f"The preset `{arguments.preset}` needs one CUDA device with room for its weights in bfloat16, and there "
+            "is none here. Take `--preset small`, which runs on a CPU."
+        )
+    if preset.device == "cuda" and arguments.clock == "cpu":
+        sys.exit("`--clock cpu` does not see what a CUDA device does. Take `--clock wall`.")
+    torch.set_num_threads(arguments.threads)
+    report = {
+        "command": f"python -m benchmarks.speed --preset {arguments.preset}",
+        "preset": arguments.preset,
+        "has_targets": preset.has_targets,
+        "threads": arguments.threads,
+        "clock": arguments.clock,
+        "note": note(arguments.preset, preset, arguments.clock),
+        **measure(preset, arguments.clock),
+    }
+    name = "speed" if arguments.preset == "small" else f"speed-{arguments.preset}"
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(dumps(report, indent=1))
+    (RESULTS / f"{name}.md").write_text(markdown(report))
+    draw(report, RESULTS / f"{name}.png")
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()

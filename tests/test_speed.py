@@ -1,0 +1,234 @@
+"""Speed and memory: that all methods are timed on the same weights and inputs, and that bytes are those of tensors."""
+
+import json
+import os
+import sys
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_config, tiny_model
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from benchmarks import memory, operations, speed
+
+
+TINY = speed.PRESETS["tiny"]
+SIDE, TOKENS = TINY.patches_per_side[0], TINY.text_tokens[0]
+METHODS = (speed.TEXT_ONLY, speed.DEHVF, speed.MEMVP, speed.LLAVA, speed.MERGED)
+
+
+@pytest.fixture
+def models():
+    text = speed.random_base(AutoModelForCausalLM, speed.make_config(TINY, SIDE).text_config, TINY)
+    return speed.build_all(METHODS, TINY, SIDE, text)
+
+
+def run_main(module, tmp_path, monkeypatch, *words):
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmark", *words])
+    module.main()
+
+
+# --- speed ---
+
+
+def test_all_methods_stand_on_the_same_frozen_weights(models):
+    weights = {}
+    for name, model in models.items():
+        frozen = {p.data_ptr(): p for p in model.parameters() if not p.requires_grad and p.ndim > 1}
+        weights[name] = {pointer for pointer, parameter in frozen.items() if parameter.numel() >= 32 * 32}
+    # LoRA leaves the weights as they are until it is trained, merged or not
+    assert weights[speed.DEHVF] == weights[speed.MEMVP] == weights[speed.LLAVA] > weights[speed.TEXT_ONLY]
+    assert weights[speed.MERGED] >= weights[speed.LLAVA]
+    ids = torch.tensor([[3, 4, 5]])
+    expected = models[speed.TEXT_ONLY](ids).logits
+    for name in (speed.LLAVA, speed.MERGED):
+        torch.testing.assert_close(models[name](ids).logits, expected)
+    for name in (speed.DEHVF, speed.MEMVP):
+        with models[name].disable_adapter():
+            assert torch.equal(models[name](ids).logits, expected)
+    implementations = {
+        module.config._attn_implementation
+        for model in models.values()
+        for module in model.modules()
+        if type(module).__name__.endswith("Attention")
+    }
+    assert implementations == {"sdpa"}
+
+
+def test_all_methods_get_the_same_text_and_images(models):
+    inputs = {name: speed.make_inputs(model, TINY, SIDE, 2, TOKENS) for name, model in models.items()}
+    ids = inputs[speed.TEXT_ONLY]["input_ids"]
+    assert "pixel_values" not in inputs[speed.TEXT_ONLY]
+    for name in METHODS[1:]:
+        assert torch.equal(inputs[name]["input_ids"][:, -TOKENS:], ids)
+        assert torch.equal(inputs[name]["pixel_values"], inputs[speed.DEHVF]["pixel_values"])
+        assert (inputs[name]["labels"] != -100).sum() == ids.numel()
+    assert inputs[speed.DEHVF]["input_ids"].shape == (2, TOKENS)
+    assert inputs[speed.LLAVA]["input_ids"].shape == (2, SIDE**2 + TOKENS)
+
+
+def test_a_step_moves_what_a_method_trains_and_nothing_else(models):
+    for name in (speed.DEHVF, speed.MEMVP, speed.LLAVA):
+        model = models[name]
+        before = {key: parameter.clone() for key, parameter in model.named_parameters()}
+        trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+        optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+        speed.training_step(model, optimizer, speed.make_inputs(model, TINY, SIDE, 2, TOKENS), lambda: 0.0)
+        moved = {key for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])}
+        assert moved and moved <= trained
+
+
+def test_the_floor_of_training_goes_back_to_the_input(models):
+    model, embedded = models[speed.TEXT_ONLY], []
+    model.get_input_embeddings().register_forward_hook(lambda *arguments: embedded.append(arguments[-1]))
+    speed.training_step(model, None, speed.make_inputs(model, TINY, SIDE, 2, TOKENS), lambda: 0.0)
+    assert embedded[0].grad.any() and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_answer_is_as_long_as_asked_and_its_first_token_comes_first(models):
+    times = iter(range(100))
+    for model in models.values():
+        inputs = speed.make_inputs(model, TINY, SIDE, 2, TOKENS)
+        seconds = speed.answer(model, inputs, 4, lambda: float(next(times)))
+        # The clock moves one at each look: at the start, after each of four tokens, and at the end
+        assert seconds == {"first token": 1, "further token": 1, "whole answer": 5}
+
+
+def test_decoding_starts_from_the_same_cache_each_time(models):
+    model = models[speed.DEHVF]
+    inputs = speed.language_side(model, speed.make_inputs(model, TINY, SIDE, 2, TOKENS))
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    inputs["input_ids"] = inputs["input_ids"][:, :1]
+    for _ in range(2):
+        speed.decode(model, inputs, cache, 3, lambda: 0.0)
+        assert cache.get_seq_length() == TOKENS
+
+
+def test_jobs_take_turns_in_an_order_that_turns_around():
+    order = []
+
+    def job(name):
+        order.append(name)
+        return {"seconds": float(len(order))}
+
+    samples = speed.take_turns({name: partial(job, name) for name in "ab"}, 0)
+    assert "".join(order) == "ab" + "abba" * 3 + "ab"
+    assert samples["a"]["seconds"][:2] == [3, 6] and len(samples["b"]["seconds"]) == speed.ROUNDS == 7
+
+
+def test_a_ratio_is_the_median_of_the_rounds_ratios_against_its_target():
+    groups = {"group": {"ours": {"time": [2.0, 30.0, 1.0]}, "theirs": {"time": [1.0, 10.0, 1.0]}}}
+    found = speed.compare(speed.Comparison("", "group", "time", "ours", "theirs", at_least=2), groups)
+    assert (found["ratio"], found["least"], found["greatest"], found["met"]) == (2, 1, 3, True)
+    assert not speed.compare(speed.Comparison("", "group", "time", "ours", "theirs", at_most=1.9), groups)["met"]
+
+
+def test_in_small_encoder_and_language_model_share_the_operations_as_in_7b():
+    def share(config):
+        language = operations.total(operations.language_model(config.text_config, 64))
+        return operations.vision_encoder(config.vision_config) / language
+
+    small, large = (speed.make_config(speed.PRESETS[name], 16) for name in ("small", "llama-7b"))
+    assert (small.text_config.hidden_size, small.text_config.num_hidden_layers) == (1024, 16)
+    assert share(small) == pytest.approx(share(large), rel=0.01)
+
+
+def test_the_tiny_preset_runs_end_to_end_and_reports_every_ratio(tmp_path, monkeypatch):
+    run_main(speed, tmp_path, monkeypatch, "--preset", "tiny", "--clock", "cpu", "--threads", "1")
+    report = json.loads((tmp_path / "speed-tiny.json").read_text())
+    assert len(report["comparisons"]) == len(speed.COMPARISONS) and report["threads"] == 1
+    for found, comparison in zip(report["comparisons"], speed.COMPARISONS):
+        assert (found["method"], found["reference"]) == (comparison.method, comparison.reference)
+        assert 0 < found["least"] <= found["ratio"] <= found["greatest"]
+    for group in report["groups"].values():
+        for measures in group.values():
+            assert all(len(samples) >= speed.ROUNDS for samples in measures.values())
+    points = {(point["patches"], point["text_tokens"]) for point in report["sweep"]}
+    assert points == {(9, 4), (9, 6), (16, 6)} and list(report["growth"]["samples"]) == ["9", "16", "25"]
+    table = (tmp_path / "speed-tiny.md").read_text()
+    assert "`llama-7b` and `llama-13b`, which need one CUDA device" in table and "ms per batch for each 100" in table
+    assert "**missed**" not in table and "| met |" not in table  # the targets speak of `small`
+    assert (tmp_path / "speed-tiny.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without CUDA")
+@pytest.mark.parametrize("preset", ["llama-7b", "llama-13b"])
+def test_a_preset_for_gpus_is_refused_where_there_is_none(preset, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=f"`{preset}` needs one CUDA device .* `--preset small`"):
+        run_main(speed, tmp_path, monkeypatch, "--preset", preset)
+
+
+@pytest.mark.parametrize("preset, trained", [("llama-7b", 4_163_783), ("llama-13b", 5_770_951)])
+def test_the_presets_for_gpus_are_the_papers_models(preset, trained):
+    config = speed.make_config(speed.PRESETS[preset], 16)
+    with operations.meta_device():
+        model = operations.build_dehvf(config)
+    assert sum(parameter.numel() for parameter in model.adapter_state_dict().values()) == trained
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize("values", [{}, {"visual_prompts": "keys"}, {"num_key_value_heads": 1, "head_dim": 16}])
+def test_closed_forms_are_the_bytes_of_tensors(values):
+    model = tiny_model(**values)
+    config = model.config
+    encoded = memory.encoded_image(model)
+    assert memory.visual_memory(config) * encoded.element_size() == encoded.nbytes
+    text = AutoModelForCausalLM.from_config(config.text_config)
+    assert 4 * memory.kv_cache(config.text_config, 11) == memory.bytes_of(memory.cached_tensors(text, 11))
+    view = model.model._memory_view(encoded, torch.zeros(1, 1, config.text_config.hidden_size))
+    features = [layer for part in (view.key_features, view.value_features) if part for layer in part]
+    materialised = [layer @ view.basis.T for layer in features]
+    assert 4 * memory.materialised_memory(config) == memory.bytes_of(materialised)
+
+
+def test_at_7b_an_image_takes_4_million_bytes_and_in_llavas_cache_134():
+    found = memory.measure(operations.SHAPES["LLaMA-7B, 256 visual tokens, 320 slots"])["image"]
+    assert found["visual memory"] == {"closed_form": 4_227_072, "tensors": 4_227_072}
+    assert found["KV cache"] == {"closed_form": 134_217_728, "tensors": 134_217_728}
+    assert found["materialised memory"]["closed_form"] == 134_217_728
+
+
+def test_a_checkpoint_has_the_bytes_that_are_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(operations, "load_config", lambda *shape: tiny_config())
+    found = memory.measure(())["checkpoint"]
+    config = tiny_config()
+    tiny_model().save_pretrained(tmp_path)
+    assert found["DEHVF"] == memory.bytes_of(load_file(tmp_path / SAFE_WEIGHTS_NAME).values())
+    text = AutoModelForCausalLM.from_config(config.text_config)
+    vision = AutoModel.from_config(config.vision_config)
+    assert 2 * found["language model"] == memory.bytes_of(text.parameters())  # in float32 here
+    assert 2 * found["vision encoder"] == memory.bytes_of(vision.parameters())
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+def test_the_growth_at_the_peak_is_what_a_job_held_at_once():
+    def hold(megabytes):
+        torch.ones(megabytes, 2**20, dtype=torch.uint8)
+
+    hold(256)  # an earlier peak does not count
+    assert memory.growth_at_peak(lambda: [hold(64), hold(128)]) == pytest.approx(128 * 2**20, rel=0.1)
+
+
+def test_the_report_has_bytes_of_images_checkpoints_and_training(tmp_path, monkeypatch):
+    tiny = tiny_config()
+    monkeypatch.setattr(operations, "load_config", lambda *shape: tiny)
+    monkeypatch.setattr(operations, "SHAPES", {"tiny": ()})
+    monkeypatch.setattr(memory, "PEAK_METHODS", (speed.DEHVF,))
+    monkeypatch.setattr(memory, "PEAK_RUNS", 1)
+    run_main(memory, tmp_path, monkeypatch, "--preset", "tiny")
+    report = json.loads((tmp_path / "memory.json").read_text())
+    image = report["shapes"]["tiny"]["image"]
+    assert image["visual memory"]["tensors"] == image["visual memory"]["closed_form"] > 0
+    peaks = report["training_peaks"]
+    assert peaks is None or peaks[speed.DEHVF][0] > 0
+    table = (tmp_path / "memory.md").read_text()
+    assert "| tiny | 0.0 | 0.0 | 0.0 | 0.0 (float32) |" in table
+    assert ("Not measured" in table) == (peaks is None)
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
