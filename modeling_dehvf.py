@@ -458,12 +458,17 @@ class DehvfPreTrainedModel(PreTrainedModel):
             init.copy_(module.valid_candidates, valid)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "`use_reentrant=True` was given, but re-entrant checkpointing drops the gradients of arguments passed "
-                "by keyword, and the visual memory is one: the adapters would not learn. Set `use_reentrant` to False."
-            )
+        refuse_reentrant_checkpointing(activation_checkpointing_kwargs)
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+
+def refuse_reentrant_checkpointing(activation_checkpointing_kwargs: dict | None):
+    """Raises `ValueError` if re-entrant checkpointing is asked for."""
+    if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            "`use_reentrant=True` was given, but re-entrant checkpointing drops the gradients of arguments passed by "
+            "keyword, and what the adapters read is one: they would not learn. Set `use_reentrant` to False."
+        )
 
 
 class DehvfModel(DehvfPreTrainedModel):
@@ -598,8 +603,7 @@ class DehvfModel(DehvfPreTrainedModel):
             )
         if self.config.visual_prompts == "none":
             return None
-        if self.config.reads_instruction:
-            self._check_instruction(instruction, len(pixel_values))
+        self._check_instruction(instruction, len(pixel_values))
         rows = image_mask.nonzero().flatten()
         if not len(rows):
             rows = rows.new_zeros(1)  # see `forward`: the vision path is run even for no image at all
@@ -631,14 +635,12 @@ class DehvfModel(DehvfPreTrainedModel):
         """
         if self.config.visual_prompts == "none":
             raise ValueError('There are no fusion weights with `visual_prompts="none"`: no image enters the memory.')
-        if self.config.reads_instruction:
-            self._check_instruction(instruction, len(pixel_values))
+        self._check_instruction(instruction, len(pixel_values))
         return self._fusion_weights(self._hierarchical_features(pixel_values)[0], instruction)
 
-    @staticmethod
-    def _check_instruction(instruction: torch.Tensor | None, num_images: int):
+    def _check_instruction(self, instruction: torch.Tensor | None, num_images: int):
         given = "none" if instruction is None else f"one for {len(instruction)} texts"
-        if instruction is None or len(instruction) != num_images:
+        if self.config.reads_instruction and (instruction is None or len(instruction) != num_images):
             raise ValueError(
                 f"The fuser of this model reads the user's text, so each of the {num_images} images needs an "
                 f"`instruction`, but {given} was given. Pass `model.get_instruction_features(input_ids, "
@@ -809,7 +811,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             is_folder = os.path.isdir(location)
             fields[f"{key}_model_id"] = os.path.abspath(location) if is_folder else str(location)
             revision = fields.get(f"{key}_model_revision")
-            fields[f"{key}_config"] = _base_config(location, key, revision, _hub_kwargs(kwargs))
+            fields[f"{key}_config"] = load_base_config(location, key, revision, _hub_kwargs(kwargs))
         config = DehvfConfig(**fields)
         return cls._from_bases(config, config.vision_model_id, config.text_model_id, **kwargs)
 
@@ -1072,8 +1074,11 @@ def _hub_kwargs(kwargs: dict) -> dict:
     return {n: kwargs[n] for n in ("cache_dir", "force_download", "local_files_only", "token") if n in kwargs}
 
 
-def _base_config(location, key: str, revision, hub_kwargs: dict):
-    """The config of a base; of a two-tower model such as CLIP, the config of the tower that is meant."""
+def load_base_config(location, key: str, revision, hub_kwargs: dict):
+    """
+    The config of a base (`key` is `"vision"` or `"text"`), without dropout; of a two-tower model such as CLIP, the
+    config of the tower that is meant.
+    """
     config = AutoConfig.from_pretrained(location, revision=revision, **hub_kwargs)
     return disable_dropout(getattr(config, f"{key}_config", config))
 
@@ -1085,7 +1090,8 @@ def _load_base(auto_class, location, key: str, config: DehvfConfig, **kwargs) ->
         hub_kwargs = {name: value for name, value in _hub_kwargs(kwargs).items() if name != "force_download"}
         revision = resolve_revision(location, getattr(config, f"{key}_model_revision"), **hub_kwargs)
         setattr(config, f"{key}_model_revision", getattr(revision, "resolved", revision))
-    found, expected = _base_config(location, key, revision, _hub_kwargs(kwargs)), getattr(config, f"{key}_config")
+    found = load_base_config(location, key, revision, _hub_kwargs(kwargs))
+    expected = getattr(config, f"{key}_config")
     for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "image_size", "patch_size"):
         sizes = getattr(found, name, None), getattr(expected, name, None)
         if sizes[0] != sizes[1]:

@@ -203,6 +203,12 @@ def recipes() -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def count_one(counter):
+    """For a `multiprocessing.Value`, which the workers of a data loader share."""
+    with counter.get_lock():
+        counter.value += 1
+
+
 class RowEncoder:
     """
     A row's texts as token ids. A training row is prompt, answer and end of sequence, with labels on the last two; a
@@ -272,8 +278,7 @@ class RowEncoder:
                 context = context[: offsets[-1][1]] if offsets else ""
                 prompt = render(self.processor, task.prompt(row, context))
                 excess = len(tokenizer(prompt).input_ids) - self.max_prompt_length
-            with self._num_shortened.get_lock():
-                self._num_shortened.value += 1
+            count_one(self._num_shortened)
         if excess > 0:
             raise ValueError(
                 f"Row {index} of the {self.split} split has {excess + self.max_prompt_length} tokens without any "
@@ -305,7 +310,7 @@ class Split(torch.utils.data.Dataset):
         self.rows = load_rows(task, name, arguments)
         if arguments.streaming:  # splits to evaluate are small, and scored as a whole
             self.rows = Dataset.from_list(list(self.rows), features=self.rows.features)
-        self._num_unreadable = multiprocessing.Value("i", 0)  # shared with the workers of a data loader
+        self._num_unreadable = multiprocessing.Value("i", 0)
         self.encoder = RowEncoder(task, name, processor, arguments.max_prompt_length, training)
         if not training:
             self._check_images()
@@ -352,8 +357,7 @@ class Split(torch.utils.data.Dataset):
                 message = f"The image in row {row} of the {self.name} split cannot be read: {error}"
                 if not self.training:
                     raise ValueError(message) from error
-                with self._num_unreadable.get_lock():
-                    self._num_unreadable.value += 1
+                count_one(self._num_unreadable)
                 logger.warning(f"{message}. The next row stands in.")
                 continue
             return {"index": row, "image": image, **self.encoded[row]}
@@ -380,8 +384,7 @@ class StreamedSplit(torch.utils.data.IterableDataset):
             try:
                 image = read_image(row.pop("image"))
             except Exception as error:
-                with self._num_unreadable.get_lock():
-                    self._num_unreadable.value += 1
+                count_one(self._num_unreadable)
                 logger.warning(f"Image {index} of the stream cannot be read: {error}. Its row is left out.")
                 continue
             yield {"index": index, "image": image, **self.encoder(row, index)}
@@ -674,11 +677,9 @@ def commit_of_this_code() -> str | None:
 
 def describe_run(task, processor, model, split: Split, data_args, model_args, training_args, folder: Path) -> dict:
     """All that a reader needs to repeat or to doubt a result."""
-    method = method_of(model.config, model_args.method)
     packages = ("torch", "transformers", "accelerate", "datasets", "peft", "deepspeed", "pycocoevalcap")
     weights = [*folder.glob("*.safetensors")]
     return {
-        "method": method,
         "task": data_args.task,
         "data_path": data_args.data_path,
         "split": split.name,
@@ -736,9 +737,9 @@ def main(arguments: list[str]):
         task.check_scorer()
     processor, splits, model = load(task, data_args, model_args, adapter_args, baseline_args, training_args)
     trained, total = count_parameters(model)
+    method = method_of(model.config, model_args.method)
     main_process = training_args.process_index == 0
     if main_process:
-        method = method_of(model.config, model_args.method)
         rate = f"learning rate {training_args.learning_rate:g}"
         print(f"recipe {recipe}, method {method}, {rate}, {training_args.world_size} processes")
         print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)")
@@ -759,7 +760,7 @@ def main(arguments: list[str]):
         compute_metrics=compute_metrics,
         max_new_tokens=task.MAX_NEW_TOKENS,
     )
-    facts = {"trained_parameters": trained}
+    facts = {"method": method, "trained_parameters": trained}
     if "train" in splits:
         training = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         facts["train_seconds"] = training.metrics["train_runtime"]

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoModel, AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 from transformers.activations import ACT2FN
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -82,6 +82,11 @@ class BaselineArguments:
 # ---------------------------------------------------------------------------------------------------------------------
 # What the methods share
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def dehvf(name: str):
+    """A function of `modeling_dehvf.py`, by the loader that `trust_remote_code=True` uses."""
+    return get_class_from_dynamic_module(f"modeling_dehvf.{name}", str(ROOT))
 
 
 class Projector(nn.Module):
@@ -176,11 +181,7 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         return torch.stack(self.model.get_image_features(pixel_values).pooler_output)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "`use_reentrant=True` was given, but re-entrant checkpointing drops the gradients of arguments passed "
-                "by keyword, and what the adapters read is one. Set `use_reentrant` to False."
-            )
+        dehvf("refuse_reentrant_checkpointing")(activation_checkpointing_kwargs)
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
     def _trained_names(self) -> set[str]:
@@ -325,8 +326,5 @@ def build(
 
 
 def _load_base(auto_class, key: str, location: str, revision: str | None, **options):
-    """A base as DEHVF loads it: of a two-tower model the tower that is meant, without dropout."""
-    disable_dropout = get_class_from_dynamic_module("configuration_dehvf.disable_dropout", str(ROOT))
-    config = AutoConfig.from_pretrained(location, revision=revision)
-    config = disable_dropout(getattr(config, f"{key}_config", config))
+    config = dehvf("load_base_config")(location, key, revision, {})
     return auto_class.from_pretrained(location, config=config, revision=revision, **options)

@@ -13,7 +13,6 @@ dtypes without values. The peak of training is measured on the CPU, with the mod
 
 import argparse
 import gc
-import json
 import os
 import platform
 import re
@@ -29,11 +28,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from benchmarks import operations, speed
+from benchmarks import RESULTS, operations, save_report, speed
 
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PROC = Path("/proc/self")
 PEAK_METHODS = (speed.TEXT_ONLY, speed.DEHVF, speed.MEMVP, speed.LLAVA)
 PEAK_RUNS = 3
@@ -265,11 +263,7 @@ def main():
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
         f"Python {platform.python_version()}, {versions}."
     )
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "memory.json").write_text(json.dumps(report, indent=1))
-    (RESULTS / "memory.md").write_text(markdown(report))
-    draw(report, RESULTS / "memory.png")
-    print(markdown(report))
+    save_report(RESULTS, "memory", report, markdown, draw)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ activations, softmax) is not counted, attention counts its whole matrix, and log
 prompt, one image.
 """
 
-import json
 import platform
 import re
 from contextlib import contextmanager
@@ -28,9 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from benchmarks import RESULTS, save_report
+
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 LLAMA_7B, LLAMA_13B = "config.json", "presets/dehvf-llama13b.json"
 # Name -> preset, patches per side, memory slots. The paper gives slots for 256 patches; 576 need as many at least.
 SHAPES = {
@@ -370,11 +370,7 @@ def main():
         "not need the last one. The paper gives memory slots for 256 visual tokens only; for 576 we take 576, the "
         f"fewest that fit. {', '.join(f'{name} {number}' for name, number in versions.items())}."
     )
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "operations.json").write_text(json.dumps(report, indent=1))
-    (RESULTS / "operations.md").write_text(markdown(report))
-    draw(report, RESULTS / "operations.png")
-    print(markdown(report))
+    save_report(RESULTS, "operations", report, markdown, draw)
 
 
 if __name__ == "__main__":

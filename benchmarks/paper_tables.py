@@ -26,10 +26,11 @@ from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 
+from benchmarks import RESULTS, save_report
+
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "outputs" / "paper_tables"
-RESULTS = ROOT / "benchmarks" / "results"
 SEEDS = (0, 1, 2)
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "average")
 
@@ -154,7 +155,7 @@ def train_missing() -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def measure_seconds(repeats: int = 15) -> dict[str, dict[str, float]]:
+def measure_seconds() -> dict[str, dict[str, float]]:
     """
     Median seconds of a training step of 4 and of an answer to 32 questions (one greedy token), all with an image. The
     methods take turns, so that whatever else the machine does falls on all of them.
@@ -162,8 +163,9 @@ def measure_seconds(repeats: int = 15) -> dict[str, dict[str, float]]:
     import torch
 
     import train as training
+    from benchmarks import speed
 
-    jobs = {}
+    steps, answers = {}, {}
     for name, row in TABLES["Methods (the paper's Tables 1 and 2)"].items():
         words = [*words_of(flags_of(row, 0)), "--max_samples", "100", "--output_dir", str(RUNS / "seconds")]
         _, data, model_args, *others = training.parse_arguments(words)
@@ -178,32 +180,17 @@ def measure_seconds(repeats: int = 15) -> dict[str, dict[str, float]]:
         for unused in ("index", "options"):
             del batches[1][unused]
         optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
-        jobs[name] = (partial(step, model, optimizer, batches[0]), partial(answer, model, batches[1]))
+        steps[name] = partial(speed.training_step, model, optimizer, batches[0], time.perf_counter)
+        answers[name] = partial(speed.answer, model, batches[1], 1, time.perf_counter)
 
-    times = {name: ([], []) for name in jobs}
-    for repeat in range(repeats + 2):
-        for name, work in jobs.items():
-            for kind, job in enumerate(work):
-                start = time.perf_counter()
-                job()
-                if repeat >= 2:  # the first ones warm up
-                    times[name][kind].append(time.perf_counter() - start)
+    steps, answers = (speed.take_turns(jobs, extra_seconds=0, least_rounds=15) for jobs in (steps, answers))
     return {
-        name: {"training batch of 4": statistics.median(steps), "inference batch of 32": statistics.median(answers)}
-        for name, (steps, answers) in times.items()
+        name: {
+            "training batch of 4": statistics.median(steps[name]["training step"]),
+            "inference batch of 32": statistics.median(answers[name]["whole answer"]),
+        }
+        for name in steps
     }
-
-
-def step(model, optimizer, batch):
-    model.train()
-    model(**batch).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def answer(model, batch):
-    model.eval()
-    model.generate(**batch, max_new_tokens=1, do_sample=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,11 +309,7 @@ def write_report():
         "paper_order": compare_with_paper(tables),
         "seconds": json.loads(seconds_file.read_text()),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "paper_tables.json").write_text(json.dumps(report, indent=1))
-    (RESULTS / "paper_tables.md").write_text(markdown(report))
-    draw(report, RESULTS / "paper_tables.png")
-    print(markdown(report))
+    save_report(RESULTS, "paper_tables", report, markdown, draw)
 
 
 def main():

@@ -26,7 +26,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from json import dumps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,10 +35,9 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, StoppingCriteria
 
 from baselines import BaselineArguments, assemble
-from benchmarks import operations
+from benchmarks import RESULTS, operations, save_report
 
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 ROUNDS = 7
 
 TEXT_ONLY, DEHVF, MEMVP, LLAVA, MERGED = "text alone", "DEHVF", "MemVP", "LLaVA-LoRA", "LLaVA-LoRA, merged"
@@ -289,11 +287,13 @@ def language_side(model, inputs: dict) -> dict:
     return sides
 
 
-def take_turns(jobs: dict[str, Callable], extra_seconds: float) -> dict[str, dict[str, list[float]]]:
+def take_turns(
+    jobs: dict[str, Callable], extra_seconds: float, least_rounds: int = ROUNDS
+) -> dict[str, dict[str, list[float]]]:
     """Name -> measure -> seconds in each round."""
     samples = {name: {measure: [] for measure in job()} for name, job in jobs.items()}  # and warms up
     start, rounds = time.perf_counter(), 0
-    while rounds < ROUNDS or time.perf_counter() - start < extra_seconds:
+    while rounds < least_rounds or time.perf_counter() - start < extra_seconds:
         for name in list(jobs)[:: -1 if rounds % 2 else 1]:
             for measure, seconds in jobs[name]().items():
                 samples[name][measure].append(seconds)
@@ -591,11 +591,7 @@ def main():
         **measure(preset, arguments.clock),
     }
     name = "speed" if arguments.preset == "small" else f"speed-{arguments.preset}"
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(dumps(report, indent=1))
-    (RESULTS / f"{name}.md").write_text(markdown(report))
-    draw(report, RESULTS / f"{name}.png")
-    print(markdown(report))
+    save_report(RESULTS, name, report, markdown, draw)
 
 
 if __name__ == "__main__":
