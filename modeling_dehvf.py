@@ -310,19 +310,25 @@ class MemoryView(NamedTuple):
     """
     What an FFN reads. A whole batch's view goes to the decoder layers, `layer(i)` of it to the FFN of layer `i`.
 
-    key_features, value_features: `(batch_size, num_patches, projector_hidden_size + 1)`, in the whole view one for
-        each language layer; `None` where keys or values carry no image.
-    basis: `(language_hidden_size, projector_hidden_size + 1)`, lambda times `W_2` with `b_2` as its last column.
-    key_slots, value_slots: `(num_memory_slots, language_hidden_size)`.
+    key_features: `(batch_size, num_patches, projector_hidden_size + 1)`, in the whole view one for each language
+        layer; `None` where keys carry no image.
+    value_features: likewise, `(batch_size, projector_hidden_size + 1, num_patches)`.
+    keys: `(num_memory_slots + projector_hidden_size + 1, language_hidden_size)`: the key slots and, unless they carry
+        no image, lambda times `W_2` and `b_2`, so that tokens are multiplied by both at once.
+    values: `(language_hidden_size, num_memory_slots + projector_hidden_size + 1)`, likewise.
     materialised: whether keys and values are made in full before they are read.
     """
 
     key_features: tuple[torch.Tensor, ...] | torch.Tensor | None
     value_features: tuple[torch.Tensor, ...] | torch.Tensor | None
-    basis: torch.Tensor | None
-    key_slots: torch.Tensor
-    value_slots: torch.Tensor
-    materialised: bool
+    keys: torch.Tensor
+    values: torch.Tensor
+    materialised: bool = False
+
+    @property
+    def num_images(self) -> int:
+        features = self.key_features or self.value_features
+        return 0 if features is None else len(features[0])
 
     def layer(self, index: int) -> "MemoryView":
         return self._replace(
@@ -350,39 +356,48 @@ class MemoryFFN:
         output = super().forward(hidden_states)
         if self.memory_view is None:
             return output
-        return output + self.memory_scale * self.lookup(hidden_states, self.memory_view)
+        return torch.add(output, self.lookup(hidden_states, self.memory_view), alpha=self.memory_scale)
 
     def lookup(self, hidden_states: torch.Tensor, view: MemoryView) -> torch.Tensor:
         """`phi(x K^T) V` without ever building `K` or `V`. hidden_states and result: B T h."""
         weights = F.dropout(self.slot_activations(hidden_states, view), self.memory_dropout, self.training)
         if view.value_features is None:
-            return weights @ view.value_slots  # B T h
-        first, rest = self._split(weights, view.value_features)
+            return F.linear(weights, view.values)  # B T h
+        num_patches = view.value_features.shape[-1]
+        first, rest = _split(weights, num_patches)
         if view.materialised:
-            value_slots, other_slots = self._split(view.value_slots.T, view.value_features)
-            values = value_slots.T + F.linear(view.value_features, view.basis)  # B n h
-            return first @ values + rest @ other_slots.T
-        return weights @ view.value_slots + F.linear(first @ view.value_features, view.basis)
+            slots, basis = _split(view.values, weights.shape[-1])
+            patch_slots, other_slots = _split(slots, num_patches)
+            values = patch_slots + basis @ view.value_features  # B h n
+            return first @ values.mT + F.linear(rest, other_slots)
+        visual = (view.value_features @ first.mT).mT  # B T c+1
+        return F.linear(torch.cat((weights, visual), dim=-1), view.values)
 
     def slot_activations(self, hidden_states: torch.Tensor, view: MemoryView) -> torch.Tensor:
         """`phi(x K^T)`: how much each slot is read, B T S. The first n slots belong to the patches, row by row."""
         # Slots past the patches have no visual part, and a sample without an image has rows of zeros.
         if view.key_features is None:
-            scores = F.linear(hidden_states, view.key_slots)  # B T S
-        elif view.materialised:
-            key_slots, other_slots = self._split(view.key_slots.T, view.key_features)
-            keys = key_slots.T + F.linear(view.key_features, view.basis)  # B n h
-            scores = torch.cat((hidden_states @ keys.transpose(1, 2), hidden_states @ other_slots), dim=-1)
+            scores = F.linear(hidden_states, view.keys)  # B T S
         else:
-            visual = (hidden_states @ view.basis) @ view.key_features.transpose(1, 2)  # B T n
-            first, rest = self._split(F.linear(hidden_states, view.key_slots), view.key_features)
-            scores = torch.cat((first + visual, rest), dim=-1)
+            num_patches, width = view.key_features.shape[1:]
+            num_slots = len(view.keys) - width
+            if view.materialised:
+                slots, basis = _split(view.keys.T, num_slots)
+                patch_slots, other_slots = _split(slots, num_patches)
+                keys = patch_slots.T + view.key_features @ basis.T  # B n h
+                first, rest = hidden_states @ keys.mT, hidden_states @ other_slots
+            else:
+                scores, inner = _split(F.linear(hidden_states, view.keys), num_slots)
+                first, rest = _split(scores, num_patches)
+                # This way round since both factors lie in memory as they are read, also for a single token
+                first = first + (view.key_features @ inner.mT).mT
+            scores = torch.cat((first, rest), dim=-1)
         return getattr(self, self.activation_name)(scores)
 
-    @staticmethod
-    def _split(slots: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Slots with and without a patch. One `split`, whose backward writes the gradient once, unlike slices."""
-        return slots.split((features.shape[1], slots.shape[-1] - features.shape[1]), dim=-1)
+
+def _split(tensor: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `size` columns, and the others. Its backward writes the gradient once, unlike that of two slices."""
+    return tensor.split((size, tensor.shape[-1] - size), dim=-1)
 
 
 class MemoryLayer:
@@ -586,7 +601,8 @@ class DehvfModel(DehvfPreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(batch_size, num_language_layers, num_positions, num_patches,
             projector_hidden_size + 1)`: for each language layer `SiLU(W_1 F_{l,p} + b_1)` and a last column of ones
-            that carries `b_2`. A sample without an image has zeros. `None` with `visual_prompts="none"`.
+            that carries `b_2`. A sample without an image has zeros. In the language model's dtype. `None` with
+            `visual_prompts="none"`.
 
         Raises:
             ValueError: if `pixel_values` does not have the encoder's shape, `image_mask` or `instruction` another
@@ -612,7 +628,7 @@ class DehvfModel(DehvfPreTrainedModel):
         weights = self._fusion_weights(class_features, instruction)  # B D P N
         memory = F.silu(torch.einsum("bdpj,bjnc->bdpnc", weights.to(patches.dtype), patches))
         memory = torch.cat((memory, memory.new_ones(*memory.shape[:-1], 1)), dim=-1)  # B D P n c+1
-        memory = memory * image_mask[rows].to(memory.dtype).view(-1, 1, 1, 1, 1)
+        memory = (memory * image_mask[rows].view(-1, 1, 1, 1, 1)).to(self.get_input_embeddings().weight.dtype)
         if len(rows) == len(image_mask):
             return memory
         return memory.new_zeros(len(image_mask), *memory.shape[1:]).index_copy(0, rows, memory)
@@ -670,23 +686,24 @@ class DehvfModel(DehvfPreTrainedModel):
         index = self.candidates[:, None].expand(weights.shape)
         return weights.new_zeros(*weights.shape[:-1], num_vision_layers).scatter_add(-1, index, weights)
 
-    def _memory_view(self, visual_memory: torch.Tensor | None, inputs_embeds: torch.Tensor) -> MemoryView:
-        """Brings the memory to the language model's dtype, once for all layers, and chooses how it is read."""
-        dtype = inputs_embeds.dtype
-        key_features = value_features = basis = None
+    def _memory_view(self, visual_memory: torch.Tensor | None, dtype: torch.dtype) -> MemoryView:
+        """Brings the memory into the form in which FFNs read it, once for all layers, in `generate` for all tokens."""
+        key_features = value_features = None
+        keys, values = self.memory_slots(dtype)  # S h
         if visual_memory is not None:
+            basis = (self.config.visual_scale * self.projector.up()).to(dtype).T  # c+1 h
             # `unbind` and not an index for each layer, whose backward would fill a whole memory with zeros each time
-            features = [memory.unbind(1) for memory in visual_memory.to(dtype).unbind(2)]  # P times D times B n c+1
+            features = visual_memory.to(dtype).unbind(2)  # P times B D n c+1
             if self.config.visual_prompts != "values":
-                key_features = features[0]
+                key_features = features[0].unbind(1)
+                keys = torch.cat((keys, basis))
             if self.config.visual_prompts != "keys":
-                value_features = features[-1]
-            basis = (self.config.visual_scale * self.projector.up()).to(dtype)
-        materialised = visual_memory is not None and self._materialises(inputs_embeds, len(visual_memory))
-        return MemoryView(key_features, value_features, basis, *self.memory_slots(dtype), materialised)
+                value_features = features[-1].mT.contiguous().unbind(1)
+                values = torch.cat((values, basis))
+        return MemoryView(key_features, value_features, keys, values.T.contiguous())
 
     def _materialises(self, inputs_embeds: torch.Tensor, num_images: int) -> bool:
-        """Whether full keys and values have fewer operations, see [`MemoryFFN`]."""
+        """Whether full keys and values have fewer operations, see [`MemoryFFN`]. Of no matter without an image."""
         if self.config.memory_form != "auto" or torch.is_grad_enabled():
             # To train, they would have to be kept for backward in every layer, which is worse than some operations
             return self.config.memory_form == "materialised"
@@ -704,6 +721,7 @@ class DehvfModel(DehvfPreTrainedModel):
         visual_memory: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         instruction_mask: torch.Tensor | None = None,
+        memory_view: MemoryView | None = None,
         **kwargs,
     ) -> DehvfModelOutputWithPast:
         """
@@ -713,6 +731,7 @@ class DehvfModel(DehvfPreTrainedModel):
             instruction_mask: `(batch_size, sequence_length)`, which tokens are the user's, for a `fuser_query` that
                 reads them. By default those of `attention_mask`.
             visual_memory: result of `get_image_features`, in place of `pixel_values`. One row serves a whole batch.
+            memory_view: what `generate` makes of either, once for all tokens.
 
         All others are those of the language model.
 
@@ -723,7 +742,7 @@ class DehvfModel(DehvfPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if self.adapter_enabled:
-            blank = self.training and pixel_values is None and visual_memory is None
+            blank = self.training and pixel_values is None and visual_memory is None and memory_view is None
             if blank:
                 # Half of ScienceQA has no image. Under ZeRO-3 and DDP all ranks must run the same modules at each
                 # step, so a batch without any image still runs the vision path, on one blank, to zero effect.
@@ -739,7 +758,10 @@ class DehvfModel(DehvfPreTrainedModel):
                 visual_memory = self.get_image_features(pixel_values, image_mask, instruction)
             if visual_memory is not None:
                 self.check_visual_memory(visual_memory, len(inputs_embeds))
-            kwargs["memory_view"] = self._memory_view(visual_memory, inputs_embeds)
+            if memory_view is None:
+                memory_view = self._memory_view(visual_memory, inputs_embeds.dtype)
+            materialised = self._materialises(inputs_embeds, memory_view.num_images)
+            kwargs["memory_view"] = memory_view._replace(materialised=materialised)
         outputs = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         return DehvfModelOutputWithPast(**outputs, visual_memory=visual_memory)
 
@@ -1040,8 +1062,8 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """
-        Encodes before the batch is expanded, so that all beams of a sample share one run of the encoder. From here
-        `visual_memory` is an input like any other: batch first, repeated for beams, handed to every step.
+        Encodes before the batch is expanded, so that all beams of a sample share one run of the encoder. What is
+        expanded is brought into the form in which it is read, which is then handed to every step.
         """
         pixel_values, image_mask = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_mask", None)
         memory, mask = model_kwargs.pop("visual_memory", None), model_kwargs.pop("instruction_mask", None)
@@ -1053,12 +1075,19 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
                 embeds = model_kwargs.get("inputs_embeds")
                 instruction = self.get_instruction_features(input_ids, mask, embeds)
             memory = self.get_image_features(pixel_values.to(self.device), image_mask, instruction)
+        texts = model_kwargs["inputs_embeds"] if input_ids is None else input_ids
         if memory is not None:
-            batch_size = len(model_kwargs["inputs_embeds"] if input_ids is None else input_ids)
+            self.model.check_visual_memory(memory, len(texts))
             model_kwargs["visual_memory"] = (
-                memory.expand(batch_size, *memory.shape[1:]) if len(memory) == 1 else memory
+                memory.expand(len(texts), *memory.shape[1:]) if len(memory) == 1 else memory
             )
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if self.model.adapter_enabled:
+            dtype = self.get_input_embeddings().weight.dtype
+            model_kwargs["memory_view"] = self.model._memory_view(model_kwargs.pop("visual_memory", None), dtype)
+        return input_ids, model_kwargs
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:

@@ -94,13 +94,12 @@ def measure(shape: tuple) -> dict:
         cache = cached_tensors(text, config.num_patches)
     return {
         "image": {
-            "visual memory": {"closed_form": half.itemsize * visual_memory(config), "tensors": memory.to(half).nbytes},
+            "visual memory": {"closed_form": half.itemsize * visual_memory(config), "tensors": memory.nbytes},
             "KV cache": {
                 "closed_form": half.itemsize * kv_cache(config.text_config, config.num_patches),
                 "tensors": bytes_of(cache),
             },
             "materialised memory": {"closed_form": half.itemsize * materialised_memory(config)},
-            "visual memory as returned": {"dtype": str(memory.dtype).removeprefix("torch."), "tensors": memory.nbytes},
         },
         "checkpoint": {
             "DEHVF": bytes_of(model.adapter_state_dict().values()),
@@ -166,17 +165,12 @@ def peaks_in_fresh_processes(preset: str) -> dict[str, list[int]] | None:
 def markdown(report: dict) -> str:
     lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"], ""]
     lines += ["## An image, once it is encoded", "", "10⁶ bytes, in bfloat16.", ""]
-    lines += [
-        "| | visual memory | LLaVA's KV cache | materialised memory | visual memory as returned |",
-        "|---" * 5 + "|",
-    ]
+    lines += ["| | visual memory | LLaVA's KV cache | materialised memory |", "|---" * 4 + "|"]
     for name, shape in report["shapes"].items():
         image = shape["image"]
         numbers = [image["visual memory"]["tensors"], image["KV cache"]["tensors"]]
         numbers.append(image["materialised memory"]["closed_form"])
         cells = [f"{number / 1e6:.1f}" for number in numbers]
-        returned = image["visual memory as returned"]
-        cells.append(f"{returned['tensors'] / 1e6:.1f} ({returned['dtype']})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "## A checkpoint", "", "10⁶ bytes: trained tensors in float32, bases in bfloat16.", ""]
     lines += [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import TEXT_BACKBONES, tiny_inputs, tiny_model
-from transformers import set_seed
+from transformers import CompileConfig, set_seed
 
 
 MODES = {
@@ -160,6 +160,23 @@ def test_static_cache_and_chunked_prefill_give_the_same_tokens():
     expected = generate(model, batch)
     assert torch.equal(generate(model, batch, cache_implementation="static", disable_compile=True), expected)
     assert torch.equal(generate(model, batch, prefill_chunk_size=4), expected)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi"])
+def test_decoding_is_compiled_once_and_in_one_graph(model_type):
+    graphs = []
+
+    def compiler(graph, inputs, **options):
+        graphs.append(graph)
+        return graph.forward
+
+    model = tiny_model(model_type)
+    compiled = {"cache_implementation": "static", "compile_config": CompileConfig(backend=compiler, fullgraph=True)}
+    compiled["compile_config"]._compile_all_devices = True  # by itself `generate` compiles on a GPU alone
+    for seed in range(2):
+        inputs = tiny_inputs(2, length=9, seed=seed)
+        assert torch.equal(generate(model, inputs, **compiled), generate(model, inputs))
+        assert len(graphs) == 1
 
 
 def test_pixels_and_memory_together_are_refused():

@@ -230,6 +230,28 @@ def test_both_ways_of_reading_equal_the_slow_reference(ablation):
         check_against_reference(tiny_model(memory_form=form, **ablation))
 
 
+@pytest.mark.parametrize("form", ["factored", "materialised"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_gradients_of_both_ways_of_reading_equal_the_slow_reference(form, dtype, tolerance):
+    """Of bases in bf16, as they are trained, beside those of the same numbers in fp32."""
+    model, inputs = tiny_model(memory_form=form), tiny_inputs(2)
+    for base in (model.model.vision_tower, model.model.language_model, model.lm_head):
+        base.to(dtype)
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def gradients(logits):
+        scale = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+        gradients = torch.autograd.grad((logits.float() * scale).sum(), adapters)
+        return logits.float(), torch.cat([gradient.flatten() for gradient in gradients])
+
+    found = gradients(model(**inputs).logits)
+    model.float()
+    rows = zip(inputs["input_ids"], inputs["pixel_values"])
+    expected = gradients(torch.stack([reference_logits(model, *row) for row in rows]))
+    for left, right in zip(found, expected):
+        assert (left - right).norm() <= tolerance * right.norm()
+
+
 def test_the_cheaper_way_of_reading_is_taken_unless_one_is_forced():
     """At 7B, 256 patches: n h / (n + h) = 240.94 tokens for each image."""
 
@@ -275,7 +297,7 @@ def test_injection_is_concatenation_on_a_plain_ffn(model_type, form):
         return torch.autograd.grad((output * upstream).sum(), [inputs, *adapters], allow_unused=True)
 
     inputs = hidden_states.clone().requires_grad_()
-    view = model.model._memory_view(model.get_image_features(pixel_values), hidden_states)
+    view = model.model._memory_view(model.get_image_features(pixel_values), torch.float32)
     ffn.memory_view = view.layer(2)
     output = ffn(inputs)
     ffn.memory_view = None
@@ -521,16 +543,29 @@ def test_dropout_of_the_frozen_bases_is_off():
     assert (text.attention_dropout, text.residual_dropout, text.embedding_dropout) == (0, 0, 0)
 
 
-@torch.no_grad()
 def test_bf16_bases_keep_fp32_adapters():
-    model = DehvfForConditionalGeneration._from_config(tiny_config(), dtype=torch.bfloat16).eval()
+    model = DehvfForConditionalGeneration._from_config(tiny_config(), dtype=torch.bfloat16)
     adapters = model.adapter_state_dict()
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if name in adapters else torch.bfloat16), name
-    inputs = tiny_inputs()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("vision_dtype", "text_dtype"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.float32, torch.bfloat16)],
+)
+def test_bases_of_other_dtypes_than_the_adapters_give_nearly_the_same(vision_dtype, text_dtype):
+    model, inputs = tiny_model(), tiny_inputs()
+    for base, dtype in (
+        (model.model.vision_tower, vision_dtype),
+        (model.model.language_model, text_dtype),
+        (model.lm_head, text_dtype),
+    ):
+        base.to(dtype)
     logits = model(**inputs).logits
+    assert logits.dtype == model.get_image_features(inputs["pixel_values"]).dtype == text_dtype
     expected = model.float()(**inputs).logits
-    assert logits.dtype == torch.bfloat16
     torch.testing.assert_close(logits.float(), expected, atol=2e-2 * expected.abs().max().item(), rtol=2e-2)
 
 
