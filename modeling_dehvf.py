@@ -17,6 +17,7 @@ import random
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import zip_longest
 from types import MethodType
 from typing import NamedTuple
 
@@ -107,8 +108,11 @@ class VisionAdapter(nn.Module):
 class AdaptedVisionFFN:
     """Put in front of the class of a vision FFN by `_specialise`; `vision_adapter` is set beside it."""
 
+    vision_adapter: VisionAdapter | None = None
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states) + self.vision_adapter(hidden_states)
+        output = super().forward(hidden_states)
+        return output if self.vision_adapter is None else output + self.vision_adapter(hidden_states)
 
 
 def split_into_runs(num_layers: int, num_groups: int) -> list[range]:
@@ -301,6 +305,24 @@ class MemorySlots(nn.Module):
         return self.key.to(dtype, copy=True), self.value.to(dtype, copy=True)
 
 
+def build_adapters(config: DehvfConfig) -> dict[str, nn.Module]:
+    """
+    All that is trained, by name. Only what the config's switches leave in use, since DDP stops at parameters that get
+    no gradient.
+    """
+    adapters = {"memory_slots": MemorySlots(config)}
+    if config.visual_prompts == "none":
+        return adapters
+    adapters["projector"] = VisualProjector(config)
+    num_layers_read = config.vision_config.num_hidden_layers - (config.layer_fusion == "penultimate")
+    adapters["vision_adapters"] = nn.ModuleList(VisionAdapter(config) for _ in range(num_layers_read))
+    if config.layer_fusion == "adaptive":
+        learned_tokens = config.fuser_query == "tokens"
+        adapters["fuser_query"] = (LearnableQueryTokens if learned_tokens else InputEmbeddingNetwork)(config)
+        adapters["fuser"] = HierarchicalVisualFuser(config)
+    return adapters
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Read: method steps 8 and 9
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,6 +338,7 @@ class MemoryView(NamedTuple):
     keys: `(num_memory_slots + projector_hidden_size + 1, language_hidden_size)`: the key slots and, unless they carry
         no image, lambda times `W_2` and `b_2`, so that tokens are multiplied by both at once.
     values: `(language_hidden_size, num_memory_slots + projector_hidden_size + 1)`, likewise.
+    form, scale, dropout: as the config has them.
     materialised: whether keys and values are made in full before they are read.
     """
 
@@ -323,18 +346,42 @@ class MemoryView(NamedTuple):
     value_features: tuple[torch.Tensor, ...] | torch.Tensor | None
     keys: torch.Tensor
     values: torch.Tensor
+    form: str
+    scale: float
+    dropout: float
     materialised: bool = False
 
-    @property
-    def num_images(self) -> int:
+    def read_by(self, batch_size: int, num_tokens: int) -> "MemoryView":
+        """The same, as so many tokens read it: by fewer operations, see [`MemoryFFN`], unless a form is forced."""
         features = self.key_features or self.value_features
-        return 0 if features is None else len(features[0])
+        # To train, full keys and values would have to be kept in every layer, which is worse than some operations
+        if features is None or self.form == "factored" or self.form == "auto" and torch.is_grad_enabled():
+            return self
+        num_images, width = len(features[0]), self.keys.shape[-1]
+        num_patches = features[0].shape[1 if self.key_features else 2]
+        fewer = batch_size * num_tokens * (width + num_patches) > num_images * num_patches * width
+        return self._replace(materialised=fewer or self.form == "materialised")
 
     def layer(self, index: int) -> "MemoryView":
         return self._replace(
             key_features=self.key_features and self.key_features[index],
             value_features=self.value_features and self.value_features[index],
         )
+
+
+class MixedMemoryView(NamedTuple):
+    """What an FFN reads where samples of a batch have adapters of their own: `views[i]` is for the rows `rows[i]`."""
+
+    views: tuple[MemoryView, ...]
+    rows: tuple[torch.Tensor, ...]
+
+    def read_by(self, batch_size: int, num_tokens: int) -> "MixedMemoryView":
+        return self._replace(
+            views=tuple(view.read_by(len(rows), num_tokens) for view, rows in zip(self.views, self.rows))
+        )
+
+    def layer(self, index: int) -> "MixedMemoryView":
+        return self._replace(views=tuple(view.layer(index) for view in self.views))
 
 
 class MemoryFFN:
@@ -350,17 +397,20 @@ class MemoryFFN:
     is cheaper up to `T = n h / (n + h)`: at 7B 241 tokens, and always in decoding.
     """
 
-    memory_view: MemoryView | None = None
+    memory_view: MemoryView | MixedMemoryView | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        output = super().forward(hidden_states)
-        if self.memory_view is None:
+        output, view = super().forward(hidden_states), self.memory_view
+        if isinstance(view, MixedMemoryView):
+            for own_view, rows in zip(view.views, view.rows):
+                read = self.lookup(hidden_states[rows], own_view)
+                output = output.index_add(0, rows, read, alpha=own_view.scale)
             return output
-        return torch.add(output, self.lookup(hidden_states, self.memory_view), alpha=self.memory_scale)
+        return output if view is None else torch.add(output, self.lookup(hidden_states, view), alpha=view.scale)
 
     def lookup(self, hidden_states: torch.Tensor, view: MemoryView) -> torch.Tensor:
         """`phi(x K^T) V` without ever building `K` or `V`. hidden_states and result: B T h."""
-        weights = F.dropout(self.slot_activations(hidden_states, view), self.memory_dropout, self.training)
+        weights = F.dropout(self.slot_activations(hidden_states, view), view.dropout, self.training)
         if view.value_features is None:
             return F.linear(weights, view.values)  # B T h
         num_patches = view.value_features.shape[-1]
@@ -408,7 +458,7 @@ class MemoryLayer:
     layer again during backward, its FFN finds the memory of that very forward, however many came in between.
     """
 
-    def forward(self, *args, memory_view: MemoryView | None = None, **kwargs):
+    def forward(self, *args, memory_view: MemoryView | MixedMemoryView | None = None, **kwargs):
         self.mlp.memory_view = memory_view if memory_view is None else memory_view.layer(self.memory_index)
         try:
             return super().forward(*args, **kwargs)
@@ -512,27 +562,12 @@ class DehvfModel(DehvfPreTrainedModel):
         self.language_model = language_model or AutoModel.from_config(config.text_config)
         for module in (*self.vision_tower.modules(), *self.language_model.modules()):
             module._is_hf_initialized = True  # loaded weights are never initialised again
-        with local_torch_dtype(torch.float32, type(self).__name__):  # adapters are fp32 whatever the bases are
-            self._build_adapters(config)
         self._inject(config)
+        with local_torch_dtype(torch.float32, type(self).__name__):  # adapters are fp32 whatever the bases are
+            self._mount(build_adapters(config))
+        self.active_adapter, self._shelf = "default", {}
         self.gradient_checkpointing = False
         self.post_init()
-
-    def _build_adapters(self, config: DehvfConfig):
-        """Only what the config's switches leave in use, since DDP stops at parameters that get no gradient."""
-        self.memory_slots = MemorySlots(config)
-        if config.visual_prompts == "none":
-            return
-        self.projector = VisualProjector(config)
-        num_layers_read = config.vision_config.num_hidden_layers - (config.layer_fusion == "penultimate")
-        self.vision_adapters = nn.ModuleList(VisionAdapter(config) for _ in range(num_layers_read))
-        if config.layer_fusion == "adaptive":
-            learned_tokens = config.fuser_query == "tokens"
-            self.fuser_query = (LearnableQueryTokens if learned_tokens else InputEmbeddingNetwork)(config)
-            self.fuser = HierarchicalVisualFuser(config)
-        candidates, valid = hierarchy(config)
-        self.register_buffer("candidates", candidates, persistent=False)  # D M
-        self.register_buffer("valid_candidates", valid, persistent=False)  # D M
 
     def _inject(self, config: DehvfConfig):
         """Extends the FFNs of both bases, whose own parameters keep their names."""
@@ -542,12 +577,56 @@ class DehvfModel(DehvfPreTrainedModel):
                 layer.mlp,
                 MemoryFFN,
                 activation_name=TEXT_LAYOUTS[config.text_config.model_type],
-                memory_scale=config.memory_scale,
-                memory_dropout=config.memory_dropout,
             )
-        if config.visual_prompts != "none":
-            for layer, adapter in zip(self.vision_tower.encoder.layers, self.vision_adapters):
-                _specialise(layer.mlp, AdaptedVisionFFN, vision_adapter=adapter)
+        for layer in self.vision_tower.encoder.layers:
+            _specialise(layer.mlp, AdaptedVisionFFN)
+
+    def _mount(self, adapters: dict[str, nn.Module]):
+        """Puts adapters into their places, instead of those that are there. `self.config` must be theirs."""
+        for name in ADAPTER_MODULES:
+            self._modules.pop(name, None)
+        for name, module in adapters.items():
+            self.add_module(name, module)
+        vision_adapters = adapters.get("vision_adapters", ())
+        for layer, adapter in zip_longest(self.vision_tower.encoder.layers, vision_adapters):
+            vars(layer.mlp)["vision_adapter"] = adapter  # past `nn.Module.__setattr__`, as in `_specialise`
+        candidates, valid = hierarchy(self.config)
+        device = adapters["memory_slots"].key.device
+        self.register_buffer("candidates", candidates.to(device), persistent=False)  # D M
+        self.register_buffer("valid_candidates", valid.to(device), persistent=False)  # D M
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Of all adapters that are loaded, the active ones first."""
+        return [self.active_adapter, *self._shelf]
+
+    def shelve(self, adapter_name: str, config: DehvfConfig, adapters: dict[str, nn.Module]):
+        """Keeps adapters that are not active, outside of this model's modules."""
+        self._shelf[adapter_name] = config, adapters
+
+    def set_adapter(self, adapter_name: str):
+        """See [`DehvfForConditionalGeneration.set_adapter`]."""
+        self._check_adapter_name(adapter_name)
+        if adapter_name != self.active_adapter:
+            active = {name: self._modules[name] for name in ADAPTER_MODULES if name in self._modules}
+            self.shelve(self.active_adapter, self.config, active)
+            device = self.memory_slots.key.device
+            self.active_adapter, (self.config, adapters) = adapter_name, self._shelf.pop(adapter_name)
+            self._mount({name: module.to(device).train(self.training) for name, module in adapters.items()})
+
+    def delete_adapter(self, adapter_name: str):
+        """See [`DehvfForConditionalGeneration.delete_adapter`]."""
+        self._check_adapter_name(adapter_name)
+        if adapter_name == self.active_adapter:
+            raise ValueError(f"The adapters {adapter_name!r} are active. Call `set_adapter` with another name before.")
+        del self._shelf[adapter_name]
+
+    def _check_adapter_name(self, adapter_name: str):
+        if adapter_name not in self.adapter_names:
+            raise ValueError(
+                f"No adapters {adapter_name!r} are loaded, but {', '.join(self.adapter_names)}. Load them with "
+                "`load_adapter(folder_or_id, name)`."
+            )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -700,16 +779,16 @@ class DehvfModel(DehvfPreTrainedModel):
             if self.config.visual_prompts != "keys":
                 value_features = features[-1].mT.contiguous().unbind(1)
                 values = torch.cat((values, basis))
-        return MemoryView(key_features, value_features, keys, values.T.contiguous())
-
-    def _materialises(self, inputs_embeds: torch.Tensor, num_images: int) -> bool:
-        """Whether full keys and values have fewer operations, see [`MemoryFFN`]. Of no matter without an image."""
-        if self.config.memory_form != "auto" or torch.is_grad_enabled():
-            # To train, they would have to be kept for backward in every layer, which is worse than some operations
-            return self.config.memory_form == "materialised"
-        batch_size, num_tokens, width = inputs_embeds.shape
-        num_patches = self.config.num_patches
-        return batch_size * num_tokens * (width + num_patches) > num_images * num_patches * width
+        config = self.config
+        return MemoryView(
+            key_features,
+            value_features,
+            keys,
+            values.T.contiguous(),
+            form=config.memory_form,
+            scale=config.memory_scale,
+            dropout=config.memory_dropout,
+        )
 
     @can_return_tuple
     def forward(
@@ -721,7 +800,8 @@ class DehvfModel(DehvfPreTrainedModel):
         visual_memory: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         instruction_mask: torch.Tensor | None = None,
-        memory_view: MemoryView | None = None,
+        adapter_names: list[str] | None = None,
+        memory_view: MemoryView | MixedMemoryView | None = None,
         **kwargs,
     ) -> DehvfModelOutputWithPast:
         """
@@ -731,39 +811,77 @@ class DehvfModel(DehvfPreTrainedModel):
             instruction_mask: `(batch_size, sequence_length)`, which tokens are the user's, for a `fuser_query` that
                 reads them. By default those of `attention_mask`.
             visual_memory: result of `get_image_features`, in place of `pixel_values`. One row serves a whole batch.
-            memory_view: what `generate` makes of either, once for all tokens.
+            adapter_names: for each sample the adapter that it is to have, of those that `load_adapter` loaded, or
+                `"__base__"` for none; not for training.
+            memory_view: what `generate` makes of all these, once for all tokens.
 
         All others are those of the language model.
 
         Raises:
-            ValueError: if images and texts differ in number, or both `pixel_values` and `visual_memory` are given.
+            ValueError: if images, texts or names of adapters differ in number, there is no such adapter, or two are
+                given that cannot be.
         """
-        _check_one_of(pixel_values, visual_memory)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if self.adapter_enabled:
-            blank = self.training and pixel_values is None and visual_memory is None and memory_view is None
-            if blank:
-                # Half of ScienceQA has no image. Under ZeRO-3 and DDP all ranks must run the same modules at each
-                # step, so a batch without any image still runs the vision path, on one blank, to zero effect.
-                vision = self.config.vision_config
-                pixel_values = inputs_embeds.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
-                image_mask = torch.zeros(1, dtype=torch.bool, device=pixel_values.device)
-            if pixel_values is not None:
-                instruction = None
-                if self.config.reads_instruction:
-                    mask = attention_mask if instruction_mask is None else instruction_mask
-                    instruction = self.get_instruction_features(None, mask, inputs_embeds)
-                    instruction = instruction[: 1 if blank else None]
-                visual_memory = self.get_image_features(pixel_values, image_mask, instruction)
-            if visual_memory is not None:
-                self.check_visual_memory(visual_memory, len(inputs_embeds))
             if memory_view is None:
-                memory_view = self._memory_view(visual_memory, inputs_embeds.dtype)
-            materialised = self._materialises(inputs_embeds, memory_view.num_images)
-            kwargs["memory_view"] = memory_view._replace(materialised=materialised)
+                if self.training and pixel_values is None and visual_memory is None:
+                    # Half of ScienceQA has no image. Under ZeRO-3 and DDP all ranks must run the same modules at each
+                    # step, so a batch without any image still runs the vision path, on one blank, to zero effect.
+                    vision = self.config.vision_config
+                    blank = inputs_embeds.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+                    pixel_values = blank.expand(len(inputs_embeds), -1, -1, -1)
+                    image_mask = torch.zeros(len(inputs_embeds), dtype=torch.bool, device=blank.device)
+                mask = attention_mask if instruction_mask is None else instruction_mask
+                memory_view, visual_memory = self._view_images(
+                    inputs_embeds, mask, pixel_values, image_mask, visual_memory, adapter_names
+                )
+            kwargs["memory_view"] = memory_view.read_by(*inputs_embeds.shape[:2])
         outputs = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         return DehvfModelOutputWithPast(**outputs, visual_memory=visual_memory)
+
+    def _view_images(
+        self, inputs_embeds, instruction_mask, pixel_values, image_mask, visual_memory, adapter_names, copies: int = 1
+    ) -> tuple[MemoryView | MixedMemoryView, torch.Tensor | None]:
+        """What the FFNs are to read of a batch, of which `copies` follow each other, and its visual memory."""
+        _check_one_of(pixel_values=pixel_values, visual_memory=visual_memory)
+        _check_one_of(visual_memory=visual_memory, adapter_names=adapter_names)
+        if adapter_names is not None:
+            parts = inputs_embeds, instruction_mask, pixel_values, image_mask
+            return self._mixed_view(adapter_names, *parts, copies=copies), None
+        if pixel_values is not None:
+            instruction = None
+            if self.config.reads_instruction:
+                instruction = self.get_instruction_features(None, instruction_mask, inputs_embeds)
+            visual_memory = self.get_image_features(pixel_values, image_mask, instruction)
+        if visual_memory is not None:
+            self.check_visual_memory(visual_memory, len(inputs_embeds))
+            if copies > 1 and len(visual_memory) > 1:
+                visual_memory = visual_memory.repeat_interleave(copies, dim=0)
+        return self._memory_view(visual_memory, inputs_embeds.dtype), visual_memory
+
+    def _mixed_view(self, adapter_names, inputs_embeds, *others, copies: int) -> MixedMemoryView:
+        """What the FFNs are to read where each sample has the adapter that it names, for its image as well."""
+        if self.training:
+            raise ValueError("`adapter_names` is for inference. To train, make one adapter active with `set_adapter`.")
+        if len(adapter_names) != len(inputs_embeds):
+            raise ValueError(
+                f"`adapter_names` has {len(adapter_names)} names for {len(inputs_embeds)} texts. Give one for each."
+            )
+        active, views, all_rows = self.active_adapter, [], []
+        try:
+            for name in dict.fromkeys(adapter_names):
+                if name == "__base__":
+                    continue
+                self.set_adapter(name)
+                own = [index for index, other in enumerate(adapter_names) if other == name]
+                rows = torch.tensor(own, device=inputs_embeds.device)
+                parts = (None if part is None else part[rows] for part in (inputs_embeds, *others))
+                views.append(self._view_images(*parts, None, None, copies)[0])
+                all_rows.append((copies * rows[:, None] + torch.arange(copies, device=rows.device)).flatten())
+        finally:
+            self.set_adapter(active)
+        return MixedMemoryView(tuple(views), tuple(all_rows))
 
     def check_visual_memory(self, visual_memory: torch.Tensor, batch_size: int | None = None):
         """Raises `ValueError` if the memory is not this model's, or has rows for another number of texts."""
@@ -786,9 +904,10 @@ def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]):
         )
 
 
-def _check_one_of(pixel_values, visual_memory):
-    if pixel_values is not None and visual_memory is not None:
-        raise ValueError("Both `pixel_values` and `visual_memory` were given. Give one of them.")
+def _check_one_of(**given):
+    names = [f"`{name}`" for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"Both {' and '.join(names)} were given. Give one of them.")
 
 
 class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
@@ -980,6 +1099,65 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             "image size": f"{vision.image_size} with patches of {vision.patch_size}",
         }
 
+    # --- several adapters on the same bases ---
+
+    def load_adapter(self, pretrained_model_name_or_path, adapter_name: str, **kwargs):
+        """
+        Loads further adapters onto the bases that are there. They may have another config, but not other bases. The
+        first adapters are called `"default"` and stay active until `set_adapter` says otherwise.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder that `save_pretrained` wrote.
+            adapter_name: what to call them here.
+            kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+
+        Raises:
+            OSError: if there are no adapters.
+            ValueError: if the name is taken, the adapters do not fit their config, or were made for bases of another
+                shape.
+        """
+        if adapter_name in (*self.model.adapter_names, "__base__"):
+            raise ValueError(
+                f"The name {adapter_name!r} is taken. Choose another, or free it with `delete_adapter`. Taken are: "
+                f"{', '.join((*self.model.adapter_names, '__base__'))}."
+            )
+        tensors = _load_adapters(pretrained_model_name_or_path, kwargs)
+        config = DehvfConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        for key in ("vision_config", "text_config"):
+            _check_base(getattr(self.config, key), getattr(config, key), "this model")
+            setattr(config, key, getattr(self.config, key))
+        with torch.device("meta"):
+            adapters = nn.ModuleDict(build_adapters(config))
+        prefix = f"{self.base_model_prefix}."
+        expected = {prefix + name: tensor for name, tensor in adapters.state_dict().items()}
+        _check_adapters(tensors, expected, pretrained_model_name_or_path)
+        own = {name.removeprefix(prefix): tensor.to(self.device) for name, tensor in tensors.items()}
+        adapters.load_state_dict(own, assign=True)
+        self.model.shelve(adapter_name, config, dict(adapters.items()))
+
+    def set_adapter(self, adapter_name: str):
+        """
+        Makes these adapters the active ones: those that images and texts meet, and that are trained and saved.
+
+        Raises:
+            ValueError: if none of this name are loaded.
+        """
+        self.model.set_adapter(adapter_name)
+        self.config = self.model.config
+
+    def delete_adapter(self, adapter_name: str):
+        """
+        Forgets adapters that are not active.
+
+        Raises:
+            ValueError: if none of this name are loaded, or they are active.
+        """
+        self.model.delete_adapter(adapter_name)
+
+    def active_adapters(self) -> list[str]:
+        """The name of the active adapters, in a list as `transformers` has it."""
+        return [self.model.active_adapter]
+
     # --- computing ---
 
     @contextmanager
@@ -1016,6 +1194,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         visual_memory: torch.Tensor | None = None,
         instruction_mask: torch.Tensor | None = None,
+        adapter_names: list[str] | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -1041,6 +1220,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             visual_memory=visual_memory,
             instruction_mask=instruction_mask,
+            adapter_names=adapter_names,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -1065,29 +1245,17 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         Encodes before the batch is expanded, so that all beams of a sample share one run of the encoder. What is
         expanded is brought into the form in which it is read, which is then handed to every step.
         """
-        pixel_values, image_mask = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_mask", None)
-        memory, mask = model_kwargs.pop("visual_memory", None), model_kwargs.pop("instruction_mask", None)
-        _check_one_of(pixel_values, memory)
-        if pixel_values is not None and self.model.adapter_enabled:
-            instruction = None
-            if self.config.reads_instruction:
-                mask = model_kwargs.get("attention_mask") if mask is None else mask
-                embeds = model_kwargs.get("inputs_embeds")
-                instruction = self.get_instruction_features(input_ids, mask, embeds)
-            memory = self.get_image_features(pixel_values.to(self.device), image_mask, instruction)
-        texts = model_kwargs["inputs_embeds"] if input_ids is None else input_ids
-        if memory is not None:
-            self.model.check_visual_memory(memory, len(texts))
-            model_kwargs["visual_memory"] = (
-                memory.expand(len(texts), *memory.shape[1:]) if len(memory) == 1 else memory
-            )
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
+        names = ("pixel_values", "image_mask", "visual_memory", "adapter_names", "instruction_mask")
+        images = {name: model_kwargs.pop(name, None) for name in names}
         if self.model.adapter_enabled:
-            dtype = self.get_input_embeddings().weight.dtype
-            model_kwargs["memory_view"] = self.model._memory_view(model_kwargs.pop("visual_memory", None), dtype)
-        return input_ids, model_kwargs
+            embeds, mask = model_kwargs.get("inputs_embeds"), images.pop("instruction_mask")
+            embeds = self.get_input_embeddings()(input_ids) if embeds is None else embeds
+            mask = model_kwargs.get("attention_mask") if mask is None else mask
+            if images["pixel_values"] is not None:
+                images["pixel_values"] = images["pixel_values"].to(self.device)
+            view, _ = self.model._view_images(embeds, mask, **images, copies=expand_size)
+            model_kwargs["memory_view"] = view
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -1121,6 +1289,14 @@ def _load_base(auto_class, location, key: str, config: DehvfConfig, **kwargs) ->
         setattr(config, f"{key}_model_revision", getattr(revision, "resolved", revision))
     found = load_base_config(location, key, revision, _hub_kwargs(kwargs))
     expected = getattr(config, f"{key}_config")
+    _check_base(found, expected, location)
+    found._attn_implementation = expected._attn_implementation
+    base = auto_class.from_pretrained(location, config=found, revision=revision, **kwargs)
+    setattr(config, f"{key}_config", base.config)
+    return base
+
+
+def _check_base(found, expected, location):
     for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "image_size", "patch_size"):
         sizes = getattr(found, name, None), getattr(expected, name, None)
         if sizes[0] != sizes[1]:
@@ -1128,10 +1304,6 @@ def _load_base(auto_class, location, key: str, config: DehvfConfig, **kwargs) ->
                 f"The base in {location} has `{name}={sizes[0]}`, but the adapters were made for `{name}={sizes[1]}`. "
                 "Give the base that the adapters were trained on."
             )
-    found._attn_implementation = expected._attn_implementation
-    base = auto_class.from_pretrained(location, config=found, revision=revision, **kwargs)
-    setattr(config, f"{key}_config", base.config)
-    return base
 
 
 def _load_adapters(location, source: dict) -> dict[str, torch.Tensor]:

@@ -113,12 +113,10 @@ def reference_memory(model, pixel_values, layer, input_ids=None):
     return keys, values
 
 
-def reference_ffn(ffn, hidden_states, keys, values):
+def reference_ffn(ffn, hidden_states, keys, values, scale):
     """Step 8 for one sample: the stock FFN plus `s phi(x K^T) V`."""
     activation = getattr(ffn, ffn.activation_name)
-    return type(ffn).__mro__[2].forward(ffn, hidden_states) + ffn.memory_scale * (
-        activation(hidden_states @ keys.T) @ values
-    )
+    return type(ffn).__mro__[2].forward(ffn, hidden_states) + scale * (activation(hidden_states @ keys.T) @ values)
 
 
 def reference_logits(model, input_ids, pixel_values):
@@ -127,7 +125,9 @@ def reference_logits(model, input_ids, pixel_values):
     for index, layer in enumerate(model.model.language_model.layers):
         keys, values = reference_memory(model, pixel_values, index, input_ids)
         hook = layer.mlp.register_forward_hook(
-            lambda ffn, args, output, keys=keys, values=values: reference_ffn(ffn, args[0], keys, values)
+            lambda ffn, args, output, keys=keys, values=values: reference_ffn(
+                ffn, args[0], keys, values, model.config.memory_scale
+            )
         )
         originals.append(hook)
     with model.disable_adapter():
@@ -258,7 +258,8 @@ def test_the_cheaper_way_of_reading_is_taken_unless_one_is_forced():
     def materialises(batch_size, num_tokens, num_images, **values):
         with torch.device("meta"):
             model = DehvfForConditionalGeneration(DehvfConfig(**values)).model
-            return model._materialises(torch.empty(batch_size, num_tokens, 4096), num_images)
+            view = model._memory_view(torch.empty(num_images, 32, 2, 256, 129), torch.bfloat16)
+            return view.read_by(batch_size, num_tokens).materialised
 
     with torch.no_grad():
         assert [materialises(1, length, 1) for length in (1, 240, 241, 2000)] == [False, False, True, True]
@@ -273,8 +274,9 @@ def test_the_cheaper_way_of_reading_is_taken_unless_one_is_forced():
 def test_generation_reads_a_long_prompt_and_its_answer_in_different_ways(monkeypatch):
     model, inputs = tiny_model(), tiny_inputs(2, length=12)  # break-even at 10.67 tokens
     asked = []
-    choose = model.model._materialises
-    monkeypatch.setattr(model.model, "_materialises", lambda *args: asked.append(choose(*args)) or asked[-1])
+    ffn = model.model.language_model.layers[0].mlp
+    lookup = ffn.lookup
+    monkeypatch.setattr(ffn, "lookup", lambda hidden, view: asked.append(view.materialised) or lookup(hidden, view))
     generated = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
     assert asked == [True, False, False, False]
     model.config.memory_form = "factored"

@@ -1,0 +1,132 @@
+"""Several adapters on the same bases: switched, mixed in a batch, saved, deleted."""
+
+import pytest
+import torch
+from tiny import DehvfForConditionalGeneration, save_tiny_bases, tiny_inputs
+
+
+# Different in size, switches and numbers, so that nothing of one can pass for the other's
+CONFIGS = {
+    "first": {"num_memory_slots": 20, "visual_scale": 1.0, "memory_scale": 0.5},
+    "second": {"num_memory_slots": 31, "projector_hidden_size": 6, "visual_prompts": "keys", "num_groups": 3},
+    "blind": {"visual_prompts": "none", "memory_scale": 0.3},
+    "asking": {"fuser_query": "instruction", "layer_fusion": "adaptive", "memory_form": "materialised"},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    bases = save_tiny_bases(root)
+    for seed, (name, values) in enumerate(CONFIGS.items()):
+        torch.manual_seed(seed)
+        model = DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **values)
+        for parameter in model.adapter_state_dict().values():
+            torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(root / name)
+    return {name: root / name for name in CONFIGS}
+
+
+@pytest.fixture
+def model(folders):
+    """`first` by the name `default`, and all others on its bases."""
+    model = DehvfForConditionalGeneration.from_pretrained(folders["first"])
+    for name in ("second", "blind", "asking"):
+        model.load_adapter(folders[name], name)
+    return model
+
+
+def alone(folders, name):
+    return DehvfForConditionalGeneration.from_pretrained(folders["first" if name == "default" else name])
+
+
+@torch.no_grad()
+def test_switched_adapters_give_the_logits_of_a_model_of_their_own(model, folders):
+    inputs, bases = tiny_inputs(), {id(p) for p in model.parameters() if not p.requires_grad}
+    for name in ("second", "blind", "asking", "default", "second"):
+        model.set_adapter(name)
+        assert model.active_adapters() == [name]
+        assert torch.equal(model(**inputs).logits, alone(folders, name)(**inputs).logits)
+        assert {id(p) for p in model.parameters() if not p.requires_grad} == bases, "the bases were loaded again"
+
+
+NAMES = ["second", "default", "__base__", "asking", "blind", "default"]
+
+
+def mixed_batch() -> dict:
+    return {**tiny_inputs(len(NAMES)), "image_mask": torch.tensor([1, 1, 1, 1, 1, 0], dtype=torch.bool)}
+
+
+def one_by_one(folders, inputs, compute) -> torch.Tensor:
+    rows = []
+    for row, name in enumerate(NAMES):
+        own = {key: tensor[[row]] for key, tensor in inputs.items()}
+        if name == "__base__":
+            with (own_model := alone(folders, "first")).disable_adapter():
+                rows.append(compute(own_model, own))
+        else:
+            rows.append(compute(alone(folders, name), own))
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def test_each_sample_of_a_batch_may_have_adapters_of_its_own(model, folders):
+    inputs = mixed_batch()
+    expected = one_by_one(folders, inputs, lambda own_model, own: own_model(**own).logits)
+    torch.testing.assert_close(model(**inputs, adapter_names=NAMES).logits, expected, atol=1e-5, rtol=1e-5)
+    assert model.active_adapters() == ["default"]
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_generation_keeps_each_samples_adapters(model, folders, mode):
+    inputs, mode = mixed_batch(), {**mode, "max_new_tokens": 6, "min_new_tokens": 6}
+    expected = one_by_one(folders, inputs, lambda own_model, own: own_model.generate(**own, **mode))
+    assert torch.equal(model.generate(**inputs, adapter_names=NAMES, **mode), expected)
+
+
+def test_the_active_adapters_are_trained_and_saved(model, folders, tmp_path):
+    model.set_adapter("second")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == alone(folders, "second").adapter_state_dict().keys() == model.adapter_state_dict().keys()
+    model.train()(**tiny_inputs(), labels=tiny_inputs()["input_ids"]).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    model.eval().save_pretrained(tmp_path)
+    found, expected = (DehvfForConditionalGeneration.from_pretrained(path) for path in (tmp_path, folders["second"]))
+    assert found.config.visual_prompts == "keys"
+    assert all(torch.equal(found.adapter_state_dict()[name], p) for name, p in expected.adapter_state_dict().items())
+
+
+def test_deleted_adapters_are_gone_and_their_name_is_free(model, folders):
+    model.delete_adapter("second")
+    with pytest.raises(ValueError, match="'second'.*default, blind, asking"):
+        model.set_adapter("second")
+    model.load_adapter(folders["blind"], "second")
+    with pytest.raises(ValueError, match="active"):
+        model.delete_adapter("default")
+
+
+def test_adapters_that_cannot_be_loaded_are_refused_and_nothing_changes(model, folders, tmp_path):
+    for name in ("default", "blind", "__base__"):
+        with pytest.raises(ValueError, match="taken"):
+            model.load_adapter(folders["second"], name)
+    with pytest.raises(OSError):
+        model.load_adapter(tmp_path, "nothing")
+    bases = save_tiny_bases(tmp_path, vocab_size=70)
+    DehvfForConditionalGeneration.from_vision_text_pretrained(*bases).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="vocab_size=70"):
+        model.load_adapter(tmp_path / "other", "other")
+    assert model.model.adapter_names == ["default", "second", "blind", "asking"]
+
+
+def test_wrong_names_in_a_batch_are_refused_and_the_active_adapters_stay(model):
+    inputs = tiny_inputs(2)
+    with pytest.raises(ValueError, match="3 names for 2 texts"):
+        model(**inputs, adapter_names=["default"] * 3)
+    with pytest.raises(ValueError, match="'third'"):
+        model(**inputs, adapter_names=["second", "third"])
+    memory = model.get_image_features(inputs.pop("pixel_values"))
+    with pytest.raises(ValueError, match="Give one of them"):
+        model(**inputs, visual_memory=memory, adapter_names=["second", "default"])
+    with pytest.raises(ValueError, match="inference"):
+        model.train()(**inputs, adapter_names=["second", "default"])
+    assert model.active_adapters() == ["default"]
