@@ -36,7 +36,7 @@ import yaml
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, logging
 
@@ -111,6 +111,13 @@ class ModelArguments:
         default="auto", metadata={"help": "dtype of the frozen bases; adapters are float32."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Keep the language model in 4 bits (NF4), and compute in --dtype. Needs bitsandbytes."},
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Keep the language model in 8 bits (LLM.int8). Needs bitsandbytes."}
+    )
 
 
 def adapter_arguments() -> type:
@@ -605,6 +612,13 @@ def load(task, data_args, model_args, adapter_args, baseline_args, training_args
     for name in ("test",) if training_args.eval_strategy == "no" else ("validation", "test"):
         splits[name] = Split(task, name, processor, data_args, training=False)
     loading = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        loading["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=model_args.load_in_4bit,
+            load_in_8bit=model_args.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=None if model_args.dtype == "auto" else model_args.dtype,
+        )
     if model_args.method in BASELINES:
         values = dataclasses.asdict(baseline_args)
         model = build(model_args.method, *bases, **loading, **revisions, **values)
@@ -630,6 +644,11 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError(
             "A stream does not tell how many rows it has, so `--streaming` needs `--max_steps`: rows x epochs / batch."
+        )
+    if model_args.method in BASELINES and (model_args.load_in_4bit or model_args.load_in_8bit):
+        raise ValueError(
+            "`--load_in_4bit` and `--load_in_8bit` go with DEHVF and its settings, but `--method "
+            f"{model_args.method}` was given beside it. Leave one of them out."
         )
     if model_args.adapter is not None and model_args.method != "dehvf":
         raise ValueError(
