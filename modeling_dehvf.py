@@ -22,8 +22,8 @@ from types import MethodType
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin
@@ -59,6 +59,8 @@ VISION_LAYOUTS = {"clip_vision_model": True, "siglip_vision_model": False}
 
 # What is trained and saved: parameters below these modules of `DehvfModel`, and no others.
 ADAPTER_MODULES = ("vision_adapters", "fuser_query", "fuser", "projector", "memory_slots")
+# What they may be stored in, by the names of the safetensors format
+FILE_DTYPES = ("F32", "BF16", "F16")
 
 
 def is_adapter_name(name: str) -> bool:
@@ -970,9 +972,10 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             kwargs: as in [`from_vision_text_pretrained`].
 
         Raises:
-            OSError: if there are no adapters, or a base cannot be found.
+            OSError: if there are no adapters, their file is damaged, or a base cannot be found.
             ValueError: if adapters or a base do not fit the config: missing, unexpected or wrong-shaped tensors,
-                another width or depth.
+                another width or depth; if adapters are not floating-point or not finite; or if the config says what
+                no model has.
         """
         location = pretrained_model_name_or_path
         source = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
@@ -984,8 +987,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             kwargs |= _hub_kwargs(source)
         # Before the bases, which may be many GB: a mistake here should not cost minutes
         adapters = _load_adapters(location, source)
-        with torch.device("meta"):
-            _check_adapters(adapters, cls(config).adapter_state_dict(), location)
+        _check_adapters(adapters, cls._adapters_of(config, location), location)
         places = {"vision": vision_model or config.vision_model_id, "text": text_model or config.text_model_id}
         for key in (key for key, place in places.items() if place is None):
             raise ValueError(
@@ -1009,12 +1011,30 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         config._attn_implementation = kwargs.pop("attn_implementation", None) or config._attn_implementation
         causal_lm = _load_base(AutoModelForCausalLM, text_model, "text", config, **kwargs)
         shared = {"dtype": kwargs["dtype"], **_hub_kwargs(kwargs)}
-        vision_tower = _load_base(AutoModel, vision_model, "vision", config, **shared).to(causal_lm.device)
-        with causal_lm.device:
+        for module in causal_lm.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # bitsandbytes repacks 4-bit weights for inference on such CPUs, for good, and has no backward for
+                # them: after a first evaluation training would go on without gradients, and without a word
+                module.support_avx512bf16_for_cpu = False
+        device = _execution_device(causal_lm)
+        vision_tower = _load_base(AutoModel, vision_model, "vision", config, **shared).to(device)
+        with device:
             model = cls(config, vision_tower, causal_lm)
         if hasattr(causal_lm, "hf_device_map"):
             model.hf_device_map = causal_lm.hf_device_map
         return model.eval()
+
+    @classmethod
+    def _adapters_of(cls, config: DehvfConfig, location) -> dict[str, torch.Tensor]:
+        """The adapters that the config asks for, without values, however large it says they are."""
+        try:
+            with torch.device("meta"):
+                return cls(config).adapter_state_dict()
+        except Exception as error:  # a config from elsewhere can be wrong in more ways than could be listed
+            raise ValueError(
+                f"No model can be built from the config in {location} ({type(error).__name__}: {error}). Load the "
+                "adapters with the config that they were saved with."
+            ) from error
 
     def adapter_state_dict(self) -> dict[str, torch.Tensor]:
         """The trained tensors by their full names: all that `save_pretrained` writes."""
@@ -1024,6 +1044,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         """
         Writes the adapters alone (`model.safetensors`), the config with the ids and revisions of both bases, the
         code, and, unless the folder has one already, the processor of the bases. The frozen bases are not written.
+        The file of the adapters carries their SHA-256, so that `from_pretrained` notices a damaged byte.
 
         Args:
             state_dict: the tensors to save, as the Trainer gives them; the frozen ones among them are left out.
@@ -1041,8 +1062,10 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
                 '"stage3_gather_16bit_weights_on_model_save" to true.'
             )
         super().save_pretrained(
-            save_directory, is_main_process, state_dict=adapters, save_original_format=False, **kwargs
+            save_directory, is_main_process, state_dict=dict(adapters), save_original_format=False, **kwargs
         )
+        if is_main_process:  # once more, since there is no way to hand metadata to the line above
+            _save_with_digest(adapters, os.path.join(save_directory, SAFE_WEIGHTS_NAME), {"format": "pt"})
         if is_main_process and not os.path.isfile(os.path.join(save_directory, PROCESSOR_NAME)):
             bases = (self.model.vision_tower.name_or_path, self.model.language_model.name_or_path)
             try:
@@ -1061,7 +1084,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             file: path of the file.
         """
         self.model.check_visual_memory(visual_memory)
-        save_file({"visual_memory": visual_memory.contiguous()}, file, metadata=self._memory_origin())
+        _save_with_digest({"visual_memory": visual_memory}, file, self._memory_origin())
 
     def load_visual_memory(self, file: str | os.PathLike) -> torch.Tensor:
         """
@@ -1071,22 +1094,25 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             `torch.Tensor` as `get_image_features` returns it, on the model's device.
 
         Raises:
+            OSError: if the file is damaged.
             ValueError: if it was encoded by other adapters, another vision encoder or at another image size, to which
-                this model's way of reading does not fit; the message names what differs.
+                this model's way of reading does not fit; the message names what differs. Or if it is not finite.
         """
-        with safe_open(file, framework="pt", device=str(self.device)) as tensors:
-            found, expected = tensors.metadata() or {}, self._memory_origin()
-            differing = [
-                f"{name} is {found.get(name)}, here {value}"
-                for name, value in expected.items()
-                if found.get(name) != value
-            ]
-            if differing:
-                raise ValueError(
-                    f"The visual memory in {file} was not encoded by this model: {'; '.join(differing)}. Encode the "
-                    "images again with `get_image_features`, or load the adapters that the memory was made with."
-                )
-            return tensors.get_tensor("visual_memory")
+        tensors, found = _read_tensors(file)
+        differing = [
+            f"{name} is {found.get(name)}, here {value}"
+            for name, value in self._memory_origin().items()
+            if found.get(name) != value
+        ]
+        if "visual_memory" not in tensors:
+            differing.append("it holds no tensor of that name")
+        if differing:
+            raise ValueError(
+                f"The visual memory in {file} was not encoded by this model: {'; '.join(differing)}. Encode the "
+                "images again with `get_image_features`, or load the adapters that the memory was made with."
+            )
+        self.model.check_visual_memory(tensors["visual_memory"])
+        return tensors["visual_memory"].to(self.device)
 
     def _memory_origin(self) -> dict[str, str]:
         """What an image's memory, and the way to read it, depend on."""
@@ -1306,6 +1332,49 @@ def _check_base(found, expected, location):
             )
 
 
+def _execution_device(causal_lm: PreTrainedModel) -> torch.device:
+    """Where a base computes. Weights that `device_map` offloads are on the meta device between their uses."""
+    places = getattr(causal_lm, "hf_device_map", {"": causal_lm.device}).values()
+    return torch.device(next((place for place in places if place not in ("cpu", "disk")), "cpu"))
+
+
+def _save_with_digest(tensors: dict[str, torch.Tensor], file: str | os.PathLike, metadata: dict[str, str]):
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, file, metadata={**metadata, "sha256": _digest(tensors)})
+
+
+def _read_tensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """
+    Tensors and metadata of a safetensors file.
+
+    Raises:
+        OSError: if it is damaged: cut short, no safetensors file, or other tensors than its SHA-256 speaks of. A file
+            without one, as other programs write it, is read as it is.
+        ValueError: if a tensor is not of `FILE_DTYPES`, or not finite.
+    """
+    remedy = "Copy or download it once more, or take an earlier checkpoint."
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata, names = opened.metadata() or {}, list(opened.keys())
+            dtypes = {name: opened.get_slice(name).get_dtype() for name in names}
+            if wrong := [name for name in names if dtypes[name] not in FILE_DTYPES]:
+                raise ValueError(
+                    f"`{wrong[0]}` in {file} is of type {dtypes[wrong[0]]}, but must be one of "
+                    f"{', '.join(FILE_DTYPES)}. Save it as one of these."
+                )
+            tensors = {name: opened.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise OSError(f"{file} is damaged and cannot be read: {error}. {remedy}") from error
+    if "sha256" in metadata and metadata["sha256"] != _digest(tensors):
+        raise OSError(f"{file} is damaged: its tensors are not those that were saved. {remedy}")
+    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"`{wrong[0]}` in {file} holds numbers that are infinite or not a number, so training had diverged when "
+            "it was saved. Take an earlier checkpoint, and a lower learning rate."
+        )
+    return tensors, metadata
+
+
 def _load_adapters(location, source: dict) -> dict[str, torch.Tensor]:
     file = cached_file(location, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **source)
     if file is None:
@@ -1314,7 +1383,7 @@ def _load_adapters(location, source: dict) -> dict[str, torch.Tensor]:
             "`DehvfForConditionalGeneration.from_vision_text_pretrained(vision_model, text_model)`; for random "
             "weights of the same shapes use `AutoModel.from_config(config, trust_remote_code=True)`."
         )
-    return load_file(file)
+    return _read_tensors(file)[0]
 
 
 def _check_adapters(adapters: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], location):

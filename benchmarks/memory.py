@@ -1,24 +1,27 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Bytes: what an image costs once it is encoded, beside LLaVA's KV cache of its tokens; what a checkpoint holds; and what
-a training step needs at its peak.
+Bytes: what an image costs once it is encoded, beside LLaVA's KV cache of its tokens; what a checkpoint holds; what a
+training step needs at its peak; and what loading a base does.
 
     python -m benchmarks.memory     # minutes on 2 cores, nearly all of them for the training steps
 
 Bytes per image and per checkpoint are those of the tensors of 7B and 13B, which run on the meta device: shapes and
 dtypes without values. The peak of training is measured on the CPU, with the models of `benchmarks.speed`'s preset
-`small`: how far the resident set of a fresh process grows in two steps. The results go to `benchmarks/results`:
+`small`: how far the resident set of a fresh process grows in two steps. Likewise that of loading, with a base of
+random weights in shards, 1 GB together, that is written to a temporary folder. The results go to `benchmarks/results`:
 `memory.json`, `.md` and `.png`.
 """
 
 import argparse
 import gc
+import json
 import os
 import platform
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +29,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from benchmarks import RESULTS, operations, save_report, speed
 
@@ -35,6 +39,7 @@ ROOT = Path(__file__).parents[1]
 PROC = Path("/proc/self")
 PEAK_METHODS = (speed.TEXT_ONLY, speed.DEHVF, speed.MEMVP, speed.LLAVA)
 PEAK_RUNS = 3
+LOADED_LAYERS = 14  # of the base that is loaded, 67 MB each
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,6 +163,61 @@ def peaks_in_fresh_processes(preset: str) -> dict[str, list[int]] | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_sharded_base(folder: Path, num_layers: int) -> int:
+    """Writes `vision`, `text` in shards, and `adapter`, all in float32. Returns the bytes of the shards."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "vocab_size": 8000}
+    causal_lm = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=num_layers, **sizes))
+    causal_lm.save_pretrained(folder / "text", max_shard_size="100MB")
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 6}
+    vision = AutoModel.from_config(CLIPVisionConfig(image_size=56, patch_size=14, **sizes))
+    vision.save_pretrained(folder / "vision")
+    new_adapters(folder, num_groups=2).save_pretrained(folder / "adapter")
+    return sum(file.stat().st_size for file in (folder / "text").glob("*.safetensors"))
+
+
+def new_adapters(folder: Path, **config_values):
+    model_class = get_class_from_dynamic_module("modeling_dehvf.DehvfForConditionalGeneration", str(ROOT))
+    return model_class.from_vision_text_pretrained(folder / "vision", folder / "text", **config_values)
+
+
+def growth_of_loading(folder: Path) -> dict[str, dict[str, int]]:
+    """Of this process's resident set, at most and in the end, for each way to load what `save_sharded_base` wrote."""
+    saved = partial(AutoModel.from_pretrained, folder / "adapter", trust_remote_code=True)
+    ways = {
+        "`from_pretrained`": saved,
+        "`from_vision_text_pretrained`": partial(new_adapters, folder, num_groups=2),
+        "`from_pretrained`, converted to bfloat16": partial(saved, dtype=torch.bfloat16),
+    }
+    models, growth = [], {}
+
+    def load(way: Callable):
+        models[:] = [way()]
+        with torch.no_grad():  # reads what the loading has only mapped
+            models[0](torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 3, 56, 56))
+
+    for name, way in ways.items():
+        models.clear()
+        gc.collect()
+        before = resident_set("VmRSS")
+        growth[name] = {"peak": growth_at_peak(partial(load, way)), "after": resident_set("VmRSS") - before}
+    return growth
+
+
+def loading_in_a_fresh_process() -> dict | None:
+    if not os.access(PROC / "clear_refs", os.W_OK):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        num_bytes = save_sharded_base(Path(folder), LOADED_LAYERS)
+        command = [sys.executable, "-m", "benchmarks.memory", "--loading-of", folder]
+        process = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE)
+        return {"bytes": num_bytes, "growth": json.loads(process.stdout)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Results
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -191,6 +251,15 @@ def markdown(report: dict) -> str:
         for method, peaks in report["training_peaks"].items():
             least, median, greatest = (f(peaks) / 1e6 for f in (min, statistics.median, max))
             lines.append(f"| {method} | {median:,.0f} | {least:,.0f} to {greatest:,.0f} |")
+    lines += ["", "## Loading", ""]
+    if report["loading"] is None:
+        lines.append("Not measured: this system has no `/proc/self/clear_refs`.")
+    else:
+        num_bytes = report["loading"]["bytes"]
+        lines += [f"By how much the resident set grows, in shares of the base's {num_bytes / 1e6:,.0f}·10⁶ bytes.", ""]
+        lines += ["| | at most | in the end |", "|---|---|---|"]
+        for name, growth in report["loading"]["growth"].items():
+            lines.append(f"| {name} | {growth['peak'] / num_bytes:.2f} | {growth['after'] / num_bytes:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -234,7 +303,11 @@ def main():
     on_cpu = [name for name, preset in speed.PRESETS.items() if preset.device == "cpu"]
     parser.add_argument("--preset", choices=on_cpu, default="small", help="of the training steps")
     parser.add_argument("--peak-of", choices=PEAK_METHODS, help="only print the bytes of this method's training peak")
+    parser.add_argument("--loading-of", type=Path, help="only print what loading this folder's models needs, as JSON")
     arguments = parser.parse_args()
+    if arguments.loading_of:
+        print(json.dumps(growth_of_loading(arguments.loading_of)))
+        return
     preset = speed.PRESETS[arguments.preset]
     if arguments.peak_of:
         print(training_peak(arguments.peak_of, preset))
@@ -245,6 +318,7 @@ def main():
         "preset": arguments.preset,
         "shapes": {name: measure(shape) for name, shape in operations.SHAPES.items()},
         "training_peaks": peaks_in_fresh_processes(arguments.preset),
+        "loading": loading_in_a_fresh_process(),
     }
     report["note"] = (
         "Bytes per image and per checkpoint are those of tensors on the meta device. A visual memory is what "
@@ -254,6 +328,9 @@ def main():
         f"{preset.training_batch}, {preset.patches_per_side[0] ** 2} patches and {preset.text_tokens[0]} text tokens "
         f"in {str(preset.dtype).removeprefix('torch.')}: activations, gradients and AdamW's state, in {PEAK_RUNS} "
         "fresh processes. The language model alone has nothing to train and runs backward to its input embeddings. "
+        "Loading is that of a base in float32, in shards, and a first forward, in one fresh process. A tensor that is "
+        "not converted stays where its file is mapped; of one that is, the mapped pages count beside the copy until "
+        "loading ends, though the system may drop them when memory is short. "
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
         f"Python {platform.python_version()}, {versions}."
     )
