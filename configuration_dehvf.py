@@ -1,6 +1,7 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """The numbers of DEHVF (arXiv 2508.17638), each with its meaning, the paper's symbol and the source of its default."""
 
+import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -22,6 +23,10 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_dehvf.DehvfForConditionalGeneration",
     "AutoProcessor": "processing_dehvf.DehvfProcessor",
 }
+
+
+# Far more than any model has. Beyond it a config is damaged, and to build so many layers would take forever.
+MAX_LAYERS = 1000
 
 
 def disable_dropout(base_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -88,7 +93,8 @@ class DehvfConfig(PreTrainedConfig):
     initializer_range (`float`): standard deviation of new linear layers, embeddings and key position embeddings.
 
     Raises:
-        ValueError: if numbers contradict each other; the message names both and what to change.
+        ValueError: if a number is impossible, or numbers contradict each other; the message names them and what to
+            change.
     """
 
     model_type = "dehvf"
@@ -150,6 +156,35 @@ class DehvfConfig(PreTrainedConfig):
         disable_dropout(self.vision_config)
         disable_dropout(self.text_config)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        As in `transformers`.
+
+        Raises:
+            OSError: if there is no config, or it is no JSON.
+            ValueError: if it is not one of DEHVF, or says what cannot be.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # a config from elsewhere can be wrong in more ways than could be listed
+            raise ValueError(
+                f"The config in {pretrained_model_name_or_path} cannot be used ({type(error).__name__}: {error}). "
+                "Take the `config.json` that was saved with the adapters."
+            ) from error
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in `transformers`. Raises `ValueError` for the config of another model."""
+        if (model_type := config_dict.get("model_type")) != cls.model_type:
+            raise ValueError(
+                f"The config says `model_type={model_type!r}`, but that of DEHVF adapters is {cls.model_type!r}. Load "
+                "it with the class that it was made for."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def num_patches(self) -> int:
         """Patches per image (n)."""
@@ -185,6 +220,14 @@ class DehvfConfig(PreTrainedConfig):
         for name in ("memory_dropout", "vision_adapter_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must lie in [0, 1).")
+        for name in ("visual_scale", "memory_scale", "vision_adapter_scale", "initializer_range"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be a finite number.")
+        depths = {"fuser_num_layers": self.fuser_num_layers}
+        depths |= {f"{key}.num_hidden_layers": getattr(self, key).num_hidden_layers for key in self.sub_configs}
+        for name, depth in depths.items():
+            if depth > MAX_LAYERS:
+                raise ValueError(f"`{name}` is {depth}, but must be at most {MAX_LAYERS}.")
 
     def validate_groups(self):
         """Each group gets at least one layer of both models."""

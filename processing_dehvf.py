@@ -4,6 +4,7 @@
 import os
 
 import numpy as np
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import PROCESSOR_NAME, cached_file
@@ -32,6 +33,24 @@ CHAT_TEMPLATE = """\
 """
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """
+    An image as the vision encoder is to see it: the right way up, its first frame, without transparency, 8 bits.
+
+    Raises:
+        ValueError: if it has no pixels, or floating-point ones, whose range nobody knows.
+        OSError, SyntaxError, ...: as Pillow raises them, if a file opened before turns out to be damaged.
+    """
+    if 0 in image.size:
+        raise ValueError(f"it is {image.width} x {image.height} pixels large")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers. Scale them to 0..255 and convert it to mode L")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit greys, all of which `convert` would clip to white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
 class DehvfProcessor(ProcessorMixin):
     """
     An image processor and a tokenizer in one. There is no image token: the text of a question is the same with and
@@ -49,7 +68,7 @@ class DehvfProcessor(ProcessorMixin):
             follows `Response:`.
 
     Raises:
-        ValueError: if a sample has more than one image, or images and texts differ in number.
+        ValueError: if a sample has more than one image, images and texts differ in number, or an image cannot be read.
 
     Example:
 
@@ -122,7 +141,24 @@ class DehvfProcessor(ProcessorMixin):
                     "samples of their own, or compose them into one image."
                 )
             entry = entry[0] if entry else None
-        return entry if entry is None else self.image_processor.fetch_images(entry)
+        return entry if entry is None else self._read_image(entry)
+
+    def _read_image(self, entry):
+        """The image of a file, URL or base64 string; or a PIL image; or an array or tensor, which stays what it is."""
+        try:
+            if isinstance(entry, (str, os.PathLike)) and os.path.isfile(entry):
+                with Image.open(entry) as image:
+                    return to_rgb(image)
+            image = self.image_processor.fetch_images(entry)
+            if isinstance(image, Image.Image):
+                return to_rgb(image)
+            if 0 in image.shape:
+                raise ValueError(f"its shape is {tuple(image.shape)}")
+            return image
+        except Exception as error:  # Pillow raises many kinds
+            raise ValueError(
+                f"The image {str(entry)[:200]} cannot be read: {error}. Replace it, or give `None` in its place."
+            ) from error
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         super().validate_inputs(images=images, text=text, **kwargs)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from tiny import DEHVF_SIZES, ROOT, DehvfForConditionalGeneration, run, save_tiny_bases, tiny_inputs
 from transformers import AutoModel, BitsAndBytesConfig
 from transformers.quantizers import quantizer_bnb_4bit
@@ -137,6 +138,8 @@ def test_training_with_a_quantised_language_model(saved, tmp_path, bits):
         **{"per_device_train_batch_size": 5, "max_steps": 2, "learning_rate": 0.01},
     }
     train.main([str(word) for name, value in flags.items() for word in (f"--{name}", value)])
+    with safe_open(output / "model.safetensors", framework="pt") as file:
+        assert "sha256" in file.metadata(), "the Trainer saves as everybody does"
     results = json.loads((output / "results.json").read_text())
     assert results["size"] == len((output / "predictions.jsonl").read_text().splitlines())
     values = AutoModel.from_pretrained(output, trust_remote_code=True).model.memory_slots.value
