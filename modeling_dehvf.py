@@ -31,7 +31,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, local_torch_dtype
-from transformers.utils import PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import GENERATION_CONFIG_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import resolve_revision
 
@@ -304,7 +304,7 @@ class MemorySlots(nn.Module):
 
     def forward(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         # Copies, since under ZeRO-3 a parameter is there only while its own module runs
-        return self.key.to(dtype, copy=True), self.value.to(dtype, copy=True)
+        return self.key.to(dtype, copy=True), self.value.to(dtype)
 
 
 def build_adapters(config: DehvfConfig) -> dict[str, nn.Module]:
@@ -974,8 +974,8 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         Raises:
             OSError: if there are no adapters, their file is damaged, or a base cannot be found.
             ValueError: if adapters or a base do not fit the config: missing, unexpected or wrong-shaped tensors,
-                another width or depth; if adapters are not floating-point or not finite; or if the config says what
-                no model has.
+                another width or depth; if adapters are not of `FILE_DTYPES`, or not finite; or if the config says
+                what no model has.
         """
         location = pretrained_model_name_or_path
         source = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
@@ -997,10 +997,9 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         model = cls._from_bases(config, places["vision"], places["text"], **kwargs)
         model.load_state_dict(adapters, strict=False)  # names and shapes were checked above; the bases are loaded
         model.name_or_path = str(location)
-        try:
+        optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        if cached_file(location, GENERATION_CONFIG_NAME, **optional, **source):  # else the language model's own stays
             model.generation_config = GenerationConfig.from_pretrained(location, **source)
-        except OSError:
-            logger.info("No generation_config.json beside the adapters; the language model's own is used.")
         return model
 
     @classmethod
@@ -1112,7 +1111,8 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
                 "images again with `get_image_features`, or load the adapters that the memory was made with."
             )
         self.model.check_visual_memory(tensors["visual_memory"])
-        return tensors["visual_memory"].to(self.device)
+        # A copy, since what was read is mapped to the file, and would follow it when that is overwritten
+        return tensors["visual_memory"].to(self.device, copy=True)
 
     def _memory_origin(self) -> dict[str, str]:
         """What an image's memory, and the way to read it, depend on."""
@@ -1369,8 +1369,8 @@ def _read_tensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dic
         raise OSError(f"{file} is damaged: its tensors are not those that were saved. {remedy}")
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(
-            f"`{wrong[0]}` in {file} holds numbers that are infinite or not a number, so training had diverged when "
-            "it was saved. Take an earlier checkpoint, and a lower learning rate."
+            f"`{wrong[0]}` in {file} holds numbers that are infinite or not a number. If training had diverged when "
+            "it was saved, take an earlier checkpoint, and a lower learning rate."
         )
     return tensors, metadata
 

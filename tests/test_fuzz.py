@@ -42,7 +42,7 @@ from transformers.utils import logging
 
 CLEAR_ERRORS = (ValueError, OSError)
 NUM_ADAPTERS, NUM_CONFIGS, NUM_IMAGES = 500, 400, 300
-WHOLE_LOAD = 20  # one of so many configs and adapters goes through all of `from_pretrained`, the rest through parts
+WHOLE_LOAD = 25  # one of so many configs and adapters goes through all of `from_pretrained`, the rest through parts
 SECONDS = 30  # for a case of milliseconds, on a busy machine
 MEMORY = 2 * 2**30  # beyond what is there before the first case; an image that Pillow accepts may take 700 MB
 
@@ -173,6 +173,16 @@ def test_a_damaged_visual_memory_is_refused(saved, tmp_path):
         model.load_visual_memory(file)
 
 
+def test_a_visual_memory_stays_when_its_file_is_overwritten(saved, tmp_path):
+    model, file = load(saved / "adapter"), tmp_path / "memory.safetensors"
+    memory = model.get_image_features(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+    model.save_visual_memory(memory, file)
+    loaded = model.load_visual_memory(file)
+    with open(file, "r+b") as opened:  # in place, as rsync and some file systems do
+        opened.write(bytes(file.stat().st_size))
+    assert torch.equal(loaded, memory)
+
+
 # --- named cases: configs ---
 
 
@@ -205,6 +215,12 @@ def test_a_config_that_is_no_json_object_is_refused(broken, text):
     (broken / "config.json").write_text(text)
     with pytest.raises(CLEAR_ERRORS, match="onfig"):
         DehvfForConditionalGeneration.from_pretrained(broken)
+
+
+def test_a_damaged_generation_config_is_not_passed_over(broken):
+    (broken / "generation_config.json").write_text("{")
+    with pytest.raises(OSError, match="generation_config.json"):
+        load(broken)
 
 
 def test_keys_that_are_not_known_are_kept(broken):
@@ -321,7 +337,8 @@ class Adapters:
     def __init__(self, folder: Path):
         self.folder = folder / "adapter"
         self.file = self.folder / "model.safetensors"
-        self.saved = load_file(self.file)
+        # Copies, since what is read is mapped to the file
+        self.saved = {name: tensor.clone() for name, tensor in load_file(self.file).items()}
         self.with_digest = self.file.read_bytes()
         save_file(self.saved, folder / "plain.safetensors", metadata={"format": "pt"})
         self.plain = (folder / "plain.safetensors").read_bytes()
@@ -332,8 +349,6 @@ class Adapters:
     def load(self, index: int, generator: random.Random) -> str:
         original = self.plain if index % 2 else self.with_digest
         data = mutate_adapters(original, generator)
-        # Never in place, since the file before may still be mapped into memory
-        self.file.unlink()
         self.file.write_bytes(data)
         if index % WHOLE_LOAD:
             loaded = self.module._load_adapters(self.folder, {})
