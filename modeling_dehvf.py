@@ -304,7 +304,7 @@ class MemorySlots(nn.Module):
 
     def forward(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         # Copies, since under ZeRO-3 a parameter is there only while its own module runs
-        return self.key.to(dtype, copy=True), self.value.to(dtype)
+        return self.key.to(dtype, copy=True), self.value.to(dtype, copy=True)
 
 
 def build_adapters(config: DehvfConfig) -> dict[str, nn.Module]:
@@ -1152,13 +1152,12 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         for key in ("vision_config", "text_config"):
             _check_base(getattr(self.config, key), getattr(config, key), "this model")
             setattr(config, key, getattr(self.config, key))
-        with torch.device("meta"):
-            adapters = nn.ModuleDict(build_adapters(config))
-        prefix = f"{self.base_model_prefix}."
-        expected = {prefix + name: tensor for name, tensor in adapters.state_dict().items()}
+        expected = self._adapters_of(config, pretrained_model_name_or_path)
         _check_adapters(tensors, expected, pretrained_model_name_or_path)
-        own = {name.removeprefix(prefix): tensor.to(self.device) for name, tensor in tensors.items()}
-        adapters.load_state_dict(own, assign=True)
+        with torch.device("meta"):
+            adapters = nn.ModuleDict(build_adapters(config)).to_empty(device=self.model.memory_slots.key.device)
+        prefix = f"{self.base_model_prefix}."
+        adapters.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
         self.model.shelve(adapter_name, config, dict(adapters.items()))
 
     def set_adapter(self, adapter_name: str):
