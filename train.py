@@ -116,7 +116,10 @@ class ModelArguments:
         metadata={"help": "Keep the language model in 4 bits (NF4), and compute in --dtype. Needs bitsandbytes."},
     )
     load_in_8bit: bool = field(
-        default=False, metadata={"help": "Keep the language model in 8 bits (LLM.int8). Needs bitsandbytes."}
+        default=False,
+        metadata={
+            "help": "Keep the language model in 8 bits (LLM.int8; --dtype float16 suits it). Needs bitsandbytes."
+        },
     )
 
 

@@ -86,7 +86,7 @@ def test_a_quantised_base_trains_generates_and_comes_back(saved, tmp_path, quant
     assert {path.name for path in tmp_path.glob("*/*.safetensors")} == {"model.safetensors"}
     assert (tmp_path / "adapter" / "model.safetensors").stat().st_size < 100_000
     assert torch.equal(logits_of(load(tmp_path, quantization_config=quantization)), logits)
-    assert torch.equal(logits_of(load(tmp_path)), expected), "what is saved knows nothing of the bits"
+    assert torch.equal(logits_of(load(tmp_path)), expected), "the bits can be left off again"
     new = DehvfForConditionalGeneration.from_vision_text_pretrained(
         folder / "vision", folder / "text", quantization_config=quantization, **DEHVF_SIZES
     )
@@ -116,7 +116,6 @@ def test_an_evaluation_leaves_the_gradients_in_4_bits_as_they_were(saved):
     """bitsandbytes has a format for inference on CPUs with AVX512-BF16 that has no backward."""
     model = load(saved[0], quantization_config=NF4)
     expected = gradients_of(model.train())
-    expected = {name: gradient.clone() for name, gradient in expected.items()}
     logits_of(model.eval())
     model.generate(**tiny_inputs(), max_new_tokens=2)
     for name, gradient in gradients_of(model.train()).items():

@@ -89,6 +89,7 @@ def test_a_fresh_process_gets_identical_logits(saved, auto_class):
         model, info = auto_class.from_pretrained("adapter", trust_remote_code=True), None
         assert type(model).__name__ == "DehvfForConditionalGeneration", type(model)
         assert not model.training
+        assert "bitsandbytes" not in sys.modules, "it is for those who ask for it"
         with torch.no_grad():
             logits = model(**torch.load("inputs.pt")).logits
         assert torch.equal(logits, torch.load("logits.pt"))
