@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, local_torch_dtype
 from transformers.utils import GENERATION_CONFIG_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
@@ -1008,15 +1009,17 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         kwargs.setdefault("dtype", "auto")
         # `AutoModel.from_pretrained` has moved `attn_implementation` into the config, which hands it to both bases
         config._attn_implementation = kwargs.pop("attn_implementation", None) or config._attn_implementation
-        causal_lm = _load_base(AutoModelForCausalLM, text_model, "text", config, **kwargs)
-        shared = {"dtype": kwargs["dtype"], **_hub_kwargs(kwargs)}
+        with torch.random.fork_rng(devices=[]):  # under ZeRO-3 a base draws random numbers before it is loaded
+            causal_lm = _load_base(AutoModelForCausalLM, text_model, "text", config, **kwargs)
+            shared = {"dtype": kwargs["dtype"], **_hub_kwargs(kwargs)}
+            vision_tower = _load_base(AutoModel, vision_model, "vision", config, **shared)
         for module in causal_lm.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # bitsandbytes repacks 4-bit weights for inference on such CPUs, for good, and has no backward for
                 # them: after a first evaluation training would go on without gradients, and without a word
                 module.support_avx512bf16_for_cpu = False
         device = _execution_device(causal_lm)
-        vision_tower = _load_base(AutoModel, vision_model, "vision", config, **shared).to(device)
+        vision_tower.to(device)
         with device:
             model = cls(config, vision_tower, causal_lm)
         if hasattr(causal_lm, "hf_device_map"):
@@ -1316,7 +1319,8 @@ def _load_base(auto_class, location, key: str, config: DehvfConfig, **kwargs) ->
     expected = getattr(config, f"{key}_config")
     _check_base(found, expected, location)
     found._attn_implementation = expected._attn_implementation
-    base = auto_class.from_pretrained(location, config=found, revision=revision, **kwargs)
+    with _zero3_dtype(found.dtype if kwargs["dtype"] == "auto" else kwargs["dtype"]):
+        base = auto_class.from_pretrained(location, config=found, revision=revision, **kwargs)
     setattr(config, f"{key}_config", base.config)
     return base
 
@@ -1372,6 +1376,24 @@ def _read_tensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dic
             "it was saved, take an earlier checkpoint, and a lower learning rate."
         )
     return tensors, metadata
+
+
+@contextmanager
+def _zero3_dtype(dtype: torch.dtype | str | None):
+    """
+    ZeRO-3 divides a base among the processes as it loads, in the dtype that DeepSpeed trains in: float32, or the
+    adapters would not be in it. Inside this context it is the base's own.
+    """
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    modes, dtype = deepspeed_config(), str(dtype).removeprefix("torch.")
+    given = {mode: modes.get(mode, {"enabled": False}) for mode in ("bf16", "fp16")}
+    modes.update(bf16={"enabled": dtype == "bfloat16"}, fp16={"enabled": dtype == "float16"})
+    try:
+        yield
+    finally:
+        modes.update(given)
 
 
 def _load_adapters(location, source: dict) -> dict[str, torch.Tensor]:

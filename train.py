@@ -741,6 +741,10 @@ def main(arguments: list[str]):
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     recipe, data_args, model_args, adapter_args, baseline_args, training_args = parse_arguments(arguments)
     check_arguments(arguments, data_args, model_args, adapter_args, training_args)
+    if training_args.deepspeed:  # on CPUs nobody else does before the bases are loaded, which ZeRO-3 divides as they come
+        import deepspeed
+
+        deepspeed.init_distributed(auto_mpi_discovery=False)
     set_seed(training_args.seed)
     if training_args.use_cpu:  # `accelerate launch` leaves each process a single thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
