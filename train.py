@@ -10,8 +10,9 @@ Trains adapters on frozen bases, evaluates them on the test split and saves them
     accelerate launch --num_processes 2 --use_deepspeed train.py --deepspeed ds_config.json
 
 A recipe is a YAML file of the flags that `--help` lists, and perhaps `base:`, a recipe beside it whose values it
-changes; flags override both. `--output_dir` gets the adapters (`model.safetensors` and the files to load them),
-`README.md` (the card), `predictions.jsonl` and `results.json`.
+changes; flags override both. `--output_dir` gets `run.json` (arguments, config, versions), the adapters
+(`model.safetensors` and the files to load them), `README.md` (the card), `predictions.jsonl` and `results.json`.
+A run that was cut off goes on from its last complete checkpoint when the same command is started again.
 """
 
 import dataclasses
@@ -33,16 +34,18 @@ from typing import Literal
 
 import torch
 import yaml
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
-from transformers import BitsAndBytesConfig, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, logging
 
 from baselines import METHODS as BASELINES
 from baselines import BaselineArguments, build
 from tasks import NAMES, get_task, print_scores, score_folder
+from trainer import RESULTS_FILE, RUN_FILE, AnswerTrainer, describe_arguments, find_start, name_engine, write_json
 
 
 ROOT = Path(__file__).parent
@@ -146,15 +149,31 @@ def adapter_arguments() -> type:
 @dataclass
 class DehvfTrainingArguments(TrainingArguments):
     """
-    `transformers.TrainingArguments` and one more. Other defaults than there: `remove_unused_columns` (the collator
+    `transformers.TrainingArguments` and two more. Other defaults than there: `remove_unused_columns` (the collator
     makes the model's inputs), `ddp_find_unused_parameters` (each adapter gets a gradient at each step), `report_to`,
-    and `use_cpu`, true where there is nothing else.
+    `use_cpu`, true where there is nothing else, and those that let a run go on as if it had not been cut off.
+    `logging_nan_inf_filter` is off, since a loss that is no number stops the run.
     """
 
     base_learning_rate: float | None = field(
         default=None,
         metadata={"help": "Learning rate per 256 samples, the paper's convention: rate x total batch / 256."},
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations in a row without a better score. Keeps the best adapters."},
+    )
+    resume_from_checkpoint: str | None = field(
+        default="auto",
+        metadata={
+            "help": "auto: go on with the run in --output_dir, if there is one; never: replace it; or the folder of a "
+            "checkpoint to go on from."
+        },
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Keep true: early stopping counts on where it was."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not needed."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep false: rows are needed whole."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Not needed."})
     report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, trackio, ..."})
@@ -437,7 +456,7 @@ class Collator:
         input_ids      (2, 3)          attention_mask [[1, 1, 1], [0, 1, 1]]
         pixel_values   (2, 3, 64, 64)  image_mask     [False, True]
 
-    In training also `labels` (2, 3), -100 on padding and prompt; in evaluation `index` (2,), the row's number, and
+    and `index` (2,), the rows' numbers. In training also `labels` (2, 3), -100 on padding and prompt; in evaluation
     `options` (2, 4), the tokens that the options begin with, -1 where there is none.
 
     Args:
@@ -454,6 +473,7 @@ class Collator:
         added = [self.image_tokens if image is not None else [] for image in images]
         tokens = [[*row["input_ids"][:1], *new, *row["input_ids"][1:]] for row, new in zip(rows, added)]
         batch = dict(self.processor.tokenizer.pad({"input_ids": tokens}, return_tensors="pt"))
+        batch["index"] = torch.tensor([row["index"] for row in rows])
         length = batch["input_ids"].shape[1]
 
         def pad(values: list[list[int]], filler: int) -> torch.Tensor:
@@ -466,7 +486,6 @@ class Collator:
         if "labels" in rows[0]:
             batch["labels"] = pad([[-100] * len(new) + row["labels"] for row, new in zip(rows, added)], -100)
         else:
-            batch["index"] = torch.tensor([row["index"] for row in rows])
             width = max(1, *(len(row["options"]) for row in rows))
             batch["options"] = torch.tensor([row["options"] + [-1] * (width - len(row["options"])) for row in rows])
         if any(image is not None for image in images):
@@ -477,32 +496,6 @@ class Collator:
 # ---------------------------------------------------------------------------------------------------------------------
 # Training and evaluation
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class AnswerTrainer(Trainer):
-    """
-    A Trainer whose evaluation lets the model answer. Predictions are the new tokens and the most likely option (-1
-    where there are none), labels the rows' numbers.
-    """
-
-    def __init__(self, *args, max_new_tokens: int, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.max_new_tokens = max_new_tokens
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        index, options = inputs.pop("index"), inputs.pop("options")
-        generated = self.accelerator.unwrap_model(model).generate(
-            **inputs,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        # Options begin with tokens of their own, so the logits of the first new token order them by likelihood
-        scores = generated.logits[0].float().gather(1, options.clamp(min=0)).masked_fill(options < 0, float("-inf"))
-        choice = scores.argmax(dim=1).masked_fill(options[:, 0] < 0, -1)
-        return None, (generated.sequences[:, inputs["input_ids"].shape[1] :], choice), index
 
 
 def make_records(task, processor, split: Split, output) -> list[dict]:
@@ -641,6 +634,11 @@ def load(task, data_args, model_args, adapter_args, baseline_args, training_args
 
 def check_arguments(flags: list[str], data_args, model_args, adapter_args, training_args):
     """What would otherwise come out late, or never."""
+    if training_args.early_stopping_patience is not None and not training_args.load_best_model_at_end:
+        raise ValueError(
+            "`--early_stopping_patience` waits for a better score on the validation split, so it needs "
+            "`--load_best_model_at_end true` and, for both, `--eval_strategy epoch --save_strategy epoch` or `steps`."
+        )
     given = {flag.removeprefix("--").split("=")[0] for flag in flags if flag.startswith("--")}
     if {"learning_rate", "base_learning_rate"} <= given:
         raise ValueError("`--learning_rate` and `--base_learning_rate` were given. Leave one of them out.")
@@ -697,9 +695,39 @@ def commit_of_this_code() -> str | None:
         return None
 
 
+def describe_code() -> dict:
+    """The versions that run, and the commit of this repository."""
+    packages = ("torch", "transformers", "accelerate", "datasets", "peft", "deepspeed", "pycocoevalcap")
+    return {
+        "versions": {name: version(name) for name in packages if find_spec(name)},
+        "commit": commit_of_this_code(),
+    }
+
+
+def choose_start(training_args, *other_arguments) -> tuple[dict, Path | None, bool]:
+    """See [`find_start`]. The main process looks for all, since they have to agree."""
+    run = {
+        "arguments": describe_arguments(training_args, *other_arguments),
+        "engine": name_engine(training_args),
+        "processes": training_args.world_size,
+        **describe_code(),
+    }
+    folder, asked = Path(training_args.output_dir), training_args.resume_from_checkpoint or "auto"
+    trains = training_args.num_train_epochs > 0
+    start = [None]
+    if training_args.process_index == 0:
+        try:
+            start = [find_start(folder, asked, run, trains)]
+        except ValueError as error:
+            start = [error]
+    (start,) = broadcast_object_list(start)
+    if isinstance(start, ValueError):
+        raise start
+    return start
+
+
 def describe_run(task, processor, model, split: Split, data_args, model_args, training_args, folder: Path) -> dict:
     """All that a reader needs to repeat or to doubt a result."""
-    packages = ("torch", "transformers", "accelerate", "datasets", "peft", "deepspeed", "pycocoevalcap")
     weights = [*folder.glob("*.safetensors")]
     return {
         "task": data_args.task,
@@ -719,8 +747,7 @@ def describe_run(task, processor, model, split: Split, data_args, model_args, tr
         "text_model": model_args.text_model,
         "text_model_revision": base_revision(model.config, "text", model_args.text_model),
         "config": model.config.to_diff_dict(),
-        "versions": {name: version(name) for name in packages if find_spec(name)},
-        "commit": commit_of_this_code(),
+        **describe_code(),
     }
 
 
@@ -731,8 +758,28 @@ def report(folder: Path, task, processor, split: Split):
     usable = results["method"] in DEHVF_METHODS and write_example(folder, task, processor, split)
     code = example_code(folder) if usable else None
     write_card(folder, results, code)
-    if usable:
+    print_example(code)
+
+
+def print_example(code: str | None):
+    if code:
         print(f"\nTo ask the result about an image:\n\n{code}")
+
+
+def show_finished(folder: Path):
+    """For a command that is started again after its end."""
+    results = json.loads((folder / RESULTS_FILE).read_text())
+    print(
+        f"This run has come to its end: its results are in {folder}, made at commit {results['commit']}. "
+        "`--resume_from_checkpoint never` trains anew and replaces them; another `--output_dir` keeps them."
+    )
+    print_scores(results)
+    print_example(example_code(folder) if (folder / "example.png").is_file() else None)
+
+
+def leave_process_group():
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def main(arguments: list[str]):
@@ -741,7 +788,7 @@ def main(arguments: list[str]):
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     recipe, data_args, model_args, adapter_args, baseline_args, training_args = parse_arguments(arguments)
     check_arguments(arguments, data_args, model_args, adapter_args, training_args)
-    if training_args.deepspeed:  # on CPUs nobody else does before the bases are loaded, which ZeRO-3 divides as they come
+    if training_args.deepspeed:  # on CPUs nobody else does before the bases come, which ZeRO-3 divides as they load
         import deepspeed
 
         deepspeed.init_distributed(auto_mpi_discovery=False)
@@ -761,14 +808,26 @@ def main(arguments: list[str]):
         training_args.metric_for_best_model, training_args.greater_is_better = task.CARD["score"], True
     if hasattr(task, "check_scorer"):  # before hours of training, and not after them
         task.check_scorer()
+    main_process, folder = training_args.process_index == 0, Path(training_args.output_dir)
+    run, checkpoint, finished = choose_start(training_args, data_args, model_args, adapter_args, baseline_args)
+    if finished:
+        if main_process:
+            show_finished(folder)
+        leave_process_group()
+        return
+    if training_args.run_name is None:  # for `report_to`: the same when the run goes on, and no other run's
+        training_args.run_name = f"{folder.name}-{run['run'][:8]}"
     processor, splits, model = load(task, data_args, model_args, adapter_args, baseline_args, training_args)
     trained, total = count_parameters(model)
     method = method_of(model.config, model_args.method)
-    main_process = training_args.process_index == 0
     if main_process:
         rate = f"learning rate {training_args.learning_rate:g}"
         print(f"recipe {recipe}, method {method}, {rate}, {training_args.world_size} processes")
         print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)")
+        if checkpoint is not None:
+            print(f"going on from {checkpoint}")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RUN_FILE, {**run, "recipe": recipe, "config": model.config.to_diff_dict()})
 
     def compute_metrics(output):
         records = make_records(task, processor, splits["validation"], output)
@@ -785,11 +844,14 @@ def main(arguments: list[str]):
         processing_class=processor,
         compute_metrics=compute_metrics,
         max_new_tokens=task.MAX_NEW_TOKENS,
+        run=run,
     )
-    facts = {"method": method, "trained_parameters": trained}
+    if training_args.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(training_args.early_stopping_patience))
+    facts = {"run": run["run"], "method": method, "trained_parameters": trained}
     if "train" in splits:
-        training = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        facts["train_seconds"] = training.metrics["train_runtime"]
+        training = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        facts["train_seconds"] = run["train_seconds"] + training.metrics["train_runtime"]
         # Each process reads rows of its own, but the whole of a stream
         times = torch.tensor(splits["train"].num_unreadable, device=training_args.device)
         facts["unreadable_image_reads"] = int(times if data_args.streaming else trainer.accelerator.reduce(times))
@@ -798,16 +860,14 @@ def main(arguments: list[str]):
     trainer.compute_metrics = None  # it scores the validation split
     output = trainer.predict(splits["test"])
     if main_process:
-        folder = Path(training_args.output_dir)
         # Before scoring, so that no generated answer is lost to a fault there; `python -m tasks score` repeats it
         records = make_records(task, processor, splits["test"], output)
         lines = [json.dumps(record, default=str) + "\n" for record in records]
         (folder / "predictions.jsonl").write_text("".join(lines))
         facts |= describe_run(task, processor, model, splits["test"], data_args, model_args, training_args, folder)
-        (folder / "results.json").write_text(json.dumps(facts, indent=2, default=str))
+        write_json(folder / RESULTS_FILE, facts)
         report(folder, task, processor, splits["test"])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

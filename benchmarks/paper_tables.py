@@ -177,8 +177,9 @@ def measure_seconds() -> dict[str, dict[str, float]]:
         for split, size in ((splits["train"], 4), (splits["test"], 32)):
             rows = [row for row in (split[index] for index in range(len(split))) if row["image"] is not None]
             batches.append(collate(rows[:size]))
-        for unused in ("index", "options"):
-            del batches[1][unused]
+        for batch in batches:
+            for unused in ("index", "options"):
+                batch.pop(unused, None)
         optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
         steps[name] = partial(speed.training_step, model, optimizer, batches[0], time.perf_counter)
         answers[name] = partial(speed.answer, model, batches[1], 1, time.perf_counter)

@@ -176,7 +176,7 @@ def test_a_batch_is_padded_on_the_left_and_marks_images(scienceqa):
     batch = train.Collator(tiny_processor())(rows)
     assert batch["image_mask"].tolist() == [False, True]
     assert batch["attention_mask"][0, :3].tolist() == [0, 0, 0] and batch["labels"][0, :3].tolist() == [-100] * 3
-    assert batch["input_ids"].shape == batch["labels"].shape
+    assert batch["input_ids"].shape == batch["labels"].shape and batch["index"].tolist() == [0, 1]
     assert "pixel_values" not in train.Collator(tiny_processor())([split[0], split[2]])
 
 

@@ -1,0 +1,738 @@
+"""What a run leaves, and how it goes on: checkpoints, SIGKILL, faults of disks and losses, reports."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from functools import partial
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import make_rows, scienceqa, tiny_flags  # noqa: F401  `scienceqa` is a fixture
+from tiny import NUM_PATCHES, ROOT, save_tiny_bases, tiny_processor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import train
+import trainer as training
+
+
+# --- processes of their own, without their seconds of imports ---
+
+
+@pytest.fixture(scope="module")
+def forkserver():
+    """Starts processes from one that has imported everything and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "deepspeed", "peft"])
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), path)))
+    yield context
+    os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
+
+
+def child(rank: int, processes: int, port: int, log: Path, prepare, flags: list[str]):
+    """`train.py flags` as `torchrun` would start it; `prepare` may arrange for an accident."""
+    with open(f"{log}.{rank}", "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    if processes > 1 or "--deepspeed" in flags:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    if "--deepspeed" in flags:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as `accelerate launch --use_deepspeed` does
+    if prepare is not None:
+        prepare(rank)
+    try:
+        train.main(flags)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)  # as a launcher's processes do not wait for threads of DeepSpeed either
+
+
+def start(context, folder: Path, flags: list[str], processes: int = 1, prepare=None) -> tuple[list[int], list[str]]:
+    """Exit codes and outputs of the processes; when one ends badly the others are killed, as launchers do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / "log"
+    arguments = [(rank, processes, port, log, prepare, flags) for rank in range(processes)]
+    running = [context.Process(target=child, args=values) for values in arguments]
+    for process in running:
+        process.start()
+    for _ in range(1200):
+        for process in running:
+            process.join(0.1 / processes)
+        if any(process.exitcode for process in running) or not any(process.is_alive() for process in running):
+            break
+    for process in running:
+        process.join(10)  # all processes are to end alike, if they can
+        process.kill()
+        process.join()
+    return [process.exitcode for process in running], [Path(f"{log}.{rank}").read_text() for rank in range(processes)]
+
+
+def run_in(context, folder: Path, flags: list[str], processes: int = 1, prepare=None) -> list[str]:
+    codes, outputs = start(context, folder, flags, processes, prepare)
+    assert codes == [0] * processes, outputs
+    return outputs
+
+
+def zero(folder: Path, stage: int) -> Path:
+    """The repository's DeepSpeed configuration, at another stage."""
+    config = json.loads((ROOT / "ds_config.json").read_text())
+    config["zero_optimization"]["stage"] = stage
+    (folder / f"zero{stage}.json").write_text(json.dumps(config))
+    return folder / f"zero{stage}.json"
+
+
+SAVING = {"save_strategy": "steps", "logging_steps": 1, "disable_tqdm": True}
+
+
+def checkpoints(folder: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+
+
+def adapters(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_adapters(one: Path, other: Path, **tolerance):
+    one, other = adapters(one), adapters(other)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        if tolerance:
+            torch.testing.assert_close(other[name], tensor, **tolerance)
+        else:
+            assert torch.equal(other[name], tensor), name
+
+
+# --- what is in a checkpoint ---
+
+
+@pytest.fixture
+def large_base(tmp_path, scienceqa):  # noqa: F811
+    """Flags for adapters of about 1 MB on bases of about 50 MB."""
+    save_tiny_bases(tmp_path, max_position_embeddings=512, intermediate_size=32768)
+    flags = partial(tiny_flags, tmp_path, scienceqa[0], num_memory_slots=4000, save_steps=2, max_steps=2, **SAVING)
+    return lambda output, **values: flags(output, **values)
+
+
+def assert_no_frozen_weight(output: Path):
+    """Weights, and two moments: three times the adapters, and once more under DeepSpeed, which keeps its own copy."""
+    checkpoint = output / "checkpoint-2"
+    adapter_bytes = sum(tensor.numel() * 4 for tensor in adapters(checkpoint).values())
+    total = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    base = (output.parent / "text" / "model.safetensors").stat().st_size
+    text = 256_000  # code, tokenizer, configs, logs: the same whatever the size of the adapters
+    assert 1e6 < adapter_bytes and base > 40 * adapter_bytes
+    assert 3 * adapter_bytes < total < 4 * adapter_bytes + text, (total, adapter_bytes)
+
+
+def test_a_checkpoint_of_one_process_holds_no_frozen_weight(large_base, tmp_path):
+    train.main(large_base(tmp_path / "output"))
+    assert_no_frozen_weight(tmp_path / "output")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, 1, 2, 3], ids=["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"])
+def test_a_checkpoint_of_two_processes_holds_no_frozen_weight(large_base, tmp_path, forkserver, stage):
+    engine = {} if stage is None else {"deepspeed": zero(tmp_path, stage)}
+    run_in(forkserver, tmp_path, large_base(tmp_path / "output", per_device_train_batch_size=1, **engine), 2)
+    assert_no_frozen_weight(tmp_path / "output")
+
+
+def use_fsdp(version: int, rank: int):
+    """What `accelerate launch --use_fsdp --fsdp_version 2` does; on CPUs accelerate alone would take DDP."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    settings = {
+        "VERSION": str(version),
+        "STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    }
+    settings["TRANSFORMER_CLS_TO_WRAP"] = "LlamaDecoderLayer,CLIPEncoderLayer"
+    os.environ.update({f"FSDP_{name}": value for name, value in settings.items()}, ACCELERATE_USE_FSDP="true")
+    initialise = AcceleratorState.__init__
+
+    def initialise_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        initialise(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = initialise_with_fsdp
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_fsdp2_holds_no_frozen_weight_and_goes_on(large_base, tmp_path, forkserver):
+    flags = partial(large_base, save_steps=1, per_device_train_batch_size=1)
+    fsdp2 = partial(use_fsdp, 2)
+    run_in(forkserver, tmp_path, flags(tmp_path / "output"), 2, fsdp2)
+    assert json.loads((tmp_path / "output" / "run.json").read_text())["engine"] == "FSDP"
+    assert (tmp_path / "output" / "checkpoint-2" / "optimizer.bin").is_file(), "FSDP's own form"
+    assert_no_frozen_weight(tmp_path / "output")
+    shutil.copytree(tmp_path / "output", tmp_path / "killed", ignore=shutil.ignore_patterns("results.json", "*-2"))
+    (printed, _) = run_in(forkserver, tmp_path, flags(tmp_path / "killed"), 2, fsdp2)
+    assert f"going on from {tmp_path / 'killed' / 'checkpoint-1'}" in printed
+    assert_same_adapters(tmp_path / "output", tmp_path / "killed", rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_fsdp_1_is_refused(scienceqa, tmp_path, forkserver):  # noqa: F811
+    flags = tiny_flags(tmp_path, scienceqa[0], tmp_path / "output")
+    codes, (printed, _) = start(forkserver, tmp_path, flags, 2, partial(use_fsdp, 1))
+    assert codes == [1, 1] and "Set `fsdp_version: 2` in the accelerate config" in printed, printed
+
+
+def test_a_checkpoint_is_a_folder_of_adapters(scienceqa, tmp_path):  # noqa: F811
+    train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "first", save_steps=2, **SAVING))
+    checkpoint = tmp_path / "first" / "checkpoint-2"
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True)
+    assert torch.equal(
+        dict(model.named_parameters())["model.memory_slots.key"], adapters(checkpoint)["model.memory_slots.key"]
+    )
+    assert AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True).tokenizer is not None
+    flags = {"adapter": checkpoint, "learning_rate": 0.0}
+    train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "second", **flags))
+    assert_same_adapters(checkpoint, tmp_path / "second")
+
+
+# --- killed, and started again ---
+
+
+def kill_at(moment: int, rank: int | None, me: int):
+    """
+    Arranges that this process kills itself at its n-th moment: the beginning of a step, half a file of a checkpoint
+    written, half of an old checkpoint removed, a manifest not yet in place.
+    """
+    if rank is not None and me != rank:
+        return
+    moments = itertools.count(1)
+
+    def pass_by():
+        if next(moments) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def before(function):
+        def wrapped(*args, **kwargs):
+            pass_by()
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    def halfway(write):
+        def wrapped(content, file, *args, **kwargs):
+            write(content, file, *args, **kwargs)
+            if isinstance(file, (str, Path)):
+                written = Path(file).read_bytes()
+                Path(file).write_bytes(written[: len(written) // 2])
+                pass_by()
+                Path(file).write_bytes(written)
+
+        return wrapped
+
+    def remove(folder, *args, **kwargs):
+        for file in list(Path(folder).rglob("*"))[::2]:
+            file.is_file() and file.unlink()
+        pass_by()
+        rmtree(folder, *args, **kwargs)
+
+    from transformers import modeling_utils
+
+    rmtree = shutil.rmtree
+    shutil.rmtree = remove
+    torch.save = halfway(torch.save)
+    modeling_utils.safe_save_file = halfway(modeling_utils.safe_save_file)
+    os.replace = before(os.replace)
+    train.AnswerTrainer.training_step = before(train.AnswerTrainer.training_step)
+
+
+def test_a_run_killed_at_20_moments_ends_with_the_same_adapters(scienceqa, tmp_path, forkserver):  # noqa: F811
+    """Bit for bit; with dropout, so that the random numbers have to go on as well."""
+    values = {"num_train_epochs": 8, "save_steps": 2, "save_total_limit": 2, "memory_dropout": 0.1, **SAVING}
+    flags = partial(tiny_flags, tmp_path, scienceqa[0], **values)
+    train.main(flags(tmp_path / "whole"))
+    chosen, steps, cut_off = random.Random(0), [], 0
+    for _ in range(20):
+        prepare = partial(kill_at, chosen.randint(1, 24), None)
+        codes, (output,) = start(forkserver, tmp_path, flags(tmp_path / "killed"), prepare=prepare)
+        assert codes == [-signal.SIGKILL], output
+        found = re.search(r"going on from .*checkpoint-(\d+)", output)
+        steps.append(int(found[1]) if found else 0)
+        cut_off += "is not complete" in output
+    run_in(forkserver, tmp_path, flags(tmp_path / "killed"))
+    assert steps == sorted(steps) and len(set(steps)) > 5, steps
+    assert cut_off > 3, "hardly a kill fell into the writing of a checkpoint"
+    assert_same_adapters(tmp_path / "whole", tmp_path / "killed")
+    whole, killed = (
+        json.loads((tmp_path / name / "checkpoint-24" / "trainer_state.json").read_text())["log_history"]
+        for name in ("whole", "killed")
+    )
+    assert [line["loss"] for line in whole] == [line["loss"] for line in killed]
+    assert (tmp_path / "whole" / "predictions.jsonl").read_text() == (
+        tmp_path / "killed" / "predictions.jsonl"
+    ).read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_killed_under_zero_2_end_with_the_same_adapters(scienceqa, tmp_path, forkserver):  # noqa: F811
+    values = {"per_device_train_batch_size": 1, "num_train_epochs": 2, "save_steps": 2, **SAVING}
+    flags = partial(tiny_flags, tmp_path, scienceqa[0], deepspeed=zero(tmp_path, 2), **values)
+    run_in(forkserver, tmp_path, flags(tmp_path / "whole"), 2)
+    resumed = []
+    for moment, rank in ((9, 1), (14, 0)):
+        prepare = partial(kill_at, moment, rank)
+        codes, outputs = start(forkserver, tmp_path, flags(tmp_path / "killed"), 2, prepare)
+        assert codes[rank] == -signal.SIGKILL, outputs
+        resumed.append("going on from" in outputs[0])
+    run_in(forkserver, tmp_path, flags(tmp_path / "killed"), 2)
+    assert any(resumed)
+    assert_same_adapters(tmp_path / "whole", tmp_path / "killed", rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def six_steps(tmp_path_factory):
+    """`(flags, folder)` of a run of six steps that was cut off between `checkpoint-4` and its end."""
+    folder = tmp_path_factory.mktemp("six_steps")
+    datasets.DatasetDict(train=make_rows(), test=make_rows(4)).save_to_disk(str(folder / "data"))
+    flags = partial(tiny_flags, folder, folder / "data", num_train_epochs=2, save_steps=2, **SAVING)
+    train.main(flags(folder / "whole"))
+    cut_off = shutil.ignore_patterns("checkpoint-6", "results.json", "predictions.jsonl", "README.md")
+    shutil.copytree(folder / "whole", folder / "output", ignore=cut_off)
+    return flags, folder
+
+
+@pytest.fixture
+def interrupted(six_steps, tmp_path):
+    """As `six_steps`, with a copy of the folder to go on in."""
+    flags, folder = six_steps
+    return flags, Path(shutil.copytree(folder / "output", tmp_path / "output"))
+
+
+def flip(file: Path):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file: Path):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "a flipped byte": (flip, "model.safetensors", "the content of model.safetensors is not what was written"),
+    "a file cut short": (cut, "optimizer.pt", r"optimizer.pt has \d+ bytes in place of \d+"),
+    "a lost file": (Path.unlink, "rng_state.pth", "rng_state.pth is missing"),
+    "no manifest": (Path.unlink, "manifest.json", "has no manifest.json that can be read"),
+    "half a manifest": (cut, "manifest.json", "has no manifest.json that can be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_passed_over(interrupted, damage, caplog):
+    flags, output = interrupted
+    spoil, name, message = DAMAGES[damage]
+    spoil(output / "checkpoint-4" / name)
+    with pytest.raises(ValueError, match=f"checkpoint-4 is .*{message}"):
+        train.main(flags(output, resume_from_checkpoint=output / "checkpoint-4"))
+    run = json.loads((output / "run.json").read_text())
+    checkpoint, manifest = training.find_last_checkpoint(output, run["run"])
+    assert checkpoint == output / "checkpoint-2" and manifest["arguments"] == run["arguments"]
+    assert re.search(f"checkpoint-4 is .*{message}.* It is passed over", caplog.text)
+
+
+def test_a_run_with_a_damaged_checkpoint_ends_as_if_nothing_had_been(interrupted, six_steps, capsys):
+    flags, output = interrupted
+    flip(output / "checkpoint-4" / "optimizer.pt")
+    train.main(flags(output))
+    assert f"going on from {output / 'checkpoint-2'}" in capsys.readouterr().out
+    assert_same_adapters(six_steps[1] / "whole", output)
+    assert training.read_manifest(output / "checkpoint-4"), "written again"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"learning_rate": 0.01},
+        {"num_train_epochs": 3},
+        {"max_samples": 4},
+        {"seed": 1},
+        {"method": "memvp"},
+        {"per_device_train_batch_size": 1},
+    ],
+    ids=lambda flags: next(iter(flags)),
+)
+def test_a_run_with_other_arguments_is_not_gone_on_with(interrupted, other):
+    flags, output = interrupted
+    name = next(iter(other))
+    for place in ("auto", output / "checkpoint-4"):
+        with pytest.raises(ValueError, match=f"`{name}.*` was .*, is .*--output_dir.*--resume_from_checkpoint never"):
+            train.main(flags(output, resume_from_checkpoint=place, **other))
+
+
+def test_other_code_is_told_when_a_run_goes_on(interrupted, monkeypatch, caplog):
+    flags, output = interrupted
+    monkeypatch.setattr(train, "commit_of_this_code", lambda: "another")
+    train.main(flags(output))
+    assert re.search(r"checkpoint-4 was written by other code.*commit \w+ -> another", caplog.text)
+
+
+def test_what_changes_no_result_may_change_on_the_way(interrupted, six_steps, capsys):
+    flags, output = interrupted
+    values = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "save_steps": 3, "logging_steps": 2}
+    train.main(flags(output, **values))
+    assert "going on from" in capsys.readouterr().out
+    assert_same_adapters(six_steps[1] / "whole", output, rtol=0, atol=1e-5)
+
+
+def test_never_begins_anew_and_forgets_the_checkpoints_of_before(interrupted, capsys):
+    flags, output = interrupted
+    before = json.loads((output / "run.json").read_text())["run"]
+    train.main(flags(output, resume_from_checkpoint="never", save_strategy="no", learning_rate=0.01))
+    assert "going on from" not in capsys.readouterr().out
+    run = json.loads((output / "run.json").read_text())
+    assert run["run"] != before and training.find_last_checkpoint(output, run["run"]) is None
+    assert training.read_manifest(output / "checkpoint-4")["run"] == before, "nothing is removed"
+
+
+def test_a_run_that_has_come_to_its_end_is_not_trained_again(interrupted, capsys, monkeypatch):
+    flags, output = interrupted
+    train.main(flags(output))
+    capsys.readouterr()
+    results = (output / "results.json").read_text()
+    monkeypatch.setattr(train, "load", lambda *_: pytest.fail("nothing is to be loaded"))
+    train.main(flags(output))
+    printed = capsys.readouterr().out
+    assert "come to its end" in printed and "--resume_from_checkpoint never" in printed and "scores: NAT" in printed
+    assert (output / "results.json").read_text() == results
+    with pytest.raises(ValueError, match="`learning_rate` was 0.05, is 0.01"):
+        train.main(flags(output, learning_rate=0.01))
+
+
+def test_a_run_cut_off_after_its_last_step_takes_no_further_one(scienceqa, tmp_path):  # noqa: F811
+    flags = partial(tiny_flags, tmp_path, scienceqa[0], max_steps=4, save_steps=2, **SAVING)  # three steps an epoch
+    train.main(flags(tmp_path / "output"))
+    (tmp_path / "output" / "results.json").unlink()
+    seconds = training.read_manifest(tmp_path / "output" / "checkpoint-4")["train_seconds"]
+    train.main(flags(tmp_path / "output"))
+    assert_same_adapters(tmp_path / "output" / "checkpoint-4", tmp_path / "output")
+    assert json.loads((tmp_path / "output" / "results.json").read_text())["train_seconds"] > seconds > 0
+
+
+def test_a_stream_goes_on_where_it_was(scienceqa, tmp_path):  # noqa: F811
+    flags = partial(tiny_flags, tmp_path, scienceqa[0], streaming=True, max_steps=5, save_steps=2, **SAVING)
+    train.main(flags(tmp_path / "output"))
+    whole = adapters(tmp_path / "output")
+    for name in ("checkpoint-5", "checkpoint-4"):
+        shutil.rmtree(tmp_path / "output" / name)
+    (tmp_path / "output" / "results.json").unlink()
+    train.main(flags(tmp_path / "output"))
+    for name, tensor in adapters(tmp_path / "output").items():
+        assert torch.equal(tensor, whole[name])
+
+
+def test_a_baseline_goes_on_where_it_was(scienceqa, tmp_path):  # noqa: F811
+    flags = partial(
+        tiny_flags, tmp_path, scienceqa[0], method="llava-lora", num_train_epochs=2, save_steps=4, **SAVING
+    )
+    train.main(flags(tmp_path / "whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed", ignore=shutil.ignore_patterns("results.json", "*-6"))
+    train.main(flags(tmp_path / "killed"))
+    assert_same_adapters(tmp_path / "whole", tmp_path / "killed")
+
+
+# --- the best checkpoint, early stopping ---
+
+BEST = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1}
+
+
+def score_like(scores):
+    """A task's score that does not depend on the answers: those of the evaluations, one by one."""
+    scores = iter(scores)
+    return lambda records, size: {"average": next(scores), "count": len(records)}
+
+
+def test_the_best_checkpoint_is_kept_and_loaded_also_after_a_start_again(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+    flags = partial(tiny_flags, tmp_path, scienceqa[0], num_train_epochs=4, save_steps=2, **BEST, **SAVING)
+    flags = flags(tmp_path / "output", early_stopping_patience=2)
+    save = training.AnswerTrainer._save_checkpoint
+
+    def save_and_fail(self, *args):
+        save(self, *args)
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.get_task("scienceqa"), "score", score_like([1, 3, 2]))
+        patch.setattr(training.AnswerTrainer, "_save_checkpoint", save_and_fail)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(flags)
+    assert checkpoints(tmp_path / "output") == [4, 6], "the best and the last"
+    best = adapters(tmp_path / "output" / "checkpoint-4")
+    # The second evaluation in a row that is no better; the last score is that of the test split
+    monkeypatch.setattr(train.get_task("scienceqa"), "score", score_like([2.5, 0, 0]))
+    train.main(flags)
+    assert json.loads((tmp_path / "output" / "results.json").read_text())["train_seconds"] > 0
+    assert checkpoints(tmp_path / "output") == [4], "the last one was step 8, which is not the best"
+    for name, tensor in adapters(tmp_path / "output").items():
+        assert torch.equal(tensor, best[name])
+
+
+def test_a_run_that_was_cut_off_after_it_had_stopped_early_stays_stopped(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+    flags = partial(tiny_flags, tmp_path, scienceqa[0], num_train_epochs=4, save_steps=2, **BEST, **SAVING)
+    flags = flags(tmp_path / "output", early_stopping_patience=1, save_total_limit=3)
+    task = train.get_task("scienceqa")
+    monkeypatch.setattr(task, "score", score_like([3, 2, 0, 0]))
+    train.main(flags)
+    (tmp_path / "output" / "results.json").unlink()
+    monkeypatch.setattr(task, "score", score_like([0, 0]))  # of the test split
+    train.main(flags)
+    assert checkpoints(tmp_path / "output") == [2, 4]
+    assert_same_adapters(tmp_path / "output" / "checkpoint-2", tmp_path / "output")
+
+
+def test_a_damaged_best_checkpoint_is_an_error(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+    flags = partial(tiny_flags, tmp_path, scienceqa[0], num_train_epochs=2, save_steps=2, **BEST, **SAVING)
+    monkeypatch.setattr(train.get_task("scienceqa"), "score", score_like([2, 1, 1]))
+    evaluate = training.AnswerTrainer._evaluate
+
+    def evaluate_and_flip(self, *args):
+        if self.state.global_step == 6:
+            flip(tmp_path / "output" / "checkpoint-2" / "model.safetensors")
+        return evaluate(self, *args)
+
+    monkeypatch.setattr(training.AnswerTrainer, "_evaluate", evaluate_and_flip)
+    with pytest.raises(ValueError, match="best checkpoint.*checkpoint-2 is damaged: the content of model.*--adapter"):
+        train.main(flags(tmp_path / "output"))
+
+
+def test_early_stopping_asks_for_what_it_needs():
+    with pytest.raises(ValueError, match="needs `--load_best_model_at_end true`.*--eval_strategy"):
+        train.main(["--early_stopping_patience", "2"])
+
+
+# --- another number of processes ---
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_one_was(interrupted, six_steps, tmp_path, forkserver):
+    flags, output = interrupted
+    (printed, _) = run_in(forkserver, tmp_path, flags(output, per_device_train_batch_size=1), 2)
+    assert f"going on from {output / 'checkpoint-4'}" in printed
+    assert_same_adapters(six_steps[1] / "whole", output, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_under_zero_is_told_what_to_do(interrupted, tmp_path, forkserver):
+    """And the way out that it is told, a new run with the adapters, works."""
+    flags, output = interrupted
+    other = flags(output, per_device_train_batch_size=1, deepspeed=zero(tmp_path, 2))
+    codes, printed = start(forkserver, tmp_path, other, 2)
+    assert codes == [1, 1]
+    for text in printed:
+        assert f"checkpoint-4 was written with {training.ENGINE_OF_ONE} (processes: 1), this run is" in text, text
+        assert "this run is DeepSpeed ZeRO-2 (processes: 2)" in text
+        assert f"`--adapter {output / 'checkpoint-4'} --output_dir <another>`" in text
+    values = {"adapter": output / "checkpoint-4", "per_device_train_batch_size": 1, "deepspeed": zero(tmp_path, 2)}
+    data = flags(output)[flags(output).index("--data_path") + 1]
+    run_in(forkserver, tmp_path, tiny_flags(Path(data).parent, data, tmp_path / "new", **values), 2)
+
+
+@pytest.mark.slow
+def test_zero_3_stops_early_and_ends_with_its_best_checkpoint(scienceqa, tmp_path, forkserver):  # noqa: F811
+    values = {"per_device_train_batch_size": 1, "num_train_epochs": 3, "save_steps": 2, **BEST, **SAVING}
+    values |= {"deepspeed": zero(tmp_path, 3), "early_stopping_patience": 1}
+    run_in(forkserver, tmp_path, tiny_flags(tmp_path, scienceqa[0], tmp_path / "output", **values), 2, score_3_2)
+    assert checkpoints(tmp_path / "output") == [2], "of 9 steps"
+    assert_same_adapters(tmp_path / "output" / "checkpoint-2", tmp_path / "output")
+
+
+def score_3_2(rank: int):
+    train.get_task("scienceqa").score = score_like([3, 2, 0, 0])
+
+
+# --- a full disk ---
+
+
+def test_a_full_disk_is_told_and_the_earlier_checkpoint_goes_on(interrupted, six_steps, monkeypatch, capsys):
+    flags, output = interrupted
+    save = torch.save
+
+    def fail(content, file, *args, **kwargs):
+        if "checkpoint-6" in str(file):
+            raise OSError(28, "No space left on device", str(file))
+        save(content, file, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        with pytest.raises(OSError, match="checkpoint-6 could not be written.*MB are free.*checkpoint-4. Make room"):
+            train.main(flags(output, save_total_limit=1))
+    assert checkpoints(output) == [2, 4, 6], "nothing is removed before the new one is complete"
+    train.main(flags(output))
+    assert f"going on from {output / 'checkpoint-4'}" in capsys.readouterr().out
+    assert_same_adapters(six_steps[1] / "whole", output)
+
+
+def test_a_disk_that_is_really_full_leaves_the_earlier_checkpoints(six_steps, tmp_path):
+    flags, _ = six_steps
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # Room for one checkpoint of 230 kB and half of the next
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a file system of 400 kB cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        with pytest.raises(OSError, match="checkpoint-4 could not be written.*The last complete .*checkpoint-2"):
+            train.main(flags(disk / "output"))
+        model = AutoModelForImageTextToText.from_pretrained(disk / "output" / "checkpoint-2", trust_remote_code=True)
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+# --- a loss that is no number ---
+
+
+def test_a_rate_that_is_far_too_large_ends_the_run_with_the_last_good_state(scienceqa, tmp_path):  # noqa: F811
+    """At 1e30 the first step's adapters are numbers, but what they give is not."""
+    flags = {"learning_rate": 1e30, "warmup_steps": 0, "save_strategy": "no", "train_sampling_strategy": "sequential"}
+    with pytest.raises(FloatingPointError) as error:
+        train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "output", **flags))
+    checkpoint = tmp_path / "output" / "checkpoint-1"
+    assert re.search(
+        r"loss of step 2 is NaN or Inf, in the batches with the rows \[2, 3\] of the train split; the learning rate "
+        rf"is [\d.]+e\+29. The last complete checkpoint is {re.escape(str(checkpoint))}.*`--learning_rate`",
+        str(error.value),
+    ), error.value
+    assert training.read_manifest(checkpoint)["resumable"]
+    assert all(tensor.isfinite().all() for tensor in adapters(checkpoint).values())
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 1
+
+
+def spoil_loss(step: int, batch: int, rank: int, me: int):
+    """Makes the loss of a micro-batch NaN on one process."""
+    from transformers import Trainer
+
+    compute_loss, batches = Trainer.compute_loss, itertools.count(1)
+
+    def spoilt(self, *args, **kwargs):
+        loss = compute_loss(self, *args, **kwargs)
+        if self.state.global_step + 1 == step and me == rank and next(batches) == batch:
+            loss = loss * float("nan")
+        return loss
+
+    Trainer.compute_loss = spoilt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, 2], ids=["DDP", "ZeRO-2"])
+def test_all_processes_stop_together_at_a_loss_of_one_of_them(scienceqa, tmp_path, forkserver, stage):  # noqa: F811
+    engine = {} if stage is None else {"deepspeed": zero(tmp_path, stage)}
+    values = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "save_strategy": "no"}
+    values |= {"num_train_epochs": 3, "train_sampling_strategy": "sequential", **engine}
+    flags = tiny_flags(tmp_path, scienceqa[0], tmp_path / "output", **values)
+    # Rows 0 to 3 make the first step, 4 and 5 the second; of the third process 1 has the rows 1 and 3
+    codes, printed = start(forkserver, tmp_path, flags, 2, partial(spoil_loss, 3, 1, 1))
+    assert codes == [1, 1]
+    for text in printed:
+        assert "FloatingPointError: The loss of step 3 is NaN or Inf, in the batches with the rows [1]" in text, text
+    assert training.read_manifest(tmp_path / "output" / "checkpoint-2")["processes"] == 2
+
+
+def test_adapters_that_are_no_numbers_are_not_saved(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+    """Gradients can be NaN where the loss is not."""
+    step = torch.optim.AdamW.step
+    steps = itertools.count(1)
+
+    def spoil(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        if next(steps) == 4:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0][0] = float("inf")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(FloatingPointError, match="Step 4 left NaN or Inf in the adapters.*complete .*checkpoint-2"):
+        train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "output", num_train_epochs=2, save_steps=2, **SAVING))
+    assert checkpoints(tmp_path / "output") == [2]
+
+
+def test_gradients_that_overflow_are_left_to_the_loss_scaler(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+    """As with fp16: a scale of 2^126 makes the gradients infinite, and the loss itself is finite. On CPUs the Trainer
+    has no scaler, so it is given torch's own."""
+    prepare, scalers = training.AnswerTrainer._prepare_for_training, []
+
+    def scale(self, *args):
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-40)
+        scalers.append(self.accelerator.scaler)
+        return prepare(self, *args)
+
+    monkeypatch.setattr(training.AnswerTrainer, "_prepare_for_training", scale)
+    flags = {"num_train_epochs": 4, "max_grad_norm": 0, "warmup_steps": 0, "save_steps": 1, **SAVING}
+    train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "output", **flags))
+    assert scalers[0].get_scale() < 2.0**126, "no step was skipped"
+    first, last = (adapters(tmp_path / "output" / name) for name in ("checkpoint-1", "checkpoint-12"))
+    assert any(not torch.equal(first[name], tensor) for name, tensor in last.items())
+
+
+# --- reports ---
+
+
+def test_a_log_tells_speed_and_memory_and_tensorboard_gets_it(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    flags = {"report_to": "tensorboard", "train_sampling_strategy": "sequential", "logging_steps": 3}
+    seen = []
+    measure = training.AnswerTrainer._measure
+
+    def look(self):
+        values = self._samples, int(self._text_tokens), int(self._visual_tokens), self._seconds
+        seen.append((values, measure(self)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(training.AnswerTrainer, "_measure", look)
+    train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "output", **flags))
+    ((counts, logged),) = seen
+    split = train.Split(
+        train.get_task("scienceqa"),
+        "train",
+        tiny_processor(),
+        train.DataArguments(task="scienceqa", data_path=str(scienceqa[0])),
+        training=True,
+    )
+    assert counts[:3] == (6, sum(len(row["input_ids"]) for row in split), 3 * NUM_PATCHES)
+    assert logged["text_tokens_per_second"] == round(counts[1] / counts[3], 2)
+    assert logged["visual_tokens_per_second"] == round(counts[2] / counts[3], 2)
+    assert 0.1 < logged["peak_memory_gb"] < 50
+    (file,) = (path for path in tmp_path.rglob("*tfevents*"))
+    events = EventAccumulator(str(file)).Reload()
+    for name, value in logged.items():
+        (event,) = events.Scalars(f"train/{name}")
+        assert event.value == pytest.approx(value, rel=1e-6)
+
+
+def test_a_run_is_described_from_its_start(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(training.AnswerTrainer, "train", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "output"))
+    run = json.loads((tmp_path / "output" / "run.json").read_text())
+    assert run["versions"]["torch"] == torch.__version__ and run["commit"] == train.commit_of_this_code()
+    assert run["config"]["num_groups"] == 2 and run["arguments"]["learning_rate"] == 0.05
+    assert (run["engine"], run["processes"]) == (training.ENGINE_OF_ONE, 1)

@@ -1,0 +1,494 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+The Trainer of `train.py`, and the folder of a run.
+
+    outputs/digits/run.json                      arguments, config, versions, commit: written before training starts
+    outputs/digits/checkpoint-40/                adapters as `save_pretrained` writes them, and the optimizer's state
+    outputs/digits/checkpoint-40/manifest.json   size and SHA-256 of each file: written last, so it means "complete"
+
+A run that was cut off goes on from its last complete checkpoint when the same command is started again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object, save_fsdp_optimizer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import EarlyStoppingCallback, Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
+
+
+MANIFEST, RUN_FILE, RESULTS_FILE = "manifest.json", "run.json", "results.json"
+ENGINE_OF_ONE = "DDP or a single process"  # whose checkpoints are the same
+# `TrainingArguments` that say where files and logs go, how fast and on how many devices a run is computed. All others
+# change what is learned, or which of its states is kept. The three factors of a step's samples count as their product.
+FREE_ARGUMENTS = (
+    *("output_dir", "resume_from_checkpoint", "run_name", "project", "report_to", "disable_tqdm", "local_rank"),
+    *("logging_", "log_", "save_", "hub_", "push_to_hub", "trackio_", "ddp_", "do_", "debug", "skip_memory_metrics"),
+    *("use_cpu", "deepspeed", "fsdp", "torch_compile", "torch_empty_cache_steps", "enable_jit_checkpoint"),
+    *("activation_checkpointing", "gradient_checkpointing", "include_num_input_tokens_seen", "accelerator_config"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch"),
+    *("dataloader_multiprocessing_context", "per_device_", "gradient_accumulation_steps", "eval_accumulation_steps"),
+)
+logger = logging.get_logger("train")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_json(file: Path, content: dict):
+    """Wholly or not at all: whoever is killed in between leaves the file as it was."""
+    unfinished = file.with_name(f"{file.name}.tmp")
+    unfinished.write_text(json.dumps(content, indent=2, default=str))
+    os.replace(unfinished, file)
+
+
+def digest(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def write_manifest(checkpoint: Path, facts: dict):
+    """Declares a checkpoint complete, once all processes have written their files."""
+    files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file()]
+    listed = {str(file.relative_to(checkpoint)): [file.stat().st_size, digest(file)] for file in files}
+    write_json(checkpoint / MANIFEST, {**facts, "files": listed})
+
+
+def read_manifest(checkpoint: Path) -> dict:
+    """
+    What `write_manifest` wrote, after a look at each file that it lists.
+
+    Raises:
+        ValueError: if the checkpoint is not as it was when it was complete; the message names the file.
+    """
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{checkpoint} is not complete: it has no {MANIFEST} that can be read, which is written last ({error})."
+        ) from error
+    for name, (size, expected) in manifest["files"].items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise ValueError(f"{checkpoint} is damaged: {name} is missing.")
+        if file.stat().st_size != size:
+            raise ValueError(f"{checkpoint} is damaged: {name} has {file.stat().st_size} bytes in place of {size}.")
+        if digest(file) != expected:
+            raise ValueError(f"{checkpoint} is damaged: the content of {name} is not what was written.")
+    return manifest
+
+
+def find_last_checkpoint(output_dir: Path, run_id: str) -> tuple[Path, dict] | None:
+    """The last complete checkpoint of a run, with its manifest. What is passed over on the way is named."""
+    for checkpoint in map(Path, reversed(sort_checkpoints(str(output_dir)))):
+        try:
+            manifest = read_manifest(checkpoint)
+        except ValueError as error:
+            logger.warning(f"{error} It is passed over.")
+            continue
+        if manifest["run"] == run_id and manifest["resumable"]:
+            return checkpoint, manifest
+    return None
+
+
+def describe_arguments(training_args, *others) -> dict:
+    """All arguments that change a result, by name: those of `train.py`'s dataclasses with `--help`'s names."""
+    values = {name: value for arguments in others for name, value in vars(arguments).items()}
+    training = training_args.to_dict().items()
+    values |= {name: value for name, value in training if not name.startswith(FREE_ARGUMENTS)}
+    factors = (training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps)
+    values["per_device_train_batch_size x gradient_accumulation_steps x processes"] = (
+        factors[0] * factors[1] * training_args.world_size
+    )
+    return json.loads(json.dumps(values, default=str))  # as they come back from a file
+
+
+def name_engine(training_args) -> str:
+    if training_args.deepspeed_plugin is not None:
+        return f"DeepSpeed ZeRO-{training_args.deepspeed_plugin.zero_stage}"
+    return "FSDP" if training_args.fsdp or "ACCELERATE_USE_FSDP" in os.environ else ENGINE_OF_ONE
+
+
+def check_same_arguments(now: dict, earlier: dict, place: Path):
+    """Raises `ValueError` if `place` belongs to a run with other arguments."""
+    names = sorted(now.keys() | earlier.keys())
+    differing = [
+        f"`{name}` was {earlier.get(name)}, is {now.get(name)}" for name in names if now.get(name) != earlier.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{place} holds a run with other arguments: {'; '.join(differing)}. To go on with that run, give its "
+            "arguments. For a new run give another `--output_dir`, to which `--adapter` with one of the checkpoints "
+            "takes over what was learned; or, to replace that run, `--resume_from_checkpoint never`."
+        )
+
+
+def check_same_engine(run: dict, manifest: dict, checkpoint: Path):
+    """Raises `ValueError` if the optimizer's state was divided among other processes, or in another way."""
+    divided = run["engine"] != ENGINE_OF_ONE
+    if manifest["engine"] != run["engine"] or (divided and manifest["processes"] != run["processes"]):
+        raise ValueError(
+            f"{checkpoint} was written with {manifest['engine']} (processes: {manifest['processes']}), this run is "
+            f"{run['engine']} (processes: {run['processes']}): the optimizer's state is divided in another way. Start "
+            f"as many in the same way; or begin a new run with its adapters: `--adapter {checkpoint} --output_dir "
+            "<another>`."
+        )
+
+
+def warn_of_other_code(run: dict, manifest: dict, checkpoint: Path):
+    if differing := [name for name in ("versions", "commit") if run[name] != manifest[name]]:
+        changes = ", ".join(f"{name} {manifest[name]} -> {run[name]}" for name in differing)
+        logger.warning(f"{checkpoint} was written by other code, and what comes next may differ: {changes}.")
+
+
+def find_start(output_dir: Path, asked: str, run: dict, trains: bool) -> tuple[dict, Path | None, bool]:
+    """
+    Where a run begins.
+
+    Args:
+        asked: `auto` goes on with the run in `output_dir` if there is one, `never` replaces it, and all else is the
+            folder of a checkpoint.
+        run: `arguments`, `engine`, `processes`, `versions` and `commit` of this run.
+        trains: whether there is anything to train. An evaluation is repeated whenever it is asked for.
+
+    Returns:
+        `run` with an id, and the seconds trained so far; the checkpoint to go on from, if any; and whether the run
+        has come to its end before.
+
+    Raises:
+        ValueError: if the run there is another one, or the checkpoint asked for by name is not complete.
+    """
+    new = {**run, "run": uuid.uuid4().hex, "train_seconds": 0.0}
+    if asked == "never":
+        return new, None, False
+    if asked != "auto":
+        checkpoint = Path(asked)
+        manifest = read_manifest(checkpoint)
+        if not manifest["resumable"]:
+            raise ValueError(
+                f"{checkpoint} has no optimizer state (`--save_only_model`), so a run cannot go on from it. Begin a "
+                f"new one with its adapters: `--adapter {checkpoint}`."
+            )
+        check_same_arguments(run["arguments"], manifest["arguments"], checkpoint)
+        check_same_engine(run, manifest, checkpoint)
+        warn_of_other_code(run, manifest, checkpoint)
+        if checkpoint.resolve().parent == output_dir.resolve():
+            new["run"] = manifest["run"]
+        return {**new, "train_seconds": manifest["train_seconds"]}, checkpoint, False
+    if not (output_dir / RUN_FILE).is_file():
+        return new, None, False
+    earlier = json.loads((output_dir / RUN_FILE).read_text())
+    results = output_dir / RESULTS_FILE
+    results = json.loads(results.read_text()) if results.is_file() else {}
+    finished = results.get("run") == earlier["run"] and "scores" in results
+    found = find_last_checkpoint(output_dir, earlier["run"])
+    if finished or found:
+        check_same_arguments(run["arguments"], earlier["arguments"], output_dir)
+    if finished and trains:
+        return {**new, "run": earlier["run"]}, None, True
+    if found is None or not trains:
+        return new, None, False
+    checkpoint, manifest = found
+    check_same_engine(run, manifest, checkpoint)
+    warn_of_other_code(run, manifest, checkpoint)
+    return {**new, "run": earlier["run"], "train_seconds": manifest["train_seconds"]}, checkpoint, False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Trainer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class AnswerTrainer(Trainer):
+    """
+    A Trainer for adapters on frozen bases, whose evaluation lets the model answer. Predictions are the new tokens and
+    the most likely option (-1 where there are none), labels the rows' numbers.
+
+    Args:
+        max_new_tokens: length of an answer.
+        run: what a checkpoint is to remember of the run, see [`find_start`].
+
+    Raises:
+        ValueError: under FSDP 1, which melts adapters and frozen weights into one tensor.
+    """
+
+    def __init__(self, *args, max_new_tokens: int, run: dict, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError(
+                "FSDP 1 was asked for, which cannot keep adapters apart from frozen weights. Set `fsdp_version: 2` in "
+                "the accelerate config."
+            )
+        self.max_new_tokens, self.run = max_new_tokens, run
+        self._losses = []  # of the batches of this optimizer step: loss, rows
+        self._restart_counting()
+
+    # --- evaluation ---
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        index, options = inputs.pop("index"), inputs.pop("options")
+        generated = self.accelerator.unwrap_model(model).generate(
+            **inputs,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        # Options begin with tokens of their own, so the logits of the first new token order them by likelihood
+        scores = generated.logits[0].float().gather(1, options.clamp(min=0)).masked_fill(options < 0, float("-inf"))
+        choice = scores.argmax(dim=1).masked_fill(options[:, 0] < 0, -1)
+        return None, (generated.sequences[:, inputs["input_ids"].shape[1] :], choice), index
+
+    # --- adapters alone ---
+    #
+    # The Trainer leaves frozen weights out, and does not miss them in a file, for a `PeftModel` only. It asks whether
+    # it has one in four places: when it saves the model under ZeRO-3, when it saves DeepSpeed's checkpoint, and when
+    # it reads this again, to go on or as the best one; with FSDP it asks as often. So here the weights always go
+    # through `model.safetensors`, in which `save_pretrained` writes adapters alone, and DeepSpeed and FSDP are left
+    # with the optimizer.
+
+    def _trained_parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def _whole(self, parameters: dict, modifier_rank: int | None = None):
+        """A context in which parameters that ZeRO-3 has partitioned are whole."""
+        if not self.is_deepspeed_enabled:
+            return nullcontext()
+        import deepspeed  # only where it was asked for
+
+        return deepspeed.zero.GatheredParameters(list(parameters.values()), modifier_rank=modifier_rank)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            return super().save_model(output_dir, _internal_call)
+        trained = self._trained_parameters()
+        with self._whole(trained):
+            tensors = {name: gather_shards(parameter.detach()).cpu().clone() for name, parameter in trained.items()}
+        self._save(output_dir, state_dict=tensors)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _load_adapters(self, checkpoint: str):
+        tensors, trained = load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME), self._trained_parameters()
+        if differing := sorted(tensors.keys() ^ trained.keys()):
+            raise ValueError(
+                f"The {len(tensors)} tensors in {checkpoint} and the {len(trained)} trained here differ in "
+                f"{len(differing)} names, among them {differing[0]}. Go on with the method that they are of."
+            )
+        with self._whole(trained, modifier_rank=0), torch.no_grad():
+            for name, parameter in trained.items():
+                tensor = tensors[name].to(parameter.device)
+                if isinstance(parameter, DTensor):
+                    tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+                parameter.copy_(tensor)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
+        self._load_adapters(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        try:
+            read_manifest(Path(self.state.best_model_checkpoint))
+        except ValueError as error:
+            raise ValueError(
+                f"Training is done, but its best checkpoint cannot be loaded: {error} {self._name_last_checkpoint()} "
+                "`--adapter` with it and `--num_train_epochs 0` evaluate what is in it."
+            ) from error
+        self._load_adapters(self.state.best_model_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str):
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        self._started = time.perf_counter()
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        engine = self.deepspeed  # from here on it neither saves nor expects weights, but its optimizer's copy of them
+        engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+        engine.module_state_dict = lambda *_, **__: {}
+        if resume_from_checkpoint is not None:
+            self._load_adapters(resume_from_checkpoint)
+            deepspeed_load_checkpoint(engine, resume_from_checkpoint, load_module_strict=False)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    # --- complete checkpoints ---
+
+    def _save_checkpoint(self, model, trial):
+        """
+        Raises:
+            FloatingPointError: if an adapter holds NaN or Inf. Nothing is written.
+            OSError: if it cannot be written, as on a full disk.
+        """
+        if not self._are_adapters_finite():
+            raise FloatingPointError(
+                f"Step {self.state.global_step} left NaN or Inf in the adapters, so they are not saved. "
+                f"{self._name_last_checkpoint()} {self._advise_on_rates()}"
+            )
+        checkpoint = self._checkpoint()
+        if self.args.should_save:
+            shutil.rmtree(checkpoint, ignore_errors=True)  # what a run left that was cut off while it wrote here
+        self.accelerator.wait_for_everyone()
+        # Older checkpoints go when this one is complete, and not before
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seconds = self.run["train_seconds"] + time.perf_counter() - self._started
+                resumable = not self.args.save_only_model
+                write_manifest(checkpoint, {**self.run, "train_seconds": seconds, "resumable": resumable})
+        except (OSError, RuntimeError, SafetensorError) as error:
+            free = shutil.disk_usage(self.args.output_dir).free
+            raise OSError(
+                f"{checkpoint} could not be written ({free / 1e6:,.1f} MB are free there): {error}. "
+                f"{self._name_last_checkpoint()} Make room, then start the same command again."
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _checkpoint(self) -> Path:
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    def _name_last_checkpoint(self) -> str:
+        found = find_last_checkpoint(Path(self.args.output_dir), self.run["run"])
+        return f"The last complete checkpoint is {found[0]}." if found else "There is no complete checkpoint yet."
+
+    def _is_saved(self) -> bool:
+        """Whether this step's checkpoint is there; as the main process sees it, since all have to agree."""
+        found = find_last_checkpoint(Path(self.args.output_dir), self.run["run"])
+        return broadcast_object_list([found is not None and found[0] == self._checkpoint()])[0]
+
+    def _are_adapters_finite(self) -> bool:
+        trained = self._trained_parameters()
+        with self._whole(trained):
+            finite = [gather_shards(parameter.isfinite().all()) for parameter in trained.values()]
+            return bool(torch.stack(finite).all())
+
+    def _run_epoch(self, *args, **kwargs):
+        """The Trainer would take one more step after a checkpoint at which the run had come to its end."""
+        stopped_early = any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
+        if stopped_early or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            self._clock = time.perf_counter()
+            super()._run_epoch(*args, **kwargs)
+
+    # --- a loss that is no number ---
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """
+        Raises:
+            FloatingPointError: if a loss of this optimizer step, on any process, is NaN or Inf. All processes raise it
+                together, before the step changes anything, with the adapters in a complete checkpoint.
+        """
+        rows = inputs.pop("index")
+        self._count(inputs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self._losses.append((loss.detach().isfinite().all(), rows))
+        # Before backward, in which DeepSpeed takes the step. Gradients that overflow fp16 are left to the loss scaler
+        if self.accelerator.sync_gradients:
+            finite, rows = zip(*self._losses)
+            self._losses.clear()
+            if self.accelerator.reduce((~torch.stack(finite)).sum()):
+                self._stop([row for ok, batch in zip(finite, rows) if not ok for row in batch.tolist()])
+        return loss
+
+    def _stop(self, rows: list[int]):
+        rows = sorted(gather_object(rows))
+        rates = sorted({group["lr"] for group in self.optimizer.param_groups})
+        message = (
+            f"The loss of step {self.state.global_step + 1} is NaN or Inf, in the batches with the rows {rows} of the "
+            f"train split; the learning rate is {', '.join(f'{rate:g}' for rate in rates)}. "
+        )
+        if not self._are_adapters_finite():
+            message += "The adapters hold NaN or Inf too, from an earlier step, and are not saved. "
+        elif self.state.global_step and not self._is_saved():
+            self._save_checkpoint(self.model_wrapped, trial=None)
+        raise FloatingPointError(f"{message}{self._name_last_checkpoint()} {self._advise_on_rates()}")
+
+    def _advise_on_rates(self) -> str:
+        return (
+            "Look at these rows, or begin a new run with its adapters (`--adapter`) and a smaller `--learning_rate` "
+            "or `--max_grad_norm`."
+        )
+
+    # --- speed and memory in the log ---
+
+    def _restart_counting(self):
+        self._clock, self._seconds = time.perf_counter(), 0.0
+        self._samples, self._text_tokens, self._visual_tokens = 0, 0, 0
+
+    def _count(self, inputs: dict):
+        """On the device, and waited for when they are logged. Visual tokens are patches of images."""
+        self._samples += len(inputs["input_ids"])
+        self._text_tokens = self._text_tokens + inputs["attention_mask"].sum()
+        if "pixel_values" in inputs:
+            images, (height, width) = inputs["image_mask"].sum(), inputs["pixel_values"].shape[-2:]
+            patch_size = self.model.config.vision_config.patch_size
+            self._visual_tokens = self._visual_tokens + images * (height // patch_size) * (width // patch_size)
+            self._text_tokens = self._text_tokens - images * len(self.data_collator.image_tokens)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self._seconds += time.perf_counter() - self._clock
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._clock = time.perf_counter()  # evaluation and saving do not count
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        if "loss" in logs:
+            logs |= self._measure()
+        super().log(logs, start_time)
+
+    def _measure(self) -> dict[str, float]:
+        """Per second of training since the last log, of all processes together; memory is that of the fullest one."""
+        own = [self._samples, self._text_tokens, self._visual_tokens, peak_memory(self.args.device)]
+        own = torch.tensor([float(value) for value in own], device=self.args.device)
+        *sums, peak = zip(*self.accelerator.gather(own[None]).tolist())
+        names = ("samples_per_second", "text_tokens_per_second", "visual_tokens_per_second")
+        speeds = {name: round(sum(values) / self._seconds, 2) for name, values in zip(names, sums)}
+        self._restart_counting()
+        return {**speeds, "peak_memory_gb": round(max(peak), 3)}
+
+
+def gather_shards(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP2 has divided, as a whole."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def peak_memory(device: torch.device) -> float:
+    """In GB of 10^9 bytes: what torch had allocated on a GPU, or what the process had resident without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
