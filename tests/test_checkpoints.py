@@ -73,7 +73,7 @@ def start(context, folder: Path, flags: list[str], processes: int = 1, prepare=N
     running = [context.Process(target=child, args=values) for values in arguments]
     for process in running:
         process.start()
-    for _ in range(1200):
+    for _ in range(3000):  # five minutes
         for process in running:
             process.join(0.1 / processes)
         if any(process.exitcode for process in running) or not any(process.is_alive() for process in running):
