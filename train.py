@@ -166,7 +166,7 @@ class DehvfTrainingArguments(TrainingArguments):
     resume_from_checkpoint: str | None = field(
         default="auto",
         metadata={
-            "help": "auto: go on with the run in --output_dir, if there is one; never: replace it; or the folder of a "
+            "help": "auto: go on with a run in --output_dir that was cut off; never: replace it; or the folder of a "
             "checkpoint to go on from."
         },
     )
@@ -704,7 +704,7 @@ def describe_code() -> dict:
     }
 
 
-def choose_start(training_args, *other_arguments) -> tuple[dict, Path | None, bool]:
+def choose_start(training_args, *other_arguments) -> tuple[dict, Path | None]:
     """See [`find_start`]. The main process looks for all, since they have to agree."""
     run = {
         "arguments": describe_arguments(training_args, *other_arguments),
@@ -713,11 +713,10 @@ def choose_start(training_args, *other_arguments) -> tuple[dict, Path | None, bo
         **describe_code(),
     }
     folder, asked = Path(training_args.output_dir), training_args.resume_from_checkpoint or "auto"
-    trains = training_args.num_train_epochs > 0
     start = [None]
     if training_args.process_index == 0:
         try:
-            start = [find_start(folder, asked, run, trains)]
+            start = [find_start(folder, asked, run)]
         except ValueError as error:
             start = [error]
     (start,) = broadcast_object_list(start)
@@ -758,28 +757,8 @@ def report(folder: Path, task, processor, split: Split):
     usable = results["method"] in DEHVF_METHODS and write_example(folder, task, processor, split)
     code = example_code(folder) if usable else None
     write_card(folder, results, code)
-    print_example(code)
-
-
-def print_example(code: str | None):
-    if code:
+    if usable:
         print(f"\nTo ask the result about an image:\n\n{code}")
-
-
-def show_finished(folder: Path):
-    """For a command that is started again after its end."""
-    results = json.loads((folder / RESULTS_FILE).read_text())
-    print(
-        f"This run has come to its end: its results are in {folder}, made at commit {results['commit']}. "
-        "`--resume_from_checkpoint never` trains anew and replaces them; another `--output_dir` keeps them."
-    )
-    print_scores(results)
-    print_example(example_code(folder) if (folder / "example.png").is_file() else None)
-
-
-def leave_process_group():
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def main(arguments: list[str]):
@@ -809,12 +788,7 @@ def main(arguments: list[str]):
     if hasattr(task, "check_scorer"):  # before hours of training, and not after them
         task.check_scorer()
     main_process, folder = training_args.process_index == 0, Path(training_args.output_dir)
-    run, checkpoint, finished = choose_start(training_args, data_args, model_args, adapter_args, baseline_args)
-    if finished:
-        if main_process:
-            show_finished(folder)
-        leave_process_group()
-        return
+    run, checkpoint = choose_start(training_args, data_args, model_args, adapter_args, baseline_args)
     if training_args.run_name is None:  # for `report_to`: the same when the run goes on, and no other run's
         training_args.run_name = f"{folder.name}-{run['run'][:8]}"
     processor, splits, model = load(task, data_args, model_args, adapter_args, baseline_args, training_args)
@@ -867,7 +841,8 @@ def main(arguments: list[str]):
         facts |= describe_run(task, processor, model, splits["test"], data_args, model_args, training_args, folder)
         write_json(folder / RESULTS_FILE, facts)
         report(folder, task, processor, splits["test"])
-    leave_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -158,26 +158,24 @@ def warn_of_other_code(run: dict, manifest: dict, checkpoint: Path):
         logger.warning(f"{checkpoint} was written by other code, and what comes next may differ: {changes}.")
 
 
-def find_start(output_dir: Path, asked: str, run: dict, trains: bool) -> tuple[dict, Path | None, bool]:
+def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | None]:
     """
     Where a run begins.
 
     Args:
-        asked: `auto` goes on with the run in `output_dir` if there is one, `never` replaces it, and all else is the
-            folder of a checkpoint.
+        asked: `auto` goes on with a run in `output_dir` that was cut off, `never` replaces it, and all else is the
+            folder of a checkpoint. A run that came to its end is replaced.
         run: `arguments`, `engine`, `processes`, `versions` and `commit` of this run.
-        trains: whether there is anything to train. An evaluation is repeated whenever it is asked for.
 
     Returns:
-        `run` with an id, and the seconds trained so far; the checkpoint to go on from, if any; and whether the run
-        has come to its end before.
+        `run` with an id, and the seconds trained so far; and the checkpoint to go on from, if any.
 
     Raises:
         ValueError: if the run there is another one, or the checkpoint asked for by name is not complete.
     """
     new = {**run, "run": uuid.uuid4().hex, "train_seconds": 0.0}
     if asked == "never":
-        return new, None, False
+        return new, None
     if asked != "auto":
         checkpoint = Path(asked)
         manifest = read_manifest(checkpoint)
@@ -191,24 +189,21 @@ def find_start(output_dir: Path, asked: str, run: dict, trains: bool) -> tuple[d
         warn_of_other_code(run, manifest, checkpoint)
         if checkpoint.resolve().parent == output_dir.resolve():
             new["run"] = manifest["run"]
-        return {**new, "train_seconds": manifest["train_seconds"]}, checkpoint, False
+        return {**new, "train_seconds": manifest["train_seconds"]}, checkpoint
     if not (output_dir / RUN_FILE).is_file():
-        return new, None, False
+        return new, None
     earlier = json.loads((output_dir / RUN_FILE).read_text())
     results = output_dir / RESULTS_FILE
     results = json.loads(results.read_text()) if results.is_file() else {}
     finished = results.get("run") == earlier["run"] and "scores" in results
-    found = find_last_checkpoint(output_dir, earlier["run"])
-    if finished or found:
-        check_same_arguments(run["arguments"], earlier["arguments"], output_dir)
-    if finished and trains:
-        return {**new, "run": earlier["run"]}, None, True
-    if found is None or not trains:
-        return new, None, False
+    found = None if finished else find_last_checkpoint(output_dir, earlier["run"])
+    if found is None:
+        return new, None
     checkpoint, manifest = found
+    check_same_arguments(run["arguments"], earlier["arguments"], output_dir)
     check_same_engine(run, manifest, checkpoint)
     warn_of_other_code(run, manifest, checkpoint)
-    return {**new, "run": earlier["run"], "train_seconds": manifest["train_seconds"]}, checkpoint, False
+    return {**new, "run": earlier["run"], "train_seconds": manifest["train_seconds"]}, checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -410,18 +410,15 @@ def test_never_begins_anew_and_forgets_the_checkpoints_of_before(interrupted, ca
     assert training.read_manifest(output / "checkpoint-4")["run"] == before, "nothing is removed"
 
 
-def test_a_run_that_has_come_to_its_end_is_not_trained_again(interrupted, capsys, monkeypatch):
+def test_a_run_that_has_come_to_its_end_is_replaced(interrupted, capsys):
     flags, output = interrupted
     train.main(flags(output))
+    before = json.loads((output / "results.json").read_text())["run"]
     capsys.readouterr()
-    results = (output / "results.json").read_text()
-    monkeypatch.setattr(train, "load", lambda *_: pytest.fail("nothing is to be loaded"))
-    train.main(flags(output))
-    printed = capsys.readouterr().out
-    assert "come to its end" in printed and "--resume_from_checkpoint never" in printed and "scores: NAT" in printed
-    assert (output / "results.json").read_text() == results
-    with pytest.raises(ValueError, match="`learning_rate` was 0.05, is 0.01"):
-        train.main(flags(output, learning_rate=0.01))
+    train.main(flags(output, learning_rate=0.01))
+    assert "going on from" not in capsys.readouterr().out
+    after, run = (json.loads((output / name).read_text())["run"] for name in ("results.json", "run.json"))
+    assert before != after == run
 
 
 def test_a_run_cut_off_after_its_last_step_takes_no_further_one(scienceqa, tmp_path):  # noqa: F811
