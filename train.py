@@ -17,6 +17,7 @@ A run that was cut off goes on from its last complete checkpoint when the same c
 
 import dataclasses
 import difflib
+import gc
 import hashlib
 import inspect
 import itertools
@@ -642,6 +643,13 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
     given = {flag.removeprefix("--").split("=")[0] for flag in flags if flag.startswith("--")}
     if {"learning_rate", "base_learning_rate"} <= given:
         raise ValueError("`--learning_rate` and `--base_learning_rate` were given. Leave one of them out.")
+    if training_args.deepspeed and (training_args.bf16 or training_args.fp16):
+        flag, dtype = ("bf16", "bfloat16") if training_args.bf16 else ("fp16", "float16")
+        raise ValueError(
+            f"`--{flag}` and `--deepspeed` were given, but DeepSpeed casts the adapters too, whose small steps are "
+            f"lost in {dtype}. Leave `--{flag}` out: `--dtype {dtype}` loads the frozen bases in half precision, "
+            "and the adapters stay float32."
+        )
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError(
             "A stream does not tell how many rows it has, so `--streaming` needs `--max_steps`: rows x epochs / batch."
@@ -767,9 +775,10 @@ def main(arguments: list[str]):
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     recipe, data_args, model_args, adapter_args, baseline_args, training_args = parse_arguments(arguments)
     check_arguments(arguments, data_args, model_args, adapter_args, training_args)
-    if training_args.deepspeed:  # on CPUs nobody else does before the bases come, which ZeRO-3 divides as they load
+    if training_args.deepspeed:
         import deepspeed
 
+        # accelerate does so on accelerators alone. ZeRO-3 needs it before the bases, which it divides as they load
         deepspeed.init_distributed(auto_mpi_discovery=False)
     set_seed(training_args.seed)
     if training_args.use_cpu:  # `accelerate launch` leaves each process a single thread
@@ -842,6 +851,9 @@ def main(arguments: list[str]):
         write_json(folder / RESULTS_FILE, facts)
         report(folder, task, processor, splits["test"])
     if torch.distributed.is_initialized():
+        # DDP's part first: if it is the last to hold the group, the end may wait for ever, for a lock that it has
+        del trainer
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
