@@ -932,6 +932,9 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         self.lm_head._is_hf_initialized = True
         self.generation_config = causal_lm.generation_config
         self.post_init()
+        # CLIP's list names modules of its text tower too, and FSDP stops at one that it does not find
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = [name for name in self._no_split_modules if name in present]
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_adapter_name(name))
 
