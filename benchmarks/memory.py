@@ -3,7 +3,8 @@
 Bytes: what an image costs once it is encoded, beside LLaVA's KV cache of its tokens; what a checkpoint holds; what a
 training step needs at its peak; and what loading a base does.
 
-    python -m benchmarks.memory     # minutes on 2 cores, nearly all of them for the training steps
+    python -m benchmarks.memory                # minutes on 2 cores, nearly all of them for the training steps
+    python -m benchmarks.memory --estimate     # seconds: what a GPU needs to train 7B and 13B, by engine; calculated
 
 Bytes per image and per checkpoint are those of the tensors of 7B and 13B, which run on the meta device: shapes and
 dtypes without values. The peak of training is measured on the CPU, with the models of `benchmarks.speed`'s preset
@@ -218,6 +219,101 @@ def loading_in_a_fresh_process() -> dict | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What a GPU needs to train, calculated
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Adapters and gradients in float32, and AdamW's two moments
+BYTES_PER_TRAINED = 4 + 4 + 8
+# Most that ZeRO-3 holds whole of the bases at once, in values: `stage3_max_live_parameters` of DeepSpeed
+ZERO3_LIVE = 10**9
+ESTIMATE_BATCH, ESTIMATE_TOKENS = 4, 64
+
+
+def kept_for_backward(model, inputs: dict) -> int:
+    """Bytes of what autograd keeps of a forward: each storage once, and no weights."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held, or the next tensor might get its number
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**inputs).loss
+    size = sum(storage.nbytes() for storage in kept.values())
+    del loss
+    return size
+
+
+def training_needs(shape: tuple, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+    """
+    Bytes of one process that trains, by part, of models on the meta device: the bases in `dtype`, what belongs to the
+    adapters, activations without and with gradient checkpointing, and the largest layer of the language model.
+    With checkpointing a layer's activations are there again while backward is in it.
+    """
+    config = operations.load_config(*shape)
+    with operations.meta_device():
+        vision = AutoModel.from_config(config.vision_config, dtype=dtype)
+        text = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
+        model = speed.build(speed.DEHVF, config, vision, text).train()
+        size = config.vision_config.image_size
+        ids = torch.zeros(ESTIMATE_BATCH, ESTIMATE_TOKENS, dtype=torch.long)
+        # One that needs no look at its values
+        mask = torch.ones(ESTIMATE_BATCH, 1, ESTIMATE_TOKENS, ESTIMATE_TOKENS, dtype=torch.bool)
+        inputs = {"input_ids": ids, "labels": ids, "attention_mask": mask}
+        inputs["pixel_values"] = torch.zeros(ESTIMATE_BATCH, 3, size, size)
+        plain = kept_for_backward(model, inputs)
+        model.activation_checkpointing_enable()
+        checkpointed = kept_for_backward(model, inputs)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    layer = bytes_of(text.model.layers[0].parameters())
+    return {
+        "bases": bytes_of(parameter for parameter in model.parameters() if not parameter.requires_grad),
+        "dtype": dtype.itemsize,
+        "layer": layer,
+        "adapters": BYTES_PER_TRAINED * trained,
+        "activations": plain,
+        "activations, checkpointed": checkpointed + (plain - checkpointed) // config.text_config.num_hidden_layers,
+    }
+
+
+# Engine -> bytes of the bases on each GPU, of W
+BASES_PER_GPU = {
+    "one GPU, DDP, ZeRO-1, ZeRO-2": lambda needs, gpus: needs["bases"],
+    "ZeRO-3": lambda needs, gpus: needs["bases"] // gpus + min(needs["bases"], ZERO3_LIVE * needs["dtype"]),
+    "FSDP2": lambda needs, gpus: needs["bases"] // gpus + 2 * needs["layer"],
+    "ZeRO-3 offload": lambda needs, gpus: min(needs["bases"], ZERO3_LIVE * needs["dtype"]),
+}
+
+
+def estimate_table() -> str:
+    lines = [
+        f"10⁹ bytes per GPU, calculated: bases in bfloat16, batch {ESTIMATE_BATCH}, 256 patches, {ESTIMATE_TOKENS} "
+        "text tokens. GPU = bases + 16 x trained (adapters and gradients in float32, AdamW) + activations (what "
+        "autograd keeps of a forward, with whole attention matrices, counted on the meta device). Bases: whole; "
+        "ZeRO-3: whole / GPUs + at most 10⁹ values at work; FSDP2: whole / GPUs + two layers; offload: at most 10⁹ "
+        "values at work, and the whole once in each machine's memory. Not counted: about 1 for CUDA, and what its "
+        "allocator wastes.",
+        "",
+        "| engine | GPUs | 7B | 7B, checkpointed | 13B | 13B, checkpointed |",
+        "|---" * 6 + "|",
+    ]
+    shapes = [shape for name, shape in operations.SHAPES.items() if "256" in name]
+    needs = [training_needs(shape) for shape in shapes]
+    for engine, bases in BASES_PER_GPU.items():
+        for gpus in (2, 4, 8) if engine in ("ZeRO-3", "FSDP2") else ("any",):
+            cells = [
+                f"{(bases(one, gpus) + one['adapters'] + one[activations]) / 1e9:.1f}"
+                for one in needs
+                for activations in ("activations", "activations, checkpointed")
+            ]
+            lines.append(f"| {engine} | {gpus} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Results
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -304,9 +400,13 @@ def main():
     parser.add_argument("--preset", choices=on_cpu, default="small", help="of the training steps")
     parser.add_argument("--peak-of", choices=PEAK_METHODS, help="only print the bytes of this method's training peak")
     parser.add_argument("--loading-of", type=Path, help="only print what loading this folder's models needs, as JSON")
+    parser.add_argument("--estimate", action="store_true", help="only print what a GPU needs to train, calculated")
     arguments = parser.parse_args()
     if arguments.loading_of:
         print(json.dumps(growth_of_loading(arguments.loading_of)))
+        return
+    if arguments.estimate:
+        print(estimate_table())
         return
     preset = speed.PRESETS[arguments.preset]
     if arguments.peak_of:

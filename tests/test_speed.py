@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,3 +223,26 @@ def test_the_report_has_bytes_of_images_checkpoints_and_training(tmp_path, monke
     assert "| tiny | 0.0 | 0.0 | 0.0 |" in table
     assert ("Not measured" in table) == (peaks is None)
     assert (tmp_path / "memory.png").stat().st_size > 10_000
+
+
+def test_what_autograd_keeps_is_counted_once_and_without_weights():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(8, 8))
+
+        def forward(self, given):
+            hidden = given @ self.weight  # keeps what is given, 3 x 8 values
+            return SimpleNamespace(loss=(hidden * hidden).sum())  # keeps `hidden` twice, 3 x 8 values
+
+    assert memory.kept_for_backward(Model(), {"given": torch.ones(3, 8)}) == 4 * (3 * 8 + 3 * 8)
+
+
+def test_the_estimate_for_training_at_7b_counts_its_bases_and_adapters():
+    needs = memory.training_needs(operations.SHAPES["LLaMA-7B, 256 visual tokens, 320 slots"])
+    assert needs["bases"] == 2 * (6_738_415_616 + 303_179_776)  # LLaMA-7B and CLIP ViT-L/14's image side
+    assert needs["adapters"] == 16 * 4_163_783
+    assert needs["activations, checkpointed"] < needs["activations"] / 4
+    per_gpu = {engine: bases(needs, 8) for engine, bases in memory.BASES_PER_GPU.items()}
+    assert per_gpu["one GPU, DDP, ZeRO-1, ZeRO-2"] == needs["bases"]
+    assert per_gpu["ZeRO-3"] == needs["bases"] // 8 + 2 * 10**9
