@@ -851,7 +851,7 @@ def main(arguments: list[str]):
         write_json(folder / RESULTS_FILE, facts)
         report(folder, task, processor, splits["test"])
     if torch.distributed.is_initialized():
-        # DDP's part first: if it is the last to hold the group, the end may wait for ever, for a lock that it has
+        # Before the group: a trainer under DDP that outlived it was seen to hang, now and then, when it was freed
         del trainer
         gc.collect()
         torch.distributed.destroy_process_group()

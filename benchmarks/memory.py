@@ -241,17 +241,15 @@ def kept_for_backward(model, inputs: dict) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**inputs).loss
-    size = sum(storage.nbytes() for storage in kept.values())
-    del loss
-    return size
+        model(**inputs)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def training_needs(shape: tuple, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
     """
     Bytes of one process that trains, by part, of models on the meta device: the bases in `dtype`, what belongs to the
-    adapters, activations without and with gradient checkpointing, and the largest layer of the language model.
-    With checkpointing a layer's activations are there again while backward is in it.
+    adapters, activations without and with gradient checkpointing, and one layer of the language model. With
+    checkpointing a layer's activations are there again while backward is in it.
     """
     config = operations.load_config(*shape)
     with operations.meta_device():
@@ -268,18 +266,17 @@ def training_needs(shape: tuple, dtype: torch.dtype = torch.bfloat16) -> dict[st
         model.activation_checkpointing_enable()
         checkpointed = kept_for_backward(model, inputs)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    layer = bytes_of(text.model.layers[0].parameters())
     return {
         "bases": bytes_of(parameter for parameter in model.parameters() if not parameter.requires_grad),
         "dtype": dtype.itemsize,
-        "layer": layer,
+        "layer": bytes_of(text.model.layers[0].parameters()),
         "adapters": BYTES_PER_TRAINED * trained,
         "activations": plain,
         "activations, checkpointed": checkpointed + (plain - checkpointed) // config.text_config.num_hidden_layers,
     }
 
 
-# Engine -> bytes of the bases on each GPU, of W
+# Engine -> bytes of the bases on each GPU
 BASES_PER_GPU = {
     "one GPU, DDP, ZeRO-1, ZeRO-2": lambda needs, gpus: needs["bases"],
     "ZeRO-3": lambda needs, gpus: needs["bases"] // gpus + min(needs["bases"], ZERO3_LIVE * needs["dtype"]),
