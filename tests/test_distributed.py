@@ -73,13 +73,21 @@ def single(train_on):
     return train_on(None, 1, "single", per_device_train_batch_size=4)
 
 
+# In one piece, since processes write at once
+PRINT_ENVIRONMENT = """
+import os
+own = {n: v for n, v in os.environ.items() if n.startswith(("RANK", "WORLD_SIZE", "ACCELERATE_", "FSDP_"))}
+os.write(1, f"{own}\\n".encode())
+"""
+
+
 def accelerate_launch(config: str, *flags) -> list[dict]:
     """Starts a launch file of this repository. Returns the environment of each process that it starts, by rank."""
-    names = '("RANK", "WORLD_SIZE", "ACCELERATE_", "FSDP_")'  # a short line, since the processes print at once
-    script = f"import os; print({{n: v for n, v in os.environ.items() if n.startswith({names})}}, flush=True)"
     file = ROOT / "launch" / f"{config}.yaml"
     words = ["-m", "accelerate.commands.launch", "--config_file", file, *flags, "--no_python", sys.executable]
-    started = subprocess.run([sys.executable, *map(str, words), "-c", script], capture_output=True, text=True)
+    started = subprocess.run(
+        [sys.executable, *map(str, words), "-c", PRINT_ENVIRONMENT], capture_output=True, text=True
+    )
     assert started.returncode == 0, started.stderr[-4000:]
     environments = [ast.literal_eval(line) for line in started.stdout.splitlines() if line.startswith("{")]
     return sorted(environments, key=lambda environment: int(environment.get("RANK", 0)))
