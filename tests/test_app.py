@@ -1,0 +1,213 @@
+"""The demo: its functions, its server, and its page in a real browser."""
+
+import shutil
+from functools import partialmethod
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import ROOT, DehvfForConditionalGeneration, DehvfProcessor
+
+from pictures import fusion_weights
+
+
+pytest.importorskip("gradio", reason="pip install -r requirements-app.txt")
+import gradio as gr  # noqa: E402
+
+import app  # noqa: E402
+
+
+BASES = ROOT / "assets" / "vision_model", ROOT / "assets" / "language_model"
+SIZES = {"num_memory_slots": 20, "projector_hidden_size": 8, "fuser_num_layers": 1, "visual_scale": 1.0}
+MESSAGE = "Question: Where is the 5?\nOptions: (A) northwest (B) southeast"
+
+
+def make_model(**values):
+    """New adapters on the embedded bases, with random values where they start at zero, so that images count."""
+    torch.manual_seed(0)
+    model = DehvfForConditionalGeneration.from_vision_text_pretrained(*BASES, **{**SIZES, **values})
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module", params=["network", "instruction"])
+def loaded(request):
+    return make_model(fuser_query=request.param), DehvfProcessor.from_vision_text_pretrained(*BASES)
+
+
+@pytest.fixture(scope="module")
+def image() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def answered(loaded, image):
+    """The inputs, the ids of question and answer, and what was shown meanwhile."""
+    *shown, (answer, (*_, tokens)) = app.ask(*loaded, image, MESSAGE)
+    return app.make_inputs(*loaded, image, MESSAGE), tokens, [text for text, _ in shown] + [answer]
+
+
+def test_the_answer_grows_to_what_the_model_generates(loaded, answered):
+    model, processor = loaded
+    inputs, tokens, shown = answered
+    expected = model.generate(**inputs, max_new_tokens=app.MAX_NEW_TOKENS)[0]
+    assert tokens == expected.tolist()
+    length = inputs["input_ids"].shape[1]
+    assert shown[-1] == processor.decode(expected[length:], skip_special_tokens=True).strip()
+    assert len(set(shown)) > 2 and all(later.startswith(text) for text, later in zip(shown, shown[1:]))
+
+
+def test_the_message_is_asked_as_in_training(loaded, answered):
+    inputs, _, _ = answered
+    assert loaded[1].decode(inputs["input_ids"][0], skip_special_tokens=True) == f"{MESSAGE}\nResponse:"
+
+
+@pytest.mark.parametrize("given", [(None, MESSAGE), (Image.new("RGB", (8, 8)), " \n")])
+def test_an_image_and_a_question_are_asked_for(loaded, given):
+    with pytest.raises(gr.Error, match="An image and a question are needed"):
+        next(app.ask(*loaded, *given))
+
+
+def test_an_error_of_the_model_ends_the_answer(loaded, image, monkeypatch):
+    def fail(**kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(loaded[0], "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(app.ask(*loaded, image, MESSAGE))
+
+
+def test_the_token_that_the_image_raised_most_is_chosen_first(loaded, image, answered):
+    model, processor = loaded
+    inputs, tokens, _ = answered
+    length, gains = inputs["input_ids"].shape[1], []
+    blind = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    for end in range(length, len(tokens)):  # each token after those before it
+        given = [app.read_tokens(parts, tokens, end) for parts in (inputs, blind)]
+        seen, unseen = (model(**parts).logits[0, -1].log_softmax(-1)[tokens[end]].item() for parts in given)
+        gains.append(seen - unseen)
+    radio = app.offer_tokens(*loaded, (image, MESSAGE, tokens))
+    assert radio.value == np.argmax(gains)
+    assert [choice[1] for choice in radio.choices] == list(range(len(gains)))
+    assert radio.choices[0][0] == processor.tokenizer.decode(tokens[length]).strip()
+
+
+def test_patches_are_drawn_as_they_were_read_for_the_token(loaded, image, answered, monkeypatch):
+    model, _ = loaded
+    inputs, tokens, _ = answered
+    instruction = None
+    if model.config.reads_instruction:  # the question alone, not what was answered so far
+        instruction = model.get_instruction_features(inputs["input_ids"])
+    memory = model.get_image_features(inputs["pixel_values"], instruction=instruction)
+    read = []
+
+    def look(mlp, args):
+        slots = mlp.slot_activations(args[0][:, -1:], mlp.memory_view)
+        read.append(slots[0, 0, : model.config.num_patches].detach().numpy())
+
+    token = 1
+    hooks = [layer.mlp.register_forward_pre_hook(look) for layer in model.model.language_model.layers]
+    model(torch.tensor([tokens[: inputs["input_ids"].shape[1] + token]]), visual_memory=memory)
+    for hook in hooks:
+        hook.remove()
+    drawn = []
+    monkeypatch.setattr(app, "draw_slot_activations", lambda *args: drawn.append(args))
+    app.draw_patches(*loaded, (image, MESSAGE, tokens), token)
+    ((activations, pixels, patch_size, _),) = drawn
+    np.testing.assert_allclose(activations, np.stack(read), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(pixels, np.asarray(image) / 255, atol=1e-6)
+    assert patch_size == model.config.vision_config.patch_size
+
+
+def test_the_mixture_is_that_of_the_image(loaded, image, answered, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(app, "draw_fusion_weights", lambda weights, *args: drawn.append(weights))
+    app.draw_mixture(*loaded, image, MESSAGE)
+    np.testing.assert_allclose(drawn[0], fusion_weights(loaded[0], answered[0]))
+    assert app.draw_mixture(*loaded, None, MESSAGE) is None
+
+
+def test_examples_are_questions_about_images_of_the_test_split():
+    examples = app.make_examples()
+    assert len(examples) == app.NUM_EXAMPLES
+    for image, message in examples:
+        assert image.size == (64, 64) and message.startswith("Question: ") and "Options: (A)" in message
+
+
+@pytest.mark.parametrize(
+    "adapter, message", [("nothing", "accelerate launch train.py"), (BASES[1], "a `llama`: it has no visual memory")]
+)
+@pytest.mark.parametrize("place", ["flag", "variable"])
+def test_what_is_no_adapter_is_refused(adapter, message, place, monkeypatch, capsys):
+    if place == "variable":
+        monkeypatch.setenv("DEHVF_ADAPTER", str(adapter))
+    with pytest.raises(SystemExit):
+        app.main(["--adapter", str(adapter)] if place == "flag" else [])
+    assert message in capsys.readouterr().err
+
+
+# --- served ---
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("app") / "adapter"
+    make_model().save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gr.Blocks, "launch", partialmethod(gr.Blocks.launch, prevent_thread_lock=True, quiet=True))
+        _, url, _ = app.main(["--adapter", str(folder)])
+        yield url
+    gr.close_all()
+
+
+def test_a_client_sees_the_answer_grow(url, loaded, image, tmp_path):
+    from gradio_client import Client, handle_file
+
+    image.save(tmp_path / "image.png")
+    client = Client(url, verbose=False, analytics_enabled=False)
+    steps = list(client.submit(handle_file(tmp_path / "image.png"), MESSAGE, api_name="/ask"))
+    assert len(set(steps)) > 2
+    assert steps[-1] == list(app.ask(make_model(), loaded[1], image, MESSAGE))[-1][0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser: apt-get install chromium chromium-driver")
+def test_the_page_answers_and_draws_in_a_browser_without_the_net(url, tmp_path):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    switches = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    switches += " disable-component-update disable-sync"
+    for switch in (*switches.split(), f"user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(f"--{switch}")
+    options.add_argument("--window-size=1280,1850")
+    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        browser.get(url)
+        wait = WebDriverWait(browser, 60, poll_frequency=0.1)
+        wait.until(lambda _: browser.find_elements(By.CSS_SELECTOR, "button.gallery-item"))[0].click()
+        question, answer = browser.find_elements(By.TAG_NAME, "textarea")
+        wait.until(lambda _: question.get_attribute("value") == app.make_examples()[0][1])
+        browser.find_element(By.XPATH, "//button[normalize-space()='Ask']").click()
+        drawn = "return [...document.querySelectorAll('img[alt*=plot]')].filter(image => image.naturalWidth > 1000)"
+        wait.until(lambda _: len(browser.execute_script(drawn)) == 2)
+        assert answer.get_attribute("value")
+        chosen = browser.find_element(By.CSS_SELECTOR, "input[type=radio]:checked")
+        assert chosen.is_displayed()
+        # Another token, another picture of the patches
+        first = [picture.get_attribute("src") for picture in browser.execute_script(drawn)]
+        others = browser.find_elements(By.CSS_SELECTOR, "input[type=radio]:not(:checked)")
+        others[0].click()
+        wait.until(lambda _: [p.get_attribute("src") for p in browser.execute_script(drawn)] != first)
+        asked = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+        assert asked and all(name.startswith((url, "data:", "blob:")) for name in asked), asked
+        browser.save_screenshot(tmp_path / "page.png")
+        assert len(Image.open(tmp_path / "page.png").convert("RGB").getcolors(2**24)) > 1000  # pictures, no blank
+    finally:
+        browser.quit()
