@@ -18,10 +18,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
+from tempfile import TemporaryDirectory
 from types import MethodType
 from typing import NamedTuple
 
 import torch
+import transformers
+from huggingface_hub import CommitInfo, ModelCard, ModelCardData, create_repo, file_exists, upload_folder
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -948,19 +953,22 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         Args:
             vision_model, text_model: Hub id or folder of the vision encoder and of the language model.
             kwargs: fields of [`DehvfConfig`] go to the config (`num_memory_slots=400`,
-                `text_model_revision="0123abc"`); all others go to `from_pretrained` of the bases (`dtype`,
-                `device_map`, `quantization_config`, `attn_implementation`, `token`, `local_files_only`, ...).
+                `text_model_revision="0123abc"`, `text_model_id="org/name"` if `text_model` is a copy of it); all
+                others go to `from_pretrained` of the bases (`dtype`, `device_map`, `quantization_config`,
+                `attn_implementation`, `token`, `local_files_only`, ...).
         """
         own = DehvfConfig.__dataclass_fields__.keys() - {"dtype"}
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
-        for key, location in (("vision", vision_model), ("text", text_model)):
+        places = {"vision": vision_model, "text": text_model}
+        for key, place in places.items():
             # A folder by its absolute path, so that a saved config finds it from everywhere
-            is_folder = os.path.isdir(location)
-            fields[f"{key}_model_id"] = os.path.abspath(location) if is_folder else str(location)
+            places[key] = os.path.abspath(place) if os.path.isdir(place) else str(place)
+            fields[f"{key}_model_id"] = fields.get(f"{key}_model_id") or places[key]
             revision = fields.get(f"{key}_model_revision")
-            fields[f"{key}_config"] = load_base_config(location, key, revision, _hub_kwargs(kwargs))
+            with _naming_base(place, key):
+                fields[f"{key}_config"] = load_base_config(place, key, revision, _hub_kwargs(kwargs))
         config = DehvfConfig(**fields)
-        return cls._from_bases(config, config.vision_model_id, config.text_model_id, **kwargs)
+        return cls._from_bases(config, places["vision"], places["text"], **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -1045,18 +1053,27 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         """The trained tensors by their full names: all that `save_pretrained` writes."""
         return {name: parameter.detach() for name, parameter in self.named_parameters() if is_adapter_name(name)}
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs):
+    def save_pretrained(
+        self, save_directory, is_main_process: bool = True, state_dict=None, push_to_hub: bool = False, **kwargs
+    ):
         """
         Writes the adapters alone (`model.safetensors`), the config with the ids and revisions of both bases, the
         code, and, unless the folder has one already, the processor of the bases. The frozen bases are not written.
         The file of the adapters carries their SHA-256, so that `from_pretrained` notices a damaged byte.
+        `push_to_hub` puts the same files, and a card, on the Hub.
 
         Args:
             state_dict: the tensors to save, as the Trainer gives them; the frozen ones among them are left out.
 
         Raises:
-            ValueError: if an adapter tensor is missing or empty, as happens when ZeRO-3 partitions were not gathered.
+            ValueError: if an adapter tensor is missing or empty, as happens when ZeRO-3 partitions were not gathered;
+                or with `push_to_hub`, which would leave out the processor.
         """
+        if push_to_hub:
+            raise ValueError(
+                "`save_pretrained` only writes a folder. `model.push_to_hub(repo_id)` puts adapters, processor and "
+                "card on the Hub, in one commit."
+            )
         own = self.adapter_state_dict()
         adapters = {name: tensor for name, tensor in (state_dict or own).items() if is_adapter_name(name)}
         empty = [name for name in own if name not in adapters or not adapters[name].numel()]
@@ -1073,10 +1090,50 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             _save_with_digest(adapters, os.path.join(save_directory, SAFE_WEIGHTS_NAME), {"format": "pt"})
         if is_main_process and not os.path.isfile(os.path.join(save_directory, PROCESSOR_NAME)):
             bases = (self.model.vision_tower.name_or_path, self.model.language_model.name_or_path)
+            ids = (self.config.vision_model_id, self.config.text_model_id)
+            revisions = (self.config.vision_model_revision, self.config.text_model_revision)
+            pins = (revision if base == known else None for base, known, revision in zip(bases, ids, revisions))
             try:
-                DehvfProcessor.from_vision_text_pretrained(*bases).save_pretrained(save_directory)
+                DehvfProcessor.from_vision_text_pretrained(*bases, *pins).save_pretrained(save_directory)
             except (OSError, ValueError):
                 logger.info(f"No processor in {bases}; save yours to {save_directory} to make it complete.")
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: bool | str | None = None, **kwargs
+    ) -> CommitInfo:
+        """
+        Puts what `save_pretrained` writes, and a model card, into a repository on the Hub, in one commit. A card that
+        is there stays.
+
+        Args:
+            repo_id: `org/name`. The repository is made if there is none.
+            private: whether it is then private.
+            token: of someone who may write there; by default the one that `hf auth login` keeps.
+            kwargs: as in `huggingface_hub.upload_folder` (`commit_message`, `revision`, `create_pr`, ...).
+
+        Raises:
+            ValueError: if a base is known by its folder alone, in which nobody else would find it.
+        """
+        config = self.config
+        check_hub_ids(vision=config.vision_model_id, text=config.text_model_id)
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            if not file_exists(repo_id, "README.md", token=token):
+                card = make_card(
+                    repo_id.split("/")[-1],
+                    method="dehvf",
+                    bases={
+                        config.text_model_id: config.text_model_revision,
+                        config.vision_model_id: config.vision_model_revision,
+                    },
+                    trained_parameters=sum(tensor.numel() for tensor in self.adapter_state_dict().values()),
+                    code=example_code(repo_id),
+                    versions={module.__name__: str(module.__version__) for module in (torch, transformers)},
+                )
+                card.save(os.path.join(folder, "README.md"))
+            options = {"commit_message": "Upload DEHVF adapters", **kwargs}
+            return upload_folder(repo_id=repo_id, folder_path=folder, token=token, **options)
 
     # --- visual memory in files ---
 
@@ -1302,6 +1359,21 @@ def _hub_kwargs(kwargs: dict) -> dict:
     return {n: kwargs[n] for n in ("cache_dir", "force_download", "local_files_only", "token") if n in kwargs}
 
 
+@contextmanager
+def _naming_base(location, key: str):
+    """Says which base could not be fetched, and what to do: the user has asked for other files, the adapters."""
+    try:
+        yield
+    except (OSError, HTTPError) as error:
+        kind = {"vision": "vision encoder", "text": "language model"}[key]
+        raise OSError(
+            f"The {kind} {location}, which the adapters need, could not be loaded. If it is private or gated, ask for "
+            f"access on its page, log in (`hf auth login`) or pass `token=`. If you have a copy, pass `{key}_model=` "
+            f"with its folder. If the connection broke, try again: files that arrived whole are kept.\n"
+            f"{error.__cause__ or error}"  # what the Hub said, which `transformers` has at times only guessed from
+        ) from error
+
+
 def load_base_config(location, key: str, revision, hub_kwargs: dict):
     """
     The config of a base (`key` is `"vision"` or `"text"`), without dropout; of a two-tower model such as CLIP, the
@@ -1318,12 +1390,15 @@ def _load_base(auto_class, location, key: str, config: DehvfConfig, **kwargs) ->
         hub_kwargs = {name: value for name, value in _hub_kwargs(kwargs).items() if name != "force_download"}
         revision = resolve_revision(location, getattr(config, f"{key}_model_revision"), **hub_kwargs)
         setattr(config, f"{key}_model_revision", getattr(revision, "resolved", revision))
-    found = load_base_config(location, key, revision, _hub_kwargs(kwargs))
+    with _naming_base(location, key):
+        found = load_base_config(location, key, revision, _hub_kwargs(kwargs))
     expected = getattr(config, f"{key}_config")
     _check_base(found, expected, location)
     found._attn_implementation = expected._attn_implementation
-    with _zero3_dtype(found.dtype if kwargs["dtype"] == "auto" else kwargs["dtype"]):
+    dtype = found.dtype if kwargs["dtype"] == "auto" else kwargs["dtype"]
+    with _naming_base(location, key), _zero3_dtype(dtype):
         base = auto_class.from_pretrained(location, config=found, revision=revision, **kwargs)
+    base.config._name_or_path = getattr(config, f"{key}_model_id")  # a saved config tells no folder of this machine
     setattr(config, f"{key}_config", base.config)
     return base
 
@@ -1423,6 +1498,94 @@ def _check_adapters(adapters: dict[str, torch.Tensor], expected: dict[str, torch
             f"The adapters in {location} do not fit the config beside them ({len(problems)} problems):\n  {shown}\n"
             "Load them with the config that they were saved with."
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model card
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_hub_id(location) -> bool:
+    """Whether this is an id on the Hub (`org/name`), and not a folder."""
+    try:
+        validate_repo_id(location)
+    except HFValidationError:
+        return False
+    return location is not None and not os.path.isdir(location)
+
+
+def check_hub_ids(**bases: str | None):
+    """Raises `ValueError` if a base (`vision=`, `text=`) has no id under which everyone finds it."""
+    for key, location in bases.items():
+        if not is_hub_id(location):
+            raise ValueError(
+                f"Adapters on the Hub name their bases by Hub id, but `{key}_model_id` is {location!r}. Say which "
+                f"repository that is a copy of: `--{key}_model_id org/name` of train.py, or `model.config."
+                f'{key}_model_id = "org/name"`, and its commit likewise as `{key}_model_revision`.'
+            )
+
+
+def example_code(repo_id: str) -> str:
+    """Lines of Python that load adapters from the Hub and ask them about an image."""
+    return f"""\
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+name = {repo_id!r}
+revision = "main"  # better the commit whose code you have read, in 40 hex digits
+model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
+message = {{"role": "user", "content": "What is in the image?"}}
+question = processor.apply_chat_template([message], add_generation_prompt=True)
+inputs = processor(images=Image.open("image.png"), text=question, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=10, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+print(question + processor.batch_decode(answer, skip_special_tokens=True)[0])
+"""
+
+
+def make_card(
+    name: str,
+    method: str,
+    bases: dict[str, str | None],
+    trained_parameters: int,
+    code: str | None,
+    versions: dict[str, str],
+    sections: str = "",
+    **metadata,
+) -> ModelCard:
+    """
+    A model card with valid metadata.
+
+    Args:
+        bases: id or folder of language model and vision encoder -> commit. The metadata names those on the Hub alone.
+        code: lines of Python that use the adapters, if anyone can.
+        versions: of the packages that they were made with.
+        sections: Markdown to stand before the versions.
+        metadata: further fields of `huggingface_hub.ModelCardData`, such as `datasets` and `eval_results`.
+    """
+    known = [base for base in bases if is_hub_id(base)]
+    data = ModelCardData(
+        base_model=known or None,
+        base_model_relation="adapter" if known else None,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=list(dict.fromkeys([method, "adapter", "vision-language"])),
+        **metadata,
+    )
+    commits = "\n".join(f"| `{base}` | {commit or 'not pinned'} |" for base, commit in bases.items())
+    use = (
+        "## Use\n\n`trust_remote_code=True` runs the `*_dehvf.py` files of this repository: read them first, and pin "
+        f"the commit that you have read.\n\n```python\n{code}```\n\n"
+        if code
+        else ""
+    )
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nAdapters of the method `{method}`: {trained_parameters:,} trained "
+        f"parameters. The frozen bases are loaded from their own repositories:\n\n| base | commit |\n|---|---|\n"
+        f"{commits}\n\n{use}{sections}## Versions\n\n"
+        + "\n".join(f"- {package} {number}" for package, number in versions.items())
+        + "\n"
+    )
 
 
 DehvfForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

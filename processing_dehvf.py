@@ -2,8 +2,10 @@
 """Images and text, or chat messages, to the tensors that DEHVF takes."""
 
 import os
+from tempfile import TemporaryDirectory
 
 import numpy as np
+from huggingface_hub import CommitInfo, create_repo, upload_folder
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
@@ -124,6 +126,19 @@ class DehvfProcessor(ProcessorMixin):
             text_model_revision=config.text_model_revision,
             **hub_kwargs,
         )
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: bool | str | None = None, **kwargs
+    ) -> CommitInfo:
+        """
+        Puts the processor's files into a repository on the Hub, in one commit. A card is left to the model's
+        `push_to_hub`, which has something to tell, and the arguments are as there.
+        """
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            options = {"commit_message": "Upload DEHVF processor", **kwargs}
+            return upload_folder(repo_id=repo_id, folder_path=folder, token=token, **options)
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         _, text, videos, audio = super().prepare_inputs_layout(text=text, **kwargs)

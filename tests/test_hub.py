@@ -1,0 +1,335 @@
+"""
+Adapters on the Hub: pushed in one commit, loaded from there with their bases, refused, broken off, and read offline.
+
+The unmodified `huggingface_hub` talks over HTTP to the server of hub_server.py, in processes of their own, since it
+reads its settings when it is imported. Each does what one test after another then looks at.
+"""
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import yaml
+from hub_server import STRANGER, HubServer
+from tiny import ROOT
+
+
+pytestmark = pytest.mark.slow
+CODE_FILES = ["configuration_dehvf.py", "modeling_dehvf.py", "processing_dehvf.py"]
+PROCESSOR_FILES = ["chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"]
+ADAPTER_FILES = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+PUSHED = sorted([*CODE_FILES, *PROCESSOR_FILES, *ADAPTER_FILES])
+
+
+def run_as(user: str, hub: HubServer, folder, *command, **variables):
+    """Runs Python with `command` in `folder` in a process to which `hub` is the Hub; the cache is `folder / home`."""
+    environment = {**os.environ, **hub.environment(user), "HF_HOME": str(folder / "home"), **variables}
+    environment["PYTHONPATH"] = str(ROOT / "tests")
+    process = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+
+
+def read_json(file):
+    return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, tmp_path_factory):
+    """What an author did: bases, and adapters on their first commits; then bases of other weights, and adapters on
+    these. Bases that others may not read, or that the server will break off, each with adapters. Returns a folder."""
+    folder = tmp_path_factory.mktemp("author")
+    code = """
+        import json, pathlib
+        import torch
+        from huggingface_hub import HfApi
+        from tiny import DEHVF_SIZES, DehvfForConditionalGeneration, save_tiny_bases, tiny_inputs, tiny_processor
+        from transformers import AutoModelForCausalLM
+
+        def push_base(name, folder):
+            HfApi().create_repo(f"org/{name}", exist_ok=True)
+            return HfApi().upload_folder(repo_id=f"org/{name}", folder_path=folder).oid
+
+        def make_model(vision="org/vision", text="org/text", **values):
+            torch.manual_seed(len(logits))
+            model = DehvfForConditionalGeneration.from_vision_text_pretrained(vision, text, **values, **DEHVF_SIZES)
+            for parameter in model.parameters():  # what starts at zero would hide itself
+                if parameter.requires_grad and not parameter.any():
+                    torch.nn.init.normal_(parameter, std=0.2)
+            return model
+
+        def push(model, name, **options):
+            commit = model.push_to_hub(f"org/{name}", **options)
+            with torch.no_grad():
+                logits[name] = model(**tiny_inputs()).logits
+            return commit.oid
+
+        facts, logits = {"folders": {}}, {}
+        sizes = {"max_position_embeddings": 512}
+        first, second = (save_tiny_bases(pathlib.Path(f"bases{seed}"), seed=seed, **sizes) for seed in (0, 1))
+        named = {"vision_model_id": "org/vision", "text_model_id": "org/text", "text_model_revision": "a commit"}
+        facts["vision 1"], facts["text 1"] = push_base("vision", first[0]), push_base("text", first[1])
+        model = make_model()
+        facts["adapter 1"] = push(model, "dehvf-tiny")
+        logits["adapter 1"] = logits["dehvf-tiny"]
+        facts["text 2"] = push_base("text", second[1])
+        model = make_model(vision_model_revision=facts["vision 1"])
+        facts["vision 2"] = push_base("vision", second[0])
+        facts["adapter 2"] = push(model, "dehvf-tiny", commit_message="Train on the new language model")
+
+        for unknown, known in (("vision", {}), ("text", {"vision_model_id": "org/vision"})):
+            try:
+                make_model(*first, **known).push_to_hub("org/dehvf-folders")
+            except ValueError as error:
+                facts["folders"][unknown] = str(error)
+        push(make_model(*first, **named), "dehvf-named")
+        tiny_processor().push_to_hub("org/dehvf-named", commit_message="Change the processor")
+
+        for seed, name in enumerate(("private", "gated", "missing", "flaky", "broken"), start=2):
+            sizes = {"intermediate_size": 16000} if name == "flaky" else {}  # 25 MB
+            vision, text = save_tiny_bases(pathlib.Path(f"bases{seed}"), seed=seed, **sizes)
+            if name == "broken":  # into three files, as large models are
+                AutoModelForCausalLM.from_pretrained(text).save_pretrained(text, max_shard_size="60KB")
+                (text / "model.safetensors").unlink()
+            push_base(name, text)
+            push(make_model(text=f"org/{name}"), f"dehvf-{name}")
+
+        torch.save(tiny_inputs(), "inputs.pt")
+        torch.save(logits, "logits.pt")
+        pathlib.Path("facts.json").write_text(json.dumps(facts))
+    """
+    run_as("writer", hub, folder, "-c", textwrap.dedent(code))
+    hub.repositories["org/private"].private = True
+    hub.repositories["org/gated"].gated = True
+    del hub.repositories["org/missing"]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(hub, pushed, tmp_path_factory):
+    """What a reader saw who began with an empty cache. Returns a folder."""
+    folder = tmp_path_factory.mktemp("reader")
+    # The server cannot know what comes, but the files that it is to break off are known
+    flaky, broken = (hub.repositories[f"org/{name}"] for name in ("flaky", "broken"))
+    hub.interruptions = {
+        flaky.commits[flaky.head]["model.safetensors"]: [0.5, 0.0],
+        broken.commits[broken.head]["model-00002-of-00003.safetensors"]: [0.5, *[0.0] * 5],
+    }
+    code = """
+        import contextlib, io, json, pathlib, sys
+        import torch
+        from huggingface_hub import constants, hf_hub_download
+        from huggingface_hub.utils import get_session
+        from PIL import Image
+        from transformers import AutoModel, AutoProcessor
+
+        author, stranger = sys.argv[1:]
+        facts = json.loads(pathlib.Path(author, "facts.json").read_text())
+        inputs, expected = (torch.load(pathlib.Path(author, name)) for name in ("inputs.pt", "logits.pt"))
+        seen = {}
+
+        def load(name, **options):
+            return AutoModel.from_pretrained(f"org/{name}", trust_remote_code=True, **options)
+
+        def mark(name):
+            get_session().get(f"{constants.ENDPOINT}/mark/{name}")
+
+        def equals(model, name):
+            with torch.no_grad():
+                return torch.equal(model(**inputs).logits, expected[name])
+
+        mark("begin")
+        seen["equal"] = equals(load("dehvf-tiny"), "dehvf-tiny")
+        mark("end")
+        model = load("dehvf-tiny", revision=facts["adapter 1"])
+        seen["equal at the pinned commit"] = equals(model, "adapter 1")
+        seen["pinned bases"] = [model.config.vision_model_revision, model.config.text_model_revision]
+        AutoProcessor.from_pretrained("org/dehvf-tiny", trust_remote_code=True)
+
+        Image.new("RGB", (20, 20), "red").save("image.png")
+        for name in ("dehvf-tiny",):
+            card = pathlib.Path(hf_hub_download(f"org/{name}", "README.md")).read_text()
+            lines = card.split("```python\\n")[1].split("```")[0]
+            commit = facts["adapter 1"]
+            assert lines.count('"main"') == 1, lines
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(lines.replace('"main"', repr(commit)), {})
+            seen[f"card of {name}"] = printed.getvalue()
+
+        for name in ("private", "gated", "missing"):
+            for user, token in (("nobody", None), ("stranger", stranger)):
+                try:
+                    load(f"dehvf-{name}", token=token)
+                except OSError as error:
+                    seen[f"{name} to {user}"] = str(error)
+
+        seen["equal after interruptions"] = equals(load("dehvf-flaky"), "dehvf-flaky")
+        try:
+            load("dehvf-broken")
+        except OSError as error:
+            seen["broken"] = str(error)
+        seen["equal at the second try"] = equals(load("dehvf-broken"), "dehvf-broken")
+        pathlib.Path("seen.json").write_text(json.dumps(seen))
+    """
+    code = code.replace("stranger = sys.argv[1:]", "stranger = sys.argv[1:3]")
+    run_as("nobody", hub, folder, "-c", textwrap.dedent(code), pushed, STRANGER)
+    return folder
+
+
+# --- pushing ---
+
+
+def test_a_push_is_one_commit_of_the_adapters_files(hub, pushed):
+    repository = hub.repositories["org/dehvf-tiny"]
+    pushes = ["Upload DEHVF adapters", "Train on the new language model"]
+    assert repository.messages == ["initial commit", *pushes]
+    assert sorted(hub.files("org/dehvf-tiny")) == PUSHED
+
+
+def test_a_push_sends_the_adapters_and_little_more(hub, pushed):
+    repository, files = hub.repositories["org/dehvf-private"], hub.files("org/dehvf-private")
+    sha, size = repository.commits[repository.head]["model.safetensors"], files.pop("model.safetensors")
+    assert [request.received for request in hub.requests if request.path == f"/lfs/{sha}"] == [size]
+    others = sum(request.received for request in hub.requests if "dehvf-private" in request.path)
+    assert others < 4 / 3 * sum(files.values()) + 16_000, "small files travel in base64"
+
+
+def test_what_is_on_the_hub_already_is_not_sent_again(hub, pushed):
+    commits = [request for request in hub.requests if request.path == "/api/models/org/dehvf-tiny/commit/main"]
+    first, second = (request.received for request in commits)
+    assert second < 0.1 * first
+
+
+def test_a_processor_is_pushed_alone_and_leaves_the_card(hub, pushed):
+    repository = hub.repositories["org/dehvf-named"]
+    _, before, after = repository.commits.values()
+    changed = [path for path in after if before.get(path) != after[path]]
+    assert changed and set(changed) <= {*PROCESSOR_FILES, *CODE_FILES}
+    assert repository.messages[-1] == "Change the processor"
+
+
+def test_a_base_in_a_folder_is_asked_for_its_id(hub, pushed):
+    facts = read_json(pushed / "facts.json")
+    for key, message in facts["folders"].items():
+        assert str(pushed / "bases0" / key) in message and f"`--{key}_model_id org/name`" in message
+        assert f"model.config.{key}_model_id" in message
+    assert facts["folders"].keys() == {"vision", "text"} and "org/dehvf-folders" not in hub.repositories
+
+
+def test_a_base_in_a_folder_goes_by_the_id_that_was_given(hub, pushed):
+    config = json.loads(hub.read("org/dehvf-named", "config.json"))
+    assert (config["vision_model_id"], config["text_model_id"]) == ("org/vision", "org/text")
+    assert config["text_model_revision"] == "a commit" and config["vision_model_revision"] is None
+    for path in hub.files("org/dehvf-named"):
+        assert str(pushed).encode() not in hub.read("org/dehvf-named", path), f"{path} tells a folder of the author"
+
+
+def read_card(hub, repo_id: str) -> tuple[dict, str]:
+    head, body = re.match(r"---\n(.*?)\n---\n(.*)", hub.read(repo_id, "README.md").decode(), re.DOTALL).groups()
+    return yaml.safe_load(head), body
+
+
+def test_the_card_says_what_the_adapters_are(hub, pushed):
+    metadata, body = read_card(hub, "org/dehvf-tiny")
+    assert metadata["base_model"] == ["org/text", "org/vision"] and metadata["base_model_relation"] == "adapter"
+    assert (metadata["library_name"], metadata["pipeline_tag"]) == ("transformers", "image-text-to-text")
+    facts = read_json(pushed / "facts.json")
+    assert f"| `org/text` | {facts['text 1']} |" in body and f"| `org/vision` | {facts['vision 1']} |" in body
+    header, *_ = struct.unpack("<Q", hub.read("org/dehvf-tiny", "model.safetensors")[:8])
+    size = (hub.files("org/dehvf-tiny")["model.safetensors"] - 8 - header) // 4
+    assert f"{size:,} trained parameters" in body
+    assert "- transformers 5" in body and "- torch 2" in body
+
+
+# --- loading ---
+
+
+def after_mark(hub, mark: str = "end", next_mark: str | None = None) -> list:
+    """The requests of a reader since it set a mark, see `loaded`."""
+    paths = [request.path for request in hub.requests]
+    return hub.requests[paths.index(f"/mark/{mark}") : next_mark and paths.index(f"/mark/{next_mark}")]
+
+
+def test_a_fresh_process_with_an_empty_cache_gets_all_three_repositories(hub, loaded):
+    assert read_json(loaded / "seen.json")["equal"]
+    requests = after_mark(hub, "begin", "end")
+    files = {name: hub.files(f"org/{name}") for name in ("dehvf-tiny", "vision", "text")}
+    weights = [sizes["model.safetensors"] for sizes in files.values()]
+    assert sorted(request.sent for request in requests if "/lfs/" in request.path) == sorted(weights)
+    read = ["config.json", "generation_config.json", *CODE_FILES]
+    others = sum(files["dehvf-tiny"][name] for name in read) + 8_000  # configs of the bases, descriptions
+    assert sum(request.sent for request in requests) <= sum(weights) + others, "nothing comes twice"
+
+
+def test_each_repository_is_read_at_the_commit_that_it_is_pinned_to(hub, pushed, loaded):
+    facts, seen = read_json(pushed / "facts.json"), read_json(loaded / "seen.json")
+    assert seen["equal at the pinned commit"]
+    assert seen["pinned bases"] == [facts["vision 1"], facts["text 1"]], "both have moved on since"
+    config = json.loads(hub.read("org/dehvf-tiny", "config.json"))
+    pins = [config["vision_model_revision"], config["text_model_revision"]]
+    assert pins == [facts["vision 1"], facts["text 2"]] and facts["vision 2"] == hub.repositories["org/vision"].head
+
+
+@pytest.mark.parametrize("name", ["dehvf-tiny"])
+def test_the_lines_of_a_card_work_at_a_pinned_commit(loaded, name):
+    assert "Response:" in read_json(loaded / "seen.json")[f"card of {name}"]
+
+
+@pytest.mark.parametrize("user", ["nobody", "stranger"])
+@pytest.mark.parametrize("name", ["private", "gated", "missing"])
+def test_a_base_that_cannot_be_read_is_named_with_what_to_do(hub, loaded, name, user):
+    message = read_json(loaded / "seen.json")[f"{name} to {user}"]
+    assert message.startswith(f"The language model org/{name}, which the adapters need, could not be loaded.")
+    assert "ask for access" in message and "`text_model=`" in message
+    status = 401 if user == "nobody" else 403 if name == "gated" else 404
+    assert f"{status} Client Error" in message and ("Cannot access gated repo" in message) == (name == "gated")
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(hub, loaded):
+    assert read_json(loaded / "seen.json")["equal after interruptions"]
+    repository = hub.repositories["org/flaky"]
+    sha = repository.commits[repository.head]["model.safetensors"]
+    answers = [(request.status, request.sent) for request in after_mark(hub) if request.path == f"/lfs/{sha}"]
+    size = hub.files("org/flaky")["model.safetensors"]
+    assert answers == [(200, size // 2), (0, 0), (206, size - 10 * 2**20)], "the client keeps pieces of 10 MiB"
+
+
+def test_a_server_that_stays_away_is_a_clear_error_and_leaves_nothing_wrong_behind(hub, loaded):
+    seen = read_json(loaded / "seen.json")
+    assert seen["broken"].startswith("The language model org/broken, which the adapters need, could not be loaded.")
+    assert "try again" in seen["broken"] and "Server disconnected" in seen["broken"]
+    assert seen["equal at the second try"]
+    repository = hub.repositories["org/broken"]
+    shards = [sha for path, sha in repository.commits[repository.head].items() if path.endswith(".safetensors")]
+    tries = [sum(request.path == f"/lfs/{sha}" for request in after_mark(hub)) for sha in shards]
+    assert tries == [1, 7, 1], "six times in vain, and what had arrived is not fetched again"
+
+
+def test_afterwards_all_works_offline(hub, pushed, loaded):
+    before = len(hub.requests)
+    code = """
+        import sys, pathlib
+        import torch
+        from transformers import AutoModel, AutoProcessor
+        inputs, expected = (torch.load(pathlib.Path(sys.argv[1], name)) for name in ("inputs.pt", "logits.pt"))
+        for name in ("dehvf-tiny", "dehvf-broken"):
+            model = AutoModel.from_pretrained(f"org/{name}", trust_remote_code=True)
+            with torch.no_grad():
+                assert torch.equal(model(**inputs).logits, expected[name]), name
+        processor = AutoProcessor.from_pretrained("org/dehvf-tiny", trust_remote_code=True)
+        assert type(processor).__name__ == "DehvfProcessor"
+    """
+    run_as("nobody", hub, loaded, "-c", textwrap.dedent(code), pushed, HF_HUB_OFFLINE="1")
+    assert len(hub.requests) == before
