@@ -8,6 +8,7 @@ Trains adapters on frozen bases, evaluates them on the test split and saves them
     accelerate launch train.py --adapter outputs/digits --num_train_epochs 0 --output_dir outputs/digits-again
     accelerate launch train.py recipes/scienceqa-llama7b.yaml --per_device_train_batch_size 2
     accelerate launch --num_processes 2 --use_deepspeed train.py --deepspeed ds_config.json
+    accelerate launch train.py recipes/scienceqa-llama7b.yaml --push_to_hub true --hub_model_id org/dehvf-llama7b
 
 A recipe is a YAML file of the flags that `--help` lists, and perhaps `base:`, a recipe beside it whose values it
 changes; flags override both. `--output_dir` gets `run.json` (arguments, config, versions), the adapters
@@ -24,6 +25,8 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -38,6 +41,7 @@ import yaml
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from datasets import Image as ImageFeature
+from huggingface_hub import EvalResult, create_repo, upload_folder
 from PIL import Image
 from transformers import BitsAndBytesConfig, EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -51,6 +55,7 @@ from trainer import RESULTS_FILE, RUN_FILE, AnswerTrainer, describe_arguments, f
 
 ROOT = Path(__file__).parent
 DEFAULT_RECIPE = ROOT / "recipes" / "digits.yaml"
+KEYS = ("vision", "text")  # how the bases are told apart in names of arguments
 # What `--method` says -> values of `DehvfConfig`. The baselines that are no case of DEHVF stand in `baselines/`.
 DEHVF_METHODS = {
     "dehvf": {},
@@ -58,6 +63,9 @@ DEHVF_METHODS = {
     "igva": {"fuser_query": "instruction"},
     "layer+instruction": {"fuser_query": "layer+instruction"},
 }
+# What of a run's folder goes to the Hub: no checkpoints, no pickled arguments, and nothing of data that may be private
+PUSHED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*_dehvf.py", "README.md"]
+KEPT_FILES = ["*/*", "run.json", "example.txt"]
 logger = logging.get_logger("train")
 
 
@@ -111,6 +119,12 @@ class ModelArguments:
     )
     vision_model_revision: str | None = field(default=None, metadata={"help": "Commit of the vision encoder."})
     text_model_revision: str | None = field(default=None, metadata={"help": "Commit of the language model."})
+    vision_model_id: str | None = field(
+        default=None, metadata={"help": "Hub id of the vision encoder, if --vision_model is a folder with a copy."}
+    )
+    text_model_id: str | None = field(
+        default=None, metadata={"help": "Hub id of the language model, if --text_model is a folder with a copy."}
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "dtype of the frozen bases; adapters are float32."}
     )
@@ -153,7 +167,7 @@ class DehvfTrainingArguments(TrainingArguments):
     `transformers.TrainingArguments` and two more. Other defaults than there: `remove_unused_columns` (the collator
     makes the model's inputs), `ddp_find_unused_parameters` (each adapter gets a gradient at each step), `report_to`,
     `use_cpu`, true where there is nothing else, and those that let a run go on as if it had not been cut off.
-    `logging_nan_inf_filter` is off, since a loss that is no number stops the run.
+    `logging_nan_inf_filter` is off, since a loss that is no number stops the run. `hub_strategy` has one value alone.
     """
 
     base_learning_rate: float | None = field(
@@ -177,6 +191,7 @@ class DehvfTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not needed."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep false: rows are needed whole."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Not needed."})
+    hub_strategy: str = field(default="end", metadata={"help": "Keep: adapters are pushed once, with their results."})
     report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, trackio, ..."})
     use_cpu: bool = field(default=not torch.accelerator.is_available(), metadata={"help": "Train on the CPU."})
 
@@ -525,37 +540,47 @@ def make_records(task, processor, split: Split, output) -> list[dict]:
     return records
 
 
-def write_card(folder: Path, results: dict, code: str | None):
-    """A card with valid metadata. A base in a local folder has no Hub id to name, so it is left out."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+def from_modeling(name: str):
+    """A class or function of modeling_dehvf.py."""
+    return get_class_from_dynamic_module(f"modeling_dehvf.{name}", str(ROOT))
 
-    names = [results["text_model"], results["vision_model"]]
-    scores, task_name = results["scores"], results["task"]
-    card = get_task(task_name).CARD
-    data = ModelCardData(
-        base_model=[name for name in names if not Path(name).exists()] or None,
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        tags=[results["method"], "adapter"],
-        model_name=folder.name,
-        eval_results=[
-            EvalResult(
-                task_type=card["task_type"],
-                dataset_type=task_name,
-                dataset_name=task_name,
-                dataset_split="test",
-                metric_type=card["metric_type"],
-                metric_value=round(scores[card["score"]], 2),
-            )
-        ],
+
+def write_card(folder: Path, name: str, results: dict, code: str | None):
+    """The card of a run, see `make_card`. What is known of it alone: its data, scores and command."""
+    scores, config = results["scores"], results["config"]
+    task = get_task(results["task"])
+    path = (results["data_path"] or "").partition(":")[0]
+    dataset = path if path and from_modeling("is_hub_id")(path) else getattr(task, "DATASET", None)
+    result = EvalResult(
+        task_type=task.CARD["task_type"],
+        dataset_type=dataset or results["task"],
+        dataset_name=results["task"],
+        dataset_split=results["split"],
+        metric_type=task.CARD["metric_type"],
+        metric_value=round(scores[task.CARD["score"]], 2),
     )
-    table = "\n".join(f"| {name} | {value:.2f} |" for name, value in scores.items() if value is not None)
-    use = f"## Use\n\n```python\n{code}```\n" if code else ""
-    ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n# {folder.name}\n\nAdapters of the method `{results['method']}`: "
-        f"{results['trained_parameters']:,} trained parameters on the frozen {' and '.join(names)}.\n\n"
-        f"## Test split of `{task_name}`, {results['size']} rows\n\n| | |\n|---|---|\n{table}\n\n{use}"
-    ).save(folder / "README.md")
+    bases = {
+        config.get(f"{key}_model_id", results[f"{key}_model"]): config.get(f"{key}_model_revision")
+        for key in ("text", "vision")
+    }
+    table = "\n".join(f"| {kind} | {value:.2f} |" for kind, value in scores.items() if value is not None)
+    sections = (
+        f"## Test split of `{results['task']}`, {results['size']} rows\n\n| | |\n|---|---|\n{table}\n\n"
+        f"## Recipe\n\n```bash\n{results['command']}\n```\n\n"
+    )
+    card = from_modeling("make_card")(
+        name,
+        results["method"],
+        bases,
+        results["trained_parameters"],
+        code,
+        results["versions"],
+        sections,
+        datasets=[dataset] if dataset else None,
+        model_name=name,
+        eval_results=[result],
+    )
+    card.save(folder / "README.md")
 
 
 def example_code(folder: Path) -> str:
@@ -593,7 +618,7 @@ def count_parameters(model) -> tuple[int, int]:
 def load(task, data_args, model_args, adapter_args, baseline_args, training_args):
     """Returns the processor, the splits by name (data before models: its faults come out sooner) and the model."""
     with training_args.main_process_first(desc="load the remote code"):  # its cache is not made for several writers
-        model_class = get_class_from_dynamic_module("modeling_dehvf.DehvfForConditionalGeneration", str(ROOT))
+        model_class = from_modeling("DehvfForConditionalGeneration")
         processor_class = get_class_from_dynamic_module("processing_dehvf.DehvfProcessor", str(ROOT))
     bases = (model_args.vision_model, model_args.text_model)
     revisions = {name: getattr(model_args, name) for name in ("vision_model_revision", "text_model_revision")}
@@ -621,7 +646,8 @@ def load(task, data_args, model_args, adapter_args, baseline_args, training_args
         model = build(model_args.method, *bases, **loading, **revisions, **values)
     elif model_args.adapter is None:
         values = dataclasses.asdict(adapter_args)
-        model = model_class.from_vision_text_pretrained(*bases, **loading, **revisions, **values)
+        ids = {name: getattr(model_args, name) for name in ("vision_model_id", "text_model_id")}
+        model = model_class.from_vision_text_pretrained(*bases, **loading, **revisions, **ids, **values)
     else:
         model = model_class.from_pretrained(
             model_args.adapter,
@@ -630,6 +656,10 @@ def load(task, data_args, model_args, adapter_args, baseline_args, training_args
             text_model=model_args.text_model,
             **loading,
         )
+        for key in KEYS:
+            if getattr(model_args, f"{key}_model_id") is not None:  # these adapters may have known it by its folder
+                for name in (f"{key}_model_id", f"{key}_model_revision"):
+                    setattr(model.config, name, getattr(model_args, name))
     return processor, splits, model
 
 
@@ -669,6 +699,29 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
             f"The config of `--adapter {model_args.adapter}` says what it is, and `--{own[0]}` was given beside it. "
             "Leave it out."
         )
+    if training_args.push_to_hub:
+        check_push(model_args, training_args)
+
+
+def check_push(model_args, training_args):
+    """What the Hub, or those who read there, would refuse after training."""
+    if training_args.hub_strategy != "end":
+        raise ValueError(
+            f"`--hub_strategy {training_args.hub_strategy.value}` was given, but adapters are pushed once, with their "
+            "results. Leave it out."
+        )
+    if model_args.method in BASELINES:
+        raise ValueError(
+            f"`--push_to_hub` is for adapters that `from_pretrained` loads, which those of `--method "
+            f"{model_args.method}` are not. Leave it out."
+        )
+    places = {key: getattr(model_args, f"{key}_model") for key in KEYS}
+    with training_args.main_process_first(desc="load the remote code"):
+        check_hub_ids, config_class = from_modeling("check_hub_ids"), from_modeling("DehvfConfig")
+    if model_args.adapter is not None:
+        config = config_class.from_pretrained(model_args.adapter, revision=model_args.adapter_revision)
+        places = {key: getattr(config, f"{key}_model_id") for key in KEYS}
+    check_hub_ids(**{key: getattr(model_args, f"{key}_model_id") or place for key, place in places.items()})
 
 
 def commit_of(location: str | None, revision: str | None) -> str | None:
@@ -692,6 +745,13 @@ def method_of(config, asked: str) -> str:
         if values and all(getattr(config, key, None) == value for key, value in values.items())
     ]
     return asked if asked in BASELINES or not fits else fits[0]
+
+
+def command_of(recipe: Path, flags: list[str]) -> str:
+    """The command of a run as anybody may read it."""
+    recipe = recipe.relative_to(ROOT) if recipe.is_relative_to(ROOT) else recipe
+    command = shlex.join(["accelerate", "launch", "train.py", str(recipe), *flags])
+    return re.sub(r"--hub_token[= ]\S+", "--hub_token ...", command)
 
 
 def commit_of_this_code() -> str | None:
@@ -764,9 +824,45 @@ def report(folder: Path, task, processor, split: Split):
     print_scores(results)
     usable = results["method"] in DEHVF_METHODS and write_example(folder, task, processor, split)
     code = example_code(folder) if usable else None
-    write_card(folder, results, code)
+    write_card(folder, folder.name, results, code)
     if usable:
         print(f"\nTo ask the result about an image:\n\n{code}")
+
+
+def open_repository(training_args) -> str | None:
+    """
+    The repository to push to, if any. It is made now, so that what the Hub refuses comes out before training. The
+    Trainer is not to push: it would before there are results, and its pickled arguments too.
+    """
+    asked, training_args.push_to_hub = training_args.push_to_hub, False
+    if not asked or training_args.process_index != 0:
+        return None
+    name = training_args.hub_model_id or Path(training_args.output_dir).absolute().name
+    private, token = training_args.hub_private_repo, training_args.hub_token
+    return create_repo(name, private=private, token=token, exist_ok=True).repo_id
+
+
+def push(folder: Path, repo_id: str, training_args):
+    """Puts adapters, card and results of a run that is complete into their repository, in one commit."""
+    results = json.loads((folder / RESULTS_FILE).read_text())
+    write_card(folder, repo_id.split("/")[-1], results, from_modeling("example_code")(repo_id))
+    try:
+        commit = upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="Upload DEHVF adapters",
+            token=training_args.hub_token,
+            revision=training_args.hub_revision,
+            allow_patterns=PUSHED_FILES,
+            ignore_patterns=KEPT_FILES,
+        )
+    except Exception as error:
+        words = ["hf", "upload", repo_id, str(folder), "."]
+        words += [word for pattern in PUSHED_FILES for word in ("--include", pattern)]
+        words += [word for pattern in KEPT_FILES for word in ("--exclude", pattern)]
+        error.add_note(f"The run is complete, in {folder}. To repeat the push alone:\n\n{shlex.join(words)}")
+        raise
+    print(f"\nPushed: {commit.commit_url}")
 
 
 def main(arguments: list[str]):
@@ -798,6 +894,7 @@ def main(arguments: list[str]):
         task.check_scorer()
     main_process, folder = training_args.process_index == 0, Path(training_args.output_dir)
     run, checkpoint = choose_start(training_args, data_args, model_args, adapter_args, baseline_args)
+    repository = open_repository(training_args)
     if training_args.run_name is None:  # for `report_to`: the same when the run goes on, and no other run's
         training_args.run_name = f"{folder.name}-{run['run'][:8]}"
     processor, splits, model = load(task, data_args, model_args, adapter_args, baseline_args, training_args)
@@ -848,8 +945,11 @@ def main(arguments: list[str]):
         lines = [json.dumps(record, default=str) + "\n" for record in records]
         (folder / "predictions.jsonl").write_text("".join(lines))
         facts |= describe_run(task, processor, model, splits["test"], data_args, model_args, training_args, folder)
+        facts["command"] = command_of(recipe, arguments)
         write_json(folder / RESULTS_FILE, facts)
         report(folder, task, processor, splits["test"])
+        if repository is not None:
+            push(folder, repository, training_args)
     if torch.distributed.is_initialized():
         # Before the group: a trainer under DDP that outlived it was seen to hang, now and then, when it was freed
         del trainer

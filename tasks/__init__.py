@@ -18,6 +18,7 @@ A record is a line of `predictions.jsonl`: a row without its image, with `index`
 prefix), `expected` (the row's answer), `has_image` and `choice` (the index of the most likely option, None where there
 is none). `size` is the number of rows in the split: another number of records is an error. A task may also have
 
+    DATASET                          the Hub's id of its data, for the card
     check_scorer()                   raises before anything is generated if `score` would lack something
     load(..., max_samples=None)      to make a smaller split, where its first rows would not do
 """

@@ -17,6 +17,7 @@ from tasks import open_dataset, require_files
 COLUMNS = ("image", "question", "choices", "answer", "hint", "subject", "grade")
 ANSWER_PREFIX = " The answer is"
 MAX_NEW_TOKENS = 1
+DATASET = "derek-thomas/ScienceQA"
 CARD = {"task_type": "visual-question-answering", "metric_type": "accuracy", "score": "average"}
 METRIC = Path(__file__).parents[1] / "metrics" / "scienceqa"
 
@@ -35,7 +36,7 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
     if path is not None and any((Path(path) / name).exists() for name in ("problems.json", "pid_splits.json")):
         rows = load_original(Path(path), split)
         return rows.to_iterable_dataset() if streaming else rows
-    return open_dataset(path or "derek-thomas/ScienceQA", split, streaming)
+    return open_dataset(path or DATASET, split, streaming)
 
 
 def load_original(folder: Path, split: str) -> Dataset:

@@ -8,6 +8,7 @@ reads its settings when it is imported. Each does what one test after another th
 import json
 import os
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -16,7 +17,12 @@ import textwrap
 import pytest
 import yaml
 from hub_server import STRANGER, HubServer
-from tiny import ROOT
+from huggingface_hub import RepoUrl
+from huggingface_hub.utils import filter_repo_objects
+from test_train import make_rows, scienceqa, tiny_flags  # noqa: F401
+from tiny import DEHVF_SIZES, ROOT, tiny_config, tiny_model
+
+import train
 
 
 pytestmark = pytest.mark.slow
@@ -118,7 +124,27 @@ def pushed(hub, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def loaded(hub, pushed, tmp_path_factory):
+def trained(hub, pushed, tmp_path_factory):
+    """The folder of a run of train.py that ended with a push."""
+    folder = tmp_path_factory.mktemp("trained")
+    rows = {"train": make_rows(), "validation": make_rows(2), "test": make_rows(4)}
+    for name, split in rows.items():
+        (folder / "data").mkdir(exist_ok=True)
+        split.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    flags = {
+        **{"task": "scienceqa", "data_path": folder / "data", "text_model": "org/text"},
+        **{"vision_model": pushed / "bases0" / "vision", "vision_model_id": "org/vision"},
+        **{"text_model_revision": read_json(pushed / "facts.json")["text 1"], "learning_rate": 0.05, **DEHVF_SIZES},
+        **{"per_device_train_batch_size": 2, "num_train_epochs": 2, "save_strategy": "epoch", "logging_steps": 1},
+        **{"output_dir": folder / "run", "push_to_hub": True, "hub_model_id": "org/dehvf-trained"},
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    run_as("writer", hub, folder, ROOT / "train.py", *words)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def loaded(hub, pushed, trained, tmp_path_factory):
     """What a reader saw who began with an empty cache. Returns a folder."""
     folder = tmp_path_factory.mktemp("reader")
     # The server cannot know what comes, but the files that it is to break off are known
@@ -159,10 +185,10 @@ def loaded(hub, pushed, tmp_path_factory):
         AutoProcessor.from_pretrained("org/dehvf-tiny", trust_remote_code=True)
 
         Image.new("RGB", (20, 20), "red").save("image.png")
-        for name in ("dehvf-tiny",):
+        for name in ("dehvf-tiny", "dehvf-trained"):
             card = pathlib.Path(hf_hub_download(f"org/{name}", "README.md")).read_text()
             lines = card.split("```python\\n")[1].split("```")[0]
-            commit = facts["adapter 1"]
+            commit = facts["adapter 1"] if name == "dehvf-tiny" else sys.argv[3]
             assert lines.count('"main"') == 1, lines
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(lines.replace('"main"', repr(commit)), {})
@@ -184,7 +210,8 @@ def loaded(hub, pushed, tmp_path_factory):
         pathlib.Path("seen.json").write_text(json.dumps(seen))
     """
     code = code.replace("stranger = sys.argv[1:]", "stranger = sys.argv[1:3]")
-    run_as("nobody", hub, folder, "-c", textwrap.dedent(code), pushed, STRANGER)
+    head = hub.repositories["org/dehvf-trained"].head
+    run_as("nobody", hub, folder, "-c", textwrap.dedent(code), pushed, STRANGER, head)
     return folder
 
 
@@ -282,7 +309,7 @@ def test_each_repository_is_read_at_the_commit_that_it_is_pinned_to(hub, pushed,
     assert pins == [facts["vision 1"], facts["text 2"]] and facts["vision 2"] == hub.repositories["org/vision"].head
 
 
-@pytest.mark.parametrize("name", ["dehvf-tiny"])
+@pytest.mark.parametrize("name", ["dehvf-tiny", "dehvf-trained"])
 def test_the_lines_of_a_card_work_at_a_pinned_commit(loaded, name):
     assert "Response:" in read_json(loaded / "seen.json")[f"card of {name}"]
 
@@ -333,3 +360,85 @@ def test_afterwards_all_works_offline(hub, pushed, loaded):
     """
     run_as("nobody", hub, loaded, "-c", textwrap.dedent(code), pushed, HF_HUB_OFFLINE="1")
     assert len(hub.requests) == before
+
+
+# --- training ---
+
+
+def test_a_run_pushes_its_adapters_once_and_nothing_else(hub, trained):
+    assert hub.repositories["org/dehvf-trained"].messages[1:] == ["Upload DEHVF adapters"]
+    assert sorted(hub.files("org/dehvf-trained")) == sorted([*PUSHED, "results.json"])
+    assert list(trained.glob("checkpoint-*/optimizer.pt")), "there was more to push"
+    assert {"training_args.bin", "predictions.jsonl", "example.png"} <= {path.name for path in trained.iterdir()}
+    assert hub.read("org/dehvf-trained", "model.safetensors") == (trained / "model.safetensors").read_bytes()
+
+
+def test_the_card_of_a_run_says_what_was_trained_on_what_and_how_well(hub, pushed, trained):
+    metadata, body = read_card(hub, "org/dehvf-trained")
+    results = read_json(trained / "results.json")
+    assert metadata["base_model"] == ["org/text", "org/vision"] and metadata["datasets"] == ["derek-thomas/ScienceQA"]
+    (model,) = metadata["model-index"]
+    (result,) = model["results"]
+    assert model["name"] == "dehvf-trained" and result["dataset"]["split"] == "test"
+    assert result["metrics"][0]["value"] == round(results["scores"]["average"], 2)
+    commit = read_json(pushed / "facts.json")["text 1"]
+    assert f"| `org/text` | {commit} |" in body and "| `org/vision` | not pinned |" in body
+    assert f"{results['trained_parameters']:,} trained parameters" in body
+    assert "recipes/digits.yaml" in body and "--learning_rate 0.05" in body
+    assert f"- transformers {results['versions']['transformers']}" in body
+
+
+# --- what is refused or fails in this process, without a server ---
+
+FLAGS = ["--push_to_hub", "true", "--vision_model", "org/vision", "--text_model", "org/text"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--vision_model", "assets/vision_model"], "`vision_model_id` is 'assets/vision_model'.*--vision_model_id"),
+        (["--adapter", "folder"], "`text_model_id` is '/of/the/author'.*--text_model_id"),
+        (["--method", "lavin"], "which those of `--method lavin` are not"),
+        (["--hub_strategy", "every_save"], "pushed once, with their results"),
+    ],
+)
+def test_a_push_that_could_not_be_used_is_refused_before_training(tmp_path, monkeypatch, flags, message):
+    tiny_config(vision_model_id="org/vision", text_model_id="/of/the/author").save_pretrained(tmp_path / "folder")
+    monkeypatch.setattr(train, "load", lambda *_: pytest.fail("too late"))
+    flags = [str(tmp_path / "folder") if flag == "folder" else flag for flag in flags]
+    with pytest.raises(ValueError, match=message):
+        train.main([*FLAGS, *flags, "--output_dir", str(tmp_path / "run")])
+
+
+def test_saving_refuses_to_push_less_than_all(tmp_path):
+    with pytest.raises(ValueError, match="`model.push_to_hub.repo_id.` puts adapters, processor and card"):
+        tiny_model().save_pretrained(tmp_path, push_to_hub=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_push_that_fails_loses_nothing_and_can_be_repeated_alone(tmp_path, monkeypatch, scienceqa):  # noqa: F811
+    def upload(**_):
+        raise OSError("the Hub is away")
+
+    monkeypatch.setattr(train, "upload_folder", upload)
+    monkeypatch.setattr(train, "create_repo", lambda name, **_: RepoUrl(f"https://huggingface.co/{name}"))
+    ids = {"vision_model_id": "org/vision", "text_model_id": "org/text", "hub_model_id": "org/name"}
+    folder = tmp_path / "run"
+    with pytest.raises(OSError, match="the Hub is away") as raised:
+        train.main(tiny_flags(tmp_path, scienceqa[0], folder, push_to_hub=True, **ids))
+    assert "scores" in read_json(folder / "results.json") and (folder / "model.safetensors").is_file()
+    (note,) = raised.value.__notes__
+    assert f"complete, in {folder}" in note
+    _, _, repo_id, source, target, *words = shlex.split(note.splitlines()[-1])
+    assert (repo_id, source, target) == ("org/name", str(folder), ".")
+    patterns = {flag: [word for before, word in zip(words, words[1:]) if before == flag] for flag in words[::2]}
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    # `hf upload` chooses by the same function as `upload_folder`
+    chosen = filter_repo_objects(names, allow_patterns=patterns["--include"], ignore_patterns=patterns["--exclude"])
+    assert sorted(chosen) == sorted([*PUSHED, "results.json"])
+
+
+def test_a_token_does_not_get_into_the_recorded_command():
+    for flags in (["--hub_token", "hf_secret", "--seed", "1"], ["--hub_token=hf_secret", "--seed", "1"]):
+        command = train.command_of(train.DEFAULT_RECIPE, flags)
+        assert command == "accelerate launch train.py recipes/digits.yaml --hub_token ... --seed 1"

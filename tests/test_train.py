@@ -415,6 +415,13 @@ def test_saved_adapters_are_evaluated_as_they_were(trained, tmp_path):
     assert after["adapter"] == str(folder) and "train_seconds" not in after
 
 
+def test_bases_that_were_known_by_their_folders_can_be_given_their_ids(trained, tmp_path):
+    train.main([*trained[0], "--text_model_id", "org/text", "--text_model_revision", "0123abc"])
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (config["text_model_id"], config["text_model_revision"]) == ("org/text", "0123abc")
+    assert config["vision_model_id"] == str(tmp_path / "vision")
+
+
 def test_a_result_tells_how_it_was_made(trained):
     results = json.loads((trained[1] / "results.json").read_text())
     assert (
