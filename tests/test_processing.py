@@ -148,7 +148,7 @@ def test_the_same_picture_in_another_mode_gives_nearly_the_same_pixels(mode, ope
         image = Image.fromarray(np.asarray(image).astype(np.uint16 if mode == "I;16" else np.int32) * 257)
     else:
         image = (image.convert("RGB") if mode in ("P", "CMYK", "YCbCr") else image).convert(mode)
-    file = tmp_path / ("a.jpg" if mode == "CMYK" else "a.tif" if mode in ("YCbCr", "I") else "a.png")
+    file = tmp_path / ("a.jpg" if mode in ("CMYK", "YCbCr") else "a.tif" if mode == "I" else "a.png")
     image.save(file)
     with Image.open(file) as image:
         pixels = pixels_of(image if opened else str(file))
