@@ -52,6 +52,8 @@ class DehvfConfig(PreTrainedConfig):
         vision_model_id, text_model_id (`str`, *optional*): Hub id or folder that the frozen weights are loaded from.
         vision_model_revision, text_model_revision (`str`, *optional*): commit of those repositories; `None` for a
             folder.
+        merged_base (`bool`): whether the frozen weights lie beside the adapters, in `vision_model` and `text_model`,
+            and are loaded from there.
 
     The hierarchy and its fuser (method steps 2 to 5):
         num_groups (`int`, K): runs that the layers of both models are cut into, shallow with shallow and deep with
@@ -121,6 +123,7 @@ class DehvfConfig(PreTrainedConfig):
     text_model_id: str | None = None
     vision_model_revision: str | None = None
     text_model_revision: str | None = None
+    merged_base: bool = False
 
     num_groups: int = 4
     layer_fusion: Literal["adaptive", "mean", "penultimate"] = "adaptive"

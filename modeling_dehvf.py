@@ -24,7 +24,15 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from huggingface_hub import CommitInfo, ModelCard, ModelCardData, create_repo, file_exists, upload_folder
+from huggingface_hub import (
+    CommitInfo,
+    ModelCard,
+    ModelCardData,
+    create_repo,
+    file_exists,
+    snapshot_download,
+    upload_folder,
+)
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
@@ -1000,7 +1008,10 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         # Before the bases, which may be many GB: a mistake here should not cost minutes
         adapters = _load_adapters(location, source)
         _check_adapters(adapters, cls._adapters_of(config, location), location)
-        places = {"vision": vision_model or config.vision_model_id, "text": text_model or config.text_model_id}
+        places = {"vision": config.vision_model_id, "text": config.text_model_id}
+        if config.merged_base:
+            places = cls._fetch_merged_bases(location, **source)
+        places |= {key: place for key, place in (("vision", vision_model), ("text", text_model)) if place is not None}
         for key in (key for key, place in places.items() if place is None):
             raise ValueError(
                 f"The config in {location} has no `{key}_model_id`, so the frozen base cannot be found. Pass "
@@ -1013,6 +1024,14 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         if cached_file(location, GENERATION_CONFIG_NAME, **optional, **source):  # else the language model's own stays
             model.generation_config = GenerationConfig.from_pretrained(location, **source)
         return model
+
+    @staticmethod
+    def _fetch_merged_bases(location, subfolder: str = "", **source) -> dict[str, str]:
+        """The folders of the bases that `save_pretrained(..., merge_base=True)` put beside the adapters."""
+        folder = location
+        if not os.path.isdir(location):
+            folder = snapshot_download(location, allow_patterns=[f"{subfolder}*_model/*"], **source)
+        return {key: os.path.join(folder, subfolder, f"{key}_model") for key in ("vision", "text")}
 
     @classmethod
     def _from_bases(cls, config: DehvfConfig, vision_model, text_model, **kwargs):
@@ -1054,7 +1073,13 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         return {name: parameter.detach() for name, parameter in self.named_parameters() if is_adapter_name(name)}
 
     def save_pretrained(
-        self, save_directory, is_main_process: bool = True, state_dict=None, push_to_hub: bool = False, **kwargs
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        state_dict=None,
+        push_to_hub: bool = False,
+        merge_base: bool = False,
+        **kwargs,
     ):
         """
         Writes the adapters alone (`model.safetensors`), the config with the ids and revisions of both bases, the
@@ -1064,6 +1089,8 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
 
         Args:
             state_dict: the tensors to save, as the Trainer gives them; the frozen ones among them are left out.
+            merge_base: write the frozen bases too, into `vision_model` and `text_model` of the folder, for a machine
+                that must not fetch other repositories. It loads in the same way.
 
         Raises:
             ValueError: if an adapter tensor is missing or empty, as happens when ZeRO-3 partitions were not gathered;
@@ -1083,9 +1110,13 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
                 "written. Under ZeRO-3 gather the parameters first, or set "
                 '"stage3_gather_16bit_weights_on_model_save" to true.'
             )
+        self.config.merged_base = merge_base
         super().save_pretrained(
             save_directory, is_main_process, state_dict=dict(adapters), save_original_format=False, **kwargs
         )
+        if merge_base:
+            self.model.vision_tower.save_pretrained(os.path.join(save_directory, "vision_model"), is_main_process)
+            self._causal_lm().save_pretrained(os.path.join(save_directory, "text_model"), is_main_process)
         if is_main_process:  # once more, since there is no way to hand metadata to the line above
             _save_with_digest(adapters, os.path.join(save_directory, SAFE_WEIGHTS_NAME), {"format": "pt"})
         if is_main_process and not os.path.isfile(os.path.join(save_directory, PROCESSOR_NAME)):
@@ -1097,6 +1128,15 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
                 DehvfProcessor.from_vision_text_pretrained(*bases, *pins).save_pretrained(save_directory)
             except (OSError, ValueError):
                 logger.info(f"No processor in {bases}; save yours to {save_directory} to make it complete.")
+
+    def _causal_lm(self) -> PreTrainedModel:
+        """The language model and its head as the one model that they were loaded as."""
+        with torch.device("meta"):
+            causal_lm = AutoModelForCausalLM.from_config(self.config.text_config)
+        setattr(causal_lm, causal_lm.base_model_prefix, self.model.language_model)
+        causal_lm.set_output_embeddings(self.lm_head)
+        causal_lm.generation_config = self.generation_config
+        return causal_lm
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: bool | str | None = None, **kwargs

@@ -145,7 +145,7 @@ def adapter_arguments() -> type:
     """The numbers and switches of `DehvfConfig` as a dataclass, so that each default stands there alone."""
     config_class = get_class_from_dynamic_module("configuration_dehvf.DehvfConfig", str(ROOT))
     own = {name: hint for name, hint in config_class.__annotations__.items() if "model_" not in name}
-    for name in ("vision_config", "text_config", "tie_word_embeddings"):
+    for name in ("vision_config", "text_config", "tie_word_embeddings", "merged_base"):
         del own[name]
     help_text = {"help": f"See {config_class.__name__}."}
     return dataclasses.make_dataclass(

@@ -64,7 +64,7 @@ def pushed(hub, tmp_path_factory):
         from tiny import DEHVF_SIZES, DehvfForConditionalGeneration, save_tiny_bases, tiny_inputs, tiny_processor
         from transformers import AutoModelForCausalLM
 
-        def push_base(name, folder):
+        def push_folder(name, folder):
             HfApi().create_repo(f"org/{name}", exist_ok=True)
             return HfApi().upload_folder(repo_id=f"org/{name}", folder_path=folder).oid
 
@@ -86,13 +86,13 @@ def pushed(hub, tmp_path_factory):
         sizes = {"max_position_embeddings": 512}
         first, second = (save_tiny_bases(pathlib.Path(f"bases{seed}"), seed=seed, **sizes) for seed in (0, 1))
         named = {"vision_model_id": "org/vision", "text_model_id": "org/text", "text_model_revision": "a commit"}
-        facts["vision 1"], facts["text 1"] = push_base("vision", first[0]), push_base("text", first[1])
+        facts["vision 1"], facts["text 1"] = push_folder("vision", first[0]), push_folder("text", first[1])
         model = make_model()
         facts["adapter 1"] = push(model, "dehvf-tiny")
         logits["adapter 1"] = logits["dehvf-tiny"]
-        facts["text 2"] = push_base("text", second[1])
+        facts["text 2"] = push_folder("text", second[1])
         model = make_model(vision_model_revision=facts["vision 1"])
-        facts["vision 2"] = push_base("vision", second[0])
+        facts["vision 2"] = push_folder("vision", second[0])
         facts["adapter 2"] = push(model, "dehvf-tiny", commit_message="Train on the new language model")
 
         for unknown, known in (("vision", {}), ("text", {"vision_model_id": "org/vision"})):
@@ -102,6 +102,9 @@ def pushed(hub, tmp_path_factory):
                 facts["folders"][unknown] = str(error)
         push(make_model(*first, **named), "dehvf-named")
         tiny_processor().push_to_hub("org/dehvf-named", commit_message="Change the processor")
+        model.save_pretrained("merged", merge_base=True)
+        logits["dehvf-merged"] = logits["dehvf-tiny"]
+        push_folder("dehvf-merged", "merged")
 
         for seed, name in enumerate(("private", "gated", "missing", "flaky", "broken"), start=2):
             sizes = {"intermediate_size": 16000} if name == "flaky" else {}  # 25 MB
@@ -109,7 +112,7 @@ def pushed(hub, tmp_path_factory):
             if name == "broken":  # into three files, as large models are
                 AutoModelForCausalLM.from_pretrained(text).save_pretrained(text, max_shard_size="60KB")
                 (text / "model.safetensors").unlink()
-            push_base(name, text)
+            push_folder(name, text)
             push(make_model(text=f"org/{name}"), f"dehvf-{name}")
 
         torch.save(tiny_inputs(), "inputs.pt")
@@ -161,7 +164,7 @@ def loaded(hub, pushed, trained, tmp_path_factory):
         from PIL import Image
         from transformers import AutoModel, AutoProcessor
 
-        author, stranger = sys.argv[1:]
+        author, stranger, head_of_trained = sys.argv[1:]
         facts = json.loads(pathlib.Path(author, "facts.json").read_text())
         inputs, expected = (torch.load(pathlib.Path(author, name)) for name in ("inputs.pt", "logits.pt"))
         seen = {}
@@ -188,7 +191,7 @@ def loaded(hub, pushed, trained, tmp_path_factory):
         for name in ("dehvf-tiny", "dehvf-trained"):
             card = pathlib.Path(hf_hub_download(f"org/{name}", "README.md")).read_text()
             lines = card.split("```python\\n")[1].split("```")[0]
-            commit = facts["adapter 1"] if name == "dehvf-tiny" else sys.argv[3]
+            commit = facts["adapter 1"] if name == "dehvf-tiny" else head_of_trained
             assert lines.count('"main"') == 1, lines
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(lines.replace('"main"', repr(commit)), {})
@@ -201,6 +204,9 @@ def loaded(hub, pushed, trained, tmp_path_factory):
                 except OSError as error:
                     seen[f"{name} to {user}"] = str(error)
 
+        mark("merged")
+        seen["equal with merged bases"] = equals(load("dehvf-merged"), "dehvf-merged")
+        mark("merged-end")
         seen["equal after interruptions"] = equals(load("dehvf-flaky"), "dehvf-flaky")
         try:
             load("dehvf-broken")
@@ -209,7 +215,6 @@ def loaded(hub, pushed, trained, tmp_path_factory):
         seen["equal at the second try"] = equals(load("dehvf-broken"), "dehvf-broken")
         pathlib.Path("seen.json").write_text(json.dumps(seen))
     """
-    code = code.replace("stranger = sys.argv[1:]", "stranger = sys.argv[1:3]")
     head = hub.repositories["org/dehvf-trained"].head
     run_as("nobody", hub, folder, "-c", textwrap.dedent(code), pushed, STRANGER, head)
     return folder
@@ -298,6 +303,12 @@ def test_a_fresh_process_with_an_empty_cache_gets_all_three_repositories(hub, lo
     read = ["config.json", "generation_config.json", *CODE_FILES]
     others = sum(files["dehvf-tiny"][name] for name in read) + 8_000  # configs of the bases, descriptions
     assert sum(request.sent for request in requests) <= sum(weights) + others, "nothing comes twice"
+
+
+def test_a_merged_repository_is_all_that_is_read(hub, loaded):
+    assert read_json(loaded / "seen.json")["equal with merged bases"]
+    paths = [request.path for request in after_mark(hub, "merged", "merged-end")]
+    assert paths and not [path for path in paths if "/org/vision" in path or "/org/text" in path]
 
 
 def test_each_repository_is_read_at_the_commit_that_it_is_pinned_to(hub, pushed, loaded):

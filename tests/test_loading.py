@@ -374,3 +374,25 @@ def test_empty_adapter_tensors_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="missing or empty.*ZeRO-3"):
         model.save_pretrained(tmp_path, state_dict=state_dict)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tie_word_embeddings", [False, True])
+def test_a_merged_folder_needs_no_other(tmp_path, tie_word_embeddings):
+    bases = save_tiny_bases(tmp_path, tie_word_embeddings=tie_word_embeddings)
+    model = DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **DEHVF_SIZES)
+    model.save_pretrained(tmp_path / "merged", merge_base=True)
+    for folder in bases:
+        shutil.rmtree(folder)
+    moved = shutil.move(tmp_path / "merged", tmp_path / "elsewhere")
+    again = AutoModel.from_pretrained(moved, trust_remote_code=True)
+    assert torch.equal(again(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert AutoProcessor.from_pretrained(moved, trust_remote_code=True)
+    # What is saved of it without the bases names the same ones as before
+    again.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(OSError, match="text"):
+        AutoModel.from_pretrained(tmp_path / "adapter", trust_remote_code=True)
+    given = {"vision_model": moved / "vision_model", "text_model": moved / "text_model"}
+    third = AutoModel.from_pretrained(tmp_path / "adapter", trust_remote_code=True, **given)
+    assert torch.equal(third(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
