@@ -1117,8 +1117,10 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         if merge_base:
             self.model.vision_tower.save_pretrained(os.path.join(save_directory, "vision_model"), is_main_process)
             self._causal_lm().save_pretrained(os.path.join(save_directory, "text_model"), is_main_process)
-        if is_main_process:  # once more, since there is no way to hand metadata to the line above
-            _save_with_digest(adapters, os.path.join(save_directory, SAFE_WEIGHTS_NAME), {"format": "pt"})
+        if is_main_process:
+            # Once more, since there is no way to hand metadata to the line above. The digest alone: several entries
+            # would be written in an order of chance, but equal adapters should be equal files
+            _save_with_digest(adapters, os.path.join(save_directory, SAFE_WEIGHTS_NAME), {})
         if is_main_process and not os.path.isfile(os.path.join(save_directory, PROCESSOR_NAME)):
             bases = (self.model.vision_tower.name_or_path, self.model.language_model.name_or_path)
             ids = (self.config.vision_model_id, self.config.text_model_id)
