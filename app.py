@@ -4,13 +4,15 @@ A demo to look at: choose or upload an image, ask, and see the answer as it grow
 from, and the patches that the language model read. Needs `pip install -r requirements-app.txt`.
 
     python app.py
-    python app.py --adapter org/dehvf-llama7b
+    python app.py --adapter org/dehvf-llama7b --revision <40 hex digits>
 
-As a Gradio Space it takes the adapter from the variable DEHVF_ADAPTER of its settings.
+It runs the code of the adapter's repository: read that, and give the commit that you read. As a Gradio Space it takes
+both from the variables DEHVF_ADAPTER and DEHVF_REVISION of its settings.
 """
 
 import argparse
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -33,24 +35,26 @@ MAX_NEW_TOKENS = 64
 NUM_EXAMPLES = 6
 
 
-def load(adapter: str):
+def load(adapter: str, revision: str | None):
     """
     The model and its processor.
 
     Raises:
-        OSError: if there are no adapters, or a base is missing.
-        ValueError: if the adapters have no visual memory to show.
+        OSError: if a base is missing.
+        ValueError: if there are no adapters, they have no visual memory to show, or are on the Hub and `revision` is
+            no commit.
     """
-    try:
-        check_config(AutoConfig.from_pretrained(adapter, trust_remote_code=True))
-        model = AutoModelForImageTextToText.from_pretrained(adapter, trust_remote_code=True)
-    except OSError as error:
-        raise OSError(
-            f"{error}\nIf there are no adapters in {adapter} yet, train the default ones into outputs/digits in 6 "
-            "minutes (`accelerate launch train.py`), or give another folder or Hub id as --adapter."
-        ) from error
+    if not os.path.isdir(adapter) and not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        raise ValueError(
+            f"There is no folder {adapter}. If there are no adapters yet, train the default ones into outputs/digits "
+            "in 6 minutes (`accelerate launch train.py`). If this is an id on the Hub, its code will run here: give "
+            "the commit that you have read, --revision and 40 hex digits."
+        )
+    source = {"revision": revision, "trust_remote_code": True}
+    check_config(AutoConfig.from_pretrained(adapter, **source))
+    model = AutoModelForImageTextToText.from_pretrained(adapter, **source)
     model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    return remember_images(model), AutoProcessor.from_pretrained(adapter, trust_remote_code=True)
+    return remember_images(model), AutoProcessor.from_pretrained(adapter, **source)
 
 
 def make_inputs(model, processor, image, message: str) -> dict[str, torch.Tensor]:
@@ -177,11 +181,12 @@ def build(model, processor) -> gr.Blocks:
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    adapter = os.environ.get("DEHVF_ADAPTER", "outputs/digits")
+    adapter, revision = os.environ.get("DEHVF_ADAPTER", "outputs/digits"), os.environ.get("DEHVF_REVISION")
     parser.add_argument("--adapter", default=adapter, help="folder or Hub id of trained adapters")
+    parser.add_argument("--revision", default=revision, help="commit of the adapters on the Hub")
     options = parser.parse_args(arguments)
     try:
-        model, processor = load(options.adapter)
+        model, processor = load(options.adapter, options.revision)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     # Fonts of the machine, not of the net; a small image as large as its place

@@ -28,6 +28,7 @@ from huggingface_hub import (
     CommitInfo,
     ModelCard,
     ModelCardData,
+    create_branch,
     create_repo,
     file_exists,
     snapshot_download,
@@ -75,6 +76,15 @@ VISION_LAYOUTS = {"clip_vision_model": True, "siglip_vision_model": False}
 ADAPTER_MODULES = ("vision_adapters", "fuser_query", "fuser", "projector", "memory_slots")
 # What they may be stored in, by the names of the safetensors format
 FILE_DTYPES = ("F32", "BF16", "F16")
+
+
+def check_layouts(config: DehvfConfig):
+    """Raises `ValueError` if DEHVF does not know how the layers of a base are built."""
+    for key, layouts in (("text_config", TEXT_LAYOUTS), ("vision_config", VISION_LAYOUTS)):
+        if (model_type := getattr(config, key).model_type) not in layouts:
+            raise ValueError(
+                f"The layers of `{model_type}` (`{key}`) are not supported. Supported are: {', '.join(layouts)}."
+            )
 
 
 def is_adapter_name(name: str) -> bool:
@@ -569,11 +579,7 @@ class DehvfModel(DehvfPreTrainedModel):
 
     def __init__(self, config: DehvfConfig, vision_tower=None, language_model=None):
         super().__init__(config)
-        for key, layouts in (("text_config", TEXT_LAYOUTS), ("vision_config", VISION_LAYOUTS)):
-            if (model_type := getattr(config, key).model_type) not in layouts:
-                raise ValueError(
-                    f"The layers of `{model_type}` (`{key}`) are not supported. Supported are: {', '.join(layouts)}."
-                )
+        check_layouts(config)
         self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
         self.language_model = language_model or AutoModel.from_config(config.text_config)
         for module in (*self.vision_tower.modules(), *self.language_model.modules()):
@@ -626,9 +632,9 @@ class DehvfModel(DehvfPreTrainedModel):
         if adapter_name != self.active_adapter:
             active = {name: self._modules[name] for name in ADAPTER_MODULES if name in self._modules}
             self.shelve(self.active_adapter, self.config, active)
-            device = self.memory_slots.key.device
+            like = self.memory_slots.key  # in device and dtype
             self.active_adapter, (self.config, adapters) = adapter_name, self._shelf.pop(adapter_name)
-            self._mount({name: module.to(device).train(self.training) for name, module in adapters.items()})
+            self._mount({name: module.to(like).train(self.training) for name, module in adapters.items()})
 
     def delete_adapter(self, adapter_name: str):
         """See [`DehvfForConditionalGeneration.delete_adapter`]."""
@@ -1007,9 +1013,9 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             kwargs |= _hub_kwargs(source)
         # Before the bases, which may be many GB: a mistake here should not cost minutes
         adapters = _load_adapters(location, source)
-        _check_adapters(adapters, cls._adapters_of(config, location), location)
+        _check_adapters(adapters, _empty_adapters(config, location).state_dict(), location)
         places = {"vision": config.vision_model_id, "text": config.text_model_id}
-        if config.merged_base:
+        if config.merged_base and (vision_model is None or text_model is None):
             places = cls._fetch_merged_bases(location, **source)
         places |= {key: place for key, place in (("vision", vision_model), ("text", text_model)) if place is not None}
         for key in (key for key, place in places.items() if place is None):
@@ -1056,18 +1062,6 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             model.hf_device_map = causal_lm.hf_device_map
         return model.eval()
 
-    @classmethod
-    def _adapters_of(cls, config: DehvfConfig, location) -> dict[str, torch.Tensor]:
-        """The adapters that the config asks for, without values, however large it says they are."""
-        try:
-            with torch.device("meta"):
-                return cls(config).adapter_state_dict()
-        except Exception as error:  # a config from elsewhere can be wrong in more ways than could be listed
-            raise ValueError(
-                f"No model can be built from the config in {location} ({type(error).__name__}: {error}). Load the "
-                "adapters with the config that they were saved with."
-            ) from error
-
     def adapter_state_dict(self) -> dict[str, torch.Tensor]:
         """The trained tensors by their full names: all that `save_pretrained` writes."""
         return {name: parameter.detach() for name, parameter in self.named_parameters() if is_adapter_name(name)}
@@ -1090,11 +1084,11 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         Args:
             state_dict: the tensors to save, as the Trainer gives them; the frozen ones among them are left out.
             merge_base: write the frozen bases too, into `vision_model` and `text_model` of the folder, for a machine
-                that must not fetch other repositories. It loads in the same way.
+                that must not fetch other repositories. It loads in the same way. Where they lie already, they stay.
 
         Raises:
             ValueError: if an adapter tensor is missing or empty, as happens when ZeRO-3 partitions were not gathered;
-                or with `push_to_hub`, which would leave out the processor.
+                likewise of a base with `merge_base`; or with `push_to_hub`, which would leave out the processor.
         """
         if push_to_hub:
             raise ValueError(
@@ -1110,26 +1104,51 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
                 "written. Under ZeRO-3 gather the parameters first, or set "
                 '"stage3_gather_16bit_weights_on_model_save" to true.'
             )
-        self.config.merged_base = merge_base
+        processor = None
+        if is_main_process and (merge_base or not os.path.isfile(os.path.join(save_directory, PROCESSOR_NAME))):
+            processor = self._load_processor()
+        if merge_base:
+            self._save_bases(save_directory, is_main_process, processor)
+        before, self.config.merged_base = (
+            self.config.merged_base,
+            os.path.isdir(os.path.join(save_directory, "text_model")),
+        )
         super().save_pretrained(
             save_directory, is_main_process, state_dict=dict(adapters), save_original_format=False, **kwargs
         )
-        if merge_base:
-            self.model.vision_tower.save_pretrained(os.path.join(save_directory, "vision_model"), is_main_process)
-            self._causal_lm().save_pretrained(os.path.join(save_directory, "text_model"), is_main_process)
+        self.config.merged_base = before
         if is_main_process:
             # Once more, since there is no way to hand metadata to the line above. The digest alone: several entries
             # would be written in an order of chance, but equal adapters should be equal files
             _save_with_digest(adapters, os.path.join(save_directory, SAFE_WEIGHTS_NAME), {})
-        if is_main_process and not os.path.isfile(os.path.join(save_directory, PROCESSOR_NAME)):
-            bases = (self.model.vision_tower.name_or_path, self.model.language_model.name_or_path)
-            ids = (self.config.vision_model_id, self.config.text_model_id)
-            revisions = (self.config.vision_model_revision, self.config.text_model_revision)
-            pins = (revision if base == known else None for base, known, revision in zip(bases, ids, revisions))
-            try:
-                DehvfProcessor.from_vision_text_pretrained(*bases, *pins).save_pretrained(save_directory)
-            except (OSError, ValueError):
-                logger.info(f"No processor in {bases}; save yours to {save_directory} to make it complete.")
+        if processor is not None:
+            processor.save_pretrained(save_directory)
+
+    def _load_processor(self) -> DehvfProcessor | None:
+        """That of the bases, where they have one."""
+        bases = (self.model.vision_tower.name_or_path, self.model.language_model.name_or_path)
+        ids = (self.config.vision_model_id, self.config.text_model_id)
+        revisions = (self.config.vision_model_revision, self.config.text_model_revision)
+        pins = (revision if base == known else None for base, known, revision in zip(bases, ids, revisions))
+        try:
+            return DehvfProcessor.from_vision_text_pretrained(*bases, *pins)
+        except (OSError, ValueError):
+            logger.info(f"No processor in {bases}; save yours beside the adapters to make the folder complete.")
+            return None
+
+    def _save_bases(self, save_directory, is_main_process: bool, processor: DehvfProcessor | None):
+        """As two whole repositories in folders of their own."""
+        if any(not parameter.numel() for parameter in self.parameters()):
+            raise ValueError(
+                "`merge_base` was given, but ZeRO-3 has divided the bases among the processes. Save the adapters, "
+                "load them in a single process, and merge there."
+            )
+        vision, text = (os.path.join(save_directory, name) for name in ("vision_model", "text_model"))
+        self.model.vision_tower.save_pretrained(vision, is_main_process)
+        self._causal_lm().save_pretrained(text, is_main_process)
+        if processor is not None:
+            processor.image_processor.save_pretrained(vision)
+            processor.tokenizer.save_pretrained(text)
 
     def _causal_lm(self) -> PreTrainedModel:
         """The language model and its head as the one model that they were loaded as."""
@@ -1138,6 +1157,8 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         setattr(causal_lm, causal_lm.base_model_prefix, self.model.language_model)
         causal_lm.set_output_embeddings(self.lm_head)
         causal_lm.generation_config = self.generation_config
+        if hasattr(self, "hf_device_map"):  # so that what is offloaded is fetched
+            causal_lm.hf_device_map = self.hf_device_map
         return causal_lm
 
     def push_to_hub(
@@ -1159,9 +1180,11 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         config = self.config
         check_hub_ids(vision=config.vision_model_id, text=config.text_model_id)
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        if revision := kwargs.get("revision"):
+            create_branch(repo_id, branch=revision, token=token, exist_ok=True)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            if not file_exists(repo_id, "README.md", token=token):
+            if not file_exists(repo_id, "README.md", revision=revision, token=token):
                 card = make_card(
                     repo_id.split("/")[-1],
                     method="dehvf",
@@ -1234,8 +1257,9 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
 
     def load_adapter(self, pretrained_model_name_or_path, adapter_name: str, **kwargs):
         """
-        Loads further adapters onto the bases that are there. They may have another config, but not other bases. The
-        first adapters are called `"default"` and stay active until `set_adapter` says otherwise.
+        Loads further adapters onto the bases that are there. They may have another config, but not other bases: of
+        those with another id is warned, since copies may go by several. The first adapters are called `"default"` and
+        stay active until `set_adapter` says otherwise.
 
         Args:
             pretrained_model_name_or_path: Hub id or folder that `save_pretrained` wrote.
@@ -1254,16 +1278,20 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             )
         tensors = _load_adapters(pretrained_model_name_or_path, kwargs)
         config = DehvfConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        for key in ("vision_config", "text_config"):
-            _check_base(getattr(self.config, key), getattr(config, key), "this model")
-            setattr(config, key, getattr(self.config, key))
-        expected = self._adapters_of(config, pretrained_model_name_or_path)
-        _check_adapters(tensors, expected, pretrained_model_name_or_path)
-        with torch.device("meta"):
-            adapters = nn.ModuleDict(build_adapters(config)).to_empty(device=self.model.memory_slots.key.device)
-        prefix = f"{self.base_model_prefix}."
-        adapters.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
-        self.model.shelve(adapter_name, config, dict(adapters.items()))
+        config._attn_implementation = self.config._attn_implementation
+        for key in ("vision", "text"):
+            _check_base(getattr(self.config, f"{key}_config"), getattr(config, f"{key}_config"), "this model")
+            asked, there = (getattr(one, f"{key}_model_id") for one in (config, self.config))
+            if asked != there:
+                logger.warning(
+                    f"The adapters {adapter_name!r} were made for the {key} model {asked}, not for {there}."
+                )
+            for name in (f"{key}_config", f"{key}_model_id", f"{key}_model_revision"):
+                setattr(config, name, getattr(self.config, name))
+        adapters = _empty_adapters(config, pretrained_model_name_or_path)
+        _check_adapters(tensors, adapters.state_dict(), pretrained_model_name_or_path)
+        adapters.to_empty(device=self.model.memory_slots.key.device).load_state_dict(tensors)
+        self.model.shelve(adapter_name, config, dict(adapters["model"].items()))
 
     def set_adapter(self, adapter_name: str):
         """
@@ -1293,11 +1321,11 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
     @contextmanager
     def disable_adapter(self):
         """Inside this context the model is its language model alone, bit for bit, and images are not looked at."""
-        self.model.adapter_enabled = False
+        before, self.model.adapter_enabled = self.model.adapter_enabled, False
         try:
             yield
         finally:
-            self.model.adapter_enabled = True
+            self.model.adapter_enabled = before
 
     def get_image_features(
         self,
@@ -1439,7 +1467,14 @@ def _load_base(auto_class, location, key: str, config: DehvfConfig, **kwargs) ->
     found._attn_implementation = expected._attn_implementation
     dtype = found.dtype if kwargs["dtype"] == "auto" else kwargs["dtype"]
     with _naming_base(location, key), _zero3_dtype(dtype):
-        base = auto_class.from_pretrained(location, config=found, revision=revision, **kwargs)
+        base, info = auto_class.from_pretrained(
+            location, config=found, revision=revision, output_loading_info=True, **kwargs
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{location} lacks {len(missing)} tensors of the {type(base).__name__} that the adapters need, among them "
+            f"{missing[0]}; they would be random. Give the repository or folder of the whole model, and of no other."
+        )
     base.config._name_or_path = getattr(config, f"{key}_model_id")  # a saved config tells no folder of this machine
     setattr(config, f"{key}_config", base.config)
     return base
@@ -1525,6 +1560,19 @@ def _load_adapters(location, source: dict) -> dict[str, torch.Tensor]:
             "weights of the same shapes use `AutoModel.from_config(config, trust_remote_code=True)`."
         )
     return _read_tensors(file)[0]
+
+
+def _empty_adapters(config: DehvfConfig, location) -> nn.ModuleDict:
+    """The adapters that the config asks for, by their full names, without values however large it says they are."""
+    try:
+        check_layouts(config)
+        with torch.device("meta"):
+            return nn.ModuleDict({DehvfPreTrainedModel.base_model_prefix: nn.ModuleDict(build_adapters(config))})
+    except Exception as error:  # a config from elsewhere can be wrong in more ways than could be listed
+        raise ValueError(
+            f"No adapters can be built from the config in {location} ({type(error).__name__}: {error}). Load them "
+            "with the config that they were saved with."
+        ) from error
 
 
 def _check_adapters(adapters: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], location):

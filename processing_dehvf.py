@@ -5,7 +5,7 @@ import os
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from huggingface_hub import CommitInfo, create_repo, upload_folder
+from huggingface_hub import CommitInfo, create_branch, create_repo, upload_folder
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
@@ -135,6 +135,8 @@ class DehvfProcessor(ProcessorMixin):
         `push_to_hub`, which has something to tell, and the arguments are as there.
         """
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        if revision := kwargs.get("revision"):
+            create_branch(repo_id, branch=revision, token=token, exist_ok=True)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             options = {"commit_message": "Upload DEHVF processor", **kwargs}

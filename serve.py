@@ -8,11 +8,15 @@ It is `transformers serve`, with all its endpoints and flags (`--help`), and two
 5.23.0 it looks for a model's class in `transformers` alone, whatever `--trust-remote-code` says ("module transformers
 has no attribute DehvfForConditionalGeneration"). And it keeps nothing of an image, so each question would encode it
 again; here the visual memories of the last images are kept across requests.
+
+Like `transformers serve` it fetches the address of an image that a client names, and opens the file if it names one of
+this machine: it is for clients that you trust.
 """
 
 import hashlib
 from collections import OrderedDict
 
+import torch
 import transformers
 from transformers import AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -24,7 +28,7 @@ def remember_images(model, num_images: int = 64):
     question about one of them does not run the encoder. At 7B in bf16 an image takes 4.2 MB.
 
     Args:
-        model: `DehvfForConditionalGeneration`, for inference: adapters of a name have to stay as they are.
+        model: `DehvfForConditionalGeneration`, whose adapters have to stay as they are.
         num_images: how many to keep; the one that was asked about longest ago goes first.
 
     Returns:
@@ -35,10 +39,11 @@ def remember_images(model, num_images: int = 64):
 
     def get_image_features(pixel_values, image_mask=None, instruction=None):
         # Where the fuser reads the question, an image's memory is that question's alone
-        if len(pixel_values) != 1 or inner.config.reads_instruction or not (image_mask is None or image_mask.all()):
+        one = len(pixel_values) == 1 and (image_mask is None or image_mask.all())
+        if not one or inner.config.reads_instruction or torch.is_grad_enabled():
             return encode(pixel_values, image_mask, instruction)
         pixels = hashlib.sha256(pixel_values.float().cpu().numpy().tobytes()).digest()
-        key = getattr(inner, "active_adapter", None), pixels  # folders may hold code from when there was one alone
+        key = inner.memory_slots, pixels  # the module stands for the active adapters, whatever they are called
         memory = memories.pop(key, None)
         if memory is None:
             memory = encode(pixel_values)

@@ -39,9 +39,10 @@ from typing import Literal
 import torch
 import yaml
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.other import get_free_port
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from huggingface_hub import EvalResult, create_repo, upload_folder
+from huggingface_hub import EvalResult, create_branch, create_repo, upload_folder
 from PIL import Image
 from transformers import BitsAndBytesConfig, EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -111,10 +112,10 @@ class ModelArguments:
         },
     )
     adapter_revision: str | None = field(default=None, metadata={"help": "Commit of the adapters."})
-    vision_model: str = field(
+    vision_model: str | None = field(
         default="openai/clip-vit-large-patch14", metadata={"help": "Hub id or folder of the vision encoder."}
     )
-    text_model: str = field(
+    text_model: str | None = field(
         default="huggyllama/llama-7b", metadata={"help": "Hub id or folder of the language model."}
     )
     vision_model_revision: str | None = field(default=None, metadata={"help": "Commit of the vision encoder."})
@@ -219,6 +220,10 @@ def parse_arguments(arguments: list[str]):
         flags += [f"--{key}", *map(str, words)]
     parsed = parser.parse_args_into_dataclasses([*flags, *arguments], look_for_args_file=False)
     _, model_args, adapter_args, _, _ = parsed
+    if "--adapter" in arguments:  # their config names their bases, and a recipe's are those of other adapters
+        for name in ("vision_model", "text_model"):
+            if f"--{name}" not in arguments:
+                setattr(model_args, name, None)
     for name, value in DEHVF_METHODS.get(model_args.method, {}).items():
         if getattr(adapter_args, name) not in (value, type(adapter_args)().__dict__[name]):
             raise ValueError(
@@ -421,18 +426,25 @@ class StreamedSplit(torch.utils.data.IterableDataset):
 
     num_shortened, num_unreadable = Split.num_shortened, Split.num_unreadable
 
-    def set_epoch(self, epoch: int):
-        self.rows.set_epoch(epoch)
-
     def __iter__(self):
-        for index, row in enumerate(self.rows):
-            try:
-                image = read_image(row.pop("image"))
-            except Exception as error:
-                count_one(self._num_unreadable)
-                logger.warning(f"Image {index} of the stream cannot be read: {error}. Its row is left out.")
-                continue
-            yield {"index": index, "image": image, **self.encoder(row, index)}
+        """Pass after pass: the Trainer takes a stream for one epoch of --max_steps, and skips in it to go on."""
+        for epoch in itertools.count():
+            self.rows.set_epoch(epoch)
+            num_rows, num_good = 0, 0
+            for index, row in enumerate(self.rows):
+                num_rows += 1
+                try:
+                    image = read_image(row.pop("image"))
+                except Exception as error:
+                    count_one(self._num_unreadable)
+                    logger.warning(f"Image {index} of the stream cannot be read: {error}. Its row is left out.")
+                    continue
+                num_good += 1
+                yield {"index": index, "image": image, **self.encoder(row, index)}
+            if not num_rows:  # of a loader's worker for which there is no shard
+                return
+            if not num_good:
+                raise ValueError("No image of the stream can be read.")
 
 
 def load_rows(task, name: str, arguments: DataArguments):
@@ -622,7 +634,10 @@ def load(task, data_args, model_args, adapter_args, baseline_args, training_args
         processor_class = get_class_from_dynamic_module("processing_dehvf.DehvfProcessor", str(ROOT))
     bases = (model_args.vision_model, model_args.text_model)
     revisions = {name: getattr(model_args, name) for name in ("vision_model_revision", "text_model_revision")}
-    processor = processor_class.from_vision_text_pretrained(*bases, **revisions)
+    if model_args.adapter is None:
+        processor = processor_class.from_vision_text_pretrained(*bases, **revisions)
+    else:
+        processor = processor_class.from_pretrained(model_args.adapter, revision=model_args.adapter_revision)
     splits = {}
     if training_args.num_train_epochs > 0:
         if data_args.streaming:
@@ -657,6 +672,8 @@ def load(task, data_args, model_args, adapter_args, baseline_args, training_args
             **loading,
         )
         for key in KEYS:
+            if getattr(model_args, f"{key}_model") is None:
+                setattr(model_args, f"{key}_model", getattr(model.config, f"{key}_model_id"))
             if getattr(model_args, f"{key}_model_id") is not None:  # these adapters may have known it by its folder
                 for name in (f"{key}_model_id", f"{key}_model_revision"):
                     setattr(model.config, name, getattr(model_args, name))
@@ -673,7 +690,12 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
     given = {flag.removeprefix("--").split("=")[0] for flag in flags if flag.startswith("--")}
     if {"learning_rate", "base_learning_rate"} <= given:
         raise ValueError("`--learning_rate` and `--base_learning_rate` were given. Leave one of them out.")
-    if training_args.deepspeed and (training_args.bf16 or training_args.fp16):
+    plugin = training_args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage != 3 and training_args.num_train_epochs <= 0:
+        raise ValueError(
+            "`--num_train_epochs 0` only evaluates, which DeepSpeed does under ZeRO-3 alone. Leave DeepSpeed out."
+        )
+    if plugin is not None and (training_args.bf16 or training_args.fp16):
         flag, dtype = ("bf16", "bfloat16") if training_args.bf16 else ("fp16", "float16")
         raise ValueError(
             f"`--{flag}` and `--deepspeed` were given, but DeepSpeed casts the adapters too, whose small steps are "
@@ -765,7 +787,7 @@ def commit_of_this_code() -> str | None:
 
 def describe_code() -> dict:
     """The versions that run, and the commit of this repository."""
-    packages = ("torch", "transformers", "accelerate", "datasets", "peft", "deepspeed", "pycocoevalcap")
+    packages = "torch transformers accelerate datasets peft deepspeed bitsandbytes pycocoevalcap".split()
     return {
         "versions": {name: version(name) for name in packages if find_spec(name)},
         "commit": commit_of_this_code(),
@@ -839,7 +861,10 @@ def open_repository(training_args) -> str | None:
         return None
     name = training_args.hub_model_id or Path(training_args.output_dir).absolute().name
     private, token = training_args.hub_private_repo, training_args.hub_token
-    return create_repo(name, private=private, token=token, exist_ok=True).repo_id
+    repo_id = create_repo(name, private=private, token=token, exist_ok=True).repo_id
+    if training_args.hub_revision is not None:
+        create_branch(repo_id, branch=training_args.hub_revision, token=token, exist_ok=True)
+    return repo_id
 
 
 def push(folder: Path, repo_id: str, training_args):
@@ -866,13 +891,15 @@ def push(folder: Path, repo_id: str, training_args):
 
 
 def main(arguments: list[str]):
-    if "--deepspeed" in arguments and "RANK" not in os.environ:
-        # `accelerate launch` sets these for several processes alone; without them DeepSpeed asks for MPI
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     recipe, data_args, model_args, adapter_args, baseline_args, training_args = parse_arguments(arguments)
     check_arguments(arguments, data_args, model_args, adapter_args, training_args)
-    if training_args.deepspeed:
+    if training_args.deepspeed_plugin is not None:
         import deepspeed
+
+        if "RANK" not in os.environ:
+            # `accelerate launch` sets these for several processes alone; without them DeepSpeed asks for MPI
+            places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", **places)
 
         # accelerate does so on accelerators alone. ZeRO-3 needs it before the bases, which it divides as they load
         deepspeed.init_distributed(auto_mpi_discovery=False)

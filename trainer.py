@@ -59,6 +59,16 @@ def write_json(file: Path, content: dict):
     os.replace(unfinished, file)
 
 
+def read_json(file: Path) -> dict:
+    """Empty if there is no such file. Raises `ValueError` if it is damaged."""
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}. Remove it, or give another `--output_dir`.") from error
+
+
 def digest(file: Path) -> str:
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -68,7 +78,8 @@ def write_manifest(checkpoint: Path, facts: dict):
     """Declares a checkpoint complete, once all processes have written their files."""
     files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file()]
     listed = {str(file.relative_to(checkpoint)): [file.stat().st_size, digest(file)] for file in files}
-    write_json(checkpoint / MANIFEST, {**facts, "files": listed})
+    content = json.dumps({**facts, "files": listed}, default=str)
+    write_json(checkpoint / MANIFEST, {"content": content, "sha256": hashlib.sha256(content.encode()).hexdigest()})
 
 
 def read_manifest(checkpoint: Path) -> dict:
@@ -79,8 +90,12 @@ def read_manifest(checkpoint: Path) -> dict:
         ValueError: if the checkpoint is not as it was when it was complete; the message names the file.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        outer = json.loads((checkpoint / MANIFEST).read_text())
+        content = outer["content"].encode()
+        if hashlib.sha256(content).hexdigest() != outer["sha256"]:
+            raise ValueError("it is damaged")
+        manifest = json.loads(content)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{checkpoint} is not complete: it has no {MANIFEST} that can be read, which is written last ({error})."
         ) from error
@@ -113,6 +128,7 @@ def describe_arguments(training_args, *others) -> dict:
     values = {name: value for arguments in others for name, value in vars(arguments).items()}
     training = training_args.to_dict().items()
     values |= {name: value for name, value in training if not name.startswith(FREE_ARGUMENTS)}
+    del values["text_model_id"], values["vision_model_id"]  # what to call them on the Hub
     factors = (training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps)
     values["per_device_train_batch_size x gradient_accumulation_steps x processes"] = (
         factors[0] * factors[1] * training_args.world_size
@@ -128,10 +144,8 @@ def name_engine(training_args) -> str:
 
 def check_same_arguments(now: dict, earlier: dict, place: Path):
     """Raises `ValueError` if `place` belongs to a run with other arguments."""
-    names = sorted(now.keys() | earlier.keys())
-    differing = [
-        f"`{name}` was {earlier.get(name)}, is {now.get(name)}" for name in names if now.get(name) != earlier.get(name)
-    ]
+    names = sorted(now.keys() & earlier.keys())  # another version may have further ones, see `warn_of_other_code`
+    differing = [f"`{name}` was {earlier[name]}, is {now[name]}" for name in names if now[name] != earlier[name]]
     if differing:
         raise ValueError(
             f"{place} holds a run with other arguments: {'; '.join(differing)}. To go on with that run, give its "
@@ -176,34 +190,33 @@ def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | No
     new = {**run, "run": uuid.uuid4().hex, "train_seconds": 0.0}
     if asked == "never":
         return new, None
-    if asked != "auto":
-        checkpoint = Path(asked)
-        manifest = read_manifest(checkpoint)
+    if asked in ("auto", "true", "True"):  # the Trainer's way to say it
+        earlier, results = read_json(output_dir / RUN_FILE), read_json(output_dir / RESULTS_FILE)
+        finished = "scores" in results and results.get("run") == earlier.get("run")
+        found = None if finished or not earlier else find_last_checkpoint(output_dir, earlier["run"])
+        if found is None:
+            return new, None
+        checkpoint, manifest = found
+    else:
+        checkpoint, manifest = Path(asked), read_manifest(Path(asked))
         if not manifest["resumable"]:
             raise ValueError(
                 f"{checkpoint} has no optimizer state (`--save_only_model`), so a run cannot go on from it. Begin a "
                 f"new one with its adapters: `--adapter {checkpoint}`."
             )
-        check_same_arguments(run["arguments"], manifest["arguments"], checkpoint)
-        check_same_engine(run, manifest, checkpoint)
-        warn_of_other_code(run, manifest, checkpoint)
-        if checkpoint.resolve().parent == output_dir.resolve():
-            new["run"] = manifest["run"]
-        return {**new, "train_seconds": manifest["train_seconds"]}, checkpoint
-    if not (output_dir / RUN_FILE).is_file():
-        return new, None
-    earlier = json.loads((output_dir / RUN_FILE).read_text())
-    results = output_dir / RESULTS_FILE
-    results = json.loads(results.read_text()) if results.is_file() else {}
-    finished = results.get("run") == earlier["run"] and "scores" in results
-    found = None if finished else find_last_checkpoint(output_dir, earlier["run"])
-    if found is None:
-        return new, None
-    checkpoint, manifest = found
-    check_same_arguments(run["arguments"], earlier["arguments"], output_dir)
+    check_same_arguments(run["arguments"], manifest["arguments"], checkpoint)
     check_same_engine(run, manifest, checkpoint)
     warn_of_other_code(run, manifest, checkpoint)
-    return {**new, "run": earlier["run"], "train_seconds": manifest["train_seconds"]}, checkpoint
+    new["train_seconds"] = manifest["train_seconds"]
+    if checkpoint.resolve().parent == output_dir.resolve():
+        new["run"] = manifest["run"]
+    elif run["engine"].startswith("DeepSpeed"):
+        raise ValueError(
+            f"{checkpoint} is not in {output_dir}. DeepSpeed keeps the optimizer's state in pickles, which run code "
+            f"when they are read, so only a run's own are. Give `--output_dir {checkpoint.parent}`, or begin a new "
+            f"run with its adapters: `--adapter {checkpoint}`."
+        )
+    return new, checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,8 +291,6 @@ class AnswerTrainer(Trainer):
         with self._whole(trained):
             tensors = {name: gather_shards(parameter.detach()).cpu().clone() for name, parameter in trained.items()}
         self._save(output_dir, state_dict=tensors)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_adapters(self, checkpoint: str):
         tensors, trained = load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME), self._trained_parameters()
@@ -349,6 +360,9 @@ class AnswerTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         # Older checkpoints go when this one is complete, and not before
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        # The best one may be this one, and no folder of that step which an earlier run has left
+        best_step, step = self.state.best_global_step, self.state.global_step
+        self.state.best_global_step = best_step if best_step == step else None
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -357,13 +371,15 @@ class AnswerTrainer(Trainer):
                 resumable = not self.args.save_only_model
                 write_manifest(checkpoint, {**self.run, "train_seconds": seconds, "resumable": resumable})
         except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise  # another process has died, say
             free = shutil.disk_usage(self.args.output_dir).free
             raise OSError(
                 f"{checkpoint} could not be written ({free / 1e6:,.1f} MB are free there): {error}. "
                 f"{self._name_last_checkpoint()} Make room, then start the same command again."
             ) from error
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit, self.state.best_global_step = limit, best_step
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
@@ -377,8 +393,13 @@ class AnswerTrainer(Trainer):
 
     def _is_saved(self) -> bool:
         """Whether this step's checkpoint is there; as the main process sees it, since all have to agree."""
-        found = find_last_checkpoint(Path(self.args.output_dir), self.run["run"])
-        return broadcast_object_list([found is not None and found[0] == self._checkpoint()])[0]
+        saved = [False]
+        if self.args.should_save:
+            try:
+                saved = [read_manifest(self._checkpoint())["run"] == self.run["run"]]
+            except ValueError:
+                pass
+        return broadcast_object_list(saved)[0]
 
     def _are_adapters_finite(self) -> bool:
         trained = self._trained_parameters()
@@ -421,10 +442,12 @@ class AnswerTrainer(Trainer):
 
     def _stop(self, rows: list[int]):
         rows = sorted(gather_object(rows))
+        streamed = isinstance(self.train_dataset, torch.utils.data.IterableDataset)
+        places = ", counted as they came in the stream" if streamed else ""
         rates = sorted({group["lr"] for group in self.optimizer.param_groups})
         message = (
             f"The loss of step {self.state.global_step + 1} is NaN or Inf, in the batches with the rows {rows} of the "
-            f"train split; the learning rate is {', '.join(f'{rate:g}' for rate in rates)}. "
+            f"train split{places}; the learning rate is {', '.join(f'{rate:g}' for rate in rates)}. "
         )
         if not self._are_adapters_finite():
             message += "The adapters hold NaN or Inf too, from an earlier step, and are not saved. "
@@ -455,6 +478,8 @@ class AnswerTrainer(Trainer):
             self._text_tokens = self._text_tokens - images * len(self.data_collator.image_tokens)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
+        if self.control.should_log and self.args.device.type != "cpu":
+            torch.accelerator.synchronize()  # or the last steps would not count
         self._seconds += time.perf_counter() - self._clock
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._clock = time.perf_counter()  # evaluation and saving do not count

@@ -1,5 +1,8 @@
 """Several adapters on the same bases: switched, mixed in a batch, saved, deleted."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from tiny import DehvfForConditionalGeneration, save_tiny_bases, tiny_inputs
@@ -94,6 +97,38 @@ def test_the_active_adapters_are_trained_and_saved(model, folders, tmp_path):
     found, expected = (DehvfForConditionalGeneration.from_pretrained(path) for path in (tmp_path, folders["second"]))
     assert found.config.visual_prompts == "keys"
     assert all(torch.equal(found.adapter_state_dict()[name], p) for name, p in expected.adapter_state_dict().items())
+
+
+def test_switched_adapters_have_the_dtype_of_those_before(model):
+    model.model.memory_slots.to(torch.bfloat16)
+    model.set_adapter("second")
+    assert {tensor.dtype for tensor in model.adapter_state_dict().values()} == {torch.bfloat16}
+
+
+def test_adapters_stay_off_until_the_outer_context_ends(model):
+    inputs = tiny_inputs()
+    with model.disable_adapter():
+        expected = model(**inputs).logits
+        with model.disable_adapter():
+            pass
+        assert torch.equal(model(**inputs).logits, expected)
+    assert not torch.equal(model(**inputs).logits, expected)
+
+
+def test_adapters_of_a_base_with_another_id_are_told_and_saved_with_the_one_that_is_there(
+    model, folders, tmp_path, monkeypatch
+):
+    messages = []
+    logger = DehvfForConditionalGeneration.load_adapter.__globals__["logger"]
+    monkeypatch.setattr(logger, "warning", messages.append)
+    shutil.copytree(folders["second"], tmp_path / "second")
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    (tmp_path / "second" / "config.json").write_text(json.dumps({**config, "text_model_id": "org/other"}))
+    model.load_adapter(tmp_path / "second", "other")
+    assert "org/other, not for" in messages[0] and len(messages) == 1
+    model.set_adapter("other")
+    model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["text_model_id"] == config["text_model_id"]
 
 
 def test_deleted_adapters_are_gone_and_their_name_is_free(model, folders):

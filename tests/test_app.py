@@ -139,7 +139,7 @@ def test_examples_are_questions_about_images_of_the_test_split():
 
 @pytest.mark.parametrize(
     "adapter, message",
-    [("./nothing", "accelerate launch train.py"), (BASES[1], "a `llama`: it has no visual memory")],
+    [("nothing", "accelerate launch train.py"), (BASES[1], "a `llama`: it has no visual memory")],
 )
 @pytest.mark.parametrize("place", ["flag", "variable"])
 def test_what_is_no_adapter_is_refused(adapter, message, place, monkeypatch, capsys):

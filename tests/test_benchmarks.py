@@ -5,7 +5,7 @@ import json
 import pytest
 
 import train
-from benchmarks import paper_tables
+from benchmarks import RESULTS, memory, operations, paper_tables, speed
 
 
 ROWS = [(table, name) for table, rows in paper_tables.TABLES.items() for name in rows]
@@ -73,3 +73,10 @@ def test_a_second_start_trains_nothing_again(runs, monkeypatch, capsys):
     assert paper_tables.train_missing() == []
     printed = capsys.readouterr().out
     assert "0 runs are there, 2 are missing" in printed and "2 runs are there, 0 are missing" in printed
+
+
+@pytest.mark.parametrize("module", [memory, operations, paper_tables, speed], ids=lambda module: module.__name__)
+def test_the_reports_that_lie_here_are_written_from_their_numbers(module):
+    name = module.__name__.removeprefix("benchmarks.")
+    report = json.loads((RESULTS / f"{name}.json").read_text())
+    assert module.markdown(report) == (RESULTS / f"{name}.md").read_text()

@@ -265,6 +265,7 @@ def kill_at(moment: int, rank: int | None, me: int):
 def test_a_run_killed_at_20_moments_ends_with_the_same_adapters(scienceqa, tmp_path, forkserver):  # noqa: F811
     """Bit for bit; with dropout, so that the random numbers have to go on as well."""
     values = {"num_train_epochs": 8, "save_steps": 2, "save_total_limit": 2, "memory_dropout": 0.1, **SAVING}
+    values["train_sampling_strategy"] = "random"
     flags = partial(tiny_flags, tmp_path, scienceqa[0], **values)
     train.main(flags(tmp_path / "whole"))
     chosen, steps, cut_off = random.Random(0), [], 0
@@ -340,6 +341,7 @@ DAMAGES = {
     "a lost file": (Path.unlink, "rng_state.pth", "rng_state.pth is missing"),
     "no manifest": (Path.unlink, "manifest.json", "has no manifest.json that can be read"),
     "half a manifest": (cut, "manifest.json", "has no manifest.json that can be read"),
+    "a flipped byte in the manifest": (flip, "manifest.json", "has no manifest.json that can be read"),
 }
 
 
@@ -432,10 +434,11 @@ def test_a_run_cut_off_after_its_last_step_takes_no_further_one(scienceqa, tmp_p
 
 
 def test_a_stream_goes_on_where_it_was(scienceqa, tmp_path):  # noqa: F811
-    flags = partial(tiny_flags, tmp_path, scienceqa[0], streaming=True, max_steps=5, save_steps=2, **SAVING)
+    values = {"streaming": True, "max_steps": 9, "save_steps": 2, "train_sampling_strategy": "random", **SAVING}
+    flags = partial(tiny_flags, tmp_path, scienceqa[0], **values)  # three steps a pass
     train.main(flags(tmp_path / "output"))
     whole = adapters(tmp_path / "output")
-    for name in ("checkpoint-5", "checkpoint-4"):
+    for name in ("checkpoint-9", "checkpoint-8"):
         shutil.rmtree(tmp_path / "output" / name)
     (tmp_path / "output" / "results.json").unlink()
     train.main(flags(tmp_path / "output"))
@@ -561,6 +564,30 @@ def test_zero_3_stops_early_and_ends_with_its_best_checkpoint(scienceqa, tmp_pat
 
 def score_3_2(rank: int):
     train.get_task("scienceqa").score = score_like([3, 2, 0, 0])
+
+
+def test_the_best_checkpoint_is_one_of_this_run(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+    """Evaluated more often than saved: the folder of the best step is what another run has left."""
+    flags = partial(tiny_flags, tmp_path, scienceqa[0], tmp_path / "output", num_train_epochs=2, **BEST, **SAVING)
+    monkeypatch.setattr(train.get_task("scienceqa"), "score", score_like([3, 2, 1, 0, 0, 0, 0]))
+    train.main(flags(save_steps=2, eval_steps=2, learning_rate=0.2))
+    old = adapters(tmp_path / "output" / "checkpoint-2")
+    monkeypatch.setattr(train.get_task("scienceqa"), "score", score_like([3, 2, 1, 0, 0, 0, 0]))
+    train.main(flags(save_steps=4, eval_steps=2, learning_rate=0.001))
+    assert all(not torch.equal(tensor, old[name]) for name, tensor in adapters(tmp_path / "output").items())
+
+
+def test_deepspeed_goes_on_from_its_own_folder_alone(interrupted, tmp_path):
+    """Its optimizer's states are pickles."""
+    flags, output = interrupted
+    run = json.loads((output / "run.json").read_text()) | {"engine": "DeepSpeed ZeRO-2"}
+    manifest = training.read_manifest(output / "checkpoint-4")
+    del manifest["files"]
+    (output / "checkpoint-4" / "manifest.json").unlink()
+    training.write_manifest(output / "checkpoint-4", {**manifest, "engine": "DeepSpeed ZeRO-2"})
+    assert training.find_start(output, "auto", run)[1] == output / "checkpoint-4"
+    with pytest.raises(ValueError, match="pickles.*--adapter"):
+        training.find_start(tmp_path / "other", str(output / "checkpoint-4"), run)
 
 
 # --- a full disk ---
@@ -718,7 +745,7 @@ def test_a_log_tells_speed_and_memory_and_tensorboard_gets_it(scienceqa, tmp_pat
     assert logged["text_tokens_per_second"] == round(counts[1] / counts[3], 2)
     assert logged["visual_tokens_per_second"] == round(counts[2] / counts[3], 2)
     assert 0.1 < logged["peak_memory_gb"] < 50
-    (file,) = (path for path in tmp_path.rglob("*tfevents*"))
+    (file,) = (tmp_path / "output" / "runs").rglob("*tfevents*")
     events = EventAccumulator(str(file)).Reload()
     for name, value in logged.items():
         (event,) = events.Scalars(f"train/{name}")

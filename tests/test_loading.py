@@ -389,10 +389,44 @@ def test_a_merged_folder_needs_no_other(tmp_path, tie_word_embeddings):
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     assert AutoProcessor.from_pretrained(moved, trust_remote_code=True)
-    # What is saved of it without the bases names the same ones as before
+    again.save_pretrained(moved)
+    assert AutoModel.from_pretrained(moved, trust_remote_code=True), "bases that lie there stay"
+    # What is saved of it elsewhere names the same ones as before
     again.save_pretrained(tmp_path / "adapter")
+    assert AutoProcessor.from_pretrained(tmp_path / "adapter", trust_remote_code=True)
     with pytest.raises(OSError, match="text"):
         AutoModel.from_pretrained(tmp_path / "adapter", trust_remote_code=True)
     given = {"vision_model": moved / "vision_model", "text_model": moved / "text_model"}
     third = AutoModel.from_pretrained(tmp_path / "adapter", trust_remote_code=True, **given)
     assert torch.equal(third(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
+
+
+def test_offloaded_bases_are_merged_too(tmp_path):
+    bases = save_tiny_bases(tmp_path)
+    DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **DEHVF_SIZES).save_pretrained(tmp_path / "a")
+    offloaded = DehvfForConditionalGeneration.from_pretrained(
+        tmp_path / "a", device_map={"": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    offloaded.save_pretrained(tmp_path / "merged", merge_base=True)
+    merged = DehvfForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    assert torch.equal(merged(**tiny_inputs()).logits, offloaded(**tiny_inputs()).logits)
+
+
+def test_divided_bases_are_not_merged(tmp_path):
+    model = tiny_model()
+    model.lm_head.weight.data = torch.empty(0)  # as ZeRO-3 leaves it
+    with pytest.raises(ValueError, match="in a single process, and merge there"):
+        model.save_pretrained(tmp_path / "merged", merge_base=True)
+    assert not (tmp_path / "merged" / "config.json").exists()
+
+
+@pytest.mark.parametrize("base", ["vision", "text"])
+def test_a_base_with_missing_tensors_is_refused(tmp_path, base):
+    """`transformers` would fill them with random numbers."""
+    bases = dict(zip(("vision", "text"), save_tiny_bases(tmp_path)))
+    file = bases[base] / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if ".2." in name)
+    save_file({other: tensor for other, tensor in tensors.items() if other != name}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{base} lacks 1 tensors of the .*layers.2"):
+        DehvfForConditionalGeneration.from_vision_text_pretrained(*bases.values(), **DEHVF_SIZES)

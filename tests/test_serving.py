@@ -79,6 +79,7 @@ def test_remembered_images_give_the_same_answers_and_are_encoded_once():
     assert len(calls) == 2
 
 
+@torch.no_grad()
 def test_the_image_asked_about_longest_ago_goes_first():
     model = serve.remember_images(tiny_model(), num_images=2)
     calls = count_encoder(model)
@@ -87,6 +88,7 @@ def test_the_image_asked_about_longest_ago_goes_first():
         assert len(calls) == expected, seed
 
 
+@torch.no_grad()
 def test_each_adapter_has_memories_of_its_own(tmp_path):
     tiny_model(seed=1).save_pretrained(tmp_path)
     model, expected = serve.remember_images(tiny_model()), tiny_model()
@@ -99,6 +101,18 @@ def test_each_adapter_has_memories_of_its_own(tmp_path):
             loaded.set_adapter(name)
         assert torch.equal(model.get_image_features(pixels), expected.get_image_features(pixels))
     assert len(calls) == 2
+    for loaded in (model, expected):
+        loaded.delete_adapter("default")
+        tiny_model(seed=2).save_pretrained(tmp_path)
+        loaded.load_adapter(tmp_path, "default")
+        loaded.set_adapter("default")
+    assert torch.equal(model.get_image_features(pixels), expected.get_image_features(pixels)), "another of that name"
+
+
+def test_nothing_is_kept_that_a_gradient_goes_through():
+    model = serve.remember_images(tiny_model()).train()
+    for _ in range(2):
+        model(**tiny_inputs(1), labels=tiny_inputs(1)["input_ids"]).loss.backward()
 
 
 def test_memories_that_depend_on_the_question_are_not_kept():
