@@ -634,10 +634,17 @@ def load(task, data_args, model_args, adapter_args, baseline_args, training_args
         processor_class = get_class_from_dynamic_module("processing_dehvf.DehvfProcessor", str(ROOT))
     bases = (model_args.vision_model, model_args.text_model)
     revisions = {name: getattr(model_args, name) for name in ("vision_model_revision", "text_model_revision")}
-    if model_args.adapter is None:
-        processor = processor_class.from_vision_text_pretrained(*bases, **revisions)
-    else:
-        processor = processor_class.from_pretrained(model_args.adapter, revision=model_args.adapter_revision)
+    places = bases if model_args.adapter is None else (model_args.adapter,)
+    try:
+        if model_args.adapter is None:
+            processor = processor_class.from_vision_text_pretrained(*bases, **revisions)
+        else:
+            processor = processor_class.from_pretrained(model_args.adapter, revision=model_args.adapter_revision)
+    except OSError as error:
+        raise OSError(
+            f"No tokenizer and image processor could be loaded from {' and '.join(places)}. A folder must exist; "
+            f"anything else is looked for on the Hub.\n{error}"
+        ) from error
     splits = {}
     if training_args.num_train_epochs > 0:
         if data_args.streaming:

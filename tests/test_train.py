@@ -427,6 +427,13 @@ def test_bases_that_were_known_by_their_folders_can_be_given_their_ids(trained, 
     assert config["vision_model_id"] == str(tmp_path / "vision")
 
 
+@pytest.mark.parametrize("flag", ["--adapter", "--text_model"])
+def test_a_misspelt_folder_is_named(trained, flag, monkeypatch):
+    flags = trained[0] if flag == "--adapter" else trained[0][: trained[0].index("--adapter")]
+    with pytest.raises(OSError, match="could be loaded from .*a misspelt folder"):
+        train.main([*flags, flag, "a misspelt folder"])
+
+
 def test_an_evaluation_under_zero_2_is_refused(trained):
     flags, _ = trained
     with pytest.raises(ValueError, match="under ZeRO-3 alone"):
