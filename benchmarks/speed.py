@@ -492,8 +492,6 @@ def draw(report: dict, file: Path):
     ends = np.array([0, numbers[-1]])
     line = growth["seconds_at_no_patch"] + growth["seconds_per_patch"] * ends
     patches.plot(ends, line, "--", color=colors[DEHVF], label="straight line")
-    alone = statistics.median(report["groups"]["prefill"][TEXT_ONLY]["prefill"])
-    patches.axhline(alone, color=colors[TEXT_ONLY], linestyle=":", label=TEXT_ONLY)
     patches.set_title("Prefill, language side: seconds per batch")
     patches.set_xlabel("patches (and memory slots)")
     patches.legend(fontsize=9)
