@@ -1,5 +1,6 @@
 """
-Runs train.py in several processes of its own on the CPU, with what a launcher would put into their environment.
+Runs train.py in processes of its own on the CPU, with what a launcher would put into their environment: `start` as a
+user sees it from outside, exit codes and output; `run_in_processes` any function, for its result.
 
 A fork server imports the heavy libraries once; to start `accelerate launch` or `torchrun` for each run would take 10
 seconds of imports per process.
@@ -12,6 +13,7 @@ import multiprocessing
 import os
 import re
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -24,15 +26,67 @@ import train
 M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
-def run_in_processes(job, environments: list[dict], *arguments, timeout: float = 120) -> list:
+def fork_server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "deepspeed", "datasets", "peft"])
+    return context
+
+
+def start(folder: Path, flags: list[str], processes: int = 1, prepare=None) -> tuple[list[int], list[str]]:
+    """
+    `train.py flags` in so many processes; when one ends badly the others are killed, as launchers do.
+
+    Args:
+        folder: where their outputs go.
+        prepare: called with the rank in each process before it starts, to arrange for an accident.
+
+    Returns:
+        Exit codes and outputs, by rank.
+    """
+    log, context = folder / "log", fork_server()
+    environments = torchrun_environments(processes)
+    running = [
+        context.Process(target=_train, args=(rank, environment, log, prepare, flags))
+        for rank, environment in enumerate(environments)
+    ]
+    for process in running:
+        process.start()
+    for _ in range(3000):  # five minutes
+        for process in running:
+            process.join(0.1 / processes)
+        if any(process.exitcode for process in running) or not any(process.is_alive() for process in running):
+            break
+    for process in running:
+        process.join(10)  # all processes are to end alike, if they can
+        process.kill()
+        process.join()
+    return [process.exitcode for process in running], [Path(f"{log}.{rank}").read_text() for rank in range(processes)]
+
+
+def _train(rank: int, environment: dict, log: Path, prepare, flags: list[str]):
+    with open(f"{log}.{rank}", "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    if prepare is not None:
+        prepare(rank)
+    try:
+        train.main(flags)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)  # as a launcher's processes do not wait for threads of DeepSpeed either
+
+
+def run_in_processes(job, environments: list[dict], *arguments, timeout: float = 300) -> list:
     """
     `job(*arguments)` in one new process for each environment. Returns their results, in order.
 
     Raises:
         AssertionError: if a job failed, with its traceback, or did not end in `timeout` seconds, as when it hangs.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "deepspeed", "datasets"])
+    context = fork_server()
     results = context.SimpleQueue()
     processes = [
         context.Process(target=_run, args=(job, rank, environment, arguments, results, timeout), daemon=True)
@@ -101,13 +155,13 @@ def train_and_look(flags: list[str], fsdp_on_cpu: bool = False) -> dict:
 
     train.AnswerTrainer = WatchedTrainer
     if fsdp_on_cpu:
-        _let_accelerate_take_fsdp_on_the_cpu()
+        let_accelerate_take_fsdp_on_the_cpu()
     with redirect_stdout(io.StringIO()) as printed:
         train.main(flags)
     return {**seen, "printed": printed.getvalue()}
 
 
-def _let_accelerate_take_fsdp_on_the_cpu():
+def let_accelerate_take_fsdp_on_the_cpu():
     """accelerate offers FSDP on accelerators alone, although PyTorch's runs on CPUs: without this it would be DDP."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType

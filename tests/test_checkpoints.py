@@ -2,22 +2,20 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import socket
+import sqlite3
 import subprocess
-import sys
-import traceback
 from functools import partial
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from processes import let_accelerate_take_fsdp_on_the_cpu, start
 from safetensors.torch import load_file
 from test_train import make_rows, scienceqa, tiny_flags  # noqa: F401  `scienceqa` is a fixture
 from tiny import NUM_PATCHES, ROOT, save_tiny_bases, tiny_processor
@@ -27,66 +25,11 @@ import train
 import trainer as training
 
 
-# --- processes of their own, without their seconds of imports ---
+# --- processes of their own ---
 
 
-@pytest.fixture(scope="module")
-def forkserver():
-    """Starts processes from one that has imported everything and computed nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "deepspeed", "peft"])
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), path)))
-    yield context
-    os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
-
-
-def child(rank: int, processes: int, port: int, log: Path, prepare, flags: list[str]):
-    """`train.py flags` as `torchrun` would start it; `prepare` may arrange for an accident."""
-    with open(f"{log}.{rank}", "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    if processes > 1 or "--deepspeed" in flags:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
-    if "--deepspeed" in flags:
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as `accelerate launch --use_deepspeed` does
-    if prepare is not None:
-        prepare(rank)
-    try:
-        train.main(flags)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    os._exit(0)  # as a launcher's processes do not wait for threads of DeepSpeed either
-
-
-def start(context, folder: Path, flags: list[str], processes: int = 1, prepare=None) -> tuple[list[int], list[str]]:
-    """Exit codes and outputs of the processes; when one ends badly the others are killed, as launchers do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = folder / "log"
-    arguments = [(rank, processes, port, log, prepare, flags) for rank in range(processes)]
-    running = [context.Process(target=child, args=values) for values in arguments]
-    for process in running:
-        process.start()
-    for _ in range(3000):  # five minutes
-        for process in running:
-            process.join(0.1 / processes)
-        if any(process.exitcode for process in running) or not any(process.is_alive() for process in running):
-            break
-    for process in running:
-        process.join(10)  # all processes are to end alike, if they can
-        process.kill()
-        process.join()
-    return [process.exitcode for process in running], [Path(f"{log}.{rank}").read_text() for rank in range(processes)]
-
-
-def run_in(context, folder: Path, flags: list[str], processes: int = 1, prepare=None) -> list[str]:
-    codes, outputs = start(context, folder, flags, processes, prepare)
+def finish(folder: Path, flags: list[str], processes: int = 1, prepare=None) -> list[str]:
+    codes, outputs = start(folder, flags, processes, prepare)
     assert codes == [0] * processes, outputs
     return outputs
 
@@ -149,17 +92,14 @@ def test_a_checkpoint_of_one_process_holds_no_frozen_weight(large_base, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [None, 1, 2, 3], ids=["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"])
-def test_a_checkpoint_of_two_processes_holds_no_frozen_weight(large_base, tmp_path, forkserver, stage):
+def test_a_checkpoint_of_two_processes_holds_no_frozen_weight(large_base, tmp_path, stage):
     engine = {} if stage is None else {"deepspeed": zero(tmp_path, stage)}
-    run_in(forkserver, tmp_path, large_base(tmp_path / "output", per_device_train_batch_size=1, **engine), 2)
+    finish(tmp_path, large_base(tmp_path / "output", per_device_train_batch_size=1, **engine), 2)
     assert_no_frozen_weight(tmp_path / "output")
 
 
 def use_fsdp(version: int, rank: int):
-    """What `accelerate launch --use_fsdp --fsdp_version 2` does; on CPUs accelerate alone would take DDP."""
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
-
+    """What `accelerate launch --use_fsdp --fsdp_version 2` does."""
     settings = {
         "VERSION": str(version),
         "STATE_DICT_TYPE": "FULL_STATE_DICT",
@@ -167,35 +107,27 @@ def use_fsdp(version: int, rank: int):
     }
     settings["TRANSFORMER_CLS_TO_WRAP"] = "LlamaDecoderLayer,CLIPEncoderLayer"
     os.environ.update({f"FSDP_{name}": value for name, value in settings.items()}, ACCELERATE_USE_FSDP="true")
-    initialise = AcceleratorState.__init__
-
-    def initialise_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
-        initialise(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-            self.fsdp_plugin = fsdp_plugin
-
-    AcceleratorState.__init__ = initialise_with_fsdp
+    let_accelerate_take_fsdp_on_the_cpu()
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_fsdp2_holds_no_frozen_weight_and_goes_on(large_base, tmp_path, forkserver):
+def test_a_checkpoint_of_fsdp2_holds_no_frozen_weight_and_goes_on(large_base, tmp_path):
     flags = partial(large_base, save_steps=1, per_device_train_batch_size=1)
     fsdp2 = partial(use_fsdp, 2)
-    run_in(forkserver, tmp_path, flags(tmp_path / "output"), 2, fsdp2)
+    finish(tmp_path, flags(tmp_path / "output"), 2, fsdp2)
     assert json.loads((tmp_path / "output" / "run.json").read_text())["engine"] == "FSDP"
     assert (tmp_path / "output" / "checkpoint-2" / "optimizer.bin").is_file(), "FSDP's own form"
     assert_no_frozen_weight(tmp_path / "output")
     shutil.copytree(tmp_path / "output", tmp_path / "killed", ignore=shutil.ignore_patterns("results.json", "*-2"))
-    (printed, _) = run_in(forkserver, tmp_path, flags(tmp_path / "killed"), 2, fsdp2)
+    (printed, _) = finish(tmp_path, flags(tmp_path / "killed"), 2, fsdp2)
     assert f"going on from {tmp_path / 'killed' / 'checkpoint-1'}" in printed
     assert_same_adapters(tmp_path / "output", tmp_path / "killed", rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_fsdp_1_is_refused(scienceqa, tmp_path, forkserver):  # noqa: F811
+def test_fsdp_1_is_refused(scienceqa, tmp_path):  # noqa: F811
     flags = tiny_flags(tmp_path, scienceqa[0], tmp_path / "output")
-    codes, (printed, _) = start(forkserver, tmp_path, flags, 2, partial(use_fsdp, 1))
+    codes, (printed, _) = start(tmp_path, flags, 2, partial(use_fsdp, 1))
     assert codes == [1, 1] and "Set `fsdp_version: 2` in the accelerate config" in printed, printed
 
 
@@ -262,7 +194,7 @@ def kill_at(moment: int, rank: int | None, me: int):
     train.AnswerTrainer.training_step = before(train.AnswerTrainer.training_step)
 
 
-def test_a_run_killed_at_20_moments_ends_with_the_same_adapters(scienceqa, tmp_path, forkserver):  # noqa: F811
+def test_a_run_killed_at_20_moments_ends_with_the_same_adapters(scienceqa, tmp_path):  # noqa: F811
     """Bit for bit; with dropout, so that the random numbers have to go on as well."""
     values = {"num_train_epochs": 8, "save_steps": 2, "save_total_limit": 2, "memory_dropout": 0.1, **SAVING}
     values["train_sampling_strategy"] = "random"
@@ -271,12 +203,12 @@ def test_a_run_killed_at_20_moments_ends_with_the_same_adapters(scienceqa, tmp_p
     chosen, steps, cut_off = random.Random(0), [], 0
     for _ in range(20):
         prepare = partial(kill_at, chosen.randint(1, 24), None)
-        codes, (output,) = start(forkserver, tmp_path, flags(tmp_path / "killed"), prepare=prepare)
+        codes, (output,) = start(tmp_path, flags(tmp_path / "killed"), prepare=prepare)
         assert codes == [-signal.SIGKILL], output
         found = re.search(r"going on from .*checkpoint-(\d+)", output)
         steps.append(int(found[1]) if found else 0)
         cut_off += "is not complete" in output
-    run_in(forkserver, tmp_path, flags(tmp_path / "killed"))
+    finish(tmp_path, flags(tmp_path / "killed"))
     assert steps == sorted(steps) and len(set(steps)) > 5, steps
     assert cut_off > 3, "hardly a kill fell into the writing of a checkpoint"
     assert_same_adapters(tmp_path / "whole", tmp_path / "killed")
@@ -291,17 +223,17 @@ def test_a_run_killed_at_20_moments_ends_with_the_same_adapters(scienceqa, tmp_p
 
 
 @pytest.mark.slow
-def test_two_processes_killed_under_zero_2_end_with_the_same_adapters(scienceqa, tmp_path, forkserver):  # noqa: F811
+def test_two_processes_killed_under_zero_2_end_with_the_same_adapters(scienceqa, tmp_path):  # noqa: F811
     values = {"per_device_train_batch_size": 1, "num_train_epochs": 2, "save_steps": 2, **SAVING}
     flags = partial(tiny_flags, tmp_path, scienceqa[0], deepspeed=zero(tmp_path, 2), **values)
-    run_in(forkserver, tmp_path, flags(tmp_path / "whole"), 2)
+    finish(tmp_path, flags(tmp_path / "whole"), 2)
     resumed = []
     for moment, rank in ((9, 1), (14, 0)):
         prepare = partial(kill_at, moment, rank)
-        codes, outputs = start(forkserver, tmp_path, flags(tmp_path / "killed"), 2, prepare)
+        codes, outputs = start(tmp_path, flags(tmp_path / "killed"), 2, prepare)
         assert codes[rank] == -signal.SIGKILL, outputs
         resumed.append("going on from" in outputs[0])
-    run_in(forkserver, tmp_path, flags(tmp_path / "killed"), 2)
+    finish(tmp_path, flags(tmp_path / "killed"), 2)
     assert any(resumed)
     assert_same_adapters(tmp_path / "whole", tmp_path / "killed", rtol=0, atol=1e-4)
 
@@ -530,19 +462,19 @@ def test_early_stopping_asks_for_what_it_needs():
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_where_one_was(interrupted, six_steps, tmp_path, forkserver):
+def test_two_processes_go_on_where_one_was(interrupted, six_steps, tmp_path):
     flags, output = interrupted
-    (printed, _) = run_in(forkserver, tmp_path, flags(output, per_device_train_batch_size=1), 2)
+    (printed, _) = finish(tmp_path, flags(output, per_device_train_batch_size=1), 2)
     assert f"going on from {output / 'checkpoint-4'}" in printed
     assert_same_adapters(six_steps[1] / "whole", output, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_under_zero_is_told_what_to_do(interrupted, tmp_path, forkserver):
+def test_another_number_of_processes_under_zero_is_told_what_to_do(interrupted, tmp_path):
     """And the way out that it is told, a new run with the adapters, works."""
     flags, output = interrupted
     other = flags(output, per_device_train_batch_size=1, deepspeed=zero(tmp_path, 2))
-    codes, printed = start(forkserver, tmp_path, other, 2)
+    codes, printed = start(tmp_path, other, 2)
     assert codes == [1, 1]
     for text in printed:
         assert f"checkpoint-4 was written with {training.ENGINE_OF_ONE} (processes: 1), this run is" in text, text
@@ -550,14 +482,14 @@ def test_another_number_of_processes_under_zero_is_told_what_to_do(interrupted, 
         assert f"`--adapter {output / 'checkpoint-4'} --output_dir <another>`" in text
     values = {"adapter": output / "checkpoint-4", "per_device_train_batch_size": 1, "deepspeed": zero(tmp_path, 2)}
     data = flags(output)[flags(output).index("--data_path") + 1]
-    run_in(forkserver, tmp_path, tiny_flags(Path(data).parent, data, tmp_path / "new", **values), 2)
+    finish(tmp_path, tiny_flags(Path(data).parent, data, tmp_path / "new", **values), 2)
 
 
 @pytest.mark.slow
-def test_zero_3_stops_early_and_ends_with_its_best_checkpoint(scienceqa, tmp_path, forkserver):  # noqa: F811
+def test_zero_3_stops_early_and_ends_with_its_best_checkpoint(scienceqa, tmp_path):  # noqa: F811
     values = {"per_device_train_batch_size": 1, "num_train_epochs": 3, "save_steps": 2, **BEST, **SAVING}
     values |= {"deepspeed": zero(tmp_path, 3), "early_stopping_patience": 1}
-    run_in(forkserver, tmp_path, tiny_flags(tmp_path, scienceqa[0], tmp_path / "output", **values), 2, score_3_2)
+    finish(tmp_path, tiny_flags(tmp_path, scienceqa[0], tmp_path / "output", **values), 2, score_3_2)
     assert checkpoints(tmp_path / "output") == [2], "of 9 steps"
     assert_same_adapters(tmp_path / "output" / "checkpoint-2", tmp_path / "output")
 
@@ -667,13 +599,13 @@ def spoil_loss(step: int, batch: int, rank: int, me: int):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [None, 2], ids=["DDP", "ZeRO-2"])
-def test_all_processes_stop_together_at_a_loss_of_one_of_them(scienceqa, tmp_path, forkserver, stage):  # noqa: F811
+def test_all_processes_stop_together_at_a_loss_of_one_of_them(scienceqa, tmp_path, stage):  # noqa: F811
     engine = {} if stage is None else {"deepspeed": zero(tmp_path, stage)}
     values = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "save_strategy": "no"}
     values |= {"num_train_epochs": 3, "train_sampling_strategy": "sequential", **engine}
     flags = tiny_flags(tmp_path, scienceqa[0], tmp_path / "output", **values)
     # Rows 0 to 3 make the first step, 4 and 5 the second; of the third process 1 has the rows 1 and 3
-    codes, printed = start(forkserver, tmp_path, flags, 2, partial(spoil_loss, 3, 1, 1))
+    codes, printed = start(tmp_path, flags, 2, partial(spoil_loss, 3, 1, 1))
     assert codes == [1, 1]
     for text in printed:
         assert "FloatingPointError: The loss of step 3 is NaN or Inf, in the batches with the rows [1]" in text, text
@@ -750,6 +682,20 @@ def test_a_log_tells_speed_and_memory_and_tensorboard_gets_it(scienceqa, tmp_pat
     for name, value in logged.items():
         (event,) = events.Scalars(f"train/{name}")
         assert event.value == pytest.approx(value, rel=1e-6)
+
+
+def set_trackio_dir(folder: Path, rank: int):
+    os.environ["TRACKIO_DIR"] = str(folder)  # read when trackio is imported
+
+
+def test_trackio_gets_what_a_run_logs(scienceqa, tmp_path):  # noqa: F811
+    flags = tiny_flags(tmp_path, scienceqa[0], tmp_path / "output", report_to="trackio", project="seeing", **SAVING)
+    finish(tmp_path, flags, prepare=partial(set_trackio_dir, tmp_path / "trackio"))
+    with sqlite3.connect(tmp_path / "trackio" / "seeing.db") as database:
+        lines = [json.loads(line) for (line,) in database.execute("SELECT metrics FROM metrics ORDER BY step")]
+    lines = [line for line in lines if "train/loss" in line]
+    names = {"train/samples_per_second", "train/text_tokens_per_second", "train/visual_tokens_per_second"}
+    assert len(lines) == 3 and all(line.keys() >= {*names, "train/peak_memory_gb"} for line in lines)
 
 
 def test_a_run_is_described_from_its_start(scienceqa, tmp_path, monkeypatch):  # noqa: F811
