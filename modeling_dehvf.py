@@ -14,9 +14,11 @@ width, c projector width.
 import hashlib
 import os
 import random
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from itertools import zip_longest
 from tempfile import TemporaryDirectory
 from types import MethodType
@@ -28,9 +30,8 @@ from huggingface_hub import (
     CommitInfo,
     ModelCard,
     ModelCardData,
-    create_branch,
-    create_repo,
     file_exists,
+    hf_hub_download,
     snapshot_download,
     upload_folder,
 )
@@ -51,7 +52,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import resolve_revision
 
 from .configuration_dehvf import DehvfConfig, disable_dropout
-from .processing_dehvf import DehvfProcessor
+from .processing_dehvf import DehvfProcessor, open_repository
 
 
 logger = logging.get_logger(__name__)
@@ -148,14 +149,10 @@ def split_into_runs(num_layers: int, num_groups: int) -> list[range]:
     return [range(start, end) for start, end in zip(starts, starts[1:])]
 
 
-def hierarchy(config: DehvfConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def candidate_layers(config: DehvfConfig) -> list[list[int]]:
     """
-    The vision layers that each language layer may draw from (method step 2).
-
-    Returns:
-        `candidates`, integers of shape `(num_language_layers, num_candidates)`: vision layers, counted from 0. Those
-        of the language layer's own group, then the penultimate one. Short runs are filled up with layer 0.
-        `valid`, booleans of the same shape: false where `candidates` is such a filler.
+    The vision layers, counted from 0, that each language layer may draw from (method step 2): those of its own group,
+    then the penultimate one.
     """
     num_vision_layers = config.vision_config.num_hidden_layers
     penultimate = num_vision_layers - 2
@@ -163,11 +160,20 @@ def hierarchy(config: DehvfConfig) -> tuple[torch.Tensor, torch.Tensor]:
         groups = [[penultimate]] * config.num_groups
     else:
         groups = [[*run, penultimate] for run in split_into_runs(num_vision_layers, config.num_groups)]
-    width = max(len(group) for group in groups)
     text_runs = split_into_runs(config.text_config.num_hidden_layers, config.num_groups)
     rows = [group for group, run in zip(groups, text_runs) for _ in run]
     if config.layer_mapping == "random":
         random.Random(config.layer_mapping_seed).shuffle(rows)
+    return rows
+
+
+def hierarchy(config: DehvfConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `candidate_layers` as tensors, both of shape `(num_language_layers, num_candidates)`: the layers, where short rows
+    are filled up with layer 0; and booleans, false where there is such a filler.
+    """
+    rows = candidate_layers(config)
+    width = max(map(len, rows))
     candidates = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     valid = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
     return candidates, valid
@@ -209,7 +215,8 @@ class InputEmbeddingNetwork(nn.Module):
         if self.layer_embedding is not None:
             parts.append(self.layer_embedding[None])  # 1 D e
         if self.instruction_proj is not None:
-            parts.append(self.instruction_proj(instruction)[:, None].expand(-1, self.num_layers, -1))  # B D e
+            instruction = self.instruction_proj(instruction.to(self.instruction_proj.weight.dtype))  # B e
+            parts.append(instruction[:, None].expand(-1, self.num_layers, -1))  # B D e
         embedding = sum(parts).unsqueeze(2).expand(-1, -1, len(self.positions), -1)  # B D P e
         if self.position_embedding is not None:
             position_embedding = self.position_embedding[self.positions].expand_as(embedding)
@@ -612,6 +619,7 @@ class DehvfModel(DehvfPreTrainedModel):
         vision_adapters = adapters.get("vision_adapters", ())
         for layer, adapter in zip_longest(self.vision_tower.encoder.layers, vision_adapters):
             vars(layer.mlp)["vision_adapter"] = adapter  # past `nn.Module.__setattr__`, as in `_specialise`
+        self.vision_layers_read = sorted(set().union(*candidate_layers(self.config)))  # N' <= N of them
         candidates, valid = hierarchy(self.config)
         device = adapters["memory_slots"].key.device
         self.register_buffer("candidates", candidates.to(device), persistent=False)  # D M
@@ -690,7 +698,8 @@ class DehvfModel(DehvfPreTrainedModel):
         instruction: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """
-        Encodes images into visual memory, once, for any number of questions.
+        Encodes images into visual memory, once, for any number of questions. To keep it, call this under
+        `torch.no_grad()`: else it holds on to what the encoder's backward would need, 85 times its size at 7B.
 
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`.
@@ -713,11 +722,8 @@ class DehvfModel(DehvfPreTrainedModel):
         _check_shape("pixel_values", pixel_values, (vision.num_channels, vision.image_size, vision.image_size))
         if image_mask is None:
             image_mask = pixel_values.new_ones(len(pixel_values), dtype=torch.bool)
-        elif tuple(image_mask.shape) != (len(pixel_values),):
-            raise ValueError(
-                f"`image_mask` has the shape {tuple(image_mask.shape)} and `pixel_values` {len(pixel_values)} rows. "
-                "Give one boolean per row, false where the sample has no image."
-            )
+        else:
+            _check_image_mask(image_mask, len(pixel_values), "rows of `pixel_values`")
         if self.config.visual_prompts == "none":
             return None
         self._check_instruction(instruction, len(pixel_values))
@@ -726,7 +732,7 @@ class DehvfModel(DehvfPreTrainedModel):
             rows = rows.new_zeros(1)  # see `forward`: the vision path is run even for no image at all
         class_features, patches = self._hierarchical_features(pixel_values[rows])
         instruction = instruction[rows] if self.config.reads_instruction else None
-        weights = self._fusion_weights(class_features, instruction)  # B D P N
+        weights = self._fusion_weights(class_features, instruction)[..., self.vision_layers_read]  # B D P N'
         memory = F.silu(torch.einsum("bdpj,bjnc->bdpnc", weights.to(patches.dtype), patches))
         memory = torch.cat((memory, memory.new_ones(*memory.shape[:-1], 1)), dim=-1)  # B D P n c+1
         memory = (memory * image_mask[rows].view(-1, 1, 1, 1, 1)).to(self.get_input_embeddings().weight.dtype)
@@ -765,14 +771,18 @@ class DehvfModel(DehvfPreTrainedModel):
             )
 
     def _hierarchical_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Method step 1, and `W_1`, `b_1` of step 6. Returns class features B N d and projected patches B N n c."""
+        """
+        Method step 1, and `W_1`, `b_1` of step 6. Returns class features B N d, and projected patches B N' n c of the
+        layers that are read.
+        """
         hidden_states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states[1:]
         has_class_token = VISION_LAYOUTS[self.config.vision_config.model_type]
         class_features, patches = [], []
-        for hidden in hidden_states:
+        for layer, hidden in enumerate(hidden_states):
             hidden = self.vision_tower.post_layernorm(hidden).to(self.projector.down.weight.dtype)  # B 1+n d
             class_features.append(hidden[:, 0] if has_class_token else hidden.mean(dim=1))
-            patches.append(self.projector.down(hidden[:, 1:] if has_class_token else hidden))
+            if layer in self.vision_layers_read:
+                patches.append(self.projector.down(hidden[:, 1:] if has_class_token else hidden))
         return torch.stack(class_features, dim=1), torch.stack(patches, dim=1)
 
     def _fusion_weights(self, class_features: torch.Tensor, instruction: torch.Tensor | None) -> torch.Tensor:
@@ -829,12 +839,13 @@ class DehvfModel(DehvfPreTrainedModel):
         """
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`, if any sample has an image.
-            image_mask: `(batch_size,)` booleans, which samples have one. By default all.
+            image_mask: `(batch_size,)` booleans, which samples have one. By default all, also of `visual_memory`.
             instruction_mask: `(batch_size, sequence_length)`, which tokens are the user's, for a `fuser_query` that
                 reads them. By default those of `attention_mask`.
             visual_memory: result of `get_image_features`, in place of `pixel_values`. One row serves a whole batch.
             adapter_names: for each sample the adapter that it is to have, of those that `load_adapter` loaded, or
-                `"__base__"` for none; not for training.
+                `"__base__"` for none; not for training, nor for two threads at once, since they take turns in being
+                the active ones.
             memory_view: what `generate` makes of all these, once for all tokens.
 
         All others are those of the language model.
@@ -878,6 +889,9 @@ class DehvfModel(DehvfPreTrainedModel):
             visual_memory = self.get_image_features(pixel_values, image_mask, instruction)
         if visual_memory is not None:
             self.check_visual_memory(visual_memory, len(inputs_embeds))
+            if image_mask is not None and pixel_values is None:  # of texts, which memory need not have been made with
+                _check_image_mask(image_mask, len(inputs_embeds), "texts")
+                visual_memory = visual_memory * image_mask.to(visual_memory.device).view(-1, 1, 1, 1, 1)
             if copies > 1 and len(visual_memory) > 1:
                 visual_memory = visual_memory.repeat_interleave(copies, dim=0)
         return self._memory_view(visual_memory, inputs_embeds.dtype), visual_memory
@@ -926,6 +940,14 @@ def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]):
         )
 
 
+def _check_image_mask(image_mask: torch.Tensor, expected: int, of_what: str):
+    if tuple(image_mask.shape) != (expected,):
+        raise ValueError(
+            f"`image_mask` has the shape {tuple(image_mask.shape)}, but there are {expected} {of_what}. Give one "
+            "boolean for each, false where it has no image."
+        )
+
+
 def _check_one_of(**given):
     names = [f"`{name}`" for name, value in given.items() if value is not None]
     if len(names) > 1:
@@ -942,6 +964,8 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    # How the adapters and the bases were fetched: `revision`, `subfolder`, `token`, ... Their place is `name_or_path`
+    _adapter_source = {}
 
     def __init__(self, config: DehvfConfig, vision_tower=None, causal_lm=None):
         super().__init__(config)
@@ -982,7 +1006,9 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             with _naming_base(place, key):
                 fields[f"{key}_config"] = load_base_config(place, key, revision, _hub_kwargs(kwargs))
         config = DehvfConfig(**fields)
-        return cls._from_bases(config, places["vision"], places["text"], **kwargs)
+        model = cls._from_bases(config, places["vision"], places["text"], **kwargs)
+        model._adapter_source = {n: value for n, value in _hub_kwargs(kwargs).items() if n != "force_download"}
+        return model
 
     @classmethod
     def from_pretrained(
@@ -995,7 +1021,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         Args:
             pretrained_model_name_or_path: Hub id or folder that `save_pretrained` wrote.
             vision_model, text_model: where to take the bases from instead: another id, or a folder.
-            kwargs: as in [`from_vision_text_pretrained`].
+            kwargs: as in [`from_vision_text_pretrained`]; `generation_config`, `output_loading_info`.
 
         Raises:
             OSError: if there are no adapters, their file is damaged, or a base cannot be found.
@@ -1004,8 +1030,10 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
                 what no model has.
         """
         location = pretrained_model_name_or_path
+        generation_config, wants_info = kwargs.pop("generation_config", None), kwargs.pop("output_loading_info", False)
         source = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
         source |= _hub_kwargs(kwargs)
+        dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}  # not the config's
         for name in ("adapter_kwargs", "_from_auto", "_from_pipeline", "trust_remote_code"):
             kwargs.pop(name, None)
         if config is None:
@@ -1017,18 +1045,23 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         places = {"vision": config.vision_model_id, "text": config.text_model_id}
         if config.merged_base and (vision_model is None or text_model is None):
             places = cls._fetch_merged_bases(location, **source)
+            kwargs["use_safetensors"] = True  # they came with the adapters, from where no pickle is read
         places |= {key: place for key, place in (("vision", vision_model), ("text", text_model)) if place is not None}
         for key in (key for key, place in places.items() if place is None):
             raise ValueError(
                 f"The config in {location} has no `{key}_model_id`, so the frozen base cannot be found. Pass "
                 f"`{key}_model=` with its Hub id or folder."
             )
-        model = cls._from_bases(config, places["vision"], places["text"], **kwargs)
+        model = cls._from_bases(config, places["vision"], places["text"], **dtype, **kwargs)
         model.load_state_dict(adapters, strict=False)  # names and shapes were checked above; the bases are loaded
         model.name_or_path = str(location)
-        optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        if cached_file(location, GENERATION_CONFIG_NAME, **optional, **source):  # else the language model's own stays
+        model._adapter_source = {name: value for name, value in source.items() if name != "force_download"}
+        if generation_config is not None:
+            model.generation_config = generation_config
+        elif _has_file(location, GENERATION_CONFIG_NAME, **source):  # else the language model's own stays
             model.generation_config = GenerationConfig.from_pretrained(location, **source)
+        if wants_info:  # as `transformers` has it; what would stand in it is an error here
+            return model, {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
         return model
 
     @staticmethod
@@ -1036,13 +1069,15 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         """The folders of the bases that `save_pretrained(..., merge_base=True)` put beside the adapters."""
         folder = location
         if not os.path.isdir(location):
-            folder = snapshot_download(location, allow_patterns=[f"{subfolder}*_model/*"], **source)
+            suffixes = ("safetensors", "json", "jinja", "txt", "model")
+            patterns = [os.path.join(subfolder, f"*_model/*.{suffix}") for suffix in suffixes]
+            folder = snapshot_download(location, allow_patterns=patterns, **source)
         return {key: os.path.join(folder, subfolder, f"{key}_model") for key in ("vision", "text")}
 
     @classmethod
     def _from_bases(cls, config: DehvfConfig, vision_model, text_model, **kwargs):
         """Loads both bases as `transformers` does (shards, quantisation, ZeRO-3, ...) and puts new adapters on."""
-        kwargs.setdefault("dtype", "auto")
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype", "auto"))  # which it was called before
         # `AutoModel.from_pretrained` has moved `attn_implementation` into the config, which hands it to both bases
         config._attn_implementation = kwargs.pop("attn_implementation", None) or config._attn_implementation
         with torch.random.fork_rng(devices=[]):  # under ZeRO-3 a base draws random numbers before it is loaded
@@ -1073,11 +1108,13 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         state_dict=None,
         push_to_hub: bool = False,
         merge_base: bool = False,
+        max_shard_size: int | str = "50GB",
         **kwargs,
     ):
         """
         Writes the adapters alone (`model.safetensors`), the config with the ids and revisions of both bases, the
-        code, and, unless the folder has one already, the processor of the bases. The frozen bases are not written.
+        code, and, unless the folder has one already, the processor: the one that stood beside the adapters where they
+        were loaded, or that of the bases. The frozen bases are not written.
         The file of the adapters carries their SHA-256, so that `from_pretrained` notices a damaged byte.
         `push_to_hub` puts the same files, and a card, on the Hub.
 
@@ -1085,6 +1122,8 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             state_dict: the tensors to save, as the Trainer gives them; the frozen ones among them are left out.
             merge_base: write the frozen bases too, into `vision_model` and `text_model` of the folder, for a machine
                 that must not fetch other repositories. It loads in the same way. Where they lie already, they stay.
+            max_shard_size: of the bases, since adapters are one file.
+            kwargs: as in `transformers`.
 
         Raises:
             ValueError: if an adapter tensor is missing or empty, as happens when ZeRO-3 partitions were not gathered;
@@ -1104,15 +1143,14 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
                 "written. Under ZeRO-3 gather the parameters first, or set "
                 '"stage3_gather_16bit_weights_on_model_save" to true.'
             )
+        has_processor = os.path.isfile(os.path.join(save_directory, PROCESSOR_NAME))
         processor = None
-        if is_main_process and (merge_base or not os.path.isfile(os.path.join(save_directory, PROCESSOR_NAME))):
+        if is_main_process and (merge_base or not has_processor):
             processor = self._load_processor()
         if merge_base:
-            self._save_bases(save_directory, is_main_process, processor)
-        before, self.config.merged_base = (
-            self.config.merged_base,
-            os.path.isdir(os.path.join(save_directory, "text_model")),
-        )
+            self._save_bases(save_directory, is_main_process, processor, max_shard_size)
+        before = self.config.merged_base
+        self.config.merged_base = merge_base or self._are_bases_in(save_directory)
         super().save_pretrained(
             save_directory, is_main_process, state_dict=dict(adapters), save_original_format=False, **kwargs
         )
@@ -1121,22 +1159,37 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             # Once more, since there is no way to hand metadata to the line above. The digest alone: several entries
             # would be written in an order of chance, but equal adapters should be equal files
             _save_with_digest(adapters, os.path.join(save_directory, SAFE_WEIGHTS_NAME), {})
-        if processor is not None:
+        if processor is not None and not has_processor:
             processor.save_pretrained(save_directory)
 
+    def _are_bases_in(self, folder) -> bool:
+        """Whether `merge_base` has put these bases into a folder before."""
+        try:
+            there = DehvfConfig.get_config_dict(folder, local_files_only=True)[0]
+        except (OSError, ValueError):
+            return False
+        names = [f"{key}_model_{what}" for key in ("vision", "text") for what in ("id", "revision")]
+        return there.get("merged_base", False) and all(there.get(n) == getattr(self.config, n) for n in names)
+
     def _load_processor(self) -> DehvfProcessor | None:
-        """That of the bases, where they have one."""
+        """The one beside the adapters that were loaded, or else that of the bases; `None` where there is none."""
+        location, source = self.name_or_path, self._adapter_source
+        if location and _has_file(location, PROCESSOR_NAME, **source):
+            return DehvfProcessor.from_pretrained(location, **source)
         bases = (self.model.vision_tower.name_or_path, self.model.language_model.name_or_path)
         ids = (self.config.vision_model_id, self.config.text_model_id)
         revisions = (self.config.vision_model_revision, self.config.text_model_revision)
         pins = (revision if base == known else None for base, known, revision in zip(bases, ids, revisions))
         try:
-            return DehvfProcessor.from_vision_text_pretrained(*bases, *pins)
-        except (OSError, ValueError):
-            logger.info(f"No processor in {bases}; save yours beside the adapters to make the folder complete.")
+            return DehvfProcessor.from_vision_text_pretrained(*bases, *pins, **_hub_kwargs(source))
+        except (OSError, ValueError) as error:
+            logger.warning_once(
+                f"The adapters are saved without a processor, since none can be loaded from {' and '.join(bases)} "
+                f"({error}). Save yours into the same folder, `processor.save_pretrained(folder)`."
+            )
             return None
 
-    def _save_bases(self, save_directory, is_main_process: bool, processor: DehvfProcessor | None):
+    def _save_bases(self, save_directory, is_main_process: bool, processor, max_shard_size: int | str):
         """As two whole repositories in folders of their own."""
         if any(not parameter.numel() for parameter in self.parameters()):
             raise ValueError(
@@ -1144,8 +1197,8 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
                 "load them in a single process, and merge there."
             )
         vision, text = (os.path.join(save_directory, name) for name in ("vision_model", "text_model"))
-        self.model.vision_tower.save_pretrained(vision, is_main_process)
-        self._causal_lm().save_pretrained(text, is_main_process)
+        for folder, base in ((vision, self.model.vision_tower), (text, self._causal_lm())):
+            base.save_pretrained(folder, is_main_process, max_shard_size=max_shard_size)
         if processor is not None:
             processor.image_processor.save_pretrained(vision)
             processor.tokenizer.save_pretrained(text)
@@ -1162,29 +1215,41 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         return causal_lm
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: bool | str | None = None, **kwargs
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        merge_base: bool = False,
+        tags: list[str] | None = None,
+        **kwargs,
     ) -> CommitInfo:
         """
         Puts what `save_pretrained` writes, and a model card, into a repository on the Hub, in one commit. A card that
-        is there stays.
+        somebody wrote stays; one that was written here, for other adapters, is written anew.
 
         Args:
             repo_id: `org/name`. The repository is made if there is none.
             private: whether it is then private.
             token: of someone who may write there; by default the one that `hf auth login` keeps.
+            merge_base: as in `save_pretrained`.
+            tags: for the card, beside its own.
             kwargs: as in `huggingface_hub.upload_folder` (`commit_message`, `revision`, `create_pr`, ...).
 
         Raises:
+            TypeError: if `upload_folder` knows no such argument.
             ValueError: if a base is known by its folder alone, in which nobody else would find it.
         """
         config = self.config
         check_hub_ids(vision=config.vision_model_id, text=config.text_model_id)
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        if revision := kwargs.get("revision"):
-            create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+        options = {"commit_message": "Upload DEHVF adapters", "token": token, **kwargs}
+        signature(upload_folder).bind(repo_id=repo_id, folder_path=".", **options)  # before anything is on the Hub
+        repo_id = open_repository(repo_id, private, token, kwargs.get("revision"))
         with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            if not file_exists(repo_id, "README.md", revision=revision, token=token):
+            self.save_pretrained(folder, merge_base=merge_base)
+            with open(os.path.join(folder, SAFE_WEIGHTS_NAME), "rb") as adapters:
+                digest = hashlib.file_digest(adapters, "sha256").hexdigest()
+            if not _has_card(repo_id, digest, revision=kwargs.get("revision"), token=token):
                 card = make_card(
                     repo_id.split("/")[-1],
                     method="dehvf",
@@ -1195,10 +1260,11 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
                     trained_parameters=sum(tensor.numel() for tensor in self.adapter_state_dict().values()),
                     code=example_code(repo_id),
                     versions={module.__name__: str(module.__version__) for module in (torch, transformers)},
+                    adapter_digest=digest,
+                    tags=tags,
                 )
                 card.save(os.path.join(folder, "README.md"))
-            options = {"commit_message": "Upload DEHVF adapters", **kwargs}
-            return upload_folder(repo_id=repo_id, folder_path=folder, token=token, **options)
+            return upload_folder(repo_id=repo_id, folder_path=folder, **options)
 
     # --- visual memory in files ---
 
@@ -1211,7 +1277,8 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             file: path of the file.
         """
         self.model.check_visual_memory(visual_memory)
-        _save_with_digest({"visual_memory": visual_memory}, file, self._memory_origin())
+        tensors = {"visual_memory": visual_memory, "vision_encoder": self._sample_encoder()}
+        _save_with_digest(tensors, file, self._memory_origin())
 
     def load_visual_memory(self, file: str | os.PathLike) -> torch.Tensor:
         """
@@ -1231,6 +1298,10 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             for name, value in self._memory_origin().items()
             if found.get(name) != value
         ]
+        encoder, sample = tensors.get("vision_encoder"), self._sample_encoder()
+        # As far as rounding to bfloat16 goes, since the encoder may be loaded in any dtype
+        if encoder is None or encoder.shape != sample.shape or not encoder.isclose(sample, 2**-7, 1e-6).all():
+            differing.append("the vision encoder has other weights")
         if "visual_memory" not in tensors:
             differing.append("it holds no tensor of that name")
         if differing:
@@ -1243,23 +1314,28 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         return tensors["visual_memory"].to(self.device, copy=True)
 
     def _memory_origin(self) -> dict[str, str]:
-        """What an image's memory, and the way to read it, depend on."""
-        encoder = self.model.vision_tower.named_parameters()
-        vision = self.config.vision_config
+        """What an image's memory, and the way to read it, depend on, beside the weights of the vision encoder."""
+        config, vision = self.config, self.config.vision_config
+        # These change what is mixed, but no tensor of the adapters
+        settings = ("num_groups", "layer_fusion", "layer_mapping", "layer_mapping_seed", "visual_prompts")
         return {
-            "adapters": _digest(self.adapter_state_dict()),
-            # Its norms and biases, which no two encoders share, in the narrowest dtype that it may be loaded in
-            "vision encoder": _digest({name: p.detach().bfloat16() for name, p in encoder if p.ndim == 1}),
+            "adapters": f"{_digest(self.adapter_state_dict())} in {self.model.memory_slots.key.dtype}",
             "image size": f"{vision.image_size} with patches of {vision.patch_size}",
+            **{name: str(getattr(config, name)) for name in settings},
         }
+
+    def _sample_encoder(self) -> torch.Tensor:
+        """A few numbers of each of the vision encoder's tensors, by which another one is told."""
+        parameters = self.model.vision_tower.parameters()
+        return torch.cat([parameter.detach().flatten()[:8].float().cpu() for parameter in parameters])
 
     # --- several adapters on the same bases ---
 
     def load_adapter(self, pretrained_model_name_or_path, adapter_name: str, **kwargs):
         """
         Loads further adapters onto the bases that are there. They may have another config, but not other bases: of
-        those with another id is warned, since copies may go by several. The first adapters are called `"default"` and
-        stay active until `set_adapter` says otherwise.
+        those with another id or commit is warned, since copies may go by several. The first adapters are called
+        `"default"` and stay active until `set_adapter` says otherwise.
 
         Args:
             pretrained_model_name_or_path: Hub id or folder that `save_pretrained` wrote.
@@ -1281,12 +1357,14 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         config._attn_implementation = self.config._attn_implementation
         for key in ("vision", "text"):
             _check_base(getattr(self.config, f"{key}_config"), getattr(config, f"{key}_config"), "this model")
-            asked, there = (getattr(one, f"{key}_model_id") for one in (config, self.config))
-            if asked != there:
+            names = [f"{key}_model_id", f"{key}_model_revision"]
+            (asked, commit), (there, own_commit) = ([getattr(one, n) for n in names] for one in (config, self.config))
+            if asked != there or commit and own_commit and commit != own_commit:
                 logger.warning(
-                    f"The adapters {adapter_name!r} were made for the {key} model {asked}, not for {there}."
+                    f"The adapters {adapter_name!r} were made for the {key} model {asked} (commit {commit}), not for "
+                    f"{there} (commit {own_commit}), and meet other weights here if these differ."
                 )
-            for name in (f"{key}_config", f"{key}_model_id", f"{key}_model_revision"):
+            for name in (f"{key}_config", *names):
                 setattr(config, name, getattr(self.config, name))
         adapters = _empty_adapters(config, pretrained_model_name_or_path)
         _check_adapters(tensors, adapters.state_dict(), pretrained_model_name_or_path)
@@ -1364,7 +1442,8 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
 
         All others as in [`DehvfModel.forward`]; with `labels`, the tokens without a loss are the user's by default.
         """
-        if self.config.reads_instruction and instruction_mask is None and labels is not None:
+        reads_instruction = self.config.reads_instruction or adapter_names is not None  # one of them may
+        if reads_instruction and instruction_mask is None and labels is not None:
             instruction_mask = labels == -100
             if attention_mask is not None:
                 instruction_mask = instruction_mask & attention_mask.bool()
@@ -1415,6 +1494,11 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
             model_kwargs["memory_view"] = view
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
+    def _get_candidate_generator(self, *args, model_kwargs: dict, **kwargs):
+        """An `assistant_model` drafts from the text alone; this model, which sees, decides."""
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "memory_view"}
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
+
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 of tensors and their names, whatever device they are on."""
@@ -1427,6 +1511,15 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
 def _hub_kwargs(kwargs: dict) -> dict:
     """Those that say how to look for files, which concerns the bases as much as the adapters."""
     return {n: kwargs[n] for n in ("cache_dir", "force_download", "local_files_only", "token") if n in kwargs}
+
+
+def _has_file(location, name: str, **source) -> bool:
+    """Whether there is such a file, as far as is known here and now."""
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    try:
+        return cached_file(location, name, **quietly, **source) is not None
+    except OSError:  # neither a folder (any more) nor an id
+        return False
 
 
 @contextmanager
@@ -1595,6 +1688,9 @@ def _check_adapters(adapters: dict[str, torch.Tensor], expected: dict[str, torch
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+CARD_MARK = "<!-- Written for adapters with the SHA-256 {}. Without this line your own text stays. -->"
+
+
 def is_hub_id(location) -> bool:
     """Whether this is an id on the Hub (`org/name`), and not a folder."""
     try:
@@ -1633,6 +1729,15 @@ print(question + processor.batch_decode(answer, skip_special_tokens=True)[0])
 """
 
 
+def _has_card(repo_id: str, adapter_digest: str, **source) -> bool:
+    """Whether there is a card to leave as it is: `make_card`'s for these adapters, or anybody's own."""
+    if not file_exists(repo_id, "README.md", **source):
+        return False
+    with open(hf_hub_download(repo_id, "README.md", **source), encoding="utf-8") as card:
+        made_for = re.search(CARD_MARK.format("(.*)"), card.read())
+    return made_for is None or made_for[1] == adapter_digest
+
+
 def make_card(
     name: str,
     method: str,
@@ -1640,7 +1745,9 @@ def make_card(
     trained_parameters: int,
     code: str | None,
     versions: dict[str, str],
+    adapter_digest: str,
     sections: str = "",
+    tags: list[str] | None = None,
     **metadata,
 ) -> ModelCard:
     """
@@ -1650,6 +1757,7 @@ def make_card(
         bases: id or folder of language model and vision encoder -> commit. The metadata names those on the Hub alone.
         code: lines of Python that use the adapters, if anyone can.
         versions: of the packages that they were made with.
+        adapter_digest: SHA-256 of the adapters' file, by which a later push tells whether the card speaks of it.
         sections: Markdown to stand before the versions.
         metadata: further fields of `huggingface_hub.ModelCardData`, such as `datasets` and `eval_results`.
     """
@@ -1659,7 +1767,7 @@ def make_card(
         base_model_relation="adapter" if known else None,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=list(dict.fromkeys([method, "adapter", "vision-language"])),
+        tags=list(dict.fromkeys([method, "adapter", "vision-language", *(tags or [])])),
         **metadata,
     )
     commits = "\n".join(f"| `{base}` | {commit or 'not pinned'} |" for base, commit in bases.items())
@@ -1670,9 +1778,10 @@ def make_card(
         else ""
     )
     return ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nAdapters of the method `{method}`: {trained_parameters:,} trained "
-        f"parameters. The frozen bases are loaded from their own repositories:\n\n| base | commit |\n|---|---|\n"
-        f"{commits}\n\n{use}{sections}## Versions\n\n"
+        f"---\n{data.to_yaml()}\n---\n{CARD_MARK.format(adapter_digest)}\n\n# {name}\n\n"
+        f"Adapters of the method `{method}`: {trained_parameters:,} trained parameters. The frozen bases are "
+        f"loaded from their own repositories:\n\n| base | commit |\n|---|---|\n{commits}\n\n"
+        f"{use}{sections}## Versions\n\n"
         + "\n".join(f"- {package} {number}" for package, number in versions.items())
         + "\n"
     )

@@ -134,9 +134,7 @@ class DehvfProcessor(ProcessorMixin):
         Puts the processor's files into a repository on the Hub, in one commit. A card is left to the model's
         `push_to_hub`, which has something to tell, and the arguments are as there.
         """
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        if revision := kwargs.get("revision"):
-            create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+        repo_id = open_repository(repo_id, private, token, kwargs.get("revision"))
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             options = {"commit_message": "Upload DEHVF processor", **kwargs}
@@ -204,6 +202,14 @@ class DehvfProcessor(ProcessorMixin):
     @property
     def model_input_names(self):
         return [*super().model_input_names, "image_mask"]
+
+
+def open_repository(repo_id: str, private: bool | None, token: bool | str | None, revision: str | None) -> str:
+    """Makes a repository on the Hub, and a branch of it, where there are none. Returns the id with its owner."""
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr/"):  # a pull request is no branch
+        create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+    return repo_id
 
 
 DehvfProcessor.register_for_auto_class()

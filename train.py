@@ -42,11 +42,11 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.other import get_free_port
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from huggingface_hub import EvalResult, create_branch, create_repo, upload_folder
+from huggingface_hub import EvalResult, upload_folder
 from PIL import Image
 from transformers import BitsAndBytesConfig, EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, extract_commit_hash, logging
 
 from baselines import METHODS as BASELINES
 from baselines import BaselineArguments, build
@@ -587,6 +587,7 @@ def write_card(folder: Path, name: str, results: dict, code: str | None):
         results["trained_parameters"],
         code,
         results["versions"],
+        results["adapter_sha256"][SAFE_WEIGHTS_NAME],
         sections,
         datasets=[dataset] if dataset else None,
         model_name=name,
@@ -780,7 +781,7 @@ def command_of(recipe: Path, flags: list[str]) -> str:
     """The command of a run as anybody may read it."""
     recipe = recipe.relative_to(ROOT) if recipe.is_relative_to(ROOT) else recipe
     command = shlex.join(["accelerate", "launch", "train.py", str(recipe), *flags])
-    return re.sub(r"--hub_token[= ]\S+", "--hub_token ...", command)
+    return re.sub(r"--hub[-_]token[= ]\S+", "--hub_token ...", command)
 
 
 def commit_of_this_code() -> str | None:
@@ -868,10 +869,7 @@ def open_repository(training_args) -> str | None:
         return None
     name = training_args.hub_model_id or Path(training_args.output_dir).absolute().name
     private, token = training_args.hub_private_repo, training_args.hub_token
-    repo_id = create_repo(name, private=private, token=token, exist_ok=True).repo_id
-    if training_args.hub_revision is not None:
-        create_branch(repo_id, branch=training_args.hub_revision, token=token, exist_ok=True)
-    return repo_id
+    return from_modeling("open_repository")(name, private, token, training_args.hub_revision)
 
 
 def push(folder: Path, repo_id: str, training_args):

@@ -30,20 +30,21 @@ TOKENS = {"writer": WRITER, "stranger": STRANGER, "nobody": ""}
 
 @dataclass
 class Repository:
-    """`commits`: commit -> path -> SHA of the content; the last one is `main`."""
+    """`commits`: commit -> path -> SHA of the content; `branches`: name -> commit."""
 
     private: bool = False
     gated: bool = False
     commits: dict[str, dict[str, str]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
 
     @property
     def head(self) -> str:
-        return list(self.commits)[-1]
+        return self.branches["main"]
 
-    def add_commit(self, message: str, files: dict[str, str]) -> str:
+    def add_commit(self, message: str, files: dict[str, str], branch: str = "main") -> str:
         commit = hashlib.sha1(json.dumps([len(self.commits), message, files]).encode()).hexdigest()
-        self.commits[commit] = files
+        self.commits[commit], self.branches[branch] = files, commit
         self.messages.append(message)
         return commit
 
@@ -131,6 +132,7 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/validate-yaml", "validate_yaml"),
         ("POST", r"/api/models/(.+/[^/]+)/preupload/([^/]+)", "preupload"),
         ("POST", r"/api/models/(.+/[^/]+)/commit/([^/]+)", "commit"),
+        ("POST", r"/api/models/(.+/[^/]+)/branch/([^/]+)", "branch"),
         ("POST", r"/(.+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/lfs/(\w+)", "lfs_upload"),
         ("POST", r"/lfs/(\w+)/verify", "lfs_verify"),
@@ -199,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
         return repository
 
     def commit_at(self, repository: Repository, revision: str) -> str:
-        commit = repository.head if revision == "main" else revision
+        commit = repository.branches.get(revision, revision)
         if commit not in repository.commits:
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return commit
@@ -295,8 +297,16 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = value["oid"]
             else:
                 raise Refusal(400, "", f"{key} of a file that was not uploaded, or unknown here")
-        commit = repository.add_commit(message, files)
+        commit = repository.add_commit(message, files, revision)
         return 200, {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{commit}"}
+
+    def branch(self, repo_id: str, name: str):
+        self.require_writer()
+        repository = self.find(repo_id)
+        if name in repository.branches:
+            return 409, {"error": f"Branch {name} already exists"}
+        repository.branches[name] = repository.head
+        return (200,)
 
     # --- reading ---
 

@@ -80,6 +80,14 @@ def test_each_sample_of_a_batch_may_have_adapters_of_its_own(model, folders):
     assert model.active_adapters() == ["default"]
 
 
+@torch.no_grad()
+def test_with_labels_an_answer_is_no_part_of_the_question_that_named_adapters_read(model, folders):
+    inputs = {**tiny_inputs(2), "labels": tiny_inputs(2)["input_ids"].clone()}
+    inputs["labels"][:, :4] = -100
+    logits = model(**inputs, adapter_names=["asking", "asking"]).logits
+    torch.testing.assert_close(logits, alone(folders, "asking")(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3, "num_return_sequences": 2}])
 def test_generation_keeps_each_samples_adapters(model, folders, mode):
     inputs, mode = mixed_batch(), {**mode, "max_new_tokens": 6, "min_new_tokens": 6}
@@ -125,10 +133,24 @@ def test_adapters_of_a_base_with_another_id_are_told_and_saved_with_the_one_that
     config = json.loads((tmp_path / "second" / "config.json").read_text())
     (tmp_path / "second" / "config.json").write_text(json.dumps({**config, "text_model_id": "org/other"}))
     model.load_adapter(tmp_path / "second", "other")
-    assert "org/other, not for" in messages[0] and len(messages) == 1
+    assert "the text model org/other (commit None), not for" in messages[0] and len(messages) == 1
     model.set_adapter("other")
     model.save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["text_model_id"] == config["text_model_id"]
+
+
+def test_adapters_of_another_commit_of_a_base_are_told(model, folders, tmp_path, monkeypatch):
+    messages = []
+    logger = DehvfForConditionalGeneration.load_adapter.__globals__["logger"]
+    monkeypatch.setattr(logger, "warning", messages.append)
+    shutil.copytree(folders["second"], tmp_path / "second")
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    (tmp_path / "second" / "config.json").write_text(json.dumps({**config, "text_model_revision": "b" * 40}))
+    model.load_adapter(tmp_path / "second", "no commit is known here")
+    assert not messages
+    model.config.text_model_revision = "a" * 40
+    model.load_adapter(tmp_path / "second", "other")
+    assert f"(commit {'b' * 40}), not for" in messages[0] and len(messages) == 1
 
 
 def test_deleted_adapters_are_gone_and_their_name_is_free(model, folders):

@@ -109,6 +109,15 @@ def test_adapters_in_a_pickle_are_refused(broken):
     assert not mark.exists()
 
 
+def test_a_pickle_in_place_of_a_merged_base_is_refused(saved, tmp_path):
+    load(saved / "adapter").save_pretrained(tmp_path / "merged", merge_base=True)
+    base = tmp_path / "merged" / "text_model"
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="model.safetensors"):
+        load(tmp_path / "merged")
+
+
 def test_a_flipped_bit_in_the_adapters_is_noticed(broken):
     file = broken / "model.safetensors"
     data = bytearray(file.read_bytes())
@@ -162,10 +171,11 @@ def test_a_damaged_visual_memory_is_refused(saved, tmp_path):
         model.load_visual_memory(file)
     metadata = split_file(data)[0]["__metadata__"]
     del metadata["sha256"]
-    save_file({"visual_memory": torch.full((1, 2), float("nan"))}, file, metadata=metadata)
+    encoder = {"vision_encoder": model._sample_encoder()}
+    save_file({"visual_memory": torch.full((1, 2), float("nan")), **encoder}, file, metadata=metadata)
     with pytest.raises(ValueError, match="infinite or not a number"):
         model.load_visual_memory(file)
-    save_file({"visual_memory": torch.zeros(1, 2)}, file, metadata=metadata)
+    save_file({"visual_memory": torch.zeros(1, 2), **encoder}, file, metadata=metadata)
     with pytest.raises(ValueError, match=r"`visual_memory` has the shape \(1, 2\)"):
         model.load_visual_memory(file)
     save_file({"other": torch.zeros(1, 2)}, file, metadata=metadata)

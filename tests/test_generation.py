@@ -1,9 +1,11 @@
 """`generate` in all its modes: a batch is as good as one at a time, and an image is encoded once."""
 
+import re
+
 import pytest
 import torch
 from tiny import TEXT_BACKBONES, tiny_inputs, tiny_model
-from transformers import CompileConfig, set_seed
+from transformers import AutoModelForCausalLM, CompileConfig, set_seed
 
 
 MODES = {
@@ -114,24 +116,58 @@ def test_saved_memory_answers_in_another_model_with_the_same_adapters(tmp_path):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (lambda: tiny_model(seed=1), "adapters is .*vision encoder is"),
-        (lambda: one_step_later(tiny_model()), "adapters is [0-9a-f]{64}, here [0-9a-f]{64}. Encode"),
+        (lambda: tiny_model(seed=1), "adapters is .*the vision encoder has other weights"),
+        (lambda: one_step_later(tiny_model()), r"adapters is [0-9a-f]{64} in torch.float32, here [^;]*\. Encode"),
+        (lambda: with_another_encoder(tiny_model()), "^the vision encoder has other weights. Encode"),
         (lambda: tiny_model(image_size=20, num_memory_slots=30), "image size is 16 with patches of 4, here 20"),
+        (lambda: tiny_model(layer_mapping="random"), "^layer_mapping is hierarchical, here random. Encode"),
+        (lambda: tiny_model().to(torch.bfloat16), "adapters is .* in torch.float32, here .* in torch.bfloat16"),
     ],
-    ids=["another model", "other adapters", "another image size"],
+    ids=[
+        "another model",
+        "other adapters",
+        "another encoder",
+        "another image size",
+        "other layers",
+        "other precision",
+    ],
 )
 def test_memory_of_another_model_is_refused(change, reason, tmp_path):
     model = tiny_model()
     memory = model.get_image_features(tiny_inputs()["pixel_values"])
     model.save_visual_memory(memory, tmp_path / "memory.safetensors")
-    with pytest.raises(ValueError, match=f"was not encoded by this model: .*{reason}"):
+    with pytest.raises(ValueError, match="was not encoded by this model: ") as error:
         change().load_visual_memory(tmp_path / "memory.safetensors")
+    assert re.search(reason, str(error.value).split("by this model: ")[1]), error.value
 
 
 def one_step_later(model):
     with torch.no_grad():
         model.model.memory_slots.key.add_(1e-3)
     return model
+
+
+def with_another_encoder(model):
+    """As after LoRA was merged into it: norms and biases are the same."""
+    with torch.no_grad():
+        for name, parameter in model.model.vision_tower.named_parameters():
+            if "proj.weight" in name:
+                parameter.mul_(1.02)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_saved_memory_is_taken_where_the_bases_have_another_precision(dtype, tmp_path):
+    first, second = tiny_model(), tiny_model()
+    for model in (first, second):
+        torch.manual_seed(0)
+        for parameter in model.model.vision_tower.parameters():
+            torch.nn.init.normal_(parameter)
+    memory = first.get_image_features(tiny_inputs()["pixel_values"])
+    first.save_visual_memory(memory, tmp_path / "memory.safetensors")
+    for base in (second.model.vision_tower, second.model.language_model, second.lm_head):
+        base.to(dtype)
+    assert torch.equal(second.load_visual_memory(tmp_path / "memory.safetensors"), memory)
 
 
 def test_what_is_no_visual_memory_is_not_saved(tmp_path):
@@ -177,6 +213,16 @@ def test_decoding_is_compiled_once_and_in_one_graph(model_type):
         inputs = tiny_inputs(2, length=9, seed=seed)
         assert torch.equal(generate(model, inputs, **compiled), generate(model, inputs))
         assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("assistant", ["a language model", "another model that sees"])
+def test_assisted_decoding_gives_the_same_tokens(assistant):
+    """The assistant drafts from the text alone."""
+    model, inputs = tiny_model(), tiny_inputs(1)
+    expected = generate(model, inputs)
+    sees = assistant == "another model that sees"
+    other = tiny_model(seed=1) if sees else AutoModelForCausalLM.from_config(model.config.text_config).eval()
+    assert torch.equal(generate(model, inputs, assistant_model=other), expected)
 
 
 def test_pixels_and_memory_together_are_refused():

@@ -17,10 +17,9 @@ import textwrap
 import pytest
 import yaml
 from hub_server import STRANGER, HubServer
-from huggingface_hub import RepoUrl
 from huggingface_hub.utils import filter_repo_objects
 from test_train import make_rows, scienceqa, tiny_flags  # noqa: F401
-from tiny import DEHVF_SIZES, ROOT, tiny_config, tiny_model
+from tiny import DEHVF_SIZES, ROOT, DehvfForConditionalGeneration, tiny_config, tiny_model
 
 import train
 
@@ -101,6 +100,15 @@ def pushed(hub, tmp_path_factory):
             except ValueError as error:
                 facts["folders"][unknown] = str(error)
         push(make_model(*first, **named), "dehvf-named")
+        pathlib.Path("own.md").write_text("# My own words")
+        HfApi().create_repo("org/dehvf-described")
+        HfApi().upload_file(repo_id="org/dehvf-described", path_or_fileobj="own.md", path_in_repo="README.md")
+        push(model, "dehvf-described")
+        push(model, "dehvf-branch", revision="dev", tags=["digits"])
+        try:
+            model.push_to_hub("org/dehvf-typo", comit_message="Oh")
+        except TypeError as error:
+            facts["typo"] = str(error)
         tiny_processor().push_to_hub("org/dehvf-named", commit_message="Change the processor")
         model.save_pretrained("merged", merge_base=True)
         logits["dehvf-merged"] = logits["dehvf-tiny"]
@@ -187,6 +195,10 @@ def loaded(hub, pushed, trained, tmp_path_factory):
         seen["pinned bases"] = [model.config.vision_model_revision, model.config.text_model_revision]
         AutoProcessor.from_pretrained("org/dehvf-tiny", trust_remote_code=True)
 
+        model.load_adapter("org/dehvf-tiny", "other", revision=facts["adapter 1"])
+        model.set_adapter("other")
+        seen["equal as further adapters"] = equals(model, "adapter 1")
+
         Image.new("RGB", (20, 20), "red").save("image.png")
         for name in ("dehvf-tiny", "dehvf-trained"):
             card = pathlib.Path(hf_hub_download(f"org/{name}", "README.md")).read_text()
@@ -204,6 +216,7 @@ def loaded(hub, pushed, trained, tmp_path_factory):
                 except OSError as error:
                     seen[f"{name} to {user}"] = str(error)
 
+        load("dehvf-private", token="hf_writer").save_pretrained("private")  # from now on it is in the cache
         mark("merged")
         seen["equal with merged bases"] = equals(load("dehvf-merged"), "dehvf-merged")
         mark("merged-end")
@@ -244,6 +257,19 @@ def test_what_is_on_the_hub_already_is_not_sent_again(hub, pushed):
     assert second < 0.1 * first
 
 
+def test_a_push_to_a_branch_leaves_main_alone(hub, pushed):
+    branch = hub.repositories["org/dehvf-branch"].branches["dev"]
+    assert sorted(hub.repositories["org/dehvf-branch"].commits[branch]) == sorted([".gitattributes", *PUSHED])
+    assert not hub.files("org/dehvf-branch")
+    card = hub.contents[hub.repositories["org/dehvf-branch"].commits[branch]["README.md"]].decode()
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["dehvf", "adapter", "vision-language", "digits"]
+
+
+def test_a_typo_in_an_argument_of_a_push_leaves_nothing_on_the_hub(hub, pushed):
+    assert "comit_message" in read_json(pushed / "facts.json")["typo"]
+    assert "org/dehvf-typo" not in hub.repositories
+
+
 def test_a_processor_is_pushed_alone_and_leaves_the_card(hub, pushed):
     repository = hub.repositories["org/dehvf-named"]
     _, before, after = repository.commits.values()
@@ -278,11 +304,16 @@ def test_the_card_says_what_the_adapters_are(hub, pushed):
     assert metadata["base_model"] == ["org/text", "org/vision"] and metadata["base_model_relation"] == "adapter"
     assert (metadata["library_name"], metadata["pipeline_tag"]) == ("transformers", "image-text-to-text")
     facts = read_json(pushed / "facts.json")
-    assert f"| `org/text` | {facts['text 1']} |" in body and f"| `org/vision` | {facts['vision 1']} |" in body
+    assert f"| `org/text` | {facts['text 2']} |" in body and f"| `org/vision` | {facts['vision 1']} |" in body
     header, *_ = struct.unpack("<Q", hub.read("org/dehvf-tiny", "model.safetensors")[:8])
     size = (hub.files("org/dehvf-tiny")["model.safetensors"] - 8 - header) // 4
     assert f"{size:,} trained parameters" in body
     assert "- transformers 5" in body and "- torch 2" in body
+
+
+def test_a_card_of_ones_own_stays(hub, pushed):
+    assert hub.read("org/dehvf-described", "README.md") == b"# My own words"
+    assert hub.files("org/dehvf-described").keys() == set(PUSHED)
 
 
 # --- loading ---
@@ -303,6 +334,14 @@ def test_a_fresh_process_with_an_empty_cache_gets_all_three_repositories(hub, lo
     read = ["config.json", "generation_config.json", *CODE_FILES]
     others = sum(files["dehvf-tiny"][name] for name in read) + 8_000  # configs of the bases, descriptions
     assert sum(request.sent for request in requests) <= sum(weights) + others, "nothing comes twice"
+
+
+def test_further_adapters_come_at_their_commit(loaded):
+    assert read_json(loaded / "seen.json")["equal as further adapters"]
+
+
+def test_adapters_on_a_private_base_are_saved_with_their_processor(loaded):
+    assert sorted(path.name for path in (loaded / "private").iterdir()) == [n for n in PUSHED if n != "README.md"]
 
 
 def test_a_merged_repository_is_all_that_is_read(hub, loaded):
@@ -368,6 +407,11 @@ def test_afterwards_all_works_offline(hub, pushed, loaded):
                 assert torch.equal(model(**inputs).logits, expected[name]), name
         processor = AutoProcessor.from_pretrained("org/dehvf-tiny", trust_remote_code=True)
         assert type(processor).__name__ == "DehvfProcessor"
+        AutoModel.from_pretrained("org/dehvf-tiny", trust_remote_code=True).save_pretrained("merged", merge_base=True)
+        with torch.no_grad():
+            merged = AutoModel.from_pretrained("merged", trust_remote_code=True)
+            assert torch.equal(merged(**inputs).logits, expected["dehvf-tiny"])
+        AutoProcessor.from_pretrained("merged", trust_remote_code=True)
     """
     run_as("nobody", hub, loaded, "-c", textwrap.dedent(code), pushed, HF_HUB_OFFLINE="1")
     assert len(hub.requests) == before
@@ -432,7 +476,8 @@ def test_a_push_that_fails_loses_nothing_and_can_be_repeated_alone(tmp_path, mon
         raise OSError("the Hub is away")
 
     monkeypatch.setattr(train, "upload_folder", upload)
-    monkeypatch.setattr(train, "create_repo", lambda name, **_: RepoUrl(f"https://huggingface.co/{name}"))
+    modeling = sys.modules[DehvfForConditionalGeneration.__module__]
+    monkeypatch.setattr(modeling, "open_repository", lambda name, *_: name)
     ids = {"vision_model_id": "org/vision", "text_model_id": "org/text", "hub_model_id": "org/name"}
     folder = tmp_path / "run"
     with pytest.raises(OSError, match="the Hub is away") as raised:
@@ -450,6 +495,7 @@ def test_a_push_that_fails_loses_nothing_and_can_be_repeated_alone(tmp_path, mon
 
 
 def test_a_token_does_not_get_into_the_recorded_command():
-    for flags in (["--hub_token", "hf_secret", "--seed", "1"], ["--hub_token=hf_secret", "--seed", "1"]):
+    for given in (["--hub_token", "hf_secret"], ["--hub_token=hf_secret"], ["--hub-token", "hf_secret"]):
+        flags = [*given, "--seed", "1"]
         command = train.command_of(train.DEFAULT_RECIPE, flags)
         assert command == "accelerate launch train.py recipes/digits.yaml --hub_token ... --seed 1"

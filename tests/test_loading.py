@@ -19,7 +19,7 @@ from tiny import (
     tiny_inputs,
     tiny_model,
 )
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 
 CODE_FILES = ["configuration_dehvf.py", "modeling_dehvf.py", "processing_dehvf.py"]
@@ -410,6 +410,58 @@ def test_offloaded_bases_are_merged_too(tmp_path):
     offloaded.save_pretrained(tmp_path / "merged", merge_base=True)
     merged = DehvfForConditionalGeneration.from_pretrained(tmp_path / "merged")
     assert torch.equal(merged(**tiny_inputs()).logits, offloaded(**tiny_inputs()).logits)
+
+
+def model_on_new_bases(folder, seed: int = 0):
+    bases = save_tiny_bases(folder, seed=seed)
+    return DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **DEHVF_SIZES)
+
+
+def test_a_processor_of_ones_own_goes_with_the_adapters(tmp_path):
+    model = model_on_new_bases(tmp_path)
+    model.save_pretrained(tmp_path / "first")
+    processor = AutoProcessor.from_pretrained(tmp_path / "first", trust_remote_code=True)
+    processor.chat_template = "{{ 'mine' }}"
+    processor.save_pretrained(tmp_path / "first")
+    loaded = DehvfForConditionalGeneration.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "second")
+    loaded.save_pretrained(tmp_path / "first", merge_base=True)
+    for name in ("first", "second"):
+        found = AutoProcessor.from_pretrained(tmp_path / name, trust_remote_code=True)
+        assert found.chat_template == "{{ 'mine' }}", name
+
+
+def test_bases_in_a_folder_are_taken_for_those_of_the_adapters_only_if_they_are(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    one, other = model_on_new_bases(tmp_path / "one"), model_on_new_bases(tmp_path / "other", seed=1)
+    one.save_pretrained(tmp_path / "saved", merge_base=True)
+    one.save_pretrained(tmp_path / "saved")
+    assert AutoConfig.from_pretrained(tmp_path / "saved", trust_remote_code=True).merged_base
+    other.save_pretrained(tmp_path / "saved")
+    logits = DehvfForConditionalGeneration.from_pretrained(tmp_path / "saved")(**tiny_inputs()).logits
+    assert torch.equal(logits, other(**tiny_inputs()).logits)
+    (tmp_path / "unrelated" / "text_model").mkdir(parents=True)
+    one.save_pretrained(tmp_path / "unrelated")
+    assert not AutoConfig.from_pretrained(tmp_path / "unrelated", trust_remote_code=True).merged_base
+
+
+def test_max_shard_size_is_that_of_the_bases(tmp_path):
+    model = model_on_new_bases(tmp_path)
+    model.save_pretrained(tmp_path / "saved", merge_base=True, max_shard_size="30KB")
+    assert [path.name for path in (tmp_path / "saved").glob("*.safetensors*")] == ["model.safetensors"]
+    assert len([*(tmp_path / "saved" / "text_model").glob("*.safetensors")]) > 1
+    logits = DehvfForConditionalGeneration.from_pretrained(tmp_path / "saved")(**tiny_inputs()).logits
+    assert torch.equal(logits, model(**tiny_inputs()).logits)
+
+
+@pytest.mark.parametrize("loader", [AutoModel, DehvfForConditionalGeneration], ids=["auto", "class"])
+def test_arguments_of_from_pretrained_work_as_in_transformers(saved, loader):
+    options = {"trust_remote_code": True, "output_loading_info": True, "torch_dtype": torch.bfloat16}
+    options["generation_config"] = GenerationConfig(max_new_tokens=3)
+    model, info = loader.from_pretrained(saved / "adapter", **options)
+    assert model.lm_head.weight.dtype == torch.bfloat16 and model.generation_config.max_new_tokens == 3
+    assert info.keys() >= {"missing_keys", "unexpected_keys"} and not any(info.values())
 
 
 def test_divided_bases_are_not_merged(tmp_path):
