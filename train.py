@@ -51,7 +51,16 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, extr
 from baselines import METHODS as BASELINES
 from baselines import BaselineArguments, build
 from tasks import NAMES, get_task, print_scores, score_folder
-from trainer import RESULTS_FILE, RUN_FILE, AnswerTrainer, describe_arguments, find_start, name_engine, write_json
+from trainer import (
+    ENGINE_OF_ONE,
+    RESULTS_FILE,
+    RUN_FILE,
+    AnswerTrainer,
+    describe_arguments,
+    find_start,
+    name_engine,
+    write_json,
+)
 
 
 ROOT = Path(__file__).parent
@@ -182,8 +191,8 @@ class DehvfTrainingArguments(TrainingArguments):
     resume_from_checkpoint: str | None = field(
         default="auto",
         metadata={
-            "help": "auto: go on with a run in --output_dir that was cut off; never: replace it; or the folder of a "
-            "checkpoint to go on from."
+            "help": "auto: go on with a run in --output_dir that was cut off; never: replace it; or one of its "
+            "checkpoints to go on from."
         },
     )
     restore_callback_states_from_checkpoint: bool = field(
@@ -699,12 +708,25 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
     if {"learning_rate", "base_learning_rate"} <= given:
         raise ValueError("`--learning_rate` and `--base_learning_rate` were given. Leave one of them out.")
     plugin = training_args.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage != 3 and training_args.num_train_epochs <= 0:
+    engine = name_engine(training_args)
+    if training_args.num_train_epochs <= 0 and engine not in (ENGINE_OF_ONE, "DeepSpeed ZeRO-3"):
         raise ValueError(
-            "`--num_train_epochs 0` only evaluates, which DeepSpeed does under ZeRO-3 alone. Leave DeepSpeed out."
+            f"`--num_train_epochs 0` only evaluates, which {engine} cannot. Leave it out, or take ZeRO-3 where a base "
+            "has to be divided: `--deepspeed launch/zero3.json`."
         )
-    if plugin is not None and (training_args.bf16 or training_args.fp16):
-        flag, dtype = ("bf16", "bfloat16") if training_args.bf16 else ("fp16", "float16")
+    if model_args.method in BASELINES and engine in ("FSDP", "DeepSpeed ZeRO-3"):
+        raise ValueError(
+            f"`--method {model_args.method}` was given, but {engine} divides the bases, which the baselines do not "
+            "support. Take DDP, or `--deepspeed ds_config.json` (ZeRO-2)."
+        )
+    if training_args.save_on_each_node:
+        raise ValueError(
+            "`--save_on_each_node` was given, but all machines see one `--output_dir`, into which one process writes. "
+            "Leave it out."
+        )
+    flags_of_half = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval")
+    for flag in (flag for flag in flags_of_half if plugin is not None and getattr(training_args, flag)):
+        dtype = "bfloat16" if flag.startswith("bf16") else "float16"
         raise ValueError(
             f"`--{flag}` and `--deepspeed` were given, but DeepSpeed casts the adapters too, whose small steps are "
             f"lost in {dtype}. Leave `--{flag}` out: `--dtype {dtype}` loads the frozen bases in half precision, "
@@ -859,6 +881,24 @@ def report(folder: Path, task, processor, split: Split):
         print(f"\nTo ask the result about an image:\n\n{code}")
 
 
+def evaluate(trainer: AnswerTrainer, task, splits: dict[str, Split], facts: dict, data_args, model_args):
+    """Saves the adapters, lets them answer the test split, and reports."""
+    training_args, processor, split = trainer.args, trainer.processing_class, splits["test"]
+    folder = Path(training_args.output_dir)
+    trainer.save_model()
+    facts["shortened_prompts"] = {name: split.num_shortened for name, split in splits.items()}
+    trainer.compute_metrics = None  # it scores the validation split
+    output = trainer.predict(split)
+    if training_args.process_index == 0:
+        # Before scoring, so that no generated answer is lost to a fault there; `python -m tasks score` repeats it
+        records = make_records(task, processor, split, output)
+        lines = [json.dumps(record, default=str) + "\n" for record in records]
+        (folder / "predictions.jsonl").write_text("".join(lines))
+        facts |= describe_run(task, processor, trainer.model, split, data_args, model_args, training_args, folder)
+        write_json(folder / RESULTS_FILE, facts)
+        report(folder, task, processor, split)
+
+
 def open_repository(training_args) -> str | None:
     """
     The repository to push to, if any. It is made now, so that what the Hub refuses comes out before training. The
@@ -895,9 +935,15 @@ def push(folder: Path, repo_id: str, training_args):
     print(f"\nPushed: {commit.commit_url}")
 
 
-def main(arguments: list[str]):
-    recipe, data_args, model_args, adapter_args, baseline_args, training_args = parse_arguments(arguments)
-    check_arguments(arguments, data_args, model_args, adapter_args, training_args)
+def warn_of_compiler_locks():
+    """torch waits without a word for whoever compiles DeepSpeed's operators, even if that process was killed."""
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
+    for lock in Path(folder).glob("**/lock"):
+        logger.warning(f"{lock} says that DeepSpeed is being compiled. If nothing is, remove it: it was left behind.")
+
+
+def start_engine(training_args):
+    """DeepSpeed, where it is asked for, and the threads of a CPU."""
     if training_args.deepspeed_plugin is not None:
         import deepspeed
 
@@ -905,23 +951,33 @@ def main(arguments: list[str]):
             # `accelerate launch` sets these for several processes alone; without them DeepSpeed asks for MPI
             places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", **places)
-
+        warn_of_compiler_locks()
         # accelerate does so on accelerators alone. ZeRO-3 needs it before the bases, which it divides as they load
         deepspeed.init_distributed(auto_mpi_discovery=False)
-    set_seed(training_args.seed)
     if training_args.use_cpu:  # `accelerate launch` leaves each process a single thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // training_args.world_size))
+
+
+def complete_arguments(task, data_args, training_args):
+    """Sets what follows from other arguments."""
     if training_args.base_learning_rate is not None:
         devices = training_args.gradient_accumulation_steps * training_args.world_size
         batch_size = training_args.per_device_train_batch_size * devices
         training_args.learning_rate = training_args.base_learning_rate * batch_size / 256
-
     if data_args.streaming:  # a batch without images cannot be cut into parts beside one with them
         training_args.accelerator_config.dispatch_batches = False
-    task = get_task(data_args.task)
     if training_args.load_best_model_at_end and training_args.metric_for_best_model in (None, "loss"):
         training_args.metric_for_best_model, training_args.greater_is_better = task.CARD["score"], True
+
+
+def main(arguments: list[str]):
+    recipe, data_args, model_args, adapter_args, baseline_args, training_args = parse_arguments(arguments)
+    check_arguments(arguments, data_args, model_args, adapter_args, training_args)
+    start_engine(training_args)
+    set_seed(training_args.seed)
+    task = get_task(data_args.task)
+    complete_arguments(task, data_args, training_args)
     if hasattr(task, "check_scorer"):  # before hours of training, and not after them
         task.check_scorer()
     main_process, folder = training_args.process_index == 0, Path(training_args.output_dir)
@@ -967,21 +1023,13 @@ def main(arguments: list[str]):
         # Each process reads rows of its own, but the whole of a stream
         times = torch.tensor(splits["train"].num_unreadable, device=training_args.device)
         facts["unreadable_image_reads"] = int(times if data_args.streaming else trainer.accelerator.reduce(times))
-    trainer.save_model()
-    facts["shortened_prompts"] = {name: split.num_shortened for name, split in splits.items()}
-    trainer.compute_metrics = None  # it scores the validation split
-    output = trainer.predict(splits["test"])
-    if main_process:
-        # Before scoring, so that no generated answer is lost to a fault there; `python -m tasks score` repeats it
-        records = make_records(task, processor, splits["test"], output)
-        lines = [json.dumps(record, default=str) + "\n" for record in records]
-        (folder / "predictions.jsonl").write_text("".join(lines))
-        facts |= describe_run(task, processor, model, splits["test"], data_args, model_args, training_args, folder)
+    if "train" not in splits or trainer.is_complete():
         facts["command"] = command_of(recipe, arguments)
-        write_json(folder / RESULTS_FILE, facts)
-        report(folder, task, processor, splits["test"])
-        if repository is not None:
+        evaluate(trainer, task, splits, facts, data_args, model_args)
+        if main_process and repository is not None:
             push(folder, repository, training_args)
+    elif main_process:
+        print(f"\nStopped at step {trainer.state.global_step}. The same command goes on from the last checkpoint.")
     if torch.distributed.is_initialized():
         # Before the group: a trainer under DDP that outlived it was seen to hang, now and then, when it was freed
         del trainer

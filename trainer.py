@@ -12,6 +12,7 @@ A run that was cut off goes on from its last complete checkpoint when the same c
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -27,12 +28,23 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
-from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 
 MANIFEST, RUN_FILE, RESULTS_FILE = "manifest.json", "run.json", "results.json"
+MANIFEST_KEYS = {
+    "run",
+    "arguments",
+    "engine",
+    "processes",
+    "versions",
+    "commit",
+    "train_seconds",
+    "resumable",
+    "files",
+}
 ENGINE_OF_ONE = "DDP or a single process"  # whose checkpoints are the same
 # `TrainingArguments` that say where files and logs go, how fast and on how many devices a run is computed. All others
 # change what is learned, or which of its states is kept. The three factors of a step's samples count as their product.
@@ -82,7 +94,7 @@ def write_manifest(checkpoint: Path, facts: dict):
     write_json(checkpoint / MANIFEST, {"content": content, "sha256": hashlib.sha256(content.encode()).hexdigest()})
 
 
-def read_manifest(checkpoint: Path) -> dict:
+def read_manifest(checkpoint: Path, check_files: bool = True) -> dict:
     """
     What `write_manifest` wrote, after a look at each file that it lists.
 
@@ -95,11 +107,13 @@ def read_manifest(checkpoint: Path) -> dict:
         if hashlib.sha256(content).hexdigest() != outer["sha256"]:
             raise ValueError("it is damaged")
         manifest = json.loads(content)
+        if missing := sorted(MANIFEST_KEYS - manifest.keys()):
+            raise ValueError(f"it lacks {', '.join(missing)}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{checkpoint} is not complete: it has no {MANIFEST} that can be read, which is written last ({error})."
         ) from error
-    for name, (size, expected) in manifest["files"].items():
+    for name, (size, expected) in manifest["files"].items() if check_files else ():
         file = checkpoint / name
         if not file.is_file():
             raise ValueError(f"{checkpoint} is damaged: {name} is missing.")
@@ -110,9 +124,30 @@ def read_manifest(checkpoint: Path) -> dict:
     return manifest
 
 
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """By step. Folders with other names, such as copies of a checkpoint, are the user's own."""
+    found = [path for path in output_dir.glob("*") if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.split("-")[-1]))
+
+
+def remove_older_checkpoints(output_dir: Path, limit: int | None, run_id: str, best: str | None):
+    """Leaves the last `limit` complete checkpoints of a run, the last and the best one in any case."""
+    own = []
+    for checkpoint in list_checkpoints(output_dir):
+        try:
+            if read_manifest(checkpoint, check_files=False)["run"] == run_id:
+                own.append(checkpoint)
+        except ValueError:  # not complete, and perhaps not ours
+            pass
+    kept = {own[-1], *([Path(best)] if best else [])}
+    older = [checkpoint for checkpoint in own if checkpoint not in kept]
+    for checkpoint in older[: max(0, len(own) - max(limit, len(kept)))] if limit else ():
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
 def find_last_checkpoint(output_dir: Path, run_id: str) -> tuple[Path, dict] | None:
     """The last complete checkpoint of a run, with its manifest. What is passed over on the way is named."""
-    for checkpoint in map(Path, reversed(sort_checkpoints(str(output_dir)))):
+    for checkpoint in reversed(list_checkpoints(output_dir)):
         try:
             manifest = read_manifest(checkpoint)
         except ValueError as error:
@@ -129,6 +164,8 @@ def describe_arguments(training_args, *others) -> dict:
     training = training_args.to_dict().items()
     values |= {name: value for name, value in training if not name.startswith(FREE_ARGUMENTS)}
     del values["text_model_id"], values["vision_model_id"]  # what to call them on the Hub
+    if values["streaming"]:  # whose workers read shards of their own
+        values["dataloader_num_workers"] = training_args.dataloader_num_workers
     factors = (training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps)
     values["per_device_train_batch_size x gradient_accumulation_steps x processes"] = (
         factors[0] * factors[1] * training_args.world_size
@@ -177,20 +214,20 @@ def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | No
     Where a run begins.
 
     Args:
-        asked: `auto` goes on with a run in `output_dir` that was cut off, `never` replaces it, and all else is the
-            folder of a checkpoint. A run that came to its end is replaced.
+        asked: `auto` goes on with a run in `output_dir` that was cut off, `never` replaces it, and all else is one of
+            its checkpoints. A run that came to its end is replaced.
         run: `arguments`, `engine`, `processes`, `versions` and `commit` of this run.
 
     Returns:
         `run` with an id, and the seconds trained so far; and the checkpoint to go on from, if any.
 
     Raises:
-        ValueError: if the run there is another one, or the checkpoint asked for by name is not complete.
+        ValueError: if the run there is another one, or the checkpoint asked for by name is not complete, or not there.
     """
     new = {**run, "run": uuid.uuid4().hex, "train_seconds": 0.0}
-    if asked == "never":
+    if asked in ("never", "false", "False"):  # the Trainer's way to say it
         return new, None
-    if asked in ("auto", "true", "True"):  # the Trainer's way to say it
+    if asked in ("auto", "true", "True"):
         earlier, results = read_json(output_dir / RUN_FILE), read_json(output_dir / RESULTS_FILE)
         finished = "scores" in results and results.get("run") == earlier.get("run")
         found = None if finished or not earlier else find_last_checkpoint(output_dir, earlier["run"])
@@ -198,7 +235,18 @@ def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | No
             return new, None
         checkpoint, manifest = found
     else:
-        checkpoint, manifest = Path(asked), read_manifest(Path(asked))
+        checkpoint = Path(asked)
+        if inside := list_checkpoints(checkpoint):
+            raise ValueError(
+                f"{checkpoint} is the folder of a run. Name one of its checkpoints, such as {inside[-1]}."
+            )
+        if checkpoint.resolve().parent != output_dir.resolve():
+            raise ValueError(
+                f"{checkpoint} is not in {output_dir}. States of optimizers are pickles, which can run code when they "
+                f"are read, so only a run's own are. Begin a new run with its adapters: `--adapter {checkpoint}`. If "
+                f"that run is yours and is to go on, give its folder as `--output_dir`."
+            )
+        manifest = read_manifest(checkpoint)
         if not manifest["resumable"]:
             raise ValueError(
                 f"{checkpoint} has no optimizer state (`--save_only_model`), so a run cannot go on from it. Begin a "
@@ -207,16 +255,7 @@ def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | No
     check_same_arguments(run["arguments"], manifest["arguments"], checkpoint)
     check_same_engine(run, manifest, checkpoint)
     warn_of_other_code(run, manifest, checkpoint)
-    new["train_seconds"] = manifest["train_seconds"]
-    if checkpoint.resolve().parent == output_dir.resolve():
-        new["run"] = manifest["run"]
-    elif run["engine"].startswith("DeepSpeed"):
-        raise ValueError(
-            f"{checkpoint} is not in {output_dir}. DeepSpeed keeps the optimizer's state in pickles, which run code "
-            f"when they are read, so only a run's own are. Give `--output_dir {checkpoint.parent}`, or begin a new "
-            f"run with its adapters: `--adapter {checkpoint}`."
-        )
-    return new, checkpoint
+    return {**new, "run": manifest["run"], "train_seconds": manifest["train_seconds"]}, checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,10 +292,17 @@ class AnswerTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         index, options = inputs.pop("index"), inputs.pop("options")
+        if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and "pixel_values" not in inputs:
+            # All processes have to run the same modules. In training the model sees to that
+            vision = self.model.config.vision_config
+            size = (len(index), vision.num_channels, vision.image_size, vision.image_size)
+            inputs["pixel_values"] = torch.zeros(size, device=index.device)
+            inputs["image_mask"] = torch.zeros(len(index), dtype=torch.bool, device=index.device)
         generated = self.accelerator.unwrap_model(model).generate(
             **inputs,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
+            synced_gpus=True if self.is_fsdp_enabled else None,  # `generate` knows of ZeRO-3 by itself
             return_dict_in_generate=True,
             output_logits=True,
         )
@@ -305,6 +351,33 @@ class AnswerTrainer(Trainer):
                 if isinstance(parameter, DTensor):
                     tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
                 parameter.copy_(tensor)
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        """
+        The best checkpoint stands beside the one to go on from, wherever the run's folder is by now.
+
+        Raises:
+            ValueError: if it is missing or damaged, which would otherwise come out after training.
+        """
+        started = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is not None:
+            checkpoint = Path(resume_from_checkpoint)
+            best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["best_model_checkpoint"]
+            if best is not None and self.args.load_best_model_at_end:
+                best = checkpoint.parent / Path(best).name
+                try:
+                    read_manifest(best)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{checkpoint} cannot be gone on from, since the best checkpoint so far is lost: {error} Give "
+                        "an earlier one as `--resume_from_checkpoint`, or begin anew with `never`."
+                    ) from error
+                self.state.best_model_checkpoint = str(best)
+        return started
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         self._load_adapters(resume_from_checkpoint)
@@ -382,7 +455,7 @@ class AnswerTrainer(Trainer):
             self.args.save_total_limit, self.state.best_global_step = limit, best_step
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
+            remove_older_checkpoints(Path(self.args.output_dir), limit, self.run["run"], best)
 
     def _checkpoint(self) -> Path:
         return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -407,20 +480,24 @@ class AnswerTrainer(Trainer):
             finite = [gather_shards(parameter.isfinite().all()) for parameter in trained.values()]
             return bool(torch.stack(finite).all())
 
-    def _run_epoch(self, *args, **kwargs):
-        """The Trainer would take one more step after a checkpoint at which the run had come to its end."""
+    def is_complete(self) -> bool:
+        """Whether the run has come to its end: by its last step or early, and not by a signal, say."""
         stopped_early = any(
             callback.early_stopping_patience_counter >= callback.early_stopping_patience
             for callback in self.callback_handler.callbacks
             if isinstance(callback, EarlyStoppingCallback)
         )
-        if stopped_early or self.state.global_step >= self.state.max_steps:
+        return stopped_early or self.state.global_step >= self.state.max_steps
+
+    def _run_epoch(self, *args, **kwargs):
+        """The Trainer would take one more step after a checkpoint at which the run had come to its end."""
+        if self.is_complete():
             self.control.should_training_stop = True
         else:
             self._clock = time.perf_counter()
             super()._run_epoch(*args, **kwargs)
 
-    # --- a loss that is no number ---
+    # --- a loss or a gradient that is no number ---
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """
@@ -429,6 +506,9 @@ class AnswerTrainer(Trainer):
                 together, before the step changes anything, with the adapters in a complete checkpoint.
         """
         rows = inputs.pop("index")
+        if not self._losses:
+            self._rows = []  # of this optimizer step
+        self._rows.append(rows)
         self._count(inputs)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         self._losses.append((loss.detach().isfinite().all(), rows))
@@ -437,17 +517,29 @@ class AnswerTrainer(Trainer):
             finite, rows = zip(*self._losses)
             self._losses.clear()
             if self.accelerator.reduce((~torch.stack(finite)).sum()):
-                self._stop([row for ok, batch in zip(finite, rows) if not ok for row in batch.tolist()])
+                self._stop("loss", [row for ok, batch in zip(finite, rows) if not ok for row in batch.tolist()])
         return loss
 
-    def _stop(self, rows: list[int]):
+    def _get_grad_norm(self, model, grad_norm=None):
+        """
+        Raises:
+            FloatingPointError: as `compute_loss`, if the gradient is NaN or Inf. DeepSpeed has taken the step by now,
+                so there it is found out when the adapters are saved, or by the next loss.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.is_deepspeed_enabled and self.accelerator.scaler is None:
+            if not gather_shards(torch.as_tensor(norm)).isfinite():
+                self._stop("gradient", torch.cat(self._rows).tolist())
+        return norm
+
+    def _stop(self, what: str, rows: list[int]):
         rows = sorted(gather_object(rows))
         streamed = isinstance(self.train_dataset, torch.utils.data.IterableDataset)
         places = ", counted as they came in the stream" if streamed else ""
         rates = sorted({group["lr"] for group in self.optimizer.param_groups})
         message = (
-            f"The loss of step {self.state.global_step + 1} is NaN or Inf, in the batches with the rows {rows} of the "
-            f"train split{places}; the learning rate is {', '.join(f'{rate:g}' for rate in rates)}. "
+            f"The {what} of step {self.state.global_step + 1} is NaN or Inf, in the batches with the rows {rows} of "
+            f"the train split{places}; the learning rate is {', '.join(f'{rate:g}' for rate in rates)}. "
         )
         if not self._are_adapters_finite():
             message += "The adapters hold NaN or Inf too, from an earlier step, and are not saved. "

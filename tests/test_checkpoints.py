@@ -1,5 +1,6 @@
 """What a run leaves, and how it goes on: checkpoints, SIGKILL, faults of disks and losses, reports."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import time
 from functools import partial
 from pathlib import Path
 
@@ -223,12 +225,15 @@ def test_a_run_killed_at_20_moments_ends_with_the_same_adapters(scienceqa, tmp_p
 
 
 @pytest.mark.slow
-def test_two_processes_killed_under_zero_2_end_with_the_same_adapters(scienceqa, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("stage", [None, 1, 2, 3], ids=["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"])
+def test_two_processes_killed_end_with_the_same_adapters(scienceqa, tmp_path, stage):  # noqa: F811
     values = {"per_device_train_batch_size": 1, "num_train_epochs": 2, "save_steps": 2, **SAVING}
-    flags = partial(tiny_flags, tmp_path, scienceqa[0], deepspeed=zero(tmp_path, 2), **values)
+    values |= {"memory_dropout": 0.1, "train_sampling_strategy": "random"}
+    values |= {} if stage is None else {"deepspeed": zero(tmp_path, stage)}
+    flags = partial(tiny_flags, tmp_path, scienceqa[0], **values)
     finish(tmp_path, flags(tmp_path / "whole"), 2)
     resumed = []
-    for moment, rank in ((9, 1), (14, 0)):
+    for moment, rank in ((7, 1), (8, 0)):
         prepare = partial(kill_at, moment, rank)
         codes, outputs = start(tmp_path, flags(tmp_path / "killed"), 2, prepare)
         assert codes[rank] == -signal.SIGKILL, outputs
@@ -509,17 +514,110 @@ def test_the_best_checkpoint_is_one_of_this_run(scienceqa, tmp_path, monkeypatch
     assert all(not torch.equal(tensor, old[name]) for name, tensor in adapters(tmp_path / "output").items())
 
 
-def test_deepspeed_goes_on_from_its_own_folder_alone(interrupted, tmp_path):
-    """Its optimizer's states are pickles."""
+def test_a_run_goes_on_from_its_own_folder_alone(interrupted, tmp_path):
+    """States of optimizers are pickles."""
     flags, output = interrupted
-    run = json.loads((output / "run.json").read_text()) | {"engine": "DeepSpeed ZeRO-2"}
-    manifest = training.read_manifest(output / "checkpoint-4")
-    del manifest["files"]
-    (output / "checkpoint-4" / "manifest.json").unlink()
-    training.write_manifest(output / "checkpoint-4", {**manifest, "engine": "DeepSpeed ZeRO-2"})
-    assert training.find_start(output, "auto", run)[1] == output / "checkpoint-4"
-    with pytest.raises(ValueError, match="pickles.*--adapter"):
-        training.find_start(tmp_path / "other", str(output / "checkpoint-4"), run)
+    for place, message in ((output / "checkpoint-4", "pickles.*--adapter"), (output, "Name one of .*checkpoint-4")):
+        with pytest.raises(ValueError, match=message):
+            train.main(flags(tmp_path / "other", resume_from_checkpoint=place))
+
+
+def test_the_trainers_ways_to_say_yes_and_no_are_understood(interrupted):
+    flags, output = interrupted
+    run = json.loads((output / "run.json").read_text())
+    for asked, expected in (("true", output / "checkpoint-4"), ("false", None)):
+        assert training.find_start(output, asked, run)[1] == expected
+
+
+def test_folders_that_only_look_like_checkpoints_of_the_run_are_left_alone(interrupted):
+    flags, output = interrupted
+    shutil.copytree(output / "checkpoint-4", output / "checkpoint-4-backup")
+    other = json.loads((output / "checkpoint-2" / "manifest.json").read_text())
+    (output / "checkpoint-1").mkdir()
+    content = other["content"].replace(json.loads(other["content"])["run"], "another")
+    other = {"content": content, "sha256": hashlib.sha256(content.encode()).hexdigest()}
+    (output / "checkpoint-1" / "manifest.json").write_text(json.dumps(other))
+    train.main(flags(output, save_total_limit=1))
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-4-backup",
+        "checkpoint-6",
+    ]
+
+
+@pytest.mark.parametrize("change", ["moved", "lost"])
+def test_the_best_checkpoint_is_looked_for_beside_the_one_to_go_on_from(scienceqa, tmp_path, monkeypatch, change):  # noqa: F811
+    flags = partial(tiny_flags, tmp_path, scienceqa[0], num_train_epochs=2, save_steps=2, **{**BEST, **SAVING})
+    monkeypatch.setattr(train.get_task("scienceqa"), "score", score_like([3, 2, 1, 0, 0]))
+    train.main(flags(tmp_path / "first", save_total_limit=5))
+    (tmp_path / "first" / "results.json").unlink()
+    shutil.rmtree(tmp_path / "first" / "checkpoint-6")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    monkeypatch.setattr(train.get_task("scienceqa"), "score", score_like([1, 0, 0]))
+    if change == "lost":
+        shutil.rmtree(tmp_path / "moved" / "checkpoint-2")
+        with pytest.raises(ValueError, match="checkpoint-4 cannot be gone on from, since the best .*checkpoint-2"):
+            train.main(flags(tmp_path / "moved", save_total_limit=5))
+    else:
+        train.main(flags(tmp_path / "moved", save_total_limit=5))
+        assert_same_adapters(tmp_path / "moved" / "checkpoint-2", tmp_path / "moved")
+
+
+def terminate_at(step: int, rank: int):
+    """SIGTERM, as from a cluster's scheduler. transformers waits three seconds for a SIGKILL, too long for a test."""
+    from transformers.trainer_jit_checkpoint import CheckpointManager
+
+    begin, steps = train.AnswerTrainer.training_step, itertools.count(1)
+    initialise = CheckpointManager.__init__
+    CheckpointManager.__init__ = lambda self, trainer, kill_wait=3: initialise(self, trainer, 0)
+
+    def training_step(self, *args, **kwargs):
+        if next(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        return begin(self, *args, **kwargs)
+
+    train.AnswerTrainer.training_step = training_step
+
+
+def test_a_run_that_was_terminated_is_not_taken_for_finished(scienceqa, tmp_path):  # noqa: F811
+    values = {"enable_jit_checkpoint": True, "num_train_epochs": 4, **SAVING, "save_steps": 100}
+    flags = partial(tiny_flags, tmp_path, scienceqa[0], **values)
+    train.main(flags(tmp_path / "whole"))
+    (printed,) = finish(tmp_path, flags(tmp_path / "output"), prepare=partial(terminate_at, 5))
+    assert "The same command goes on" in printed and not (tmp_path / "output" / "results.json").exists()
+    (printed,) = finish(tmp_path, flags(tmp_path / "output"))
+    assert "going on from" in printed
+    assert_same_adapters(tmp_path / "whole", tmp_path / "output")
+
+
+# --- what an engine cannot do ---
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--method", "lavin", "--deepspeed", "launch/zero3.json"], "`--method lavin` .* ZeRO-3 divides the bases"),
+        (
+            ["--num_train_epochs", "0", "--deepspeed", "ds_config.json"],
+            "only evaluates, which DeepSpeed ZeRO-2 cannot",
+        ),
+        (["--save_on_each_node", "true"], "one process writes. Leave it out"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused_before_training(flags, message):
+    with pytest.raises(ValueError, match=message):
+        train.main([*flags, "--max_samples", "2"])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [(["--method", "lavin"], "but FSDP divides"), (["--num_train_epochs", "0"], "only evaluates, which FSDP cannot")],
+)
+def test_what_fsdp_cannot_do_is_refused_before_training(flags, message, monkeypatch):
+    monkeypatch.setattr(train, "name_engine", lambda _: "FSDP")
+    with pytest.raises(ValueError, match=message):
+        train.main([*flags, "--max_samples", "2"])
 
 
 # --- a full disk ---
@@ -610,6 +708,24 @@ def test_all_processes_stop_together_at_a_loss_of_one_of_them(scienceqa, tmp_pat
     for text in printed:
         assert "FloatingPointError: The loss of step 3 is NaN or Inf, in the batches with the rows [1]" in text, text
     assert training.read_manifest(tmp_path / "output" / "checkpoint-2")["processes"] == 2
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_with_the_last_good_state(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+    """The loss is one."""
+    begin = training.AnswerTrainer.training_step
+
+    def spoil(self, model, *args, **kwargs):
+        loss = begin(self, model, *args, **kwargs)
+        if self.state.global_step == 2:
+            self._trained_parameters()["model.memory_slots.key"].grad[0, 0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(training.AnswerTrainer, "training_step", spoil)
+    values = {"train_sampling_strategy": "sequential", "save_strategy": "no"}
+    with pytest.raises(FloatingPointError, match=r"gradient of step 3 is NaN or Inf, .* rows \[4, 5\].*checkpoint-2"):
+        train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "output", **values))
+    assert training.read_manifest(tmp_path / "output" / "checkpoint-2")["resumable"]
+    assert all(tensor.isfinite().all() for tensor in adapters(tmp_path / "output" / "checkpoint-2").values())
 
 
 def test_adapters_that_are_no_numbers_are_not_saved(scienceqa, tmp_path, monkeypatch):  # noqa: F811

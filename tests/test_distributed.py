@@ -41,7 +41,10 @@ def folder(tmp_path_factory):
         return {"image": row["image"] if index % 4 == 1 else None, "question": "what is it? " * (1 + index % 3)}
 
     rows = make_rows(16).map(change, with_indices=True)
-    datasets.DatasetDict(train=rows, test=make_rows(4)).save_to_disk(str(folder / "data"))
+    # The second process has none in evaluation either
+    image = next(row["image"] for row in rows if row["image"] is not None)
+    test = make_rows(4).map(lambda row, index: {"image": image if index < 2 else None}, with_indices=True)
+    datasets.DatasetDict(train=rows, test=test).save_to_disk(str(folder / "data"))
     stage_1 = json.loads((ROOT / "ds_config.json").read_text())
     stage_1["zero_optimization"]["stage"] = 1
     (folder / "zero1.json").write_text(json.dumps(stage_1))
@@ -161,7 +164,10 @@ def test_the_trainers_own_half_precision_keeps_adapters_in_float32(single, train
     assert {tensor.dtype for tensor in adapters.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("flag, dtype", [("bf16", "bfloat16"), ("fp16", "float16")])
+@pytest.mark.parametrize(
+    "flag, dtype",
+    [("bf16", "bfloat16"), ("fp16", "float16"), ("bf16_full_eval", "bfloat16"), ("fp16_full_eval", "float16")],
+)
 def test_half_precision_of_deepspeed_is_refused_since_it_would_cast_the_adapters(flag, dtype, train_on):
     with pytest.raises(AssertionError, match=rf"ValueError: `--{flag}` and `--deepspeed` were given.*--dtype {dtype}"):
         train_on("ZeRO-2", 2, "refused", **{flag: "true"})
