@@ -2,11 +2,42 @@
 """Each benchmark is a module to run, `python -m benchmarks.speed`, whose report stands in `benchmarks/results`."""
 
 import json
+import os
+import platform
+import re
+import subprocess
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def describe_machine() -> dict:
+    """What figures depend on: processor, memory in 10^9 bytes, threads, GPU, versions, commit of this repository."""
+    cpus = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpus.read_text()) if cpus.exists() else None
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS, capture_output=True, text=True)
+    packages = ("torch", "transformers", "peft")
+    return {
+        "processor": found[1] if found else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {"Python": platform.python_version()} | {name: version(name) for name in packages},
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def machine_in_words() -> str:
+    machine = describe_machine()
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    gpu = f"{machine['gpu']}, " if machine["gpu"] else ""
+    return f"{gpu}{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; {versions}"
 
 
 def save_report(folder: Path, name: str, report: dict, markdown: Callable, draw: Callable):
@@ -18,6 +49,7 @@ def save_report(folder: Path, name: str, report: dict, markdown: Callable, draw:
         draw: draws the report into a file.
     """
     folder.mkdir(exist_ok=True)
+    report = {"machine": describe_machine(), **report}
     text = markdown(report)
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1))
     (folder / f"{name}.md").write_text(text)

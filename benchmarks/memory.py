@@ -17,7 +17,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -26,14 +25,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from benchmarks import RESULTS, operations, save_report, speed
+from benchmarks import RESULTS, machine_in_words, operations, save_report, speed
 
 
 ROOT = Path(__file__).parents[1]
@@ -409,7 +407,6 @@ def main():
     if arguments.peak_of:
         print(training_peak(arguments.peak_of, preset))
         return
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     report = {
         "command": "python -m benchmarks.memory",
         "preset": arguments.preset,
@@ -428,8 +425,7 @@ def main():
         "Loading is that of a base in float32, in shards, and a first forward, in one fresh process. A tensor that is "
         "not converted stays where its file is mapped; of one that is, the mapped pages count beside the copy until "
         "loading ends, though the system may drop them when memory is short. "
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
-        f"Python {platform.python_version()}, {versions}."
+        f"{machine_in_words()}."
     )
     save_report(RESULTS, "memory", report, markdown, draw)
 

@@ -13,10 +13,8 @@ activations, softmax) is not counted, attention counts its whole matrix, and log
 prompt, one image.
 """
 
-import platform
 import re
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import patch
 
@@ -27,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from benchmarks import RESULTS, save_report
+from benchmarks import RESULTS, machine_in_words, save_report
 
 
 ROOT = Path(__file__).parents[1]
@@ -353,10 +351,8 @@ def draw(report: dict, file: Path):
 
 
 def main():
-    versions = {"Python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}
     report = {
         "command": "python -m benchmarks.operations",
-        "versions": versions,
         "text_tokens": NUM_TEXT_TOKENS,
         "shapes": {name: measure(shape) for name, shape in SHAPES.items()},
         "figure": sweep(),
@@ -368,7 +364,7 @@ def main():
         "language side is attention, FFN, lm_head and memory lookup; LLaVA's projector, and what DEHVF does once per "
         "image, stand outside. Both run all layers of the vision encoder, as transformers does, though LLaVA does "
         "not need the last one. The paper gives memory slots for 256 visual tokens only; for 576 we take 576, the "
-        f"fewest that fit. {', '.join(f'{name} {number}' for name, number in versions.items())}."
+        f"fewest that fit. {machine_in_words()}."
     )
     save_report(RESULTS, "operations", report, markdown, draw)
 

@@ -14,7 +14,6 @@ A run takes minutes on one core, and there are as many at a time as there are co
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -22,11 +21,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 
-from benchmarks import RESULTS, save_report
+from benchmarks import RESULTS, machine_in_words, save_report
 
 
 ROOT = Path(__file__).parents[1]
@@ -302,9 +300,7 @@ def write_report():
             "1,000 test questions by the greedy token, mean ± standard deviation over seeds. Chance on image "
             "questions (IMG) is 25. The language model was trained to take words that are added to its hidden states "
             "as said, which favours DEHVF and MemVP over methods with image tokens. "
-            f"Machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores; Python "
-            f"{platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}, peft "
-            f"{version('peft')}."
+            f"Machine: {machine_in_words()}."
         ),
         "tables": tables,
         "paper_order": compare_with_paper(tables),

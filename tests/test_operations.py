@@ -90,7 +90,7 @@ def test_the_report_has_what_torch_counts_beside_every_part(tmp_path, monkeypatc
     monkeypatch.setattr(operations, "SHAPES", {"tiny": ()})
     operations.main()
     report = json.loads((tmp_path / "operations.json").read_text())
-    assert report["command"] == "python -m benchmarks.operations" and "torch" in report["versions"]
+    assert report["command"] == "python -m benchmarks.operations" and "torch" in report["machine"]["versions"]
     parts = report["shapes"]["tiny"]["operations"]
     for name, closed in (("DEHVF", operations.dehvf(tiny, 32)), ("LLaVA-1.5", operations.llava(tiny, 32))):
         assert parts[name] == {part: {"closed_form": number, "torch": number} for part, number in closed.items()}

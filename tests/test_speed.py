@@ -113,9 +113,24 @@ def test_jobs_take_turns_in_an_order_that_turns_around():
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios_against_its_target():
     groups = {"group": {"ours": {"time": [2.0, 30.0, 1.0]}, "theirs": {"time": [1.0, 10.0, 1.0]}}}
-    found = speed.compare(speed.Comparison("", "group", "time", "ours", "theirs", at_least=2), groups)
+    places = ("", "group", "time", "ours", "theirs")
+    found = speed.compare(speed.Comparison(*places, at_least={"small": 2}), groups, "small")
     assert (found["ratio"], found["least"], found["greatest"], found["met"]) == (2, 1, 3, True)
-    assert not speed.compare(speed.Comparison("", "group", "time", "ours", "theirs", at_most=1.9), groups)["met"]
+    other = speed.Comparison(*places, at_most={"small": 1.9, "llama-7b": 2.1})
+    assert [speed.compare(other, groups, name)["met"] for name in ("small", "llama-7b", "tiny")] == [False, True, None]
+
+
+def test_growth_with_the_square_of_the_patches_is_not_called_linear():
+    def growth(power):
+        seconds = iter([1 + patches**power / 1e6 for patches in (9, 16, 25)])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(speed, "take_turns", lambda jobs, _: {n: {"prefill": [next(seconds)]} for n in jobs})
+            text = speed.random_base(AutoModelForCausalLM, speed.make_config(TINY, SIDE).text_config, TINY)
+            return speed.measure_growth(text, TINY, lambda: 0.0)
+
+    straight, bent = growth(1), growth(4)
+    assert straight["is_linear"] and straight["seconds_per_patch"] == pytest.approx(1e-6)
+    assert not bent["is_linear"]
 
 
 def test_in_small_encoder_and_language_model_share_the_operations_as_in_7b():
@@ -139,10 +154,12 @@ def test_the_tiny_preset_runs_end_to_end_and_reports_every_ratio(tmp_path, monke
         for measures in group.values():
             assert all(len(samples) >= speed.ROUNDS for samples in measures.values())
     points = {(point["patches"], point["text_tokens"]) for point in report["sweep"]}
-    assert points == {(9, 4), (9, 6), (16, 6)} and list(report["growth"]["samples"]) == ["9", "16", "25"]
+    assert points == {(9, 4), (9, 6), (16, 4), (16, 6)} and list(report["growth"]["samples"]) == ["9", "16", "25"]
+    assert report["machine"]["versions"].keys() >= {"Python", "torch", "transformers", "peft"}
+    assert report["machine"]["cores"] and report["machine"]["processor"] and report["machine"]["threads"] == 1
     table = (tmp_path / "speed-tiny.md").read_text()
     assert "`llama-7b` and `llama-13b`, which need one CUDA device" in table and "ms per batch for each 100" in table
-    assert "**missed**" not in table and "| met |" not in table  # the targets speak of `small`
+    assert not any(row["met"] is not None for row in report["comparisons"]), "the targets speak of other presets"
     assert (tmp_path / "speed-tiny.png").stat().st_size > 10_000
 
 
