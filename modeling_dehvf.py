@@ -367,7 +367,7 @@ class MemoryView(NamedTuple):
 
     key_features: `(batch_size, num_patches, projector_hidden_size + 1)`, in the whole view one for each language
         layer; `None` where keys carry no image.
-    value_features: likewise, `(batch_size, projector_hidden_size + 1, num_patches)`.
+    value_features: likewise.
     keys: `(num_memory_slots + projector_hidden_size + 1, language_hidden_size)`: the key slots and, unless they carry
         no image, lambda times `W_2` and `b_2`, so that tokens are multiplied by both at once.
     values: `(language_hidden_size, num_memory_slots + projector_hidden_size + 1)`, likewise.
@@ -391,7 +391,7 @@ class MemoryView(NamedTuple):
         if features is None or self.form == "factored" or self.form == "auto" and torch.is_grad_enabled():
             return self
         num_images, width = len(features[0]), self.keys.shape[-1]
-        num_patches = features[0].shape[1 if self.key_features else 2]
+        num_patches = features[0].shape[1]
         fewer = batch_size * num_tokens * (width + num_patches) > num_images * num_patches * width
         return self._replace(materialised=fewer or self.form == "materialised")
 
@@ -446,14 +446,14 @@ class MemoryFFN:
         weights = F.dropout(self.slot_activations(hidden_states, view), view.dropout, self.training)
         if view.value_features is None:
             return F.linear(weights, view.values)  # B T h
-        num_patches = view.value_features.shape[-1]
+        num_patches = view.value_features.shape[1]
         first, rest = _split(weights, num_patches)
         if view.materialised:
             slots, basis = _split(view.values, weights.shape[-1])
             patch_slots, other_slots = _split(slots, num_patches)
-            values = patch_slots + basis @ view.value_features  # B h n
+            values = patch_slots + basis @ view.value_features.mT  # B h n
             return first @ values.mT + F.linear(rest, other_slots)
-        visual = (view.value_features @ first.mT).mT  # B T c+1
+        visual = first @ view.value_features  # B T c+1
         return F.linear(torch.cat((weights, visual), dim=-1), view.values)
 
     def slot_activations(self, hidden_states: torch.Tensor, view: MemoryView) -> torch.Tensor:
@@ -809,7 +809,7 @@ class DehvfModel(DehvfPreTrainedModel):
                 key_features = features[0].unbind(1)
                 keys = torch.cat((keys, basis))
             if self.config.visual_prompts != "keys":
-                value_features = features[-1].mT.contiguous().unbind(1)
+                value_features = features[-1].unbind(1)
                 values = torch.cat((values, basis))
         config = self.config
         return MemoryView(

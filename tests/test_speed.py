@@ -190,8 +190,7 @@ def test_closed_forms_are_the_bytes_of_tensors(values):
     text = AutoModelForCausalLM.from_config(config.text_config)
     assert 4 * memory.kv_cache(config.text_config, 11) == memory.bytes_of(memory.cached_tensors(text, 11))
     view = model.model._memory_view(encoded, torch.float32)
-    values = view.value_features and [layer.mT for layer in view.value_features]
-    features = [layer for part in (view.key_features, values) if part for layer in part]
+    features = [layer for part in (view.key_features, view.value_features) if part for layer in part]
     materialised = [layer @ view.keys[config.num_memory_slots :] for layer in features]
     assert 4 * memory.materialised_memory(config) == memory.bytes_of(materialised)
 
