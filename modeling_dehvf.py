@@ -728,14 +728,14 @@ class DehvfModel(DehvfPreTrainedModel):
             return None
         self._check_instruction(instruction, len(pixel_values))
         rows = image_mask.nonzero().flatten()
-        if not len(rows):
+        if is_blank := not len(rows):
             rows = rows.new_zeros(1)  # see `forward`: the vision path is run even for no image at all
         class_features, patches = self._hierarchical_features(pixel_values[rows])
         instruction = instruction[rows] if self.config.reads_instruction else None
         weights = self._fusion_weights(class_features, instruction)[..., self.vision_layers_read]  # B D P N'
         memory = F.silu(torch.einsum("bdpj,bjnc->bdpnc", weights.to(patches.dtype), patches))
         memory = torch.cat((memory, memory.new_ones(*memory.shape[:-1], 1)), dim=-1)  # B D P n c+1
-        memory = (memory * image_mask[rows].view(-1, 1, 1, 1, 1)).to(self.get_input_embeddings().weight.dtype)
+        memory = (0 * memory if is_blank else memory).to(self.get_input_embeddings().weight.dtype)
         if len(rows) == len(image_mask):
             return memory
         return memory.new_zeros(len(image_mask), *memory.shape[1:]).index_copy(0, rows, memory)

@@ -105,6 +105,26 @@ def test_a_fresh_process_gets_identical_logits(saved, auto_class):
     shutil.rmtree(saved / "again")
 
 
+def test_a_visual_memory_answers_in_another_process(saved):
+    model = AutoModelForImageTextToText.from_pretrained(saved / "adapter", trust_remote_code=True)
+    inputs = tiny_inputs()
+    with torch.no_grad():
+        memory = model.get_image_features(inputs["pixel_values"])
+        logits = model(**inputs).logits
+    model.save_visual_memory(memory, saved / "memory.safetensors")
+    torch.save((inputs["input_ids"], logits), saved / "asked.pt")
+    run_fresh(
+        """
+        import torch, transformers
+        model = transformers.AutoModel.from_pretrained("adapter", trust_remote_code=True)
+        memory, (tokens, logits) = model.load_visual_memory("memory.safetensors"), torch.load("asked.pt")
+        with torch.no_grad():
+            assert torch.equal(model(tokens, visual_memory=memory).logits, logits)
+        """,
+        saved,
+    )
+
+
 def saved_names(saved) -> list[str]:
     return sorted(path.name for path in (saved / "adapter").iterdir())
 

@@ -1,5 +1,6 @@
 """Speed and memory: that all methods are timed on the same weights and inputs, and that bytes are those of tensors."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -161,6 +162,15 @@ def test_the_tiny_preset_runs_end_to_end_and_reports_every_ratio(tmp_path, monke
     assert "`llama-7b` and `llama-13b`, which need one CUDA device" in table and "ms per batch for each 100" in table
     assert not any(row["met"] is not None for row in report["comparisons"]), "the targets speak of other presets"
     assert (tmp_path / "speed-tiny.png").stat().st_size > 10_000
+
+
+def test_the_dtype_of_the_presets_for_gpus_can_be_measured():
+    preset = dataclasses.replace(TINY, dtype=torch.bfloat16)
+    report = speed.measure("llama-7b", preset, "wall")
+    targets = {
+        row["what"]: row["at_least"] or row["at_most"] for row in report["comparisons"] if row["met"] is not None
+    }
+    assert targets["decoding step"] == 1.05 and "prefill, language side" not in targets
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without CUDA")
