@@ -376,10 +376,11 @@ def draw(report: dict, file: Path):
         container = checkpoints.bar(places, numbers, 0.25, color=color, label=part)
         checkpoints.bar_label(container, fmt="%.0f", fontsize=8)
     checkpoints.set_yscale("log")
+    checkpoints.set_ylim(top=3e5)  # room for the legend
     checkpoints.set_title("A checkpoint, and the base that it leaves out: 10⁶ bytes")
     for axis in (images, checkpoints):
         axis.set_xticks(range(len(names)), names, fontsize=8)
-        axis.legend(fontsize=9)
+        axis.legend(fontsize=9, loc="upper left")
     training.set_title(f"The peak of training in `{report['preset']}`: 10⁶ bytes")
     for position, peaks in enumerate((report["training_peaks"] or {}).values()):
         training.bar(position, statistics.median(peaks) / 1e6, color="tab:blue", alpha=0.4)

@@ -3,7 +3,7 @@
 Seconds of a training step, of an answer and of its parts: DEHVF beside its language model without an image, MemVP and
 LLaVA-LoRA, on the same random bases, texts and images.
 
-    python -m benchmarks.speed                          # the preset `small`: about 10 minutes on 2 cores
+    python -m benchmarks.speed                          # the preset `small`: 8 minutes on 2 cores
     python -m benchmarks.speed --threads 1 --clock cpu  # one core, without the time that others have it
     python -m benchmarks.speed --preset llama-7b        # needs one CUDA device
 
