@@ -47,7 +47,7 @@ def load(adapter: str, revision: str | None):
     if not os.path.isdir(adapter) and not re.fullmatch("[0-9a-f]{40}", revision or ""):
         raise ValueError(
             f"There is no folder {adapter}. If there are no adapters yet, train the default ones into outputs/digits "
-            "in 6 minutes (`accelerate launch train.py`). If this is an id on the Hub, its code will run here: give "
+            "in minutes (`accelerate launch train.py`). If this is an id on the Hub, its code will run here: give "
             "the commit that you have read, --revision and 40 hex digits."
         )
     source = {"revision": revision, "trust_remote_code": True}
