@@ -47,7 +47,14 @@ from transformers.activations import ACT2FN
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, local_torch_dtype
-from transformers.utils import GENERATION_CONFIG_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    PROCESSOR_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import resolve_revision
 
@@ -1164,10 +1171,9 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
 
     def _are_bases_in(self, folder) -> bool:
         """Whether `merge_base` has put these bases into a folder before."""
-        try:
-            there = DehvfConfig.get_config_dict(folder, local_files_only=True)[0]
-        except (OSError, ValueError):
+        if not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
             return False
+        there = DehvfConfig.get_config_dict(folder)[0]
         names = [f"{key}_model_{what}" for key in ("vision", "text") for what in ("id", "revision")]
         return there.get("merged_base", False) and all(there.get(n) == getattr(self.config, n) for n in names)
 

@@ -96,7 +96,7 @@ def write_manifest(checkpoint: Path, facts: dict):
 
 def read_manifest(checkpoint: Path, check_files: bool = True) -> dict:
     """
-    What `write_manifest` wrote, after a look at each file that it lists.
+    What `write_manifest` wrote, after a look at each file that it lists, if `check_files`.
 
     Raises:
         ValueError: if the checkpoint is not as it was when it was complete; the message names the file.
