@@ -6,9 +6,9 @@ The file runs with the data: pixels -> features of all vision layers -> fuser ->
 language model. `encode` happens once per image, `read` in every FFN of every forward; between them stands one tensor,
 `visual_memory`, batch first.
 
-Letters at the end of a line give shapes: B samples, N vision layers, D language layers, K groups, M candidates per
-group, P positions (key and value), n patches, S memory slots, T tokens, d vision width, h language width, r fuser
-width, c projector width.
+Letters at the end of a line give shapes: B samples, N vision layers (N' of them read), D language layers, K groups, M
+candidates per group, P positions (key and value), n patches, S memory slots, T tokens, d vision width, h language
+width, r fuser width, c projector width.
 """
 
 import hashlib
@@ -706,7 +706,7 @@ class DehvfModel(DehvfPreTrainedModel):
     ) -> torch.Tensor | None:
         """
         Encodes images into visual memory, once, for any number of questions. To keep it, call this under
-        `torch.no_grad()`: else it holds on to what the encoder's backward would need, 85 times its size at 7B.
+        `torch.no_grad()`: else it holds on to what the encoder's backward would need, 84 times its size at 7B.
 
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`.

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import EarlyStoppingCallback, Trainer
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint, is_deepspeed_zero3_enabled
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
@@ -292,8 +292,8 @@ class AnswerTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         index, options = inputs.pop("index"), inputs.pop("options")
-        if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and "pixel_values" not in inputs:
-            # All processes have to run the same modules. In training the model sees to that
+        if (is_deepspeed_zero3_enabled() or self.is_fsdp_enabled) and "pixel_values" not in inputs:
+            # Bases are divided, so all processes have to run the same modules. In training the model sees to that
             vision = self.model.config.vision_config
             size = (len(index), vision.num_channels, vision.image_size, vision.image_size)
             inputs["pixel_values"] = torch.zeros(size, device=index.device)
