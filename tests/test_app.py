@@ -196,16 +196,17 @@ def test_the_page_answers_and_draws_in_a_browser_without_the_net(url, tmp_path):
         question, answer = browser.find_elements(By.TAG_NAME, "textarea")
         wait.until(lambda _: question.get_attribute("value") == app.make_examples()[0][1])
         browser.find_element(By.XPATH, "//button[normalize-space()='Ask']").click()
-        drawn = "return [...document.querySelectorAll('img[alt*=plot]')].filter(image => image.naturalWidth > 1000)"
-        wait.until(lambda _: len(browser.execute_script(drawn)) == 2)
+        # Sources and no elements, which the page may replace before they are looked at
+        images = "[...document.querySelectorAll('img[alt*=plot]')].filter(image => image.naturalWidth > 1000)"
+        sources = f"return {images}.map(image => image.src)"
+        wait.until(lambda _: len(browser.execute_script(sources)) == 2)
         assert answer.get_attribute("value")
         chosen = browser.find_element(By.CSS_SELECTOR, "input[type=radio]:checked")
         assert chosen.is_displayed()
         # Another token, another picture of the patches
-        first = [picture.get_attribute("src") for picture in browser.execute_script(drawn)]
-        others = browser.find_elements(By.CSS_SELECTOR, "input[type=radio]:not(:checked)")
-        others[0].click()
-        wait.until(lambda _: [p.get_attribute("src") for p in browser.execute_script(drawn)] != first)
+        first = browser.execute_script(sources)
+        browser.find_element(By.CSS_SELECTOR, "input[type=radio]:not(:checked)").click()
+        wait.until(lambda _: len(both := browser.execute_script(sources)) == 2 and both != first)
         asked = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
         assert asked and all(name.startswith((url, "data:", "blob:")) for name in asked), asked
         browser.save_screenshot(tmp_path / "page.png")
