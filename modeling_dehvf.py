@@ -397,8 +397,7 @@ class MemoryView(NamedTuple):
         # To train, full keys and values would have to be kept in every layer, which is worse than some operations
         if features is None or self.form == "factored" or self.form == "auto" and torch.is_grad_enabled():
             return self
-        num_images, width = len(features[0]), self.keys.shape[-1]
-        num_patches = features[0].shape[1]
+        (num_images, num_patches, _), width = features[0].shape, self.keys.shape[-1]
         fewer = batch_size * num_tokens * (width + num_patches) > num_images * num_patches * width
         return self._replace(materialised=fewer or self.form == "materialised")
 
@@ -1014,7 +1013,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
                 fields[f"{key}_config"] = load_base_config(place, key, revision, _hub_kwargs(kwargs))
         config = DehvfConfig(**fields)
         model = cls._from_bases(config, places["vision"], places["text"], **kwargs)
-        model._adapter_source = {n: value for n, value in _hub_kwargs(kwargs).items() if n != "force_download"}
+        model._adapter_source = _once_more(_hub_kwargs(kwargs))
         return model
 
     @classmethod
@@ -1062,7 +1061,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         model = cls._from_bases(config, places["vision"], places["text"], **dtype, **kwargs)
         model.load_state_dict(adapters, strict=False)  # names and shapes were checked above; the bases are loaded
         model.name_or_path = str(location)
-        model._adapter_source = {name: value for name, value in source.items() if name != "force_download"}
+        model._adapter_source = _once_more(source)
         if generation_config is not None:
             model.generation_config = generation_config
         elif _has_file(location, GENERATION_CONFIG_NAME, **source):  # else the language model's own stays
@@ -1519,6 +1518,11 @@ def _hub_kwargs(kwargs: dict) -> dict:
     return {n: kwargs[n] for n in ("cache_dir", "force_download", "local_files_only", "token") if n in kwargs}
 
 
+def _once_more(source: dict) -> dict:
+    """How to look for files again: what was downloaded by force need not be so twice."""
+    return {name: value for name, value in source.items() if name != "force_download"}
+
+
 def _has_file(location, name: str, **source) -> bool:
     """Whether there is such a file, as far as is known here and now."""
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -1556,8 +1560,8 @@ def _load_base(auto_class, location, key: str, config: DehvfConfig, **kwargs) ->
     """Loads a base and leaves its config and its commit in `config`. A base of another shape is refused before."""
     revision = None
     if str(location) == getattr(config, f"{key}_model_id"):  # the pinned commit does not speak of an override
-        hub_kwargs = {name: value for name, value in _hub_kwargs(kwargs).items() if name != "force_download"}
-        revision = resolve_revision(location, getattr(config, f"{key}_model_revision"), **hub_kwargs)
+        pinned = getattr(config, f"{key}_model_revision")
+        revision = resolve_revision(location, pinned, **_once_more(_hub_kwargs(kwargs)))
         setattr(config, f"{key}_model_revision", getattr(revision, "resolved", revision))
     with _naming_base(location, key):
         found = load_base_config(location, key, revision, _hub_kwargs(kwargs))

@@ -19,7 +19,6 @@ A run that was cut off goes on from its last complete checkpoint when the same c
 import dataclasses
 import difflib
 import gc
-import hashlib
 import inspect
 import itertools
 import json
@@ -57,6 +56,7 @@ from trainer import (
     RUN_FILE,
     AnswerTrainer,
     describe_arguments,
+    digest,
     find_start,
     name_engine,
     write_json,
@@ -860,7 +860,7 @@ def describe_run(task, processor, model, split: Split, data_args, model_args, tr
         "learning_rate": training_args.learning_rate,
         "adapter": model_args.adapter,
         "adapter_revision": commit_of(model_args.adapter, model_args.adapter_revision),
-        "adapter_sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in weights},
+        "adapter_sha256": {file.name: digest(file) for file in weights},
         "vision_model": model_args.vision_model,
         "vision_model_revision": base_revision(model.config, "vision", model_args.vision_model),
         "text_model": model_args.text_model,

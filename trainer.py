@@ -506,16 +506,12 @@ class AnswerTrainer(Trainer):
                 together, before the step changes anything, with the adapters in a complete checkpoint.
         """
         rows = inputs.pop("index")
-        if not self._losses:
-            self._rows = []  # of this optimizer step
-        self._rows.append(rows)
         self._count(inputs)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         self._losses.append((loss.detach().isfinite().all(), rows))
         # Before backward, in which DeepSpeed takes the step. Gradients that overflow fp16 are left to the loss scaler
         if self.accelerator.sync_gradients:
             finite, rows = zip(*self._losses)
-            self._losses.clear()
             if self.accelerator.reduce((~torch.stack(finite)).sum()):
                 self._stop("loss", [row for ok, batch in zip(finite, rows) if not ok for row in batch.tolist()])
         return loss
@@ -527,9 +523,11 @@ class AnswerTrainer(Trainer):
                 so there it is found out when the adapters are saved, or by the next loss.
         """
         norm = super()._get_grad_norm(model, grad_norm)
+        rows = torch.cat([rows for _, rows in self._losses])
+        self._losses.clear()
         if not self.is_deepspeed_enabled and self.accelerator.scaler is None:
             if not gather_shards(torch.as_tensor(norm)).isfinite():
-                self._stop("gradient", torch.cat(self._rows).tolist())
+                self._stop("gradient", rows.tolist())
         return norm
 
     def _stop(self, what: str, rows: list[int]):

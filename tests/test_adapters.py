@@ -39,6 +39,15 @@ def model(folders):
     return model
 
 
+@pytest.fixture
+def messages(monkeypatch):
+    """What the model warns of."""
+    messages = []
+    logger = DehvfForConditionalGeneration.load_adapter.__globals__["logger"]
+    monkeypatch.setattr(logger, "warning", messages.append)
+    return messages
+
+
 def alone(folders, name):
     return DehvfForConditionalGeneration.from_pretrained(folders["first" if name == "default" else name])
 
@@ -124,11 +133,8 @@ def test_adapters_stay_off_until_the_outer_context_ends(model):
 
 
 def test_adapters_of_a_base_with_another_id_are_told_and_saved_with_the_one_that_is_there(
-    model, folders, tmp_path, monkeypatch
+    model, folders, tmp_path, messages
 ):
-    messages = []
-    logger = DehvfForConditionalGeneration.load_adapter.__globals__["logger"]
-    monkeypatch.setattr(logger, "warning", messages.append)
     shutil.copytree(folders["second"], tmp_path / "second")
     config = json.loads((tmp_path / "second" / "config.json").read_text())
     (tmp_path / "second" / "config.json").write_text(json.dumps({**config, "text_model_id": "org/other"}))
@@ -139,10 +145,7 @@ def test_adapters_of_a_base_with_another_id_are_told_and_saved_with_the_one_that
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["text_model_id"] == config["text_model_id"]
 
 
-def test_adapters_of_another_commit_of_a_base_are_told(model, folders, tmp_path, monkeypatch):
-    messages = []
-    logger = DehvfForConditionalGeneration.load_adapter.__globals__["logger"]
-    monkeypatch.setattr(logger, "warning", messages.append)
+def test_adapters_of_another_commit_of_a_base_are_told(model, folders, tmp_path, messages):
     shutil.copytree(folders["second"], tmp_path / "second")
     config = json.loads((tmp_path / "second" / "config.json").read_text())
     (tmp_path / "second" / "config.json").write_text(json.dumps({**config, "text_model_revision": "b" * 40}))

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import DEHVF_SIZES, ROOT, DehvfForConditionalGeneration, run, save_tiny_bases, tiny_inputs
+from tiny import DEHVF_SIZES, ROOT, DehvfForConditionalGeneration, relative_error, run, save_tiny_bases, tiny_inputs
 from transformers import AutoModel, BitsAndBytesConfig
 from transformers.quantizers import quantizer_bnb_4bit
 
@@ -53,10 +53,6 @@ def gradients_of(model) -> dict[str, torch.Tensor]:
     for name, gradient in gradients.items():
         assert gradient is not None and gradient.any() and gradient.isfinite().all(), name
     return gradients
-
-
-def relative_error(tensor: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((tensor - expected).norm() / expected.norm()).item()
 
 
 def check_quantised(model, dtype: torch.dtype):

@@ -15,6 +15,7 @@ from tiny import (
     DehvfConfig,
     DehvfForConditionalGeneration,
     dehvf_class,
+    relative_error,
     tiny_config,
     tiny_inputs,
     tiny_model,
@@ -244,10 +245,6 @@ def gradients_by_module(model, logits) -> dict[str, torch.Tensor]:
 def reference_gradients(model, inputs) -> dict[str, torch.Tensor]:
     rows = zip(inputs["input_ids"], inputs["pixel_values"])
     return gradients_by_module(model, torch.stack([reference_logits(model, *row) for row in rows]))
-
-
-def relative_error(tensor: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((tensor - expected).norm() / expected.norm()).item()
 
 
 forms = pytest.mark.parametrize("form", ["factored", "materialised"])

@@ -136,6 +136,10 @@ def tiny_inputs(batch_size: int = 2, length: int = 7, seed: int = 0) -> dict[str
     }
 
 
+def relative_error(tensor: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((tensor - expected).norm() / expected.norm()).item()
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character, and one for each option's letter with the space before it."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
