@@ -1,0 +1,23 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+The shipped `*_dehvf.py` files of this checkout as modules, loaded as `trust_remote_code=True` loads them.
+
+`train.py`, `tests/` and `benchmarks/` import the classes from here: the files import each other relatively, so a plain
+`import modeling_dehvf` fails, and loading two files one by one would load what both import twice.
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+
+ROOT = Path(__file__).resolve().parent
+DehvfForConditionalGeneration = get_class_from_dynamic_module(
+    "modeling_dehvf.DehvfForConditionalGeneration", str(ROOT)
+)
+_package = DehvfForConditionalGeneration.__module__.rpartition(".")[0]
+configuration, processing, modeling = (
+    import_module(f"{_package}.{name}_dehvf") for name in ("configuration", "processing", "modeling")
+)
+DehvfConfig, DehvfProcessor, DehvfModel = configuration.DehvfConfig, processing.DehvfProcessor, modeling.DehvfModel
