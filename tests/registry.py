@@ -17,8 +17,8 @@ from filelock import FileLock
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dehvf"
 
-# The oldest release that the shipped files run with, and the last huggingface_hub that it accepts
-OLDEST_RELEASE = ("transformers==5.17.0", "huggingface_hub==1.33.0")
+OLDEST_TRANSFORMERS = "5.17.0"  # that the shipped files run with, see pyproject.toml
+OLD_HUB = "1.33.0"  # the newest huggingface_hub that it accepts
 
 # Modules that the tests import, but the source distribution leaves out, with a stand-in for each
 LEFT_OUT = {
@@ -82,9 +82,10 @@ def oldest_release() -> Path:
     """A folder for `PYTHONPATH` with the oldest supported release, which takes all else from this environment."""
 
     def fill(folder: Path):
-        pip("install", "--no-deps", "--target", folder, *OLDEST_RELEASE)
+        requirements = f"transformers=={OLDEST_TRANSFORMERS}", f"huggingface_hub=={OLD_HUB}"
+        pip("install", "--no-deps", "--target", folder, *requirements)
 
-    return fetch("-".join(OLDEST_RELEASE), fill)
+    return fetch(f"transformers-{OLDEST_TRANSFORMERS}-huggingface_hub-{OLD_HUB}", fill)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from PIL import Image
 from registry import transformers_tests
 from tiny import (
     DEHVF_SIZES,
@@ -41,12 +42,20 @@ with warnings.catch_warnings(action="ignore"):  # marks of pytest that are regis
         floats_tensor,
         ids_tensor,
     )
-    from transformers_tests.test_processing_common import ProcessorTesterMixin
+    from transformers_tests.test_processing_common import MODALITY_INPUT_DATA, ProcessorTesterMixin
 
 pytestmark = pytest.mark.filterwarnings("default")  # deprecations inside the tests of transformers
 
+INCOMPLETE = "adapters that are not complete are refused, since random ones would see nothing"
 # Beginning of a test's name -> why it fails
-EXCEPTIONS = {}
+EXCEPTIONS = {
+    "test_correct_missing_keys": INCOMPLETE,
+    "test_base_model_prefix_loads_base_weights": INCOMPLETE,
+    "test_model_weights_reload_no_missing_tied_weights": INCOMPLETE,
+    "test_get_image_features_pooler_output": "an image is read by every language layer, so its features are no matrix; "
+    "`_expand_inputs_for_generation`, for which this is checked, is our own",
+    "test_processor_from_and_save_pretrained": "saving leaves `auto_map`, where the code lies, on a processor",
+}
 
 
 def except_tests(test_class: type) -> type:
@@ -118,3 +127,10 @@ class DehvfProcessorTest(ProcessorTesterMixin, unittest.TestCase):
     processor_class = DehvfProcessor
     _setup_image_processor = staticmethod(tiny_image_processor)
     _setup_tokenizer = staticmethod(tiny_tokenizer)
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        file = f"{cls.tmpdirname}/image.png"  # in place of one from the Hub
+        Image.new("RGB", (40, 30), "red").save(file)
+        cls.enterClassContext(patch.dict(MODALITY_INPUT_DATA, images=[file, file]))
