@@ -1,18 +1,17 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""The numbers of DEHVF (arXiv 2508.17638), each with its meaning, the paper's symbol and the source of its default."""
+"""
+The numbers of DEHVF (arXiv 2508.17638), each with its meaning, the paper's symbol and the source of its default; and
+what is pure arithmetic on them.
+"""
 
 import math
+import random
+import sys
+from pathlib import Path
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers.utils.versions import require_version
-
-
-# First of all, so that an older release says what it lacks and not which name could not be imported
-require_version("transformers>=5.23.0", "DEHVF needs it: pip install -U transformers")
-
-from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
-from transformers.configuration_utils import SubConfigSpec  # noqa: E402
+from transformers import AutoConfig, PreTrainedConfig
 
 
 # Written to every config.json, so that a saved folder loads with its own code and never with that of the
@@ -21,12 +20,29 @@ AUTO_MAP = {
     "AutoConfig": "configuration_dehvf.DehvfConfig",
     "AutoModel": "modeling_dehvf.DehvfForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_dehvf.DehvfForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_dehvf.DehvfForConditionalGeneration",
     "AutoProcessor": "processing_dehvf.DehvfProcessor",
 }
 
 
+CLIP_VIT_L_14 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+}
+
 # Far more than any model has. Beyond it a config is damaged, and to build so many layers would take forever.
 MAX_LAYERS = 1000
+
+
+def _base_config(given: dict | PreTrainedConfig | None, model_type: str, defaults: dict) -> PreTrainedConfig:
+    if isinstance(given, PreTrainedConfig):
+        return given
+    values = dict(defaults if given is None else given)
+    return AutoConfig.for_model(values.pop("model_type", model_type), **values)
 
 
 def disable_dropout(base_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -100,22 +116,8 @@ class DehvfConfig(PreTrainedConfig):
     """
 
     model_type = "dehvf"
-    keys_to_ignore_at_inference = ["past_key_values", "visual_memory"]
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="clip_vision_model",
-            init_kwargs={
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "image_size": 224,
-                "patch_size": 14,
-            },
-        ),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-    }
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "visual_memory"]
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -153,6 +155,8 @@ class DehvfConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        self.vision_config = _base_config(self.vision_config, "clip_vision_model", CLIP_VIT_L_14)
+        self.text_config = _base_config(self.text_config, "llama", {})
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
@@ -261,6 +265,38 @@ class DehvfConfig(PreTrainedConfig):
             )
 
 
+def split_into_runs(num_layers: int, num_groups: int) -> list[range]:
+    """Cuts layers `0..num_layers-1` into consecutive runs whose lengths differ by at most one, longer ones first."""
+    short, extra = divmod(num_layers, num_groups)
+    starts = [group * short + min(group, extra) for group in range(num_groups + 1)]
+    return [range(start, end) for start, end in zip(starts, starts[1:])]
+
+
+def candidate_layers(config: DehvfConfig) -> list[list[int]]:
+    """
+    The vision layers, counted from 0, that each language layer may draw from (method step 2): those of its own group,
+    then the penultimate one.
+    """
+    num_vision_layers = config.vision_config.num_hidden_layers
+    penultimate = num_vision_layers - 2
+    if config.layer_fusion == "penultimate":
+        groups = [[penultimate]] * config.num_groups
+    else:
+        groups = [[*run, penultimate] for run in split_into_runs(num_vision_layers, config.num_groups)]
+    text_runs = split_into_runs(config.text_config.num_hidden_layers, config.num_groups)
+    rows = [group for group, run in zip(groups, text_runs) for _ in run]
+    if config.layer_mapping == "random":
+        random.Random(config.layer_mapping_seed).shuffle(rows)
+    return rows
+
+
 DehvfConfig.register_for_auto_class()
+
+# From a local folder `transformers` loads this file a second time, as another module, for the modeling file. Both must
+# give the same class, or `isinstance` would be false between them.
+for _module in list(sys.modules.values()):
+    if getattr(_module, "__name__", "").endswith(".configuration_dehvf") and _module.__name__ != __name__:
+        if Path(_module.__file__).read_bytes() == Path(__file__).read_bytes():
+            DehvfConfig = _module.DehvfConfig  # noqa: F811
 
 __all__ = ["DehvfConfig"]

@@ -5,13 +5,14 @@ import os
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from huggingface_hub import CommitInfo, create_branch, create_repo, upload_folder
+from huggingface_hub import CommitInfo, upload_folder
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import PROCESSOR_NAME, cached_file
 
 from .configuration_dehvf import DehvfConfig
+from .hub_dehvf import open_repository
 
 
 # For base language models, which have no chat format of their own. Images leave no trace in the text.
@@ -202,14 +203,6 @@ class DehvfProcessor(ProcessorMixin):
     @property
     def model_input_names(self):
         return [*super().model_input_names, "image_mask"]
-
-
-def open_repository(repo_id: str, private: bool | None, token: bool | str | None, revision: str | None) -> str:
-    """Makes a repository on the Hub, and a branch of it, where there are none. Returns the id with its owner."""
-    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr/"):  # a pull request is no branch
-        create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-    return repo_id
 
 
 DehvfProcessor.register_for_auto_class()

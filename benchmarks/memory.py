@@ -83,7 +83,7 @@ def encoded_image(model) -> torch.Tensor:
     vision = model.config.vision_config
     size = (1, vision.num_channels, vision.image_size, vision.image_size)
     with torch.no_grad():
-        return model.get_image_features(torch.zeros(size, device=model.device))
+        return model.get_image_features(torch.zeros(size, device=model.device)).pooler_output
 
 
 def measure(shape: tuple) -> dict:

@@ -283,7 +283,7 @@ def language_side(model, inputs: dict) -> dict:
     sides = {"input_ids": inputs["input_ids"]}
     if "pixel_values" in inputs:
         with torch.no_grad():
-            sides["visual_memory"] = model.get_image_features(inputs["pixel_values"])
+            sides["visual_memory"] = model.get_image_features(inputs["pixel_values"]).pooler_output
     return sides
 
 

@@ -117,7 +117,7 @@ def test_the_active_adapters_are_trained_and_saved(model, folders, tmp_path):
 
 
 def test_switched_adapters_have_the_dtype_of_those_before(model):
-    model.model.memory_slots.to(torch.bfloat16)
+    model.to(torch.bfloat16)
     model.set_adapter("second")
     assert {tensor.dtype for tensor in model.adapter_state_dict().values()} == {torch.bfloat16}
 
@@ -139,7 +139,7 @@ def test_adapters_of_a_base_with_another_id_are_told_and_saved_with_the_one_that
     config = json.loads((tmp_path / "second" / "config.json").read_text())
     (tmp_path / "second" / "config.json").write_text(json.dumps({**config, "text_model_id": "org/other"}))
     model.load_adapter(tmp_path / "second", "other")
-    assert "the text model org/other (commit None), not for" in messages[0] and len(messages) == 1
+    assert "the text model org/other (commit None), but this model has" in messages[0] and len(messages) == 1
     model.set_adapter("other")
     model.save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["text_model_id"] == config["text_model_id"]
@@ -153,7 +153,7 @@ def test_adapters_of_another_commit_of_a_base_are_told(model, folders, tmp_path,
     assert not messages
     model.config.text_model_revision = "a" * 40
     model.load_adapter(tmp_path / "second", "other")
-    assert f"(commit {'b' * 40}), not for" in messages[0] and len(messages) == 1
+    assert f"(commit {'b' * 40}), but this model has" in messages[0] and len(messages) == 1
 
 
 def test_deleted_adapters_are_gone_and_their_name_is_free(model, folders):

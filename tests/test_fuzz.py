@@ -161,7 +161,7 @@ def test_a_file_without_sha_256_is_read_as_it_is(broken):
 
 def test_a_damaged_visual_memory_is_refused(saved, tmp_path):
     model, file = load(saved / "adapter"), tmp_path / "memory.safetensors"
-    model.save_visual_memory(model.get_image_features(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)), file)
+    model.save_visual_memory(model.get_image_features(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)).pooler_output, file)
     data = file.read_bytes()
     file.write_bytes(data[:-4])
     with pytest.raises(OSError, match="memory.safetensors is damaged and cannot be read"):
@@ -185,7 +185,7 @@ def test_a_damaged_visual_memory_is_refused(saved, tmp_path):
 
 def test_a_visual_memory_stays_when_its_file_is_overwritten(saved, tmp_path):
     model, file = load(saved / "adapter"), tmp_path / "memory.safetensors"
-    memory = model.get_image_features(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+    memory = model.get_image_features(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)).pooler_output
     model.save_visual_memory(memory, file)
     loaded = model.load_visual_memory(file)
     with open(file, "r+b") as opened:  # in place, as rsync and some file systems do

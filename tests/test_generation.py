@@ -90,14 +90,14 @@ def test_memory_stands_in_for_pixels(mode):
     model = tiny_model()
     inputs = tiny_inputs(2)
     expected = generate(model, inputs, **mode)
-    memory = model.get_image_features(inputs.pop("pixel_values"))
+    memory = model.get_image_features(inputs.pop("pixel_values")).pooler_output
     assert torch.equal(generate(model, inputs, visual_memory=memory, **mode), expected)
 
 
 def test_one_image_answers_a_batch_of_questions():
     model = tiny_model()
     inputs = tiny_inputs(3)
-    memory = model.get_image_features(inputs.pop("pixel_values")[:1])
+    memory = model.get_image_features(inputs.pop("pixel_values")[:1]).pooler_output
     expected = generate(model, inputs, visual_memory=memory[[0, 0, 0]], num_beams=2)
     assert torch.equal(generate(model, inputs, visual_memory=memory, num_beams=2), expected)
 
@@ -106,7 +106,7 @@ def test_saved_memory_answers_in_another_model_with_the_same_adapters(tmp_path):
     inputs = tiny_inputs(2)
     expected = generate(tiny_model(), inputs)
     first, second = tiny_model(), tiny_model()
-    memory = first.get_image_features(inputs.pop("pixel_values"))
+    memory = first.get_image_features(inputs.pop("pixel_values")).pooler_output
     first.save_visual_memory(memory, tmp_path / "memory.safetensors")
     loaded = second.load_visual_memory(tmp_path / "memory.safetensors")
     assert torch.equal(loaded, memory)
@@ -134,7 +134,7 @@ def test_saved_memory_answers_in_another_model_with_the_same_adapters(tmp_path):
 )
 def test_memory_of_another_model_is_refused(change, reason, tmp_path):
     model = tiny_model()
-    memory = model.get_image_features(tiny_inputs()["pixel_values"])
+    memory = model.get_image_features(tiny_inputs()["pixel_values"]).pooler_output
     model.save_visual_memory(memory, tmp_path / "memory.safetensors")
     with pytest.raises(ValueError, match="was not encoded by this model: ") as error:
         change().load_visual_memory(tmp_path / "memory.safetensors")
@@ -163,7 +163,7 @@ def test_saved_memory_is_taken_where_the_bases_have_another_precision(dtype, tmp
         torch.manual_seed(0)
         for parameter in model.model.vision_tower.parameters():
             torch.nn.init.normal_(parameter)
-    memory = first.get_image_features(tiny_inputs()["pixel_values"])
+    memory = first.get_image_features(tiny_inputs()["pixel_values"]).pooler_output
     first.save_visual_memory(memory, tmp_path / "memory.safetensors")
     for base in (second.model.vision_tower, second.model.language_model, second.lm_head):
         base.to(dtype)
@@ -229,7 +229,7 @@ def test_pixels_and_memory_together_are_refused():
     model = tiny_model()
     inputs = tiny_inputs(2)
     with pytest.raises(ValueError, match="Give one of them"):
-        model.generate(**inputs, visual_memory=model.get_image_features(inputs["pixel_values"]))
+        model.generate(**inputs, visual_memory=model.get_image_features(inputs["pixel_values"]).pooler_output)
 
 
 def test_a_typo_in_a_generate_argument_is_refused():

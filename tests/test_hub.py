@@ -25,7 +25,7 @@ import train
 
 
 pytestmark = pytest.mark.slow
-CODE_FILES = ["configuration_dehvf.py", "modeling_dehvf.py", "processing_dehvf.py"]
+CODE_FILES = sorted(file.name for file in ROOT.glob("*_dehvf.py"))
 PROCESSOR_FILES = ["chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"]
 ADAPTER_FILES = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
 PUSHED = sorted([*CODE_FILES, *PROCESSOR_FILES, *ADAPTER_FILES])

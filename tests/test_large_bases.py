@@ -28,7 +28,8 @@ def saved(tmp_path_factory):
     vision, text = save_tiny_bases(folder, **WIDE)
     torch.manual_seed(0)
     model = DehvfForConditionalGeneration.from_vision_text_pretrained(vision, text, **DEHVF_SIZES)
-    torch.nn.init.normal_(model.model.memory_slots.value)
+    for parameter in (model.model.memory_slots.value, *(adapter.up.weight for adapter in model.model.vision_adapters)):
+        torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(folder / "adapter")
     return folder, logits_of(model)
 

@@ -22,7 +22,7 @@ from tiny import (
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 
-CODE_FILES = ["configuration_dehvf.py", "modeling_dehvf.py", "processing_dehvf.py"]
+CODE_FILES = sorted(file.name for file in ROOT.glob("*_dehvf.py"))
 
 
 def run_fresh(code: str, folder, **arguments) -> str:
@@ -109,7 +109,7 @@ def test_a_visual_memory_answers_in_another_process(saved):
     model = AutoModelForImageTextToText.from_pretrained(saved / "adapter", trust_remote_code=True)
     inputs = tiny_inputs()
     with torch.no_grad():
-        memory = model.get_image_features(inputs["pixel_values"])
+        memory = model.get_image_features(inputs["pixel_values"]).pooler_output
         logits = model(**inputs).logits
     model.save_visual_memory(memory, saved / "memory.safetensors")
     torch.save((inputs["input_ids"], logits), saved / "asked.pt")
@@ -237,24 +237,6 @@ def test_a_revision_of_the_adapters_never_reaches_a_base(saved, monkeypatch):
     assert revisions == {str(saved / "text"): {"text-commit"}, str(saved / "vision"): {"vision-commit"}}
 
 
-def test_an_older_transformers_is_refused_by_its_version(saved):
-    run_fresh(
-        """
-        import importlib.metadata
-        import transformers
-        installed = importlib.metadata.version
-        importlib.metadata.version = lambda name: "4.57.0" if name == "transformers" else installed(name)
-        try:
-            transformers.AutoConfig.from_pretrained("adapter", trust_remote_code=True)
-        except ImportError as error:
-            assert "transformers>=5.23.0" in str(error) and "4.57.0" in str(error), error
-        else:
-            raise AssertionError("loaded")
-        """,
-        saved,
-    )
-
-
 @pytest.mark.parametrize("tie", [True, False])
 def test_tied_embeddings_stay_tied(tmp_path, tie):
     vision, text = save_tiny_bases(tmp_path, tie_word_embeddings=tie)
@@ -359,12 +341,12 @@ def test_adapters_that_do_not_fit_are_refused(broken, change, message):
 
 def test_a_folder_without_adapters_is_refused(broken):
     (broken / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="no adapters to load.*from_vision_text_pretrained"):
+    with pytest.raises(OSError, match="no adapter to load.*from_vision_text_pretrained"):
         AutoModel.from_pretrained(broken, trust_remote_code=True)
 
 
 def test_the_checkout_has_no_adapters():
-    with pytest.raises(OSError, match="no adapters to load"):
+    with pytest.raises(OSError, match="no adapter to load"):
         AutoModel.from_pretrained(ROOT, trust_remote_code=True)
 
 
@@ -372,7 +354,7 @@ def test_the_checkout_has_no_adapters():
 def test_a_base_of_another_shape_is_refused(saved, tmp_path, values):
     _, text = save_tiny_bases(tmp_path, **values)
     name, value = next(iter(values.items()))
-    with pytest.raises(ValueError, match=f"`{name}={value}`, but the adapters were made for"):
+    with pytest.raises(ValueError, match=f"`{name}={value}`, but the adapter was made for"):
         AutoModel.from_pretrained(saved / "adapter", trust_remote_code=True, text_model=text)
 
 

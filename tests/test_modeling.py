@@ -1,6 +1,7 @@
 """The method's claims, over all supported language models and all ablations."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from tiny import (
     TEXT_BACKBONES,
     DehvfConfig,
     DehvfForConditionalGeneration,
-    dehvf_class,
     relative_error,
     tiny_config,
     tiny_inputs,
@@ -22,6 +22,8 @@ from tiny import (
 )
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import dehvf
 
 
 backbones = pytest.mark.parametrize("model_type", TEXT_BACKBONES)
@@ -86,13 +88,31 @@ def reference_fusion_weights(model, class_features, instruction, layer, position
     return weights
 
 
+def reference_vision_states(dehvf, pixel_values):
+    """Step 10: the states of an encoder whose FFNs have their adapters beside them."""
+
+    def add_adapter(ffn, args, output, adapter):
+        scale = dehvf.config.vision_adapter_scale
+        hidden = F.gelu(F.linear(args[0].to(adapter.down.weight.dtype), adapter.down.weight))
+        return output + (scale * F.linear(hidden, adapter.up.weight)).to(output.dtype)
+
+    hooks = [
+        layer.mlp.register_forward_hook(partial(add_adapter, adapter=adapter))
+        for layer, adapter in zip(dehvf.vision_tower.encoder.layers, dehvf.vision_adapters)
+    ]
+    states = dehvf.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    for hook in hooks:
+        hook.remove()
+    return states
+
+
 def reference_memory(model, pixel_values, layer, input_ids=None):
     """Steps 1 to 7 for one image and language layer: keys and values of shape `(num_memory_slots, hidden_size)`."""
     config, dehvf = model.config, model.model
     keys, values = dehvf.memory_slots.key.clone(), dehvf.memory_slots.value.clone()
     if pixel_values is None or config.visual_prompts == "none":
         return keys, values
-    states = dehvf.vision_tower(pixel_values[None], output_hidden_states=True).hidden_states
+    states = reference_vision_states(dehvf, pixel_values[None])
     features = torch.stack([dehvf.vision_tower.post_layernorm(state[0]) for state in states[1:]]).float()  # N 1+n d
     if config.vision_config.model_type == "siglip_vision_model":
         class_features, patches = features.mean(dim=1), features
@@ -118,7 +138,7 @@ def reference_ffn(ffn, hidden_states, keys, values, scale):
     """Step 8 for one sample: the stock FFN plus `s phi(x K^T) V`."""
     activation = getattr(ffn, ffn.activation_name)
     keys, values = keys.to(hidden_states.dtype), values.to(hidden_states.dtype)
-    return type(ffn).__mro__[2].forward(ffn, hidden_states) + scale * (activation(hidden_states @ keys.T) @ values)
+    return type(ffn).parts[1].forward(ffn, hidden_states) + scale * (activation(hidden_states @ keys.T) @ values)
 
 
 def reference_logits(model, input_ids, pixel_values):
@@ -277,8 +297,8 @@ def test_the_cheaper_way_of_reading_is_taken_unless_one_is_forced():
     def materialises(batch_size, num_tokens, num_images, **values):
         with torch.device("meta"):
             model = DehvfForConditionalGeneration(DehvfConfig(**values)).model
-            view = model._memory_view(torch.empty(num_images, 32, 2, 256, 129), torch.bfloat16)
-            return view.read_by(batch_size, num_tokens).materialised
+            memory, *_ = model.active.layer_memories(torch.empty(num_images, 32, 2, 256, 129), torch.bfloat16)
+            return memory.is_materialised(torch.empty(batch_size, num_tokens, 4096))
 
     with torch.no_grad():
         assert [materialises(1, length, 1) for length in (1, 240, 241, 2000)] == [False, False, True, True]
@@ -295,7 +315,9 @@ def test_generation_reads_a_long_prompt_and_its_answer_in_different_ways(monkeyp
     asked = []
     ffn = model.model.language_model.layers[0].mlp
     lookup = ffn.lookup
-    monkeypatch.setattr(ffn, "lookup", lambda hidden, view: asked.append(view.materialised) or lookup(hidden, view))
+    monkeypatch.setattr(
+        ffn, "lookup", lambda hidden, memory: asked.append(memory.is_materialised(hidden)) or lookup(hidden, memory)
+    )
     generated = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
     assert asked == [True, False, False, False]
     model.config.memory_form = "factored"
@@ -318,10 +340,9 @@ def test_injection_is_concatenation_on_a_plain_ffn(model_type, form):
         return torch.autograd.grad((output * upstream).sum(), [inputs, *adapters], allow_unused=True)
 
     inputs = hidden_states.clone().requires_grad_()
-    view = model.model._memory_view(model.get_image_features(pixel_values), torch.float32)
-    ffn.memory_view = view.layer(2)
-    output = ffn(inputs)
-    ffn.memory_view = None
+    visual_memory = model.get_image_features(pixel_values).pooler_output
+    memory = model.model.active.layer_memories(visual_memory, torch.float32)[2]
+    output = torch.add(ffn(inputs), ffn.lookup(inputs, memory), alpha=memory.scale)
     found = gradients(output, inputs)
 
     inputs = hidden_states.clone().requires_grad_()
@@ -347,7 +368,7 @@ def test_fusion_weights_sum_to_one_and_stay_in_their_group(values):
     model = tiny_model(**values)
     weights = model.model.get_fusion_weights(tiny_inputs()["pixel_values"])  # B D P N
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
-    split_into_runs = dehvf_class("modeling_dehvf", "split_into_runs")
+    split_into_runs = dehvf.configuration.split_into_runs
     text_runs = split_into_runs(model.config.text_config.num_hidden_layers, model.config.num_groups)
     vision_runs = split_into_runs(NUM_VISION_LAYERS, model.config.num_groups)
     for text_run, vision_run in zip(text_runs, vision_runs):
@@ -360,10 +381,10 @@ def test_fusion_weights_sum_to_one_and_stay_in_their_group(values):
 @torch.no_grad()
 def test_a_language_layer_does_not_see_another_groups_layers():
     model = tiny_model()
-    class_features, _ = model.model._hierarchical_features(tiny_inputs()["pixel_values"])
+    class_features, *_ = model.model._hierarchical_features(tiny_inputs()["pixel_values"])
     changed = class_features.clone()
     changed[:, 0] += 1  # the first vision layer belongs to the first of two groups
-    before, after = (model.model._fusion_weights(features, None) for features in (class_features, changed))
+    before, after = (model.model.active.fusion_weights(features, None) for features in (class_features, changed))
     half = NUM_TEXT_LAYERS // 2
     assert not torch.equal(before[:, :half], after[:, :half])
     assert torch.equal(before[:, half:], after[:, half:])
@@ -585,7 +606,7 @@ def test_bases_of_other_dtypes_than_the_adapters_give_nearly_the_same(vision_dty
     ):
         base.to(dtype)
     logits = model(**inputs).logits
-    assert logits.dtype == model.get_image_features(inputs["pixel_values"]).dtype == text_dtype
+    assert logits.dtype == model.get_image_features(inputs["pixel_values"]).pooler_output.dtype == text_dtype
     expected = model.float()(**inputs).logits
     torch.testing.assert_close(logits.float(), expected, atol=2e-2 * expected.abs().max().item(), rtol=2e-2)
 
@@ -603,12 +624,14 @@ def test_a_whole_model_in_bfloat16_computes(fuser_query):
 def test_memory_can_be_used_again():
     model = tiny_model()
     inputs = tiny_inputs()
-    memory = model.get_image_features(inputs["pixel_values"])
+    features = model.get_image_features(inputs["pixel_values"])
+    memory = features.pooler_output
     assert memory.shape == (2, NUM_TEXT_LAYERS, 2, NUM_PATCHES, DEHVF_SIZES["projector_hidden_size"] + 1)
     expected = model(**inputs)
     torch.testing.assert_close(expected.visual_memory, memory)
     del inputs["pixel_values"]
-    torch.testing.assert_close(model(**inputs, visual_memory=memory).logits, expected.logits)
+    for given in (memory, features):
+        torch.testing.assert_close(model(**inputs, visual_memory=given).logits, expected.logits)
     both = model(**inputs, visual_memory=memory[:1]).logits
     torch.testing.assert_close(both, model(**inputs, visual_memory=memory[[0, 0]]).logits)
 
@@ -620,7 +643,7 @@ def test_memory_and_the_mask_that_came_with_the_images_go_together():
     inputs["image_mask"] = torch.tensor([True, False])
     expected = model(**inputs).logits
     tokens = model.generate(**inputs, max_new_tokens=4, num_beams=2)
-    memory = model.get_image_features(inputs.pop("pixel_values"))
+    memory = model.get_image_features(inputs.pop("pixel_values")).pooler_output
     torch.testing.assert_close(model(**inputs, visual_memory=memory).logits, expected)
     torch.testing.assert_close(model(**inputs, visual_memory=memory[:1]).logits, expected)
     assert torch.equal(model.generate(**inputs, visual_memory=memory, max_new_tokens=4, num_beams=2), tokens)
@@ -698,7 +721,7 @@ def test_wrong_inputs_are_refused_with_both_numbers():
         model(**{**inputs, "pixel_values": torch.zeros(3, 3, 16, 16)})
     with pytest.raises(ValueError, match=r"`image_mask` has the shape \(3,\)"):
         model(**inputs, image_mask=torch.ones(3, dtype=torch.bool))
-    memory = model.get_image_features(inputs["pixel_values"])
+    memory = model.get_image_features(inputs["pixel_values"]).pooler_output
     with pytest.raises(ValueError, match="Give one of them"):
         model(**inputs, visual_memory=memory)
     with pytest.raises(ValueError, match="get_image_features"):

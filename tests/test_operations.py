@@ -46,13 +46,12 @@ def test_the_materialised_lookup_gives_the_same_for_the_operations_of_its_closed
     tokens, model = 9, tiny_model(**sizes)
     config = model.config
     hidden = torch.randn(1, tokens, config.text_config.hidden_size)
-    view = model.model._memory_view(model.get_image_features(torch.randn(1, 3, 16, 16)), torch.float32)
-    expected = [
-        layer.mlp.lookup(hidden, view.layer(index)) for index, layer in enumerate(model.model.language_model.layers)
-    ]
+    visual_memory = model.get_image_features(torch.randn(1, 3, 16, 16)).pooler_output
+    memories = model.model.active.layer_memories(visual_memory, torch.float32)
+    expected = [layer.mlp.lookup(hidden, memory) for layer, memory in zip(model.model.language_model.layers, memories)]
 
     slots = config.num_memory_slots
-    basis = view.keys[slots:]
+    basis = memories[0].keys[slots:]
 
     def materialise(features, slots):
         visual = features @ basis
@@ -60,9 +59,9 @@ def test_the_materialised_lookup_gives_the_same_for_the_operations_of_its_closed
 
     with FlopCounterMode(display=False) as counter:
         found = []
-        for key_features, value_features in zip(view.key_features, view.value_features):
-            keys = materialise(key_features, view.keys[:slots])
-            values = materialise(value_features, view.values.T[:slots])
+        for memory in memories:
+            keys = materialise(memory.key_features, memory.keys[:slots])
+            values = materialise(memory.value_features, memory.values.T[:slots])
             found.append(F.silu(hidden @ keys.transpose(1, 2)) @ values)
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-4, atol=1e-4)
     assert counter.get_total_flops() == operations.materialised_lookup(config, tokens)

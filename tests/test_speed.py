@@ -199,9 +199,9 @@ def test_closed_forms_are_the_bytes_of_tensors(values):
     assert memory.visual_memory(config) * encoded.element_size() == encoded.nbytes
     text = AutoModelForCausalLM.from_config(config.text_config)
     assert 4 * memory.kv_cache(config.text_config, 11) == memory.bytes_of(memory.cached_tensors(text, 11))
-    view = model.model._memory_view(encoded, torch.float32)
-    features = [layer for part in (view.key_features, view.value_features) if part for layer in part]
-    materialised = [layer @ view.keys[config.num_memory_slots :] for layer in features]
+    memories = model.model.active.layer_memories(encoded, torch.float32)
+    features = [part for one in memories for part in (one.key_features, one.value_features) if part is not None]
+    materialised = [part @ memories[0].keys[config.num_memory_slots :] for part in features]
     assert 4 * memory.materialised_memory(config) == memory.bytes_of(materialised)
 
 

@@ -14,10 +14,10 @@ from transformers import (
     CLIPVisionConfig,
     PreTrainedTokenizerFast,
 )
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from dehvf import ROOT, DehvfConfig, DehvfForConditionalGeneration, DehvfProcessor
 
 
-ROOT = Path(__file__).parents[1]
 IMAGE_SIZE, PATCH_SIZE, NUM_VISION_LAYERS, NUM_TEXT_LAYERS, VOCAB_SIZE = 16, 4, 6, 4, 64
 NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 
@@ -80,16 +80,6 @@ ABLATIONS = {
     "layer and instruction": {"fuser_query": "layer+instruction"},
     "random mapping": {"layer_mapping": "random", "layer_mapping_seed": 3},
 }
-
-
-def dehvf_class(file: str, name: str):
-    """A class of this repository, by the loader that `trust_remote_code=True` uses."""
-    return get_class_from_dynamic_module(f"{file}.{name}", str(ROOT))
-
-
-DehvfConfig = dehvf_class("configuration_dehvf", "DehvfConfig")
-DehvfForConditionalGeneration = dehvf_class("modeling_dehvf", "DehvfForConditionalGeneration")
-DehvfProcessor = dehvf_class("processing_dehvf", "DehvfProcessor")
 
 
 def run(*command, folder: Path = ROOT) -> str:

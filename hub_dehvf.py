@@ -1,0 +1,215 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Adapters on the Hub: repositories, uploads and the model card."""
+
+import hashlib
+import os
+import re
+from inspect import signature
+from tempfile import TemporaryDirectory
+
+import torch
+import transformers
+from huggingface_hub import (
+    CommitInfo,
+    ModelCard,
+    ModelCardData,
+    create_branch,
+    create_repo,
+    file_exists,
+    hf_hub_download,
+    upload_folder,
+)
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+
+CARD_MARK = "<!-- Written for an adapter with the SHA-256 {}. Without this line the card is left as it is. -->"
+CARD = """\
+---
+{metadata}
+---
+{mark}
+
+# {name}
+
+An adapter of the method `{method}`: {trained_parameters:,} trained parameters. The frozen base models are loaded from
+their own repositories:
+
+| base model | commit |
+|---|---|
+{bases}
+
+{use}{sections}## Versions
+
+{versions}
+"""
+USE = """\
+## Use
+
+`trust_remote_code=True` runs the `*_dehvf.py` files of this repository: read them first, and pin the commit that you
+have read.
+
+```python
+{code}```
+
+"""
+EXAMPLE = """\
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+name = {repo_id!r}
+revision = "main"  # better the commit whose code you have read, in 40 hex digits
+model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
+message = {{"role": "user", "content": "What is in the image?"}}
+question = processor.apply_chat_template([message], add_generation_prompt=True)
+inputs = processor(images=Image.open("image.png"), text=question, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=10, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+print(question + processor.batch_decode(answer, skip_special_tokens=True)[0])
+"""
+
+
+def is_hub_id(location) -> bool:
+    """Whether this is an id on the Hub (`org/name`), and not a folder."""
+    try:
+        validate_repo_id(location)
+    except HFValidationError:
+        return False
+    return location is not None and not os.path.isdir(location)
+
+
+def check_hub_ids(**bases: str | None):
+    """Raises `ValueError` if a base model (`vision=`, `text=`) has no id under which everyone finds it."""
+    for key, location in bases.items():
+        if not is_hub_id(location):
+            raise ValueError(
+                f"An adapter on the Hub names its base models by Hub id, but `{key}_model_id` is {location!r}. Say "
+                f"which repository that is a copy of: `--{key}_model_id org/name` of train.py, or `model.config."
+                f'{key}_model_id = "org/name"`, and its commit likewise as `{key}_model_revision`.'
+            )
+
+
+def open_repository(repo_id: str, private: bool | None, token: bool | str | None, revision: str | None) -> str:
+    """Creates a repository on the Hub, and a branch of it, where there are none. Returns the id with its owner."""
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr/"):  # a pull request is no branch
+        create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+    return repo_id
+
+
+def example_code(repo_id: str) -> str:
+    """Lines of Python that load an adapter from the Hub and ask it about an image."""
+    return EXAMPLE.format(repo_id=repo_id)
+
+
+def make_card(
+    name: str,
+    method: str,
+    bases: dict[str, str | None],
+    trained_parameters: int,
+    code: str | None,
+    versions: dict[str, str],
+    adapter_digest: str,
+    sections: str = "",
+    tags: list[str] | None = None,
+    **metadata,
+) -> ModelCard:
+    """
+    A model card with valid metadata.
+
+    Args:
+        bases: id or folder of language model and vision encoder -> commit. The metadata names those on the Hub alone.
+        code: lines of Python that use the adapter, if it can be loaded.
+        versions: of the packages that it was made with.
+        adapter_digest: SHA-256 of the adapter's file, by which a later push recognises the card.
+        sections: Markdown to stand before the versions.
+        metadata: further fields of `huggingface_hub.ModelCardData`, such as `datasets` and `eval_results`.
+    """
+    known = [base for base in bases if is_hub_id(base)]
+    data = ModelCardData(
+        base_model=known or None,
+        base_model_relation="adapter" if known else None,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=list(dict.fromkeys([method, "adapter", "vision-language", *(tags or [])])),
+        **metadata,
+    )
+    return ModelCard(
+        CARD.format(
+            metadata=data.to_yaml(),
+            mark=CARD_MARK.format(adapter_digest),
+            name=name,
+            method=method,
+            trained_parameters=trained_parameters,
+            bases="\n".join(f"| `{base}` | {commit or 'not pinned'} |" for base, commit in bases.items()),
+            use=USE.format(code=code) if code else "",
+            sections=sections,
+            versions="\n".join(f"- {package} {number}" for package, number in versions.items()),
+        )
+    )
+
+
+def _has_current_card(repo_id: str, adapter_digest: str, **source) -> bool:
+    """Whether there is a card to leave as it is: one of `make_card` for this adapter, or one that a person wrote."""
+    if not file_exists(repo_id, "README.md", **source):
+        return False
+    with open(hf_hub_download(repo_id, "README.md", **source), encoding="utf-8") as card:
+        made_for = re.search(CARD_MARK.format("(.*)"), card.read())
+    return made_for is None or made_for[1] == adapter_digest
+
+
+class HubMixin:
+    """Uploading an adapter, for a class with the methods of `AdapterMixin`."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        merge_base: bool = False,
+        tags: list[str] | None = None,
+        **kwargs,
+    ) -> CommitInfo:
+        """
+        Uploads what `save_pretrained` writes, and a model card, to a repository on the Hub, in one commit. A card
+        that a person wrote stays; one that was written here for another adapter is replaced.
+
+        Args:
+            repo_id: `org/name`. The repository is created if there is none.
+            private: whether it is then private.
+            token: of someone who may write there; by default the one that `hf auth login` keeps.
+            merge_base: as in `save_pretrained`.
+            tags: for the card, beside its own.
+            kwargs: as in `huggingface_hub.upload_folder` (`commit_message`, `revision`, `create_pr`, ...).
+
+        Raises:
+            TypeError: if `upload_folder` knows no such argument.
+            ValueError: if a base model is known by its folder alone, in which nobody else would find it.
+        """
+        config = self.config
+        check_hub_ids(vision=config.vision_model_id, text=config.text_model_id)
+        options = {"commit_message": "Upload DEHVF adapter", "token": token, **kwargs}
+        signature(upload_folder).bind(repo_id=repo_id, folder_path=".", **options)  # before anything is on the Hub
+        repo_id = open_repository(repo_id, private, token, kwargs.get("revision"))
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, merge_base=merge_base)
+            with open(os.path.join(folder, SAFE_WEIGHTS_NAME), "rb") as adapter:
+                adapter_digest = hashlib.file_digest(adapter, "sha256").hexdigest()
+            if not _has_current_card(repo_id, adapter_digest, revision=kwargs.get("revision"), token=token):
+                card = make_card(
+                    repo_id.split("/")[-1],
+                    method="dehvf",
+                    bases={
+                        config.text_model_id: config.text_model_revision,
+                        config.vision_model_id: config.vision_model_revision,
+                    },
+                    trained_parameters=sum(tensor.numel() for tensor in self.adapter_state_dict().values()),
+                    code=example_code(repo_id),
+                    versions={module.__name__: str(module.__version__) for module in (torch, transformers)},
+                    adapter_digest=adapter_digest,
+                    tags=tags,
+                )
+                card.save(os.path.join(folder, "README.md"))
+            return upload_folder(repo_id=repo_id, folder_path=folder, **options)

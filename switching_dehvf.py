@@ -1,0 +1,206 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+Several adapters on one pair of base models: loaded, switched, chosen for each sample, disabled.
+
+A call holds on to the adapter that it began with, and nothing that other threads read is changed in place: a new dict
+takes the place of the old one. So adapters can be loaded, switched and deleted while other threads generate.
+"""
+
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .adapters_dehvf import ADAPTER_MODULES, PREFIX, check_adapter_tensors, load_adapter_tensors
+from .bases_dehvf import check_base
+from .configuration_dehvf import DehvfConfig
+
+
+logger = logging.get_logger(__name__)
+
+ADAPTER_FIELDS = ("hierarchy", *ADAPTER_MODULES)  # the modules of an adapter, also those without parameters
+BASE_MODEL = "__base__"  # in place of an adapter's name
+_CHANGES = threading.RLock()  # held by whoever adds, removes or activates an adapter; calls need no lock
+
+
+class _Disabled(threading.local):
+    """The models whose adapter is disabled in this thread."""
+
+    models = ()
+
+
+_DISABLED = _Disabled()
+
+
+class AdapterSet:
+    """
+    The adapters of a [`DehvfModel`]: `adapters` has all by name, `active` is one of them, called `active_adapter`. The
+    modules of the active one are also the model's own (`fuser`, `projector`, ...), so that they are its parameters.
+    """
+
+    adapters, active, active_adapter = {}, None, None
+
+    def get_adapter(self, adapter_name: str):
+        """Raises `ValueError` if none of this name is loaded."""
+        adapters = self.adapters
+        if adapter_name not in adapters:
+            raise ValueError(
+                f"No adapter {adapter_name!r} is loaded, but {', '.join(adapters)}. Load it with "
+                "`load_adapter(folder_or_id, name)`."
+            )
+        return adapters[adapter_name]
+
+    def add_adapter_modules(self, adapter_name: str, adapter):
+        """Adds an adapter with the dtype of the active one, or in float32."""
+        dtype = torch.float32 if self.active is None else self.active.memory_slots.key.dtype
+        for module in adapter.modules().values():
+            module.to(dtype).eval()
+        with _CHANGES:
+            self.adapters = {**self.adapters, adapter_name: adapter}
+
+    def activate_adapter(self, adapter_name: str):
+        """See [`SwitchingMixin.set_adapter`]."""
+        with _CHANGES:
+            adapter = self.get_adapter(adapter_name)
+            for other in self.adapters.values():
+                for module in other.modules().values():
+                    module.train(self.training and other is adapter)
+            # As a whole: whoever iterates over the modules in another thread sees those of one adapter
+            others = {name: module for name, module in self._modules.items() if name not in ADAPTER_FIELDS}
+            self._modules = {**others, **adapter.modules()}
+            self.active, self.active_adapter, self.config = adapter, adapter_name, adapter.config
+
+    def remove_adapter(self, adapter_name: str):
+        """See [`SwitchingMixin.delete_adapter`]."""
+        with _CHANGES:
+            if self.get_adapter(adapter_name) is self.active:
+                raise ValueError(
+                    f"The adapter {adapter_name!r} is active. Call `set_adapter` with another name before."
+                )
+            self.adapters = {name: adapter for name, adapter in self.adapters.items() if name != adapter_name}
+
+    def __setattr__(self, name, value):
+        """A module of the active adapter that is replaced, by `peft` for instance, is replaced for calls as well."""
+        super().__setattr__(name, value)
+        if name in ADAPTER_FIELDS:
+            with _CHANGES:
+                self.active = replace(self.active, **{name: value})
+                self.adapters = {**self.adapters, self.active_adapter: self.active}
+
+    def _apply(self, fn, recurse=True):
+        """Inactive adapters follow when the model is moved or converted."""
+        for adapter in self.adapters.values():
+            for module in adapter.modules().values() if adapter is not self.active else ():
+                module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    @contextmanager
+    def disabled_in_this_thread(self):
+        """See [`SwitchingMixin.disable_adapter`]."""
+        before, _DISABLED.models = _DISABLED.models, (*_DISABLED.models, self)
+        try:
+            yield
+        finally:
+            _DISABLED.models = before
+
+    @property
+    def is_disabled(self) -> bool:
+        return any(model is self for model in _DISABLED.models)
+
+
+class SwitchingMixin:
+    """
+    Several adapters, for [`DehvfModel`] and [`DehvfForConditionalGeneration`]; `base_model` is its [`DehvfModel`].
+    """
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The names of all adapters that are loaded, the active one first."""
+        model = self.base_model
+        return [model.active_adapter, *(name for name in model.adapters if name != model.active_adapter)]
+
+    def active_adapters(self) -> list[str]:
+        """The name of the active adapter, in a list as in `transformers`."""
+        return [self.base_model.active_adapter]
+
+    def load_adapter(self, pretrained_model_name_or_path, adapter_name: str, **kwargs):
+        """
+        Loads a further adapter onto the base models that are there. It may have another config, but not other base
+        models: a warning says if their ids or commits differ, since copies may have several names. The first adapter
+        is called `"default"` and stays active until `set_adapter` is called.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder that `save_pretrained` wrote.
+            adapter_name: its name in this model.
+            kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+
+        Raises:
+            OSError: if there is no adapter.
+            ValueError: if the name is taken, the adapter does not fit its config, or was made for base models of
+                other sizes.
+        """
+        if adapter_name in (taken := [*self.adapter_names, BASE_MODEL]):
+            raise ValueError(
+                f"The name {adapter_name!r} is taken. Choose another, or free it with `delete_adapter`. Taken are: "
+                f"{', '.join(taken)}."
+            )
+        kwargs.pop("trust_remote_code", None)
+        tensors = load_adapter_tensors(pretrained_model_name_or_path, kwargs)
+        config = DehvfConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        self._take_over_bases(config, adapter_name)
+        empty = self._empty_adapter(config, pretrained_model_name_or_path)
+        check_adapter_tensors(tensors, empty.state_dict(), pretrained_model_name_or_path)
+        with self.base_model.memory_slots.key.device, torch.random.fork_rng(devices=[]):
+            adapter = self.build_adapter(config)
+        nn.ModuleDict(adapter.modules()).load_state_dict(
+            {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+        )
+        self.base_model.add_adapter_modules(adapter_name, adapter)
+
+    def _take_over_bases(self, config: DehvfConfig, adapter_name: str):
+        """Makes a config speak of this model's base models, and warns if it was made for others."""
+        config._attn_implementation = self.config._attn_implementation
+        for key in ("vision", "text"):
+            check_base(getattr(self.config, f"{key}_config"), getattr(config, f"{key}_config"), "this model")
+            names = [f"{key}_model_id", f"{key}_model_revision"]
+            (asked, commit), (there, own_commit) = ([getattr(one, n) for n in names] for one in (config, self.config))
+            if asked != there or commit and own_commit and commit != own_commit:
+                logger.warning(
+                    f"The adapter {adapter_name!r} was made for the {key} model {asked} (commit {commit}), but this "
+                    f"model has {there} (commit {own_commit}). If their weights differ, its answers will be wrong."
+                )
+            for name in (f"{key}_config", *names):
+                setattr(config, name, getattr(self.config, name))
+
+    def set_adapter(self, adapter_name: str):
+        """
+        Makes an adapter the active one: the one that calls use by default, and that is trained and saved. Calls that
+        run in other threads finish with the adapter that they began with.
+
+        Raises:
+            ValueError: if none of this name is loaded.
+        """
+        self.base_model.activate_adapter(adapter_name)
+        self.config = self.base_model.config
+
+    def delete_adapter(self, adapter_name: str):
+        """
+        Removes an adapter that is not active.
+
+        Raises:
+            ValueError: if none of this name is loaded, or it is active.
+        """
+        self.base_model.remove_adapter(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self):
+        """
+        Inside this context the model is its language model alone, bit for bit, and images are not looked at. This
+        holds for calls that are made in the same thread; to call it from several threads, or for some samples of a
+        batch, `adapter_names=["__base__"]` does the same.
+        """
+        with self.base_model.disabled_in_this_thread():
+            yield
