@@ -231,3 +231,12 @@ def _extended_class(behaviour: type, base: type) -> type:
 def _new_extended(behaviour: type, base: type) -> nn.Module:
     extended = _extended_class(behaviour, base)
     return extended.__new__(extended)
+
+
+def refuse_reentrant_checkpointing(activation_checkpointing_kwargs: dict | None):
+    """Raises `ValueError` if re-entrant checkpointing is asked for."""
+    if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            "`use_reentrant=True` was given, but re-entrant checkpointing drops the gradients of arguments passed by "
+            "keyword, and what the adapter reads is one: it would not learn. Set `use_reentrant` to False."
+        )

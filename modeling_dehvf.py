@@ -29,7 +29,15 @@ from .bases_dehvf import TEXT_LAYOUTS, VISION_LAYOUTS, check_layouts
 from .configuration_dehvf import DehvfConfig
 from .fuser_dehvf import HierarchicalVisualFuser, InputEmbeddingNetwork, LayerHierarchy, LearnableQueryTokens
 from .hub_dehvf import HubMixin
-from .injection_dehvf import AdaptedFFN, LayerMemory, MemoryFFN, MixedLayerMemory, extend_layers, run_extended
+from .injection_dehvf import (
+    AdaptedFFN,
+    LayerMemory,
+    MemoryFFN,
+    MixedLayerMemory,
+    extend_layers,
+    refuse_reentrant_checkpointing,
+    run_extended,
+)
 from .switching_dehvf import BASE_MODEL, AdapterSet, SwitchingMixin
 
 
@@ -327,11 +335,7 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
         Raises:
             ValueError: if re-entrant checkpointing is asked for.
         """
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "`use_reentrant=True` was given, but re-entrant checkpointing drops the gradients of arguments passed "
-                "by keyword, and what the adapter reads is one: it would not learn. Set `use_reentrant` to False."
-            )
+        refuse_reentrant_checkpointing(activation_checkpointing_kwargs)
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
 
