@@ -243,7 +243,7 @@ class AdapterMixin:
         self.config.merged_base = merge_base or self._are_bases_in(save_directory)
         self.config.architectures = [type(self).__name__]
         self.config.dtype = str(next(iter(own.values())).dtype).removeprefix("torch.")
-        custom_object_save(self, save_directory, config=self.config)
+        custom_object_save(self, save_directory)
         self.config.save_pretrained(save_directory)
         self.config.merged_base = before
         if self.can_generate():
@@ -289,7 +289,7 @@ class AdapterMixin:
         pins = (revision if base == known else None for base, known, revision in zip(bases, ids, revisions))
         try:
             return DehvfProcessor.from_vision_text_pretrained(*bases, *pins, **hub_arguments(source))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             logger.warning_once(
                 f"The adapter is saved without a processor, since none can be loaded from {' and '.join(bases)} "
                 f"({error}). Save yours into the same folder, `processor.save_pretrained(folder)`."

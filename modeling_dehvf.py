@@ -41,23 +41,33 @@ from .injection_dehvf import (
 from .switching_dehvf import BASE_MODEL, AdapterSet, SwitchingMixin
 
 
+class VisualMemoryOutput:
+    """For outputs with a field `image_outputs`."""
+
+    @property
+    def visual_memory(self) -> torch.Tensor | None:
+        """
+        What the images were encoded to, `(batch_size, num_language_layers, num_positions, num_patches,
+        projector_hidden_size + 1)`. Pass it back as `visual_memory=` to ask again without encoding again.
+        """
+        return as_visual_memory(self.image_outputs)
+
+
 @dataclass
-class DehvfModelOutputWithPast(BaseModelOutputWithPast):
+class DehvfModelOutputWithPast(VisualMemoryOutput, BaseModelOutputWithPast):
     """
     Adds to the language model's output:
-        visual_memory (`torch.Tensor` of shape `(batch_size, num_language_layers, num_positions, num_patches,
-            projector_hidden_size + 1)`, *optional*): what the images were encoded to. Pass it back as
-            `visual_memory=` to ask again without encoding again.
+        image_outputs (`BaseModelOutputWithPooling`, *optional*): of the images, as `get_image_features` returns them.
     """
 
-    visual_memory: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
-class DehvfCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Adds `visual_memory`, as in [`DehvfModelOutputWithPast`]."""
+class DehvfCausalLMOutputWithPast(VisualMemoryOutput, CausalLMOutputWithPast):
+    """Adds `image_outputs`, as in [`DehvfModelOutputWithPast`]."""
 
-    visual_memory: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,6 +317,14 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
         elif isinstance(module, LayerHierarchy):
             module.reset_parameters()
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """
+        Whether modules without parameters of their own are left out of `_init_weights`, here and in the base models,
+        because it might overwrite what is loaded. `transformers.initialization`, used above, does not.
+        """
+        return False
+
     def freeze_bases(self):
         """Leaves `requires_grad` to the parameters of the adapter alone."""
         for name, parameter in self.named_parameters():
@@ -338,9 +356,6 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
     def __init__(self, config: DehvfConfig, vision_tower=None, language_model=None):
         super().__init__(config)
         check_layouts(config)
-        for base in (vision_tower, language_model):
-            for module in base.modules() if base is not None else ():
-                module._is_hf_initialized = True  # loaded weights are never initialised again
         self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
         self.language_model = language_model or AutoModel.from_config(config.text_config)
         activation_name = TEXT_LAYOUTS[config.text_config.model_type]
@@ -529,24 +544,34 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_outputs = None
         if self.is_disabled:
-            layer_memories = visual_memory = None
+            layer_memories = None
         elif layer_memories is None:
             mask = attention_mask if instruction_mask is None else instruction_mask
-            layer_memories, visual_memory = self.read_images(
-                inputs_embeds, mask, pixel_values, image_mask, visual_memory, adapter_names
+            states = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
+            layer_memories, image_outputs = self.read_images(
+                inputs_embeds, mask, pixel_values, image_mask, visual_memory, adapter_names, **states
             )
         outputs = run_extended(
             self.language_model, layer_memories, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
         )
-        return DehvfModelOutputWithPast(**outputs, visual_memory=visual_memory)
+        return DehvfModelOutputWithPast(**outputs, image_outputs=image_outputs)
 
     def read_images(
-        self, inputs_embeds, instruction_mask, pixel_values, image_mask, visual_memory, adapter_names, copies: int = 1
-    ) -> tuple[tuple[LayerMemory | MixedLayerMemory, ...], torch.Tensor | None]:
+        self,
+        inputs_embeds,
+        instruction_mask,
+        pixel_values,
+        image_mask,
+        visual_memory,
+        adapter_names,
+        copies: int = 1,
+        **kwargs,
+    ) -> tuple[tuple[LayerMemory | MixedLayerMemory, ...], BaseModelOutputWithPooling | None]:
         """
-        What the FFNs read in a batch, of whose rows `copies` follow each other, and its visual memory. The arguments
-        are those of `forward`.
+        What the FFNs read in a batch, of whose rows `copies` follow each other, and what `get_image_features` gives
+        for it. The arguments are those of `forward`.
         """
         _check_one_of(pixel_values=pixel_values, visual_memory=visual_memory)
         _check_one_of(visual_memory=visual_memory, adapter_names=adapter_names)
@@ -555,33 +580,37 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             return self._mix_layer_memories(adapter_names, parts, copies), None
         adapter = self.active
         parts = inputs_embeds, instruction_mask, pixel_values, image_mask, as_visual_memory(visual_memory)
-        visual_memory = self._visual_memory(adapter, *parts)
+        image_outputs = self._image_outputs(adapter, *parts, **kwargs)
+        visual_memory = as_visual_memory(image_outputs)
         if visual_memory is not None and copies > 1 and len(visual_memory) > 1:
             visual_memory = visual_memory.repeat_interleave(copies, dim=0)
-        return adapter.layer_memories(visual_memory, inputs_embeds.dtype), visual_memory
+        return adapter.layer_memories(visual_memory, inputs_embeds.dtype), image_outputs
 
-    def _visual_memory(
-        self, adapter: Adapter, inputs_embeds, instruction_mask, pixel_values, image_mask, visual_memory
-    ) -> torch.Tensor | None:
-        """The visual memory of a batch, given or encoded, one row for all of its texts or one for each."""
-        if visual_memory is None:
+    def _image_outputs(
+        self, adapter: Adapter, inputs_embeds, instruction_mask, pixel_values, image_mask, visual_memory, **kwargs
+    ) -> BaseModelOutputWithPooling | None:
+        """What `get_image_features` gives for a batch, with a given visual memory or an encoded one."""
+        if pixel_values is None and visual_memory is None:
+            if not self._needs_images:
+                return None
+            vision, num_texts = adapter.config.vision_config, len(inputs_embeds)
+            blank = inputs_embeds.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+            pixel_values = blank.expand(num_texts, -1, -1, -1)
+            image_mask = torch.zeros(num_texts, dtype=torch.bool, device=blank.device)
+        if pixel_values is not None:
             instruction = None
             if adapter.config.reads_instruction:
                 instruction = self.get_instruction_features(None, instruction_mask, inputs_embeds)
-            if pixel_values is None and self._needs_images:
-                vision, num_texts = adapter.config.vision_config, len(inputs_embeds)
-                blank = inputs_embeds.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
-                pixel_values = blank.expand(num_texts, -1, -1, -1)
-                image_mask = torch.zeros(num_texts, dtype=torch.bool, device=blank.device)
-            if pixel_values is not None:
-                visual_memory = self._encode(adapter, pixel_values, image_mask, instruction).pooler_output
-        elif image_mask is not None:  # of texts; the memory may have been made without it
-            _check_image_mask(image_mask, len(inputs_embeds), "texts")
-            visual_memory = visual_memory * image_mask.to(visual_memory.device).view(-1, 1, 1, 1, 1)
-        if visual_memory is not None:
-            adapter.check_visual_memory(visual_memory, len(inputs_embeds))
-            visual_memory = visual_memory.to(inputs_embeds.device)
-        return visual_memory
+            outputs = self._encode(adapter, pixel_values, image_mask, instruction, **kwargs)
+        else:
+            if image_mask is not None:  # of texts; the memory may have been made without it
+                _check_image_mask(image_mask, len(inputs_embeds), "texts")
+                visual_memory = visual_memory * image_mask.to(visual_memory.device).view(-1, 1, 1, 1, 1)
+            outputs = BaseModelOutputWithPooling(pooler_output=visual_memory)
+        if outputs.pooler_output is not None:
+            adapter.check_visual_memory(outputs.pooler_output, len(inputs_embeds))
+            outputs.pooler_output = outputs.pooler_output.to(inputs_embeds.device)
+        return outputs
 
     @property
     def _needs_images(self) -> bool:
@@ -608,7 +637,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             adapter, own = self.get_adapter(name), [row for row, other in enumerate(adapter_names) if other == name]
             rows = torch.tensor(own, device=parts[0].device)
             own_parts = [None if part is None else part[rows.to(part.device)] for part in parts]
-            visual_memory = self._visual_memory(adapter, *own_parts, None)
+            visual_memory = as_visual_memory(self._image_outputs(adapter, *own_parts, None))
             if visual_memory is not None:
                 visual_memory = visual_memory.repeat_interleave(copies, dim=0)
             memories.append(adapter.layer_memories(visual_memory, parts[0].dtype))
@@ -630,14 +659,13 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: DehvfConfig, vision_tower=None, causal_lm=None):
         super().__init__(config)
-        is_loaded = causal_lm is not None
         causal_lm = causal_lm or AutoModelForCausalLM.from_config(config.text_config)
         self.model = DehvfModel(config, vision_tower, causal_lm.base_model)
         self.lm_head = causal_lm.get_output_embeddings()
-        self.lm_head._is_hf_initialized = is_loaded
         self.generation_config = causal_lm.generation_config
         self.freeze_bases()
         self.post_init()
