@@ -38,6 +38,7 @@ from .bases_dehvf import (
     share_placement,
 )
 from .configuration_dehvf import DehvfConfig
+from .inputs_dehvf import check_visual_memory
 from .processing_dehvf import DehvfProcessor
 
 
@@ -320,7 +321,7 @@ class AdapterMixin:
             file: path of the file.
         """
         visual_memory = as_visual_memory(visual_memory)
-        self.base_model.active.check_visual_memory(visual_memory)
+        check_visual_memory(self.config, visual_memory)
         tensors = {"visual_memory": visual_memory, "vision_encoder": self._sample_encoder()}
         write_tensors(tensors, file, self._memory_origin())
 
@@ -353,7 +354,7 @@ class AdapterMixin:
                 f"The visual memory in {file} was not encoded by this model: {'; '.join(differing)}. Encode the "
                 "images again with `get_image_features`, or load the adapter that the memory was made with."
             )
-        self.base_model.active.check_visual_memory(tensors["visual_memory"])
+        check_visual_memory(self.config, tensors["visual_memory"])
         # A copy, since what was read is mapped to the file, and would follow it when that is overwritten
         return tensors["visual_memory"].to(self.device, copy=True)
 

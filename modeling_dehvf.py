@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -28,16 +28,20 @@ from .adapters_dehvf import AdapterMixin, as_visual_memory, is_adapter_name
 from .bases_dehvf import TEXT_LAYOUTS, VISION_LAYOUTS, check_layouts
 from .configuration_dehvf import DehvfConfig
 from .fuser_dehvf import HierarchicalVisualFuser, InputEmbeddingNetwork, LayerHierarchy, LearnableQueryTokens
+from .generation_dehvf import DehvfGenerationMixin
 from .hub_dehvf import HubMixin
 from .injection_dehvf import (
     AdaptedFFN,
     LayerMemory,
     MemoryFFN,
     MixedLayerMemory,
+    VisionAdapter,
+    ZeroLinear,
     extend_layers,
     refuse_reentrant_checkpointing,
     run_extended,
 )
+from .inputs_dehvf import check_image_mask, check_instruction, check_one_of, check_pixel_values, check_visual_memory
 from .switching_dehvf import BASE_MODEL, AdapterSet, SwitchingMixin
 
 
@@ -73,25 +77,6 @@ class DehvfCausalLMOutputWithPast(VisualMemoryOutput, CausalLMOutputWithPast):
 # ---------------------------------------------------------------------------------------------------------------------
 # Encode: method steps 1 to 7 and 10
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero."""
-
-
-class VisionAdapter(nn.Module):
-    """What is added to one FFN of the vision encoder: `scale * up(GELU(down(x)))` (method step 10, from MemVP)."""
-
-    def __init__(self, config: DehvfConfig):
-        super().__init__()
-        self.down = nn.Linear(config.vision_config.hidden_size, config.vision_adapter_size, bias=False)
-        self.up = ZeroLinear(config.vision_adapter_size, config.vision_config.hidden_size, bias=False)
-        self.dropout = nn.Dropout(config.vision_adapter_dropout)
-        self.scale = config.vision_adapter_scale
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden = self.down(hidden_states.to(self.down.weight.dtype))
-        return (self.scale * self.up(self.dropout(F.gelu(hidden)))).to(hidden_states.dtype)
 
 
 class ProjectorBasis(nn.Module):
@@ -229,50 +214,6 @@ class Adapter:
         values = values.T.contiguous()
         how = {"form": config.memory_form, "scale": config.memory_scale, "dropout": config.memory_dropout}
         return tuple(LayerMemory(*pair, keys, values, **how) for pair in zip(key_features, value_features))
-
-    def check_visual_memory(self, visual_memory: torch.Tensor, batch_size: int | None = None):
-        """Raises `ValueError` if the memory is not this adapter's, or has rows for another number of texts."""
-        config = self.config
-        sizes = (config.text_config.num_hidden_layers, len(config.memory_positions), config.num_patches)
-        _check_shape("visual_memory", visual_memory, (*sizes, config.projector_hidden_size + 1))
-        if batch_size is not None and len(visual_memory) not in (1, batch_size):
-            raise ValueError(
-                f"There are {len(visual_memory)} rows of images and {batch_size} texts. Give one row per text, and "
-                "mark texts without an image in `image_mask`, as this model's processor does."
-            )
-
-    def check_instruction(self, instruction: torch.Tensor | None, num_images: int):
-        """Raises `ValueError` if the fuser needs the user's text and lacks it for some image."""
-        given = "none" if instruction is None else f"one for {len(instruction)} texts"
-        if self.config.reads_instruction and (instruction is None or len(instruction) != num_images):
-            raise ValueError(
-                f"The fuser of this model reads the user's text, so each of the {num_images} images needs an "
-                f"`instruction`, but {given} was given. Pass `model.get_instruction_features(input_ids, "
-                "attention_mask)`, one row per row of `pixel_values`."
-            )
-
-
-def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]):
-    if tuple(tensor.shape[1:]) != expected:
-        source = {"pixel_values": "processor", "visual_memory": "`get_image_features`"}[name]
-        raise ValueError(
-            f"`{name}` has the shape {tuple(tensor.shape)}, but this model takes (batch_size, "
-            f"{', '.join(map(str, expected))}). Make it with this model's own {source}."
-        )
-
-
-def _check_image_mask(image_mask: torch.Tensor, expected: int, of_what: str):
-    if tuple(image_mask.shape) != (expected,):
-        raise ValueError(
-            f"`image_mask` has the shape {tuple(image_mask.shape)}, but there are {expected} {of_what}. Give one "
-            "boolean for each, false where it has no image."
-        )
-
-
-def _check_one_of(**given):
-    names = [f"`{name}`" for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise ValueError(f"Both {' and '.join(names)} were given. Give one of them.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,13 +381,12 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         return self._encode(self.active, pixel_values, image_mask, instruction, **kwargs)
 
     def _encode(self, adapter: Adapter, pixel_values, image_mask, instruction, **kwargs) -> BaseModelOutputWithPooling:
-        vision = adapter.config.vision_config
-        _check_shape("pixel_values", pixel_values, (vision.num_channels, vision.image_size, vision.image_size))
+        check_pixel_values(adapter.config, pixel_values)
         if image_mask is not None:
-            _check_image_mask(image_mask, len(pixel_values), "rows of `pixel_values`")
+            check_image_mask(image_mask, len(pixel_values), "rows of `pixel_values`")
         if adapter.config.visual_prompts == "none":
             return BaseModelOutputWithPooling()
-        adapter.check_instruction(instruction, len(pixel_values))
+        check_instruction(adapter.config, instruction, len(pixel_values))
         pixel_values = pixel_values.to(adapter.memory_slots.key.device)
         keeps_all = image_mask is None or torch.compiler.is_compiling()  # where shapes cannot depend on values
         rows = slice(None)
@@ -454,7 +394,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             rows = image_mask.to(pixel_values.device).nonzero().flatten()
             rows = rows if len(rows) else rows.new_zeros(1)  # see `_needs_images`
         instruction = instruction[rows] if adapter.config.reads_instruction else None
-        wants_states = kwargs.get("output_hidden_states", vision.output_hidden_states)
+        wants_states = kwargs.get("output_hidden_states", adapter.config.vision_config.output_hidden_states)
         memory, outputs = adapter.encode(self.vision_tower, pixel_values[rows], instruction, **kwargs)
         memory = memory.to(self.get_input_embeddings().weight.dtype)
         if image_mask is not None:
@@ -487,7 +427,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         """
         if self.config.visual_prompts == "none":
             raise ValueError('There are no fusion weights with `visual_prompts="none"`: no image enters the memory.')
-        self.active.check_instruction(instruction, len(pixel_values))
+        check_instruction(self.config, instruction, len(pixel_values))
         return self.active.fusion_weights(self._hierarchical_features(pixel_values)[0], instruction)
 
     def _hierarchical_features(self, pixel_values: torch.Tensor):
@@ -573,8 +513,8 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         What the FFNs read in a batch, of whose rows `copies` follow each other, and what `get_image_features` gives
         for it. The arguments are those of `forward`.
         """
-        _check_one_of(pixel_values=pixel_values, visual_memory=visual_memory)
-        _check_one_of(visual_memory=visual_memory, adapter_names=adapter_names)
+        check_one_of(pixel_values=pixel_values, visual_memory=visual_memory)
+        check_one_of(visual_memory=visual_memory, adapter_names=adapter_names)
         if adapter_names is not None:
             parts = inputs_embeds, instruction_mask, pixel_values, image_mask
             return self._mix_layer_memories(adapter_names, parts, copies), None
@@ -604,11 +544,11 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             outputs = self._encode(adapter, pixel_values, image_mask, instruction, **kwargs)
         else:
             if image_mask is not None:  # of texts; the memory may have been made without it
-                _check_image_mask(image_mask, len(inputs_embeds), "texts")
+                check_image_mask(image_mask, len(inputs_embeds), "texts")
                 visual_memory = visual_memory * image_mask.to(visual_memory.device).view(-1, 1, 1, 1, 1)
             outputs = BaseModelOutputWithPooling(pooler_output=visual_memory)
         if outputs.pooler_output is not None:
-            adapter.check_visual_memory(outputs.pooler_output, len(inputs_embeds))
+            check_visual_memory(adapter.config, outputs.pooler_output, len(inputs_embeds))
             outputs.pooler_output = outputs.pooler_output.to(inputs_embeds.device)
         return outputs
 
@@ -649,7 +589,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         )
 
 
-class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
+class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
     """
     DEHVF with the language model's head: what both `AutoModel` and `AutoModelForImageTextToText` give.
 
@@ -739,42 +679,6 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         # The cache among these is `past_key_values` or `cache`, depending on the release
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return DehvfCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """
-        Encodes before the batch is expanded, so that all beams of a sample share one run of the encoder. What is
-        expanded is brought into the form in which it is read, which is then handed to every step.
-        """
-        names = ("pixel_values", "image_mask", "visual_memory", "adapter_names", "instruction_mask")
-        images = {name: model_kwargs.pop(name, None) for name in names}
-        if not self.model.is_disabled:
-            embeds, mask = model_kwargs.get("inputs_embeds"), images.pop("instruction_mask")
-            embeds = self.get_input_embeddings()(input_ids) if embeds is None else embeds
-            mask = model_kwargs.get("attention_mask") if mask is None else mask
-            model_kwargs["layer_memories"], _ = self.model.read_images(embeds, mask, **images, copies=expand_size)
-        return super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-
-    def _get_candidate_generator(self, *args, model_kwargs: dict, **kwargs):
-        """An `assistant_model` drafts from the text alone; this model, which sees, decides."""
-        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "layer_memories"}
-        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
-
-    def generate_batch(self, inputs, *args, **kwargs):
-        """
-        Continuous batching, for texts without an image.
-
-        Raises:
-            ValueError: if images are given, which its packed rows cannot tell apart.
-        """
-        names = ("pixel_values", "image_mask", "visual_memory", "adapter_names", "instruction_mask")
-        if given := [name for name in names if kwargs.get(name) is not None]:
-            raise ValueError(
-                f"`generate_batch` was called with `{given[0]}`, but it packs several requests into one row, in which "
-                "each would read the image of all. Call `generate`, with one row for each request."
-            )
-        return super().generate_batch(inputs, *args, **kwargs)
 
 
 DehvfForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
