@@ -22,7 +22,7 @@ NUM_THREADS, NUM_IMAGES, NUM_TOKENS = 8, 10, 4
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Wide enough that a wrong image shows. With the adapters `default`, `other` and, as one that comes and goes, a folder of a third."""
+    """Wide enough for a wrong image to show, with the adapters `default` and `other`, and the folder of a third."""
     folder = tmp_path_factory.mktemp("threads")
     bases = save_tiny_bases(folder, **WIDE)
     for seed, name in enumerate(("default", "other", "third")):
