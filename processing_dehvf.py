@@ -5,6 +5,7 @@ import base64
 import os
 from io import BytesIO
 from tempfile import TemporaryDirectory
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -96,9 +97,9 @@ def _find_file(source):
     if isinstance(source, (bytes, bytearray)):
         return BytesIO(source)
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        import httpx  # a requirement of transformers
-
-        return BytesIO(httpx.get(source, timeout=60, follow_redirects=True).raise_for_status().content)
+        request = Request(source, headers={"User-Agent": "dehvf"})  # some sites refuse the default one
+        with urlopen(request, timeout=60) as response:
+            return BytesIO(response.read())
     if isinstance(source, str) and not os.path.isfile(source):
         encoded = source.partition(",")[2] if source.startswith("data:") else source
         try:
