@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo, create_branch, create_repo, upload_folder
 from PIL import Image, ImageOps
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top it may need torchvision
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import PROCESSOR_NAME, cached_file
 
@@ -77,7 +78,7 @@ def read_image(entry) -> Image.Image:
     try:
         source = entry
         if isinstance(source, dict):
-            source = source["path"] if source.get("bytes") is None else source["bytes"]
+            source = source.get("path") if source.get("bytes") is None else source["bytes"]
         if isinstance(source, Image.Image):
             return _to_rgb(source)
         if hasattr(source, "__array__"):
