@@ -24,7 +24,12 @@ from tiny import NUM_PATCHES, ROOT, save_tiny_bases, tiny_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import train
-import trainer as training
+from tasks import get_task
+from training.arguments import DataArguments
+from training.checkpoints import commit_of_this_code, find_last_checkpoint, find_start, read_manifest
+from training.data import Split
+from training.engines import ENGINE_OF_ONE
+from training.trainer import AnswerTrainer
 
 
 # --- processes of their own ---
@@ -193,7 +198,7 @@ def kill_at(moment: int, rank: int | None, me: int):
     torch.save = halfway(torch.save)
     modeling_utils.safe_save_file = halfway(modeling_utils.safe_save_file)
     os.replace = before(os.replace)
-    train.AnswerTrainer.training_step = before(train.AnswerTrainer.training_step)
+    AnswerTrainer.training_step = before(AnswerTrainer.training_step)
 
 
 def test_a_run_killed_at_20_moments_ends_with_the_same_adapters(scienceqa, tmp_path):  # noqa: F811
@@ -290,7 +295,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(interrupted, damage, capl
     with pytest.raises(ValueError, match=f"checkpoint-4 is .*{message}"):
         train.main(flags(output, resume_from_checkpoint=output / "checkpoint-4"))
     run = json.loads((output / "run.json").read_text())
-    checkpoint, manifest = training.find_last_checkpoint(output, run["run"])
+    checkpoint, manifest = find_last_checkpoint(output, run["run"])
     assert checkpoint == output / "checkpoint-2" and manifest["arguments"] == run["arguments"]
     assert re.search(f"checkpoint-4 is .*{message}.* It is passed over", caplog.text)
 
@@ -301,7 +306,7 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_if_nothing_had_been(interrupted
     train.main(flags(output))
     assert f"going on from {output / 'checkpoint-2'}" in capsys.readouterr().out
     assert_same_adapters(six_steps[1] / "whole", output)
-    assert training.read_manifest(output / "checkpoint-4"), "written again"
+    assert read_manifest(output / "checkpoint-4"), "written again"
 
 
 @pytest.mark.parametrize(
@@ -326,7 +331,7 @@ def test_a_run_with_other_arguments_is_not_gone_on_with(interrupted, other):
 
 def test_other_code_is_told_when_a_run_goes_on(interrupted, monkeypatch, caplog):
     flags, output = interrupted
-    monkeypatch.setattr(train, "commit_of_this_code", lambda: "another")
+    monkeypatch.setattr("training.checkpoints.commit_of_this_code", lambda: "another")
     train.main(flags(output))
     assert re.search(r"checkpoint-4 was written by other code.*commit \w+ -> another", caplog.text)
 
@@ -345,8 +350,8 @@ def test_never_begins_anew_and_forgets_the_checkpoints_of_before(interrupted, ca
     train.main(flags(output, resume_from_checkpoint="never", save_strategy="no", learning_rate=0.01))
     assert "going on from" not in capsys.readouterr().out
     run = json.loads((output / "run.json").read_text())
-    assert run["run"] != before and training.find_last_checkpoint(output, run["run"]) is None
-    assert training.read_manifest(output / "checkpoint-4")["run"] == before, "nothing is removed"
+    assert run["run"] != before and find_last_checkpoint(output, run["run"]) is None
+    assert read_manifest(output / "checkpoint-4")["run"] == before, "nothing is removed"
 
 
 def test_a_run_that_has_come_to_its_end_is_replaced(interrupted, capsys):
@@ -364,7 +369,7 @@ def test_a_run_cut_off_after_its_last_step_takes_no_further_one(scienceqa, tmp_p
     flags = partial(tiny_flags, tmp_path, scienceqa[0], max_steps=4, save_steps=2, **SAVING)  # three steps an epoch
     train.main(flags(tmp_path / "output"))
     (tmp_path / "output" / "results.json").unlink()
-    seconds = training.read_manifest(tmp_path / "output" / "checkpoint-4")["train_seconds"]
+    seconds = read_manifest(tmp_path / "output" / "checkpoint-4")["train_seconds"]
     train.main(flags(tmp_path / "output"))
     assert_same_adapters(tmp_path / "output" / "checkpoint-4", tmp_path / "output")
     assert json.loads((tmp_path / "output" / "results.json").read_text())["train_seconds"] > seconds > 0
@@ -407,7 +412,7 @@ def score_like(scores):
 def test_the_best_checkpoint_is_kept_and_loaded_also_after_a_start_again(scienceqa, tmp_path, monkeypatch):  # noqa: F811
     flags = partial(tiny_flags, tmp_path, scienceqa[0], num_train_epochs=4, save_steps=2, **BEST, **SAVING)
     flags = flags(tmp_path / "output", early_stopping_patience=2)
-    save = training.AnswerTrainer._save_checkpoint
+    save = AnswerTrainer._save_checkpoint
 
     def save_and_fail(self, *args):
         save(self, *args)
@@ -415,14 +420,14 @@ def test_the_best_checkpoint_is_kept_and_loaded_also_after_a_start_again(science
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.get_task("scienceqa"), "score", score_like([1, 3, 2]))
-        patch.setattr(training.AnswerTrainer, "_save_checkpoint", save_and_fail)
+        patch.setattr(get_task("scienceqa"), "score", score_like([1, 3, 2]))
+        patch.setattr(AnswerTrainer, "_save_checkpoint", save_and_fail)
         with pytest.raises(KeyboardInterrupt):
             train.main(flags)
     assert checkpoints(tmp_path / "output") == [4, 6], "the best and the last"
     best = adapters(tmp_path / "output" / "checkpoint-4")
     # The second evaluation in a row that is no better; the last score is that of the test split
-    monkeypatch.setattr(train.get_task("scienceqa"), "score", score_like([2.5, 0, 0]))
+    monkeypatch.setattr(get_task("scienceqa"), "score", score_like([2.5, 0, 0]))
     train.main(flags)
     assert json.loads((tmp_path / "output" / "results.json").read_text())["train_seconds"] > 0
     assert checkpoints(tmp_path / "output") == [4], "the last one was step 8, which is not the best"
@@ -433,7 +438,7 @@ def test_the_best_checkpoint_is_kept_and_loaded_also_after_a_start_again(science
 def test_a_run_that_was_cut_off_after_it_had_stopped_early_stays_stopped(scienceqa, tmp_path, monkeypatch):  # noqa: F811
     flags = partial(tiny_flags, tmp_path, scienceqa[0], num_train_epochs=4, save_steps=2, **BEST, **SAVING)
     flags = flags(tmp_path / "output", early_stopping_patience=1, save_total_limit=3)
-    task = train.get_task("scienceqa")
+    task = get_task("scienceqa")
     monkeypatch.setattr(task, "score", score_like([3, 2, 0, 0]))
     train.main(flags)
     (tmp_path / "output" / "results.json").unlink()
@@ -445,15 +450,15 @@ def test_a_run_that_was_cut_off_after_it_had_stopped_early_stays_stopped(science
 
 def test_a_damaged_best_checkpoint_is_an_error(scienceqa, tmp_path, monkeypatch):  # noqa: F811
     flags = partial(tiny_flags, tmp_path, scienceqa[0], num_train_epochs=2, save_steps=2, **BEST, **SAVING)
-    monkeypatch.setattr(train.get_task("scienceqa"), "score", score_like([2, 1, 1]))
-    evaluate = training.AnswerTrainer._evaluate
+    monkeypatch.setattr(get_task("scienceqa"), "score", score_like([2, 1, 1]))
+    evaluate = AnswerTrainer._evaluate
 
     def evaluate_and_flip(self, *args):
         if self.state.global_step == 6:
             flip(tmp_path / "output" / "checkpoint-2" / "model.safetensors")
         return evaluate(self, *args)
 
-    monkeypatch.setattr(training.AnswerTrainer, "_evaluate", evaluate_and_flip)
+    monkeypatch.setattr(AnswerTrainer, "_evaluate", evaluate_and_flip)
     with pytest.raises(ValueError, match="best checkpoint.*checkpoint-2 is damaged: the content of model.*--adapter"):
         train.main(flags(tmp_path / "output"))
 
@@ -482,7 +487,7 @@ def test_another_number_of_processes_under_zero_is_told_what_to_do(interrupted, 
     codes, printed = start(tmp_path, other, 2)
     assert codes == [1, 1]
     for text in printed:
-        assert f"checkpoint-4 was written with {training.ENGINE_OF_ONE} (processes: 1), this run is" in text, text
+        assert f"checkpoint-4 was written with {ENGINE_OF_ONE} (processes: 1), this run is" in text, text
         assert "this run is DeepSpeed ZeRO-2 (processes: 2)" in text
         assert f"`--adapter {output / 'checkpoint-4'} --output_dir <another>`" in text
     values = {"adapter": output / "checkpoint-4", "per_device_train_batch_size": 1, "deepspeed": zero(tmp_path, 2)}
@@ -500,16 +505,16 @@ def test_zero_3_stops_early_and_ends_with_its_best_checkpoint(scienceqa, tmp_pat
 
 
 def score_3_2(rank: int):
-    train.get_task("scienceqa").score = score_like([3, 2, 0, 0])
+    get_task("scienceqa").score = score_like([3, 2, 0, 0])
 
 
 def test_the_best_checkpoint_is_one_of_this_run(scienceqa, tmp_path, monkeypatch):  # noqa: F811
     """Evaluated more often than saved: the folder of the best step is what another run has left."""
     flags = partial(tiny_flags, tmp_path, scienceqa[0], tmp_path / "output", num_train_epochs=2, **BEST, **SAVING)
-    monkeypatch.setattr(train.get_task("scienceqa"), "score", score_like([3, 2, 1, 0, 0, 0, 0]))
+    monkeypatch.setattr(get_task("scienceqa"), "score", score_like([3, 2, 1, 0, 0, 0, 0]))
     train.main(flags(save_steps=2, eval_steps=2, learning_rate=0.2))
     old = adapters(tmp_path / "output" / "checkpoint-2")
-    monkeypatch.setattr(train.get_task("scienceqa"), "score", score_like([3, 2, 1, 0, 0, 0, 0]))
+    monkeypatch.setattr(get_task("scienceqa"), "score", score_like([3, 2, 1, 0, 0, 0, 0]))
     train.main(flags(save_steps=4, eval_steps=2, learning_rate=0.001))
     assert all(not torch.equal(tensor, old[name]) for name, tensor in adapters(tmp_path / "output").items())
 
@@ -526,7 +531,7 @@ def test_the_trainers_ways_to_say_yes_and_no_are_understood(interrupted):
     flags, output = interrupted
     run = json.loads((output / "run.json").read_text())
     for asked, expected in (("true", output / "checkpoint-4"), ("false", None)):
-        assert training.find_start(output, asked, run)[1] == expected
+        assert find_start(output, asked, run)[1] == expected
 
 
 def test_folders_that_only_look_like_checkpoints_of_the_run_are_left_alone(interrupted):
@@ -548,12 +553,12 @@ def test_folders_that_only_look_like_checkpoints_of_the_run_are_left_alone(inter
 @pytest.mark.parametrize("change", ["moved", "lost"])
 def test_the_best_checkpoint_is_looked_for_beside_the_one_to_go_on_from(scienceqa, tmp_path, monkeypatch, change):  # noqa: F811
     flags = partial(tiny_flags, tmp_path, scienceqa[0], num_train_epochs=2, save_steps=2, **{**BEST, **SAVING})
-    monkeypatch.setattr(train.get_task("scienceqa"), "score", score_like([3, 2, 1, 0, 0]))
+    monkeypatch.setattr(get_task("scienceqa"), "score", score_like([3, 2, 1, 0, 0]))
     train.main(flags(tmp_path / "first", save_total_limit=5))
     (tmp_path / "first" / "results.json").unlink()
     shutil.rmtree(tmp_path / "first" / "checkpoint-6")
     (tmp_path / "first").rename(tmp_path / "moved")
-    monkeypatch.setattr(train.get_task("scienceqa"), "score", score_like([1, 0, 0]))
+    monkeypatch.setattr(get_task("scienceqa"), "score", score_like([1, 0, 0]))
     if change == "lost":
         shutil.rmtree(tmp_path / "moved" / "checkpoint-2")
         with pytest.raises(ValueError, match="checkpoint-4 cannot be gone on from, since the best .*checkpoint-2"):
@@ -567,7 +572,7 @@ def terminate_at(step: int, rank: int):
     """SIGTERM, as from a cluster's scheduler. transformers waits three seconds for a SIGKILL, too long for a test."""
     from transformers.trainer_jit_checkpoint import CheckpointManager
 
-    begin, steps = train.AnswerTrainer.training_step, itertools.count(1)
+    begin, steps = AnswerTrainer.training_step, itertools.count(1)
     initialise = CheckpointManager.__init__
     CheckpointManager.__init__ = lambda self, trainer, kill_wait=3: initialise(self, trainer, 0)
 
@@ -577,7 +582,7 @@ def terminate_at(step: int, rank: int):
             time.sleep(0.5)
         return begin(self, *args, **kwargs)
 
-    train.AnswerTrainer.training_step = training_step
+    AnswerTrainer.training_step = training_step
 
 
 def test_a_run_that_was_terminated_is_not_taken_for_finished(scienceqa, tmp_path):  # noqa: F811
@@ -615,7 +620,7 @@ def test_what_an_engine_cannot_do_is_refused_before_training(flags, message):
     [(["--method", "lavin"], "but FSDP divides"), (["--num_train_epochs", "0"], "only evaluates, which FSDP cannot")],
 )
 def test_what_fsdp_cannot_do_is_refused_before_training(flags, message, monkeypatch):
-    monkeypatch.setattr(train, "name_engine", lambda _: "FSDP")
+    monkeypatch.setattr("training.arguments.name_engine", lambda _: "FSDP")
     with pytest.raises(ValueError, match=message):
         train.main([*flags, "--max_samples", "2"])
 
@@ -675,7 +680,7 @@ def test_a_rate_that_is_far_too_large_ends_the_run_with_the_last_good_state(scie
         rf"is [\d.]+e\+29. The last complete checkpoint is {re.escape(str(checkpoint))}.*`--learning_rate`",
         str(error.value),
     ), error.value
-    assert training.read_manifest(checkpoint)["resumable"]
+    assert read_manifest(checkpoint)["resumable"]
     assert all(tensor.isfinite().all() for tensor in adapters(checkpoint).values())
     assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 1
 
@@ -707,12 +712,12 @@ def test_all_processes_stop_together_at_a_loss_of_one_of_them(scienceqa, tmp_pat
     assert codes == [1, 1]
     for text in printed:
         assert "FloatingPointError: The loss of step 3 is NaN or Inf, in the batches with the rows [1]" in text, text
-    assert training.read_manifest(tmp_path / "output" / "checkpoint-2")["processes"] == 2
+    assert read_manifest(tmp_path / "output" / "checkpoint-2")["processes"] == 2
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_with_the_last_good_state(scienceqa, tmp_path, monkeypatch):  # noqa: F811
     """The loss is one."""
-    begin = training.AnswerTrainer.training_step
+    begin = AnswerTrainer.training_step
 
     def spoil(self, model, *args, **kwargs):
         loss = begin(self, model, *args, **kwargs)
@@ -720,11 +725,11 @@ def test_a_gradient_that_is_no_number_ends_the_run_with_the_last_good_state(scie
             self._trained_parameters()["model.memory_slots.key"].grad[0, 0] = float("inf")
         return loss
 
-    monkeypatch.setattr(training.AnswerTrainer, "training_step", spoil)
+    monkeypatch.setattr(AnswerTrainer, "training_step", spoil)
     values = {"train_sampling_strategy": "sequential", "save_strategy": "no"}
     with pytest.raises(FloatingPointError, match=r"gradient of step 3 is NaN or Inf, .* rows \[4, 5\].*checkpoint-2"):
         train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "output", **values))
-    assert training.read_manifest(tmp_path / "output" / "checkpoint-2")["resumable"]
+    assert read_manifest(tmp_path / "output" / "checkpoint-2")["resumable"]
     assert all(tensor.isfinite().all() for tensor in adapters(tmp_path / "output" / "checkpoint-2").values())
 
 
@@ -748,14 +753,14 @@ def test_adapters_that_are_no_numbers_are_not_saved(scienceqa, tmp_path, monkeyp
 def test_gradients_that_overflow_are_left_to_the_loss_scaler(scienceqa, tmp_path, monkeypatch):  # noqa: F811
     """As with fp16: a scale of 2^126 makes the gradients infinite, and the loss itself is finite. On CPUs the Trainer
     has no scaler, so it is given torch's own."""
-    prepare, scalers = training.AnswerTrainer._prepare_for_training, []
+    prepare, scalers = AnswerTrainer._prepare_for_training, []
 
     def scale(self, *args):
         self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-40)
         scalers.append(self.accelerator.scaler)
         return prepare(self, *args)
 
-    monkeypatch.setattr(training.AnswerTrainer, "_prepare_for_training", scale)
+    monkeypatch.setattr(AnswerTrainer, "_prepare_for_training", scale)
     flags = {"num_train_epochs": 4, "max_grad_norm": 0, "warmup_steps": 0, "save_steps": 1, **SAVING}
     train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "output", **flags))
     assert scalers[0].get_scale() < 2.0**126, "no step was skipped"
@@ -772,21 +777,21 @@ def test_a_log_tells_speed_and_memory_and_tensorboard_gets_it(scienceqa, tmp_pat
     monkeypatch.chdir(tmp_path)
     flags = {"report_to": "tensorboard", "train_sampling_strategy": "sequential", "logging_steps": 3}
     seen = []
-    measure = training.AnswerTrainer._measure
+    measure = AnswerTrainer._measure
 
     def look(self):
         values = self._samples, int(self._text_tokens), int(self._visual_tokens), self._seconds
         seen.append((values, measure(self)))
         return seen[-1][1]
 
-    monkeypatch.setattr(training.AnswerTrainer, "_measure", look)
+    monkeypatch.setattr(AnswerTrainer, "_measure", look)
     train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "output", **flags))
     ((counts, logged),) = seen
-    split = train.Split(
-        train.get_task("scienceqa"),
+    split = Split(
+        get_task("scienceqa"),
         "train",
         tiny_processor(),
-        train.DataArguments(task="scienceqa", data_path=str(scienceqa[0])),
+        DataArguments(task="scienceqa", data_path=str(scienceqa[0])),
         training=True,
     )
     assert counts[:3] == (6, sum(len(row["input_ids"]) for row in split), 3 * NUM_PATCHES)
@@ -815,10 +820,10 @@ def test_trackio_gets_what_a_run_logs(scienceqa, tmp_path):  # noqa: F811
 
 
 def test_a_run_is_described_from_its_start(scienceqa, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(training.AnswerTrainer, "train", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(AnswerTrainer, "train", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "output"))
     run = json.loads((tmp_path / "output" / "run.json").read_text())
-    assert run["versions"]["torch"] == torch.__version__ and run["commit"] == train.commit_of_this_code()
+    assert run["versions"]["torch"] == torch.__version__ and run["commit"] == commit_of_this_code()
     assert run["config"]["num_groups"] == 2 and run["arguments"]["learning_rate"] == 0.05
-    assert (run["engine"], run["processes"]) == (training.ENGINE_OF_ONE, 1)
+    assert (run["engine"], run["processes"]) == (ENGINE_OF_ONE, 1)

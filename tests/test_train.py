@@ -16,6 +16,8 @@ from transformers import AutoModelForImageTextToText
 
 import train
 from tasks import get_task, score_folder
+from training.arguments import DEFAULT_RECIPE, DataArguments, parse_arguments, recipes
+from training.data import Collator, Split, StreamedSplit, read_image
 
 
 def make_rows(size=6, hint="abc"):
@@ -45,15 +47,15 @@ def scienceqa(tmp_path):
 
 
 def make_split(folder, split="train", training=True, **values):
-    arguments = train.DataArguments(task="scienceqa", data_path=str(folder), **values)
-    return train.Split(get_task("scienceqa"), split, tiny_processor(), arguments, training)
+    arguments = DataArguments(task="scienceqa", data_path=str(folder), **values)
+    return Split(get_task("scienceqa"), split, tiny_processor(), arguments, training)
 
 
 # --- arguments ---
 
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults():
-    recipe, data, model, adapter, _, training = train.parse_arguments(
+    recipe, data, model, adapter, _, training = parse_arguments(
         ["recipes/digits.yaml", "--num_groups", "2", "--visual_prompts", "none", "--output_dir", "x"]
     )
     assert (recipe.name, data.task, model.vision_model) == ("digits.yaml", "digits", "assets/vision_model")
@@ -62,62 +64,62 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults():
 
 
 def test_no_recipe_means_digits():
-    assert train.parse_arguments([])[0] == train.DEFAULT_RECIPE
-    assert train.parse_arguments(["--seed", "7"])[-1].seed == 7
+    assert parse_arguments([])[0] == DEFAULT_RECIPE
+    assert parse_arguments(["--seed", "7"])[-1].seed == 7
 
 
-@pytest.mark.parametrize("recipe", train.recipes(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", recipes(), ids=lambda path: path.stem)
 def test_every_recipe_parses(recipe):
-    training = train.parse_arguments([str(recipe)])[-1]
+    training = parse_arguments([str(recipe)])[-1]
     assert training.output_dir == f"outputs/{recipe.stem}"
 
 
 def test_a_typo_in_a_recipe_ends_the_run(tmp_path):
     (tmp_path / "a.yaml").write_text("num_gruops: 4\n")
     with pytest.raises(ValueError, match="unknown key `num_gruops`. Did you mean `num_groups`"):
-        train.parse_arguments([str(tmp_path / "a.yaml")])
+        parse_arguments([str(tmp_path / "a.yaml")])
 
 
 def test_a_typo_in_a_flag_ends_the_run():
     with pytest.raises(ValueError, match="--num_gruops"):
-        train.parse_arguments(["--num_gruops", "4"])
+        parse_arguments(["--num_gruops", "4"])
 
 
 @pytest.mark.parametrize("flags", [["--layer_fusion", "median"], ["--task", "nothing"], ["--num_groups", "many"]])
 def test_a_bad_choice_ends_the_run(flags, capsys):
     with pytest.raises(SystemExit):
-        train.parse_arguments(flags)
+        parse_arguments(flags)
     assert flags[0] in capsys.readouterr().err
 
 
 def test_a_missing_recipe_lists_those_that_are_there():
     with pytest.raises(ValueError, match="There is no recipe recipes/digit.yaml.*digits.yaml"):
-        train.parse_arguments(["recipes/digit.yaml"])
+        parse_arguments(["recipes/digit.yaml"])
 
 
 def test_a_rate_in_scientific_notation_is_a_number(tmp_path):
     (tmp_path / "a.yaml").write_text("learning_rate: 2e-2\noutput_dir: x\n")
-    assert train.parse_arguments([str(tmp_path / "a.yaml")])[-1].learning_rate == 0.02
+    assert parse_arguments([str(tmp_path / "a.yaml")])[-1].learning_rate == 0.02
 
 
 def test_a_recipe_changes_its_base(tmp_path):
     (tmp_path / "base.yaml").write_text("num_groups: 2\nseed: 5\noutput_dir: x\n")
     (tmp_path / "row.yaml").write_text("base: base.yaml\nnum_groups: 8\n")
-    _, _, _, adapter, _, training = train.parse_arguments([str(tmp_path / "row.yaml")])
+    _, _, _, adapter, _, training = parse_arguments([str(tmp_path / "row.yaml")])
     assert (adapter.num_groups, training.seed, training.output_dir) == (8, 5, "x")
 
 
 def test_a_rate_given_as_a_flag_overrides_the_recipes_rate_per_256():
-    training = train.parse_arguments(["recipes/scienceqa-llama7b.yaml", "--learning_rate", "1e-4"])[-1]
+    training = parse_arguments(["recipes/scienceqa-llama7b.yaml", "--learning_rate", "1e-4"])[-1]
     assert (training.learning_rate, training.base_learning_rate) == (1e-4, None)
 
 
 def test_a_method_sets_its_switch_and_refuses_another():
-    adapter = train.parse_arguments(["--method", "memvp"])[3]
+    adapter = parse_arguments(["--method", "memvp"])[3]
     assert (adapter.layer_fusion, adapter.fuser_query) == ("penultimate", "network")
-    assert train.parse_arguments(["--method", "layer+instruction"])[3].fuser_query == "layer+instruction"
+    assert parse_arguments(["--method", "layer+instruction"])[3].fuser_query == "layer+instruction"
     with pytest.raises(ValueError, match="`--method memvp` means `--layer_fusion penultimate`, but `mean` was given"):
-        train.parse_arguments(["--method", "memvp", "--layer_fusion", "mean"])
+        parse_arguments(["--method", "memvp", "--layer_fusion", "mean"])
 
 
 @pytest.mark.parametrize(
@@ -175,20 +177,18 @@ def test_a_batch_is_padded_on_the_left_and_marks_images(scienceqa):
     split = make_split(scienceqa[0])
     rows = [split[0], split[1]]
     rows[0] = {**rows[0], "input_ids": rows[0]["input_ids"][:-3], "labels": rows[0]["labels"][:-3]}
-    batch = train.Collator(tiny_processor())(rows)
+    batch = Collator(tiny_processor())(rows)
     assert batch["image_mask"].tolist() == [False, True]
     assert batch["attention_mask"][0, :3].tolist() == [0, 0, 0] and batch["labels"][0, :3].tolist() == [-100] * 3
     assert batch["input_ids"].shape == batch["labels"].shape and batch["index"].tolist() == [0, 1]
-    assert "pixel_values" not in train.Collator(tiny_processor())([split[0], split[2]])
+    assert "pixel_values" not in Collator(tiny_processor())([split[0], split[2]])
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_instruction_is_the_prompt_without_the_answer_and_its_prefix(scienceqa, training):
     split = make_split(scienceqa[0], "test", training=training)
     row = split[1]
-    batch = train.Collator(tiny_processor(), instruction_mask=True)(
-        [row, {**row, "input_ids": [1, *row["input_ids"]]}]
-    )
+    batch = Collator(tiny_processor(), instruction_mask=True)([row, {**row, "input_ids": [1, *row["input_ids"]]}])
     read = batch["input_ids"][0][batch["instruction_mask"][0].bool()]
     assert tiny_processor().tokenizer.decode(read).endswith("Response:")
     assert batch["instruction_mask"][0, 0] == 0, "padding"
@@ -196,7 +196,7 @@ def test_the_instruction_is_the_prompt_without_the_answer_and_its_prefix(science
 
 def test_image_tokens_follow_the_first_token_of_rows_with_an_image(scienceqa):
     rows = [make_split(scienceqa[0])[index] for index in (0, 1)]
-    batch = train.Collator(tiny_processor(), image_tokens=[99, 99])(rows)
+    batch = Collator(tiny_processor(), image_tokens=[99, 99])(rows)
     assert batch["input_ids"][1, :3].tolist() == [rows[1]["input_ids"][0], 99, 99]
     assert 99 not in batch["input_ids"][0] and batch["labels"].shape == batch["input_ids"].shape
     assert batch["labels"][1][batch["labels"][1] != -100].tolist() == [x for x in rows[1]["labels"] if x != -100]
@@ -236,9 +236,7 @@ def test_an_unreadable_image_is_skipped_and_counted_in_training(scienceqa):
     split = make_split(folder)
     assert split[3]["index"] == 4
     assert split.num_unreadable == 1
-    loader = torch.utils.data.DataLoader(
-        split, batch_size=2, collate_fn=train.Collator(tiny_processor()), num_workers=1
-    )
+    loader = torch.utils.data.DataLoader(split, batch_size=2, collate_fn=Collator(tiny_processor()), num_workers=1)
     assert len(list(loader)) == 3
     assert split.num_unreadable == 2, "workers count too"
 
@@ -254,7 +252,7 @@ def test_images_are_the_right_way_up(tmp_path):
     image, exif = Image.new("L", (40, 20)), Image.Exif()
     exif[0x0112] = 6  # a camera that was held upright
     image.save(tmp_path / "a.jpg", exif=exif)
-    read = train.read_image({"path": str(tmp_path / "a.jpg"), "bytes": None})
+    read = read_image({"path": str(tmp_path / "a.jpg"), "bytes": None})
     assert (read.size, read.mode) == ((20, 40), "RGB")
 
 
@@ -267,10 +265,10 @@ def test_rows_without_an_image_can_be_left_out_of_training(scienceqa):
 def test_workers_need_not_be_forked(scienceqa, monkeypatch):
     """As on macOS, and on Linux from Python 3.14 on."""
     spawn = multiprocessing.get_context("spawn")
-    monkeypatch.setattr(train.multiprocessing, "Value", spawn.Value)
-    arguments = train.DataArguments(task="scienceqa", data_path=str(scienceqa[0]), streaming=True)
-    split = train.StreamedSplit(get_task("scienceqa"), "train", tiny_processor(), arguments, None)
-    collate = train.Collator(tiny_processor())
+    monkeypatch.setattr(multiprocessing, "Value", spawn.Value)
+    arguments = DataArguments(task="scienceqa", data_path=str(scienceqa[0]), streaming=True)
+    split = StreamedSplit(get_task("scienceqa"), "train", tiny_processor(), arguments, None)
+    collate = Collator(tiny_processor())
     loader = torch.utils.data.DataLoader(
         split, batch_size=2, collate_fn=collate, num_workers=1, multiprocessing_context=spawn
     )
@@ -281,11 +279,11 @@ def test_a_missing_image_is_named_before_training_where_it_will_be_evaluated(tmp
     rows = [{"question": "why", "answer": "so", "image": "lost.png"}, {"question": "why", "answer": "so"}]
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = train.DataArguments(task="vqa", data_path=str(tmp_path))
-    trained = train.Split(get_task("vqa"), "train", tiny_processor(), arguments, training=True)
+    arguments = DataArguments(task="vqa", data_path=str(tmp_path))
+    trained = Split(get_task("vqa"), "train", tiny_processor(), arguments, training=True)
     assert trained[0]["index"] == 1 and trained.num_unreadable == 1
     with pytest.raises(ValueError, match="1 images of the test split cannot be read: row 0: .*lost.png"):
-        train.Split(get_task("vqa"), "test", tiny_processor(), arguments, training=False)
+        Split(get_task("vqa"), "test", tiny_processor(), arguments, training=False)
 
 
 def test_an_empty_split_is_refused(scienceqa, monkeypatch):
@@ -390,9 +388,9 @@ def test_a_stream_trains_on_the_rows_that_can_be_read(scienceqa, tmp_path):
 
 
 def test_a_stream_has_the_rows_of_the_split_and_mixes_them(scienceqa):
-    arguments = train.DataArguments(task="scienceqa", data_path=str(scienceqa[0]), streaming=True, max_samples=5)
+    arguments = DataArguments(task="scienceqa", data_path=str(scienceqa[0]), streaming=True, max_samples=5)
     task, processor = get_task("scienceqa"), tiny_processor()
-    streamed, shuffled = (train.StreamedSplit(task, "train", processor, arguments, seed) for seed in (None, 0))
+    streamed, shuffled = (StreamedSplit(task, "train", processor, arguments, seed) for seed in (None, 0))
     rows = make_split(scienceqa[0], max_samples=5)
     passes = [[row["labels"] for row in itertools.islice(split, 10)] for split in (streamed, shuffled)]
     in_order, mixed = [row["labels"] for row in rows], sorted(row["labels"] for row in rows)
@@ -461,12 +459,12 @@ def test_a_result_tells_how_it_was_made(trained):
 
 def test_the_most_likely_option_is_that_of_the_models_logits(trained):
     flags, folder = trained
-    arguments = train.DataArguments(task="scienceqa", data_path=flags[flags.index("--data_path") + 1])
+    arguments = DataArguments(task="scienceqa", data_path=flags[flags.index("--data_path") + 1])
     processor = tiny_processor()
-    split = train.Split(get_task("scienceqa"), "test", processor, arguments, training=False)
+    split = Split(get_task("scienceqa"), "test", processor, arguments, training=False)
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     for row, record in zip(split, read_predictions(folder), strict=True):
-        batch = train.Collator(processor)([row])
+        batch = Collator(processor)([row])
         options = batch.pop("options")[0]
         del batch["index"]
         logits = model(**batch).logits[0, -1, options]
