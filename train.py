@@ -10,46 +10,33 @@ Trains adapters on frozen bases, evaluates them on the test split and saves them
     accelerate launch --num_processes 2 --use_deepspeed train.py --deepspeed ds_config.json
     accelerate launch train.py recipes/scienceqa-llama7b.yaml --push_to_hub true --hub_model_id org/dehvf-llama7b
 
-A recipe is a YAML file of the flags that `--help` lists, and perhaps `base:`, a recipe beside it whose values it
-changes; flags override both. `--output_dir` gets `run.json` (arguments, config, versions), the adapters
-(`model.safetensors` and the files to load them), `README.md` (the card), `predictions.jsonl` and `results.json`.
-A run that was cut off goes on from its last complete checkpoint when the same command is started again.
+A recipe is a YAML file with flags that `--help` lists. It may name another recipe as its `base`; flags override both.
+`--output_dir` contains `run.json` (arguments, config, versions), the adapters (`model.safetensors` and the files to
+load them), `README.md` (the model card), `predictions.jsonl` and `results.json`. An interrupted run resumes from its
+last complete checkpoint when the same command is run again.
 """
 
 import gc
-import json
 import sys
 from pathlib import Path
 
-import torch
-from transformers import EarlyStoppingCallback, set_seed
-
-from tasks import get_task
-from training.arguments import check_arguments, complete_arguments, parse_arguments
-from training.checkpoints import RESULTS_FILE, RUN_FILE, choose_start, write_json
-from training.data import Collator, Split
-from training.engines import start_engine
-from training.models import count_parameters, load, method_of
-from training.results import command_of, describe_run, make_records, open_repository, push, report
-from training.trainer import AnswerTrainer
+from training.flags import read_command
 
 
-def evaluate(trainer: AnswerTrainer, task, splits: dict[str, Split], facts: dict, data_args, model_args):
-    """Saves the adapters, lets them answer the test split, and reports."""
-    training_args, processor, split = trainer.args, trainer.processing_class, splits["test"]
-    folder = Path(training_args.output_dir)
-    trainer.save_model()
-    facts["shortened_prompts"] = {name: split.num_shortened for name, split in splits.items()}
-    trainer.compute_metrics = None  # it scores the validation split
-    output = trainer.predict(split)
-    if training_args.process_index == 0:
-        # Before scoring, so that no generated answer is lost to a fault there; `python -m tasks score` repeats it
-        records = make_records(task, processor, split, output)
-        lines = [json.dumps(record, default=str) + "\n" for record in records]
-        (folder / "predictions.jsonl").write_text("".join(lines))
-        facts |= describe_run(task, processor, trainer.model, split, data_args, model_args, training_args, folder)
-        write_json(folder / RESULTS_FILE, facts)
-        report(folder, task, processor, split)
+if __name__ == "__main__":
+    read_command(sys.argv[1:])  # reports wrong flags before the imports below, which take seconds
+
+import torch  # noqa: E402
+from transformers import EarlyStoppingCallback, set_seed  # noqa: E402
+
+from tasks import get_task  # noqa: E402
+from training.arguments import check_arguments, complete_arguments, parse_arguments  # noqa: E402
+from training.checkpoints import RUN_FILE, choose_start, write_json  # noqa: E402
+from training.data import Collator, load_splits  # noqa: E402
+from training.engines import start_engine  # noqa: E402
+from training.models import count_parameters, load_model, load_processor, method_of  # noqa: E402
+from training.results import command_of, evaluate, make_records, open_repository, push  # noqa: E402
+from training.trainer import AnswerTrainer  # noqa: E402
 
 
 def main(arguments: list[str]):
@@ -59,25 +46,48 @@ def main(arguments: list[str]):
     set_seed(training_args.seed)
     task = get_task(data_args.task)
     complete_arguments(task, data_args, training_args)
-    if hasattr(task, "check_scorer"):  # before hours of training, and not after them
+    if hasattr(task, "check_scorer"):
         task.check_scorer()
+
     main_process, folder = training_args.process_index == 0, Path(training_args.output_dir)
     run, checkpoint = choose_start(training_args, data_args, model_args, adapter_args, baseline_args)
     repository = open_repository(training_args)
-    if training_args.run_name is None:  # for `report_to`: the same when the run goes on, and no other run's
+    if training_args.run_name is None:  # for `report_to`: the same when the run resumes, and another for each run
         training_args.run_name = f"{folder.name}-{run['run'][:8]}"
-    processor, splits, model = load(task, data_args, model_args, adapter_args, baseline_args, training_args)
+
+    processor = load_processor(model_args)
+    splits = load_splits(task, processor, data_args, training_args)  # before the model, so that errors come early
+    model = load_model(model_args, adapter_args, baseline_args)
     trained, total = count_parameters(model)
-    method = method_of(model.config, model_args.method)
+    facts = {"run": run["run"], "method": method_of(model.config, model_args.method), "trained_parameters": trained}
     if main_process:
         rate = f"learning rate {training_args.learning_rate:g}"
-        print(f"recipe {recipe}, method {method}, {rate}, {training_args.world_size} processes")
+        print(f"recipe {recipe}, method {facts['method']}, {rate}, {training_args.world_size} processes")
         print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)")
         if checkpoint is not None:
-            print(f"going on from {checkpoint}")
+            print(f"resuming from {checkpoint}")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RUN_FILE, {**run, "recipe": recipe, "config": model.config.to_diff_dict()})
 
+    trainer = make_trainer(task, processor, splits, model, training_args, run)
+    if "train" in splits:
+        facts |= train(trainer, checkpoint, streamed=data_args.streaming)
+    if "train" not in splits or trainer.is_complete():
+        facts["command"] = command_of(recipe, arguments)
+        evaluate(trainer, task, splits, facts, data_args, model_args)
+        if main_process and repository is not None:
+            push(folder, repository, training_args)
+    elif main_process:
+        print(f"\nStopped at step {trainer.state.global_step}. The same command resumes from the last checkpoint.")
+
+    if torch.distributed.is_initialized():
+        # In this order: a Trainer under DDP that was freed after its process group sometimes hung
+        del trainer
+        gc.collect()
+        torch.distributed.destroy_process_group()
+
+
+def make_trainer(task, processor, splits: dict, model, training_args, run: dict) -> AnswerTrainer:
     def compute_metrics(output):
         records = make_records(task, processor, splits["validation"], output)
         return task.score(records, len(splits["validation"]))
@@ -97,25 +107,18 @@ def main(arguments: list[str]):
     )
     if training_args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(training_args.early_stopping_patience))
-    facts = {"run": run["run"], "method": method, "trained_parameters": trained}
-    if "train" in splits:
-        training = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        facts["train_seconds"] = run["train_seconds"] + training.metrics["train_runtime"]
+    return trainer
+
+
+def train(trainer: AnswerTrainer, checkpoint: Path | None, streamed: bool) -> dict:
+    """Trains. Returns the seconds, with those before the checkpoint, and the number of unreadable images."""
+    result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    unreadable = torch.tensor(int(trainer.train_dataset.unreadable_images), device=trainer.args.device)
+    return {
+        "train_seconds": trainer.run["train_seconds"] + result.metrics["train_runtime"],
         # Each process reads rows of its own, but the whole of a stream
-        times = torch.tensor(splits["train"].num_unreadable, device=training_args.device)
-        facts["unreadable_image_reads"] = int(times if data_args.streaming else trainer.accelerator.reduce(times))
-    if "train" not in splits or trainer.is_complete():
-        facts["command"] = command_of(recipe, arguments)
-        evaluate(trainer, task, splits, facts, data_args, model_args)
-        if main_process and repository is not None:
-            push(folder, repository, training_args)
-    elif main_process:
-        print(f"\nStopped at step {trainer.state.global_step}. The same command goes on from the last checkpoint.")
-    if torch.distributed.is_initialized():
-        # Before the group: a trainer under DDP that outlived it was seen to hang, now and then, when it was freed
-        del trainer
-        gc.collect()
-        torch.distributed.destroy_process_group()
+        "unreadable_image_reads": int(unreadable if streamed else trainer.accelerator.reduce(unreadable)),
+    }
 
 
 if __name__ == "__main__":

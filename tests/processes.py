@@ -203,7 +203,7 @@ def growth_while_loading(flags: list[str]) -> int:
             sampler.join()
         raise StopIteration
 
-    loaded, original, train.load = [], train.load, load
+    loaded, original, train.load_model = [], train.load_model, load
     try:
         train.main(flags)
     except StopIteration:

@@ -127,7 +127,7 @@ def test_a_checkpoint_of_fsdp2_holds_no_frozen_weight_and_goes_on(large_base, tm
     assert_no_frozen_weight(tmp_path / "output")
     shutil.copytree(tmp_path / "output", tmp_path / "killed", ignore=shutil.ignore_patterns("results.json", "*-2"))
     (printed, _) = finish(tmp_path, flags(tmp_path / "killed"), 2, fsdp2)
-    assert f"going on from {tmp_path / 'killed' / 'checkpoint-1'}" in printed
+    assert f"resuming from {tmp_path / 'killed' / 'checkpoint-1'}" in printed
     assert_same_adapters(tmp_path / "output", tmp_path / "killed", rtol=0, atol=1e-4)
 
 
@@ -212,7 +212,7 @@ def test_a_run_killed_at_20_moments_ends_with_the_same_adapters(scienceqa, tmp_p
         prepare = partial(kill_at, chosen.randint(1, 24), None)
         codes, (output,) = start(tmp_path, flags(tmp_path / "killed"), prepare=prepare)
         assert codes == [-signal.SIGKILL], output
-        found = re.search(r"going on from .*checkpoint-(\d+)", output)
+        found = re.search(r"resuming from .*checkpoint-(\d+)", output)
         steps.append(int(found[1]) if found else 0)
         cut_off += "is not complete" in output
     finish(tmp_path, flags(tmp_path / "killed"))
@@ -242,7 +242,7 @@ def test_two_processes_killed_end_with_the_same_adapters(scienceqa, tmp_path, st
         prepare = partial(kill_at, moment, rank)
         codes, outputs = start(tmp_path, flags(tmp_path / "killed"), 2, prepare)
         assert codes[rank] == -signal.SIGKILL, outputs
-        resumed.append("going on from" in outputs[0])
+        resumed.append("resuming from" in outputs[0])
     finish(tmp_path, flags(tmp_path / "killed"), 2)
     assert any(resumed)
     assert_same_adapters(tmp_path / "whole", tmp_path / "killed", rtol=0, atol=1e-4)
@@ -304,7 +304,7 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_if_nothing_had_been(interrupted
     flags, output = interrupted
     flip(output / "checkpoint-4" / "optimizer.pt")
     train.main(flags(output))
-    assert f"going on from {output / 'checkpoint-2'}" in capsys.readouterr().out
+    assert f"resuming from {output / 'checkpoint-2'}" in capsys.readouterr().out
     assert_same_adapters(six_steps[1] / "whole", output)
     assert read_manifest(output / "checkpoint-4"), "written again"
 
@@ -340,7 +340,7 @@ def test_what_changes_no_result_may_change_on_the_way(interrupted, six_steps, ca
     flags, output = interrupted
     values = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "save_steps": 3, "logging_steps": 2}
     train.main(flags(output, **values))
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert_same_adapters(six_steps[1] / "whole", output, rtol=0, atol=1e-5)
 
 
@@ -348,7 +348,7 @@ def test_never_begins_anew_and_forgets_the_checkpoints_of_before(interrupted, ca
     flags, output = interrupted
     before = json.loads((output / "run.json").read_text())["run"]
     train.main(flags(output, resume_from_checkpoint="never", save_strategy="no", learning_rate=0.01))
-    assert "going on from" not in capsys.readouterr().out
+    assert "resuming from" not in capsys.readouterr().out
     run = json.loads((output / "run.json").read_text())
     assert run["run"] != before and find_last_checkpoint(output, run["run"]) is None
     assert read_manifest(output / "checkpoint-4")["run"] == before, "nothing is removed"
@@ -360,7 +360,7 @@ def test_a_run_that_has_come_to_its_end_is_replaced(interrupted, capsys):
     before = json.loads((output / "results.json").read_text())["run"]
     capsys.readouterr()
     train.main(flags(output, learning_rate=0.01))
-    assert "going on from" not in capsys.readouterr().out
+    assert "resuming from" not in capsys.readouterr().out
     after, run = (json.loads((output / name).read_text())["run"] for name in ("results.json", "run.json"))
     assert before != after == run
 
@@ -475,7 +475,7 @@ def test_early_stopping_asks_for_what_it_needs():
 def test_two_processes_go_on_where_one_was(interrupted, six_steps, tmp_path):
     flags, output = interrupted
     (printed, _) = finish(tmp_path, flags(output, per_device_train_batch_size=1), 2)
-    assert f"going on from {output / 'checkpoint-4'}" in printed
+    assert f"resuming from {output / 'checkpoint-4'}" in printed
     assert_same_adapters(six_steps[1] / "whole", output, rtol=0, atol=1e-4)
 
 
@@ -590,9 +590,9 @@ def test_a_run_that_was_terminated_is_not_taken_for_finished(scienceqa, tmp_path
     flags = partial(tiny_flags, tmp_path, scienceqa[0], **values)
     train.main(flags(tmp_path / "whole"))
     (printed,) = finish(tmp_path, flags(tmp_path / "output"), prepare=partial(terminate_at, 5))
-    assert "The same command goes on" in printed and not (tmp_path / "output" / "results.json").exists()
+    assert "The same command resumes" in printed and not (tmp_path / "output" / "results.json").exists()
     (printed,) = finish(tmp_path, flags(tmp_path / "output"))
-    assert "going on from" in printed
+    assert "resuming from" in printed
     assert_same_adapters(tmp_path / "whole", tmp_path / "output")
 
 
@@ -643,7 +643,7 @@ def test_a_full_disk_is_told_and_the_earlier_checkpoint_goes_on(interrupted, six
             train.main(flags(output, save_total_limit=1))
     assert checkpoints(output) == [2, 4, 6], "nothing is removed before the new one is complete"
     train.main(flags(output))
-    assert f"going on from {output / 'checkpoint-4'}" in capsys.readouterr().out
+    assert f"resuming from {output / 'checkpoint-4'}" in capsys.readouterr().out
     assert_same_adapters(six_steps[1] / "whole", output)
 
 

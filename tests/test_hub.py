@@ -22,7 +22,7 @@ from test_train import make_rows, scienceqa, tiny_flags  # noqa: F401
 from tiny import DEHVF_SIZES, ROOT, DehvfForConditionalGeneration, tiny_config, tiny_model
 
 import train
-from training.arguments import DEFAULT_RECIPE
+from training.flags import DEFAULT_RECIPE
 from training.results import command_of
 
 
@@ -461,7 +461,7 @@ FLAGS = ["--push_to_hub", "true", "--vision_model", "org/vision", "--text_model"
 )
 def test_a_push_that_could_not_be_used_is_refused_before_training(tmp_path, monkeypatch, flags, message):
     tiny_config(vision_model_id="org/vision", text_model_id="/of/the/author").save_pretrained(tmp_path / "folder")
-    monkeypatch.setattr(train, "load", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(train, "load_processor", lambda *_: pytest.fail("too late"))
     flags = [str(tmp_path / "folder") if flag == "folder" else flag for flag in flags]
     with pytest.raises(ValueError, match=message):
         train.main([*FLAGS, *flags, "--output_dir", str(tmp_path / "run")])

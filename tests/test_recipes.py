@@ -15,7 +15,8 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 import baselines
 import train
-from training.arguments import DEFAULT_RECIPE, parse_arguments, read_recipe, recipes
+from training.arguments import parse_arguments
+from training.flags import DEFAULT_RECIPE, read_recipe, recipes
 from training.models import count_parameters
 
 

@@ -1,12 +1,12 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-The folder of a run.
+The folder of a run, and where a run resumes.
 
-    outputs/digits/run.json                      arguments, config, versions, commit: written before training starts
+    outputs/digits/run.json                      arguments, config, versions, commit; written before training
     outputs/digits/checkpoint-40/                adapters as `save_pretrained` writes them, and the optimizer's state
-    outputs/digits/checkpoint-40/manifest.json   size and SHA-256 of each file: written last, so it means "complete"
+    outputs/digits/checkpoint-40/manifest.json   size and SHA-256 of each file; written last, so it means "complete"
 
-A run that was cut off goes on from its last complete checkpoint when the same command is started again.
+An interrupted run resumes from its last complete checkpoint when the same command is run again.
 """
 
 import hashlib
@@ -25,23 +25,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from training.engines import ENGINE_OF_ONE, name_engine
+from training.flags import ROOT
 
 
-ROOT = Path(__file__).parents[1]
 MANIFEST, RUN_FILE, RESULTS_FILE = "manifest.json", "run.json", "results.json"
-MANIFEST_KEYS = {
-    "run",
-    "arguments",
-    "engine",
-    "processes",
-    "versions",
-    "commit",
-    "train_seconds",
-    "resumable",
-    "files",
-}
-# `TrainingArguments` that say where files and logs go, how fast and on how many devices a run is computed. All others
-# change what is learned, or which of its states is kept. The three factors of a step's samples count as their product.
+# Prefixes of `TrainingArguments` that do not change what is learned: places, logs, speed, memory and devices. The
+# batch size per device, the accumulated batches and the number of processes may change if their product does not.
 FREE_ARGUMENTS = (
     *("output_dir", "resume_from_checkpoint", "run_name", "project", "report_to", "disable_tqdm", "local_rank"),
     *("logging_", "log_", "save_", "hub_", "push_to_hub", "trackio_", "ddp_", "do_", "debug", "skip_memory_metrics"),
@@ -53,21 +42,26 @@ FREE_ARGUMENTS = (
 logger = logging.get_logger("train")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def write_json(file: Path, content: dict):
-    """Wholly or not at all: whoever is killed in between leaves the file as it was."""
+    """Writes the whole file or, if the process is killed, nothing."""
     unfinished = file.with_name(f"{file.name}.tmp")
-    unfinished.write_text(json.dumps(content, indent=2, default=str))
+    unfinished.write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
     os.replace(unfinished, file)
 
 
 def read_json(file: Path) -> dict:
     """Empty if there is no such file. Raises `ValueError` if it is damaged."""
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}. Remove it, or give another `--output_dir`.") from error
+        raise ValueError(f"{file} is damaged: {error}. Delete it, or use another `--output_dir`.") from error
 
 
 def digest(file: Path) -> str:
@@ -76,7 +70,7 @@ def digest(file: Path) -> str:
 
 
 def write_manifest(checkpoint: Path, facts: dict):
-    """Declares a checkpoint complete, once all processes have written their files."""
+    """Marks a checkpoint as complete, after all processes have written their files."""
     files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file()]
     listed = {str(file.relative_to(checkpoint)): [file.stat().st_size, digest(file)] for file in files}
     content = json.dumps({**facts, "files": listed}, default=str)
@@ -85,48 +79,46 @@ def write_manifest(checkpoint: Path, facts: dict):
 
 def read_manifest(checkpoint: Path, check_files: bool = True) -> dict:
     """
-    What `write_manifest` wrote, after a look at each file that it lists, if `check_files`.
+    Reads what `write_manifest` wrote, and compares each file with it if `check_files`.
 
     Raises:
-        ValueError: if the checkpoint is not as it was when it was complete; the message names the file.
+        ValueError: if the checkpoint is not complete, or a file has changed; the message names the file.
     """
     try:
-        outer = json.loads((checkpoint / MANIFEST).read_text())
+        outer = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         content = outer["content"].encode()
         if hashlib.sha256(content).hexdigest() != outer["sha256"]:
-            raise ValueError("it is damaged")
+            raise ValueError("its SHA-256 differs")
         manifest = json.loads(content)
-        if missing := sorted(MANIFEST_KEYS - manifest.keys()):
-            raise ValueError(f"it lacks {', '.join(missing)}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{checkpoint} is not complete: it has no {MANIFEST} that can be read, which is written last ({error})."
+            f"{checkpoint} is not complete: its {MANIFEST}, which is written last, cannot be read ({error})."
         ) from error
     for name, (size, expected) in manifest["files"].items() if check_files else ():
         file = checkpoint / name
         if not file.is_file():
             raise ValueError(f"{checkpoint} is damaged: {name} is missing.")
         if file.stat().st_size != size:
-            raise ValueError(f"{checkpoint} is damaged: {name} has {file.stat().st_size} bytes in place of {size}.")
+            raise ValueError(f"{checkpoint} is damaged: {name} has {file.stat().st_size} bytes instead of {size}.")
         if digest(file) != expected:
-            raise ValueError(f"{checkpoint} is damaged: the content of {name} is not what was written.")
+            raise ValueError(f"{checkpoint} is damaged: the content of {name} has changed.")
     return manifest
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """By step. Folders with other names, such as copies of a checkpoint, are the user's own."""
+    """By step. Folders with other names, such as copies of a checkpoint, are not listed."""
     found = [path for path in output_dir.glob("*") if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name)]
     return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.split("-")[-1]))
 
 
 def remove_older_checkpoints(output_dir: Path, limit: int | None, run_id: str, best: str | None):
-    """Leaves the last `limit` complete checkpoints of a run, the last and the best one in any case."""
+    """Keeps the last `limit` complete checkpoints of a run, and always the last and the best one."""
     own = []
     for checkpoint in list_checkpoints(output_dir):
         try:
             if read_manifest(checkpoint, check_files=False)["run"] == run_id:
                 own.append(checkpoint)
-        except ValueError:  # not complete, and perhaps not ours
+        except ValueError:  # incomplete, and perhaps of another run
             pass
     kept = {own[-1], *([Path(best)] if best else [])}
     older = [checkpoint for checkpoint in own if checkpoint not in kept]
@@ -135,110 +127,21 @@ def remove_older_checkpoints(output_dir: Path, limit: int | None, run_id: str, b
 
 
 def find_last_checkpoint(output_dir: Path, run_id: str) -> tuple[Path, dict] | None:
-    """The last complete checkpoint of a run, with its manifest. What is passed over on the way is named."""
+    """The last complete checkpoint of a run, with its manifest. Warns of each checkpoint that is skipped."""
     for checkpoint in reversed(list_checkpoints(output_dir)):
         try:
             manifest = read_manifest(checkpoint)
         except ValueError as error:
-            logger.warning(f"{error} It is passed over.")
+            logger.warning(f"{error} It is skipped.")
             continue
         if manifest["run"] == run_id and manifest["resumable"]:
             return checkpoint, manifest
     return None
 
 
-def describe_arguments(training_args, *others) -> dict:
-    """All arguments that change a result, by name: those of `train.py`'s dataclasses with `--help`'s names."""
-    values = {name: value for arguments in others for name, value in vars(arguments).items()}
-    training = training_args.to_dict().items()
-    values |= {name: value for name, value in training if not name.startswith(FREE_ARGUMENTS)}
-    del values["text_model_id"], values["vision_model_id"]  # what to call them on the Hub
-    if values["streaming"]:  # whose workers read shards of their own
-        values["dataloader_num_workers"] = training_args.dataloader_num_workers
-    factors = (training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps)
-    values["per_device_train_batch_size x gradient_accumulation_steps x processes"] = (
-        factors[0] * factors[1] * training_args.world_size
-    )
-    return json.loads(json.dumps(values, default=str))  # as they come back from a file
-
-
-def check_same_arguments(now: dict, earlier: dict, place: Path):
-    """Raises `ValueError` if `place` belongs to a run with other arguments."""
-    names = sorted(now.keys() & earlier.keys())  # another version may have further ones, see `warn_of_other_code`
-    differing = [f"`{name}` was {earlier[name]}, is {now[name]}" for name in names if now[name] != earlier[name]]
-    if differing:
-        raise ValueError(
-            f"{place} holds a run with other arguments: {'; '.join(differing)}. To go on with that run, give its "
-            "arguments. For a new run give another `--output_dir`, to which `--adapter` with one of the checkpoints "
-            "takes over what was learned; or, to replace that run, `--resume_from_checkpoint never`."
-        )
-
-
-def check_same_engine(run: dict, manifest: dict, checkpoint: Path):
-    """Raises `ValueError` if the optimizer's state was divided among other processes, or in another way."""
-    divided = run["engine"] != ENGINE_OF_ONE
-    if manifest["engine"] != run["engine"] or (divided and manifest["processes"] != run["processes"]):
-        raise ValueError(
-            f"{checkpoint} was written with {manifest['engine']} (processes: {manifest['processes']}), this run is "
-            f"{run['engine']} (processes: {run['processes']}): the optimizer's state is divided in another way. Start "
-            f"as many in the same way; or begin a new run with its adapters: `--adapter {checkpoint} --output_dir "
-            "<another>`."
-        )
-
-
-def warn_of_other_code(run: dict, manifest: dict, checkpoint: Path):
-    if differing := [name for name in ("versions", "commit") if run[name] != manifest[name]]:
-        changes = ", ".join(f"{name} {manifest[name]} -> {run[name]}" for name in differing)
-        logger.warning(f"{checkpoint} was written by other code, and what comes next may differ: {changes}.")
-
-
-def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | None]:
-    """
-    Where a run begins.
-
-    Args:
-        asked: `auto` goes on with a run in `output_dir` that was cut off, `never` replaces it, and all else is one of
-            its checkpoints. A run that came to its end is replaced.
-        run: `arguments`, `engine`, `processes`, `versions` and `commit` of this run.
-
-    Returns:
-        `run` with an id, and the seconds trained so far; and the checkpoint to go on from, if any.
-
-    Raises:
-        ValueError: if the run there is another one, or the checkpoint asked for by name is not complete, or not there.
-    """
-    new = {**run, "run": uuid.uuid4().hex, "train_seconds": 0.0}
-    if asked in ("never", "false", "False"):  # the Trainer's way to say it
-        return new, None
-    if asked in ("auto", "true", "True"):
-        earlier, results = read_json(output_dir / RUN_FILE), read_json(output_dir / RESULTS_FILE)
-        finished = "scores" in results and results.get("run") == earlier.get("run")
-        found = None if finished or not earlier else find_last_checkpoint(output_dir, earlier["run"])
-        if found is None:
-            return new, None
-        checkpoint, manifest = found
-    else:
-        checkpoint = Path(asked)
-        if inside := list_checkpoints(checkpoint):
-            raise ValueError(
-                f"{checkpoint} is the folder of a run. Name one of its checkpoints, such as {inside[-1]}."
-            )
-        if checkpoint.resolve().parent != output_dir.resolve():
-            raise ValueError(
-                f"{checkpoint} is not in {output_dir}. States of optimizers are pickles, which can run code when they "
-                f"are read, so only a run's own are. Begin a new run with its adapters: `--adapter {checkpoint}`. If "
-                f"that run is yours and is to go on, give its folder as `--output_dir`."
-            )
-        manifest = read_manifest(checkpoint)
-        if not manifest["resumable"]:
-            raise ValueError(
-                f"{checkpoint} has no optimizer state (`--save_only_model`), so a run cannot go on from it. Begin a "
-                f"new one with its adapters: `--adapter {checkpoint}`."
-            )
-    check_same_arguments(run["arguments"], manifest["arguments"], checkpoint)
-    check_same_engine(run, manifest, checkpoint)
-    warn_of_other_code(run, manifest, checkpoint)
-    return {**new, "run": manifest["run"], "train_seconds": manifest["train_seconds"]}, checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run is
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def commit_of_this_code() -> str | None:
@@ -251,7 +154,7 @@ def commit_of_this_code() -> str | None:
 
 
 def describe_code() -> dict:
-    """The versions that run, and the commit of this repository."""
+    """The versions of the packages, and the commit of this repository."""
     packages = "torch transformers accelerate datasets peft deepspeed bitsandbytes pycocoevalcap".split()
     return {
         "versions": {name: version(name) for name in packages if find_spec(name)},
@@ -259,22 +162,120 @@ def describe_code() -> dict:
     }
 
 
+def describe_arguments(training_args, *others) -> dict:
+    """All arguments that change what is learned, by name."""
+    values = {name: value for arguments in others for name, value in vars(arguments).items()}
+    training = training_args.to_dict().items()
+    values |= {name: value for name, value in training if not name.startswith(FREE_ARGUMENTS)}
+    del values["text_model_id"], values["vision_model_id"]  # only names on the Hub
+    if values["streaming"]:  # each worker reads shards of its own
+        values["dataloader_num_workers"] = training_args.dataloader_num_workers
+    factors = (training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps)
+    values["per_device_train_batch_size x gradient_accumulation_steps x processes"] = (
+        factors[0] * factors[1] * training_args.world_size
+    )
+    return json.loads(json.dumps(values, default=str))  # as they are read back from a file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where it resumes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def choose_start(training_args, *other_arguments) -> tuple[dict, Path | None]:
-    """See [`find_start`]. The main process looks for all, since they have to agree."""
+    """As [`find_start`]. The main process decides for all."""
     run = {
         "arguments": describe_arguments(training_args, *other_arguments),
         "engine": name_engine(training_args),
         "processes": training_args.world_size,
         **describe_code(),
     }
-    folder, asked = Path(training_args.output_dir), training_args.resume_from_checkpoint or "auto"
     start = [None]
     if training_args.process_index == 0:
         try:
-            start = [find_start(folder, asked, run)]
+            start = [find_start(Path(training_args.output_dir), training_args.resume_from_checkpoint or "auto", run)]
         except ValueError as error:
             start = [error]
     (start,) = broadcast_object_list(start)
     if isinstance(start, ValueError):
         raise start
     return start
+
+
+def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | None]:
+    """
+    Where a run starts.
+
+    Args:
+        asked: `auto` resumes an interrupted run in `output_dir` and replaces a finished one, `never` replaces any run;
+            everything else is a checkpoint in `output_dir`. The Trainer's `true` and `false` mean `auto` and `never`.
+        run: `arguments`, `engine`, `processes`, `versions` and `commit` of this run.
+
+    Returns:
+        `run` with an id and the seconds trained so far; and the checkpoint to resume from, if any.
+
+    Raises:
+        ValueError: if the run to resume has other arguments, or the checkpoint that was asked for is not complete.
+    """
+    new = {**run, "run": uuid.uuid4().hex, "train_seconds": 0.0}
+    if asked.lower() in ("never", "false"):
+        return new, None
+    if asked.lower() in ("auto", "true"):
+        earlier, results = read_json(output_dir / RUN_FILE), read_json(output_dir / RESULTS_FILE)
+        finished = "scores" in results and results.get("run") == earlier.get("run")
+        found = None if finished or not earlier else find_last_checkpoint(output_dir, earlier["run"])
+        if found is None:
+            return new, None
+        checkpoint, manifest = found
+    else:
+        checkpoint = Path(asked)
+        manifest = read_named_checkpoint(checkpoint, output_dir)
+    check_same_arguments(run["arguments"], manifest["arguments"], checkpoint)
+    check_same_engine(run, manifest, checkpoint)
+    if changed := [name for name in ("versions", "commit") if run[name] != manifest[name]]:
+        changes = ", ".join(f"{name} {manifest[name]} -> {run[name]}" for name in changed)
+        logger.warning(f"{checkpoint} was written by other code, so results may differ: {changes}.")
+    return {**new, "run": manifest["run"], "train_seconds": manifest["train_seconds"]}, checkpoint
+
+
+def read_named_checkpoint(checkpoint: Path, output_dir: Path) -> dict:
+    """The manifest of the checkpoint that the user named. Raises `ValueError` if a run cannot resume from it."""
+    if inside := list_checkpoints(checkpoint):
+        raise ValueError(f"{checkpoint} is the folder of a run. Give one of its checkpoints, such as {inside[-1]}.")
+    if checkpoint.resolve().parent != output_dir.resolve():
+        raise ValueError(
+            f"{checkpoint} is not in {output_dir}. Optimizer states are pickles, which can run code when they are "
+            f"read, so only those of the run itself are read. To resume that run, give its folder as `--output_dir`; "
+            f"to start a new run with its adapters, use `--adapter {checkpoint}`."
+        )
+    manifest = read_manifest(checkpoint)
+    if not manifest["resumable"]:
+        raise ValueError(
+            f"{checkpoint} has no optimizer state (`--save_only_model`), so no run can resume from it. To start a new "
+            f"run with its adapters, use `--adapter {checkpoint}`."
+        )
+    return manifest
+
+
+def check_same_arguments(now: dict, earlier: dict, checkpoint: Path):
+    """Raises `ValueError` if a checkpoint belongs to a run with other arguments."""
+    names = sorted(now.keys() & earlier.keys())  # other versions may have other arguments
+    differing = [f"`{name}` was {earlier[name]}, is {now[name]}" for name in names if now[name] != earlier[name]]
+    if differing:
+        raise ValueError(
+            f"{checkpoint} belongs to a run with other arguments: {'; '.join(differing)}. To resume that run, give "
+            "its arguments. For a new run, use another `--output_dir`, perhaps with `--adapter` and this checkpoint; to "
+            "replace that run, use `--resume_from_checkpoint never`."
+        )
+
+
+def check_same_engine(run: dict, manifest: dict, checkpoint: Path):
+    """Raises `ValueError` if the optimizer's state is sharded in another way."""
+    sharded = run["engine"] != ENGINE_OF_ONE
+    if manifest["engine"] != run["engine"] or (sharded and manifest["processes"] != run["processes"]):
+        raise ValueError(
+            f"{checkpoint} was written with {manifest['engine']} (processes: {manifest['processes']}), this run is "
+            f"{run['engine']} (processes: {run['processes']}), which shards the optimizer's state in another way. "
+            "Use the same engine and number of processes, or start a new run with the adapters: "
+            f"`--adapter {checkpoint} --output_dir <another>`."
+        )

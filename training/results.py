@@ -1,5 +1,5 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Records, results, the card, and the push."""
+"""What a run leaves behind: predictions, scores, the model card, and a repository on the Hub."""
 
 import json
 import re
@@ -12,14 +12,39 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, extr
 
 from dehvf import modeling as hub
 from tasks import get_task, print_scores, score_folder
-from training.arguments import DEHVF_METHODS, ROOT
-from training.checkpoints import RESULTS_FILE, describe_code, digest
+from training.arguments import BASES, DEHVF_METHODS
+from training.checkpoints import RESULTS_FILE, describe_code, digest, write_json
 from training.data import Split, render
+from training.flags import ROOT
 
 
-# What of a run's folder goes to the Hub: no checkpoints, no pickled arguments, and nothing of data that may be private
+# What is pushed: no checkpoints, no pickled arguments, and nothing from data that may be private
 PUSHED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*_dehvf.py", "README.md"]
 KEPT_FILES = ["*/*", "run.json", "example.txt"]
+
+
+def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, model_args):
+    """
+    Saves the adapters, generates answers for the test split, and writes `predictions.jsonl`, `results.json` and the
+    model card.
+
+    Args:
+        facts: what `results.json` records of the training.
+    """
+    training_args, processor, split = trainer.args, trainer.processing_class, splits["test"]
+    folder = Path(training_args.output_dir)
+    trainer.save_model()
+    trainer.compute_metrics = None  # it scores the validation split
+    output = trainer.predict(split)
+    if training_args.process_index == 0:
+        # Before scoring, so that an error there loses no answers: `python -m tasks score` repeats it
+        records = make_records(task, processor, split, output)
+        lines = [json.dumps(record, default=str) + "\n" for record in records]
+        (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+        facts |= {"shortened_prompts": {name: split.num_shortened for name, split in splits.items()}}
+        facts |= describe_run(task, processor, trainer.model, split, data_args, model_args, training_args)
+        write_json(folder / RESULTS_FILE, facts)
+        report(folder, task, processor, split)
 
 
 def make_records(task, processor, split: Split, output) -> list[dict]:
@@ -30,9 +55,9 @@ def make_records(task, processor, split: Split, output) -> list[dict]:
     texts = processor.batch_decode(tokens, skip_special_tokens=True)
     answers = dict(sorted(zip(output.label_ids.tolist(), zip(texts, choices.tolist()))))
     if list(answers) != list(range(len(split))):
-        raise ValueError(f"{len(answers)} answers came back for the {len(split)} rows of the {split.name} split.")
+        raise ValueError(f"There are {len(answers)} answers for the {len(split)} rows of the {split.name} split.")
     records = []
-    for index, row in enumerate(split.rows):
+    for index, (row, encoded) in enumerate(zip(split.rows, split.encoded)):
         has_image = row.pop("image") is not None
         prediction, choice = answers[index]
         records.append(
@@ -40,7 +65,7 @@ def make_records(task, processor, split: Split, output) -> list[dict]:
                 **row,
                 "index": index,
                 "prediction": prediction,
-                "choice": choice if split.encoded[index]["options"] else None,
+                "choice": choice if encoded["options"] else None,
                 "expected": task.answer(row),
                 "has_image": has_image,
             }
@@ -48,29 +73,9 @@ def make_records(task, processor, split: Split, output) -> list[dict]:
     return records
 
 
-def commit_of(location: str | None, revision: str | None) -> str | None:
-    """The commit that adapters were loaded at; `None` for a folder, which has none."""
-    if location is None or Path(location).is_dir():
-        return None
-    return extract_commit_hash(cached_file(location, CONFIG_NAME, revision=revision), None)
-
-
-def base_revision(config, key: str, location: str) -> str | None:
-    """The commit of a base, if the config speaks of the place that it was loaded from."""
-    known = getattr(config, f"{key}_model_id") == location
-    return getattr(config, f"{key}_model_revision") if known else None
-
-
-def command_of(recipe: Path, flags: list[str]) -> str:
-    """The command of a run as anybody may read it."""
-    recipe = recipe.relative_to(ROOT) if recipe.is_relative_to(ROOT) else recipe
-    command = shlex.join(["accelerate", "launch", "train.py", str(recipe), *flags])
-    return re.sub(r"--hub[-_]token[= ]\S+", "--hub_token ...", command)
-
-
-def describe_run(task, processor, model, split: Split, data_args, model_args, training_args, folder: Path) -> dict:
-    """All that a reader needs to repeat or to doubt a result."""
-    weights = [*folder.glob("*.safetensors")]
+def describe_run(task, processor, model, split: Split, data_args, model_args, training_args) -> dict:
+    """Everything that a reader needs to reproduce a result."""
+    weights = Path(training_args.output_dir).glob("*.safetensors")
     return {
         "task": data_args.task,
         "data_path": data_args.data_path,
@@ -93,8 +98,29 @@ def describe_run(task, processor, model, split: Split, data_args, model_args, tr
     }
 
 
+def commit_of(location: str | None, revision: str | None) -> str | None:
+    """The commit of adapters on the Hub, `None` for a folder."""
+    if location is None or Path(location).is_dir():
+        return None
+    return extract_commit_hash(cached_file(location, CONFIG_NAME, revision=revision), None)
+
+
+def base_revision(config, base: str, location: str) -> str | None:
+    """The commit of a base, if the config describes the place that it was loaded from."""
+    known = getattr(config, f"{base}_model_id") == location
+    return getattr(config, f"{base}_model_revision") if known else None
+
+
+def command_of(recipe: Path, flags: list[str]) -> str:
+    """The command of a run, without the token."""
+    recipe = recipe.relative_to(ROOT) if recipe.is_relative_to(ROOT) else recipe
+    flags = flags[1:] if flags and not flags[0].startswith("-") else flags
+    command = shlex.join(["accelerate", "launch", "train.py", str(recipe), *flags])
+    return re.sub(r"--hub[-_]token[= ]\S+", "--hub_token ...", command)
+
+
 def write_card(folder: Path, name: str, results: dict, code: str | None):
-    """The card of a run, see `make_card`. What is known of it alone: its data, scores and command."""
+    """Writes the model card of a run, with its data, scores and command."""
     scores, config = results["scores"], results["config"]
     task = get_task(results["task"])
     path = (results["data_path"] or "").partition(":")[0]
@@ -108,8 +134,8 @@ def write_card(folder: Path, name: str, results: dict, code: str | None):
         metric_value=round(scores[task.CARD["score"]], 2),
     )
     bases = {
-        config.get(f"{key}_model_id", results[f"{key}_model"]): config.get(f"{key}_model_revision")
-        for key in ("text", "vision")
+        config.get(f"{base}_model_id", results[f"{base}_model"]): config.get(f"{base}_model_revision")
+        for base in reversed(BASES)
     }
     table = "\n".join(f"| {kind} | {value:.2f} |" for kind, value in scores.items() if value is not None)
     sections = (
@@ -133,7 +159,7 @@ def write_card(folder: Path, name: str, results: dict, code: str | None):
 
 
 def example_code(folder: Path) -> str:
-    """Lines of Python that load what was trained and ask about an image of the test split."""
+    """Lines of Python that load the adapters and ask about an image of the test split."""
     return f"""\
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -141,7 +167,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 folder = {str(folder)!r}
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-question = open(folder + "/example.txt").read()
+question = open(folder + "/example.txt", encoding="utf-8").read()
 inputs = processor(images=Image.open(folder + "/example.png"), text=question, return_tensors="pt")
 answer = model.generate(**inputs, max_new_tokens=10, do_sample=False)[:, inputs["input_ids"].shape[1] :]
 print(question + processor.batch_decode(answer, skip_special_tokens=True)[0])
@@ -149,30 +175,31 @@ print(question + processor.batch_decode(answer, skip_special_tokens=True)[0])
 
 
 def write_example(folder: Path, task, processor, split: Split) -> bool:
-    """The first question of a split that has an image, for `example_code`."""
+    """Writes the first question with an image, for `example_code`. Returns whether there is one."""
     for index, row in enumerate(split.rows):
         if row["image"] is not None:
             split[index]["image"].save(folder / "example.png")
-            (folder / "example.txt").write_text(render(processor, task.prompt(row, task.context(row))))
+            question = render(processor, task.prompt(row, task.context(row)))
+            (folder / "example.txt").write_text(question, encoding="utf-8")
             return True
     return False
 
 
 def report(folder: Path, task, processor, split: Split):
-    """Scores the predictions in a folder, writes its card and says how to use what is there."""
+    """Scores the predictions in a folder, writes its card and prints how to use the adapters."""
     results = score_folder(folder)
     print_scores(results)
     usable = results["method"] in DEHVF_METHODS and write_example(folder, task, processor, split)
     code = example_code(folder) if usable else None
     write_card(folder, folder.name, results, code)
     if usable:
-        print(f"\nTo ask the result about an image:\n\n{code}")
+        print(f"\nTo ask about an image:\n\n{code}")
 
 
 def open_repository(training_args) -> str | None:
     """
-    The repository to push to, if any. It is made now, so that what the Hub refuses comes out before training. The
-    Trainer is not to push: it would before there are results, and its pickled arguments too.
+    Creates the repository to push to, if `--push_to_hub` asks for it, so that a refusal of the Hub comes before
+    training. The Trainer does not push, since it would do so without results and with its pickled arguments.
     """
     asked, training_args.push_to_hub = training_args.push_to_hub, False
     if not asked or training_args.process_index != 0:
@@ -183,8 +210,8 @@ def open_repository(training_args) -> str | None:
 
 
 def push(folder: Path, repo_id: str, training_args):
-    """Puts adapters, card and results of a run that is complete into their repository, in one commit."""
-    results = json.loads((folder / RESULTS_FILE).read_text())
+    """Pushes the adapters, the card and the results of a complete run in one commit."""
+    results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
     write_card(folder, repo_id.split("/")[-1], results, hub.example_code(repo_id))
     try:
         commit = upload_folder(
@@ -200,6 +227,6 @@ def push(folder: Path, repo_id: str, training_args):
         words = ["hf", "upload", repo_id, str(folder), "."]
         words += [word for pattern in PUSHED_FILES for word in ("--include", pattern)]
         words += [word for pattern in KEPT_FILES for word in ("--exclude", pattern)]
-        error.add_note(f"The run is complete, in {folder}. To repeat the push alone:\n\n{shlex.join(words)}")
+        error.add_note(f"The run is complete in {folder}. To repeat only the push:\n\n{shlex.join(words)}")
         raise
     print(f"\nPushed: {commit.commit_url}")
