@@ -149,9 +149,7 @@ def test_the_help_describes_every_flag_and_no_name_is_missing_from_the_sources(c
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert (
-        "--fuser_num_heads FUSER_NUM_HEADS, --fuser-num-heads FUSER_NUM_HEADS Attention heads of the fuser" in printed
-    )
+    assert "--fuser-num-heads FUSER_NUM_HEADS Attention heads of the fuser" in printed
     for word in printed.split():
         if word.startswith("--") and word.strip("-,=").isidentifier():
             name = word.strip("-,=")

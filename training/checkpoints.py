@@ -264,8 +264,8 @@ def check_same_arguments(now: dict, earlier: dict, checkpoint: Path):
     if differing:
         raise ValueError(
             f"{checkpoint} belongs to a run with other arguments: {'; '.join(differing)}. To resume that run, give "
-            "its arguments. For a new run, use another `--output_dir`, perhaps with `--adapter` and this checkpoint; to "
-            "replace that run, use `--resume_from_checkpoint never`."
+            "its arguments. For a new run, use another `--output_dir`, perhaps with `--adapter` and this checkpoint. "
+            "To replace that run, use `--resume_from_checkpoint never`."
         )
 
 
