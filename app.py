@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from pictures import check_config, draw_fusion_weights, draw_slot_activations, fusion_weights, slot_activations
 from serve import remember_images
 from tasks import digits
-from train import read_image
+from training.data import read_image
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported

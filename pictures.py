@@ -25,7 +25,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from tasks import NAMES, get_task
-from train import Collator, RowEncoder, read_image
+from training.data import Collator, RowEncoder, read_image
 
 
 BATCH_SIZE = 32
