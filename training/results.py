@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import EvalResult, upload_folder
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, extract_commit_hash
 
-from dehvf import modeling as hub
+from dehvf import hub
 from tasks import get_task, print_scores, score_folder
 from training.arguments import BASES, DEHVF_METHODS
 from training.checkpoints import RESULTS_FILE, describe_code, digest, write_json
