@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from tiny import ROOT, DehvfForConditionalGeneration, DehvfProcessor
 
-from pictures import fusion_weights
+from demo.pictures import fusion_weights
 
 
 pytest.importorskip("gradio", reason="pip install -r requirements-app.txt")
 import gradio as gr  # noqa: E402
 
-import app  # noqa: E402
+from demo import app  # noqa: E402
 
 
 BASES = ROOT / "assets" / "vision_model", ROOT / "assets" / "language_model"

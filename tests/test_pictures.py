@@ -22,7 +22,7 @@ from tiny import (
 )
 from torch.nn import functional as F
 
-import pictures
+from demo import pictures
 from tasks import get_task
 
 

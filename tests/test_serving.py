@@ -25,7 +25,7 @@ from transformers import TextIteratorStreamer, TextStreamer
 from transformers.cli.serving.model_manager import Modality, ModelManager
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-import serve
+from demo import serve
 
 
 QUESTION = "what is that?"
@@ -181,7 +181,7 @@ def test_the_command_hands_its_flags_to_transformers_serve(adapter, registered, 
     monkeypatch.setattr(uvicorn.Server, "run", lambda self: served.append(self.config.port))
     monkeypatch.setattr(sys, "argv", ["serve.py", adapter, "--trust-remote-code", "--device", "cpu", "--port", "8123"])
     with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(str(ROOT / "serve.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "demo" / "serve.py"), run_name="__main__")
     assert served == [8123]
 
 
