@@ -108,7 +108,7 @@ def slot_activations(model, inputs, position: int = -1) -> np.ndarray:
         ValueError: if the model has no visual prompts, or a row has no image.
     """
     check_images(model, inputs)
-    memory = model.get_image_features(inputs["pixel_values"], instruction=instruction_of(model, inputs))
+    features = model.get_image_features(inputs["pixel_values"], instruction=instruction_of(model, inputs))
     texts = {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_mask")}
     ffn_inputs, thread = [], threading.get_ident()
 
@@ -119,13 +119,13 @@ def slot_activations(model, inputs, position: int = -1) -> np.ndarray:
     mlps = [layer.mlp for layer in model.model.language_model.layers]
     hooks = [mlp.register_forward_pre_hook(keep) for mlp in mlps]
     try:
-        model(**texts, visual_memory=memory)
+        model(**texts, visual_memory=features)
     finally:
         for hook in hooks:
             hook.remove()
     scores = [
         torch.einsum("bh,bnh->bn", hidden.to(keys.device), keys)
-        for hidden, keys in zip(ffn_inputs, memory_keys(model, memory))
+        for hidden, keys in zip(ffn_inputs, memory_keys(model, features.pooler_output))
     ]
     activations = [getattr(mlp, mlp.activation_name)(score) for mlp, score in zip(mlps, scores)]
     return torch.stack(activations, dim=1).cpu().numpy()
@@ -133,14 +133,13 @@ def slot_activations(model, inputs, position: int = -1) -> np.ndarray:
 
 def memory_keys(model, memory) -> Iterator[torch.Tensor]:
     """The keys of the patches' memory slots, `(batch_size, num_patches, language_hidden_size)`, layer by layer."""
-    memory = getattr(memory, "pooler_output", memory)
     up, slots = model.model.projector.up, model.model.memory_slots.key[: model.config.num_patches].float()
-    for features in memory.float().unbind(1):
+    for layer_features in memory.float().unbind(1):
         if model.config.visual_prompts == "values":
-            yield slots.expand(len(features), -1, -1)
+            yield slots.expand(len(layer_features), -1, -1)
         else:
             yield slots + model.config.visual_scale * F.linear(
-                features[:, 0, :, :-1], up.weight.float(), up.bias.float()
+                layer_features[:, 0, :, :-1], up.weight.float(), up.bias.float()
             )
 
 

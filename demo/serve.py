@@ -20,12 +20,13 @@ from collections import OrderedDict
 import torch
 import transformers
 from transformers import AutoModelForImageTextToText
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 class MemoryCache:
     """
-    The visual memories of the images that were used last. Safe to share between threads.
+    What the images that were used last were encoded to. Safe to share between threads.
 
     Args:
         num_images: how many to keep. The least recently used one is dropped first.
@@ -33,21 +34,21 @@ class MemoryCache:
 
     def __init__(self, num_images: int):
         self.num_images = num_images
-        self._memories = OrderedDict()
+        self._outputs = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key):
-        """The memory under this key, or `None`."""
+        """The entry under this key, or `None`."""
         with self._lock:
-            if key in self._memories:
-                self._memories.move_to_end(key)
-            return self._memories.get(key)
+            if key in self._outputs:
+                self._outputs.move_to_end(key)
+            return self._outputs.get(key)
 
-    def put(self, key, memory):
+    def put(self, key, output):
         with self._lock:
-            self._memories[key] = memory
-            if len(self._memories) > self.num_images:
-                self._memories.popitem(last=False)
+            self._outputs[key] = output
+            if len(self._outputs) > self.num_images:
+                self._outputs.popitem(last=False)
 
 
 def remember_images(model, num_images: int = 64):
@@ -62,24 +63,22 @@ def remember_images(model, num_images: int = 64):
     Returns:
         The same model.
     """
-    inner, cache = model.model, MemoryCache(num_images)
-    encode = inner.get_image_features
+    cache, encode = MemoryCache(num_images), model.model._encode
 
-    def get_image_features(pixel_values, image_mask=None, instruction=None):
+    def encode_or_look_up(adapter, pixel_values, image_mask, instruction, **kwargs):
         is_single = len(pixel_values) == 1 and (image_mask is None or image_mask.all())
         # A fuser that reads the question makes a memory for this question alone
-        if not is_single or inner.config.reads_instruction or torch.is_grad_enabled():
-            return encode(pixel_values, image_mask, instruction)
-        pixels = hashlib.sha256(pixel_values.float().cpu().numpy().tobytes()).digest()
-        # The module and not the adapter's name, under which other weights may be loaded later
-        key = inner.memory_slots, pixels
-        memory = cache.get(key)
-        if memory is None:
-            memory = encode(pixel_values)
-            cache.put(key, memory)
-        return memory
+        if kwargs or not is_single or adapter.config.reads_instruction or torch.is_grad_enabled():
+            return encode(adapter, pixel_values, image_mask, instruction, **kwargs)
+        key = adapter, hashlib.sha256(pixel_values.float().cpu().numpy().tobytes()).digest()
+        output = cache.get(key)
+        if output is None:
+            memory = encode(adapter, pixel_values, None, None).pooler_output
+            output = BaseModelOutputWithPooling(pooler_output=memory)
+            cache.put(key, output)
+        return output
 
-    inner.get_image_features = get_image_features
+    model.model._encode = encode_or_look_up
     return model
 
 

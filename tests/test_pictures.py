@@ -43,7 +43,9 @@ def slow_slot_activations(model, inputs, position):
     for hook in hooks:
         hook.remove()
     weights = torch.tensor(pictures.fusion_weights(model, inputs))
-    hidden = dehvf.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[1:]
+    instruction = pictures.instruction_of(model, inputs)
+    encoded = model.get_image_features(inputs["pixel_values"], instruction=instruction, output_hidden_states=True)
+    hidden = encoded.hidden_states[1:]
     patches = [dehvf.vision_tower.post_layernorm(states)[:, -NUM_PATCHES:] for states in hidden]
     down, up = dehvf.projector.down, dehvf.projector.up
     activations = torch.zeros(len(inputs["input_ids"]), NUM_TEXT_LAYERS, NUM_PATCHES)
@@ -89,7 +91,7 @@ def test_threads_see_their_own_activations_and_a_failure_leaves_no_hook():
     with ThreadPoolExecutor(4) as threads:
         together = list(threads.map(lambda inputs: pictures.slot_activations(model, inputs), batches))
     np.testing.assert_allclose(together, alone, atol=1e-6)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="input_ids"):
         pictures.slot_activations(model, {**batches[0], "input_ids": None})
     assert not any(layer.mlp._forward_pre_hooks for layer in model.model.language_model.layers)
 

@@ -37,10 +37,6 @@ def image(seed: int) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-def memory_of(features) -> torch.Tensor:
-    return getattr(features, "pooler_output", features)
-
-
 def count_encoder(model) -> list:
     calls = []
     model.model.vision_tower.register_forward_hook(lambda *args: calls.append(1))
@@ -90,7 +86,7 @@ def test_threads_share_the_cache_and_get_their_own_images():
 
     def encode(asked, inputs):
         with torch.no_grad():
-            return memory_of(asked.get_image_features(inputs["pixel_values"]))
+            return asked.get_image_features(inputs["pixel_values"]).pooler_output
 
     with ThreadPoolExecutor(8) as threads:
         together = list(threads.map(lambda inputs: encode(caching, inputs), batches))
@@ -108,7 +104,7 @@ def test_each_adapter_has_memories_of_its_own(tmp_path):
     def check(name):
         for loaded in (caching, model):
             loaded.set_adapter(name)
-        assert torch.equal(*(memory_of(loaded.get_image_features(pixels)) for loaded in (caching, model)))
+        assert torch.equal(*(loaded.get_image_features(pixels).pooler_output for loaded in (caching, model)))
 
     for loaded in (caching, model):
         loaded.load_adapter(tmp_path / "other", "other")
@@ -152,11 +148,11 @@ def test_nothing_is_cached_that_a_gradient_goes_through():
 def adapter(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("served")
     vision, text = save_tiny_bases(folder)
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     model = DehvfForConditionalGeneration.from_vision_text_pretrained(vision, text, **DEHVF_SIZES)
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.5)
+            torch.nn.init.normal_(parameter, std=0.2)
     model.generation_config.suppress_tokens = [0, 1, 2, 3]  # of which nothing would be seen
     model.save_pretrained(folder / "adapter")
     return str(folder / "adapter")
