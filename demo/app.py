@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it when it is imported
 
 import gradio as gr  # noqa: E402
+from training.data import read_image  # noqa: E402
 
 from demo.pictures import (  # noqa: E402
     check_config,
@@ -38,7 +39,6 @@ from demo.pictures import (  # noqa: E402
 )
 from demo.serve import remember_images  # noqa: E402
 from tasks import digits  # noqa: E402
-from train import read_image  # noqa: E402
 
 
 MAX_NEW_TOKENS = 64

@@ -28,8 +28,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from training.data import Collator, RowEncoder, read_image  # noqa: E402
+
 from tasks import NAMES, get_task  # noqa: E402
-from train import Collator, RowEncoder, read_image  # noqa: E402
 
 
 BATCH_SIZE = 32
