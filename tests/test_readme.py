@@ -115,6 +115,7 @@ def test_two_processes_under_zero_2_train(tmp_path):
     assert "parameters are trained" in run(*command)
 
 
+@pytest.mark.slow
 def test_the_blocks_of_the_usage_page_run_in_its_order(tmp_path):
     bases = ROOT / "assets" / "vision_model", ROOT / "assets" / "language_model"
     processor = DehvfProcessor.from_vision_text_pretrained(*bases)

@@ -82,7 +82,7 @@ def test_cached_images_give_the_same_answers_and_are_encoded_once():
 
 def test_threads_share_the_cache_and_get_their_own_images():
     model, caching = tiny_model(), serve.remember_images(tiny_model(), num_images=3)
-    batches = [tiny_inputs(1, seed=seed % 5) for seed in range(200)]
+    batches = [tiny_inputs(1, seed=seed % 5) for seed in range(60)]
 
     def encode(asked, inputs):
         with torch.no_grad():
