@@ -12,8 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from baselines import METHODS as BASELINES
 from baselines import BaselineArguments
-from dehvf import DehvfConfig
-from dehvf import hub
+from dehvf import DehvfConfig, hub
 from tasks import NAMES
 from training.engines import ENGINE_OF_ONE, name_engine
 from training.flags import read_command
