@@ -18,9 +18,11 @@ import torch
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from datasets.fingerprint import Hasher
+from datasets.utils.file_utils import xopen
 from PIL import Image
 from transformers.utils import logging
 
+import dehvf
 from training.flags import ROOT
 
 
@@ -59,8 +61,13 @@ def load_rows(task, name: str, arguments):
 
 
 def read_image(image: dict | None) -> Image.Image | None:
-    """The RGB image of an undecoded `datasets.Image`, rotated as its EXIF data says."""
-    return None if image is None else ImageFeature().decode_example(image).convert("RGB")
+    """The RGB image of an undecoded `datasets.Image`, as the processor reads it."""
+    if image is None:
+        return None
+    if image["bytes"] is None and "://" in image["path"]:  # of a streamed data set, perhaps inside an archive
+        with xopen(image["path"], "rb") as file:
+            image = {"bytes": file.read(), "path": image["path"]}
+    return dehvf.images.read_image(image)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
