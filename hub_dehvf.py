@@ -65,8 +65,8 @@ processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_
 message = {{"role": "user", "content": "What is in the image?"}}
 question = processor.apply_chat_template([message], add_generation_prompt=True)
 inputs = processor(images=Image.open("image.png"), text=question, return_tensors="pt")
-answer = model.generate(**inputs, max_new_tokens=10, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-print(question + processor.batch_decode(answer, skip_special_tokens=True)[0])
+tokens = model.generate(**inputs, max_new_tokens=10, do_sample=False)
+print(processor.batch_decode(tokens, skip_special_tokens=True)[0])
 """
 
 

@@ -169,8 +169,8 @@ model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=Tr
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 question = open(folder + "/example.txt", encoding="utf-8").read()
 inputs = processor(images=Image.open(folder + "/example.png"), text=question, return_tensors="pt")
-answer = model.generate(**inputs, max_new_tokens=10, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-print(question + processor.batch_decode(answer, skip_special_tokens=True)[0])
+tokens = model.generate(**inputs, max_new_tokens=10, do_sample=False)
+print(processor.batch_decode(tokens, skip_special_tokens=True)[0])
 """
 
 
