@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 from transformers.activations import ACT2FN
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from dehvf import modeling
 
-ROOT = Path(__file__).parents[1]
+
 METHODS = {"llava-lora": "llava_lora", "lavin": "lavin", "llama-adapter": "llama_adapter"}
 # `model_type`s that all methods can adapt: their layers take further keyword arguments and hand them to `self_attn`
 VISION_TYPES, TEXT_TYPES = ("clip_vision_model",), ("llama", "mistral")
@@ -82,11 +82,6 @@ class BaselineArguments:
 # ---------------------------------------------------------------------------------------------------------------------
 # What the methods share
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def dehvf(name: str):
-    """A function of `modeling_dehvf.py`, by the loader that `trust_remote_code=True` uses."""
-    return get_class_from_dynamic_module(f"modeling_dehvf.{name}", str(ROOT))
 
 
 class Projector(nn.Module):
@@ -181,7 +176,7 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         return torch.stack(self.model.get_image_features(pixel_values).pooler_output)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
-        dehvf("refuse_reentrant_checkpointing")(activation_checkpointing_kwargs)
+        modeling.refuse_reentrant_checkpointing(activation_checkpointing_kwargs)
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
     def _trained_names(self) -> set[str]:
@@ -326,5 +321,5 @@ def build(
 
 
 def _load_base(auto_class, key: str, location: str, revision: str | None, **options):
-    config = dehvf("load_base_config")(location, key, revision, {})
+    config = modeling.load_base_config(location, key, revision, {})
     return auto_class.from_pretrained(location, config=config, revision=revision, **options)
