@@ -26,7 +26,6 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from dehvf import bases, injection
 
 
-ROOT = Path(__file__).parents[1]
 METHODS = {"llava-lora": "llava_lora", "lavin": "lavin", "llama-adapter": "llama_adapter"}
 # `model_type`s that all methods can adapt: their layers take further keyword arguments and hand them to `self_attn`
 VISION_TYPES, TEXT_TYPES = ("clip_vision_model",), ("llama", "mistral")

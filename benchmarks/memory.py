@@ -29,9 +29,9 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from benchmarks import RESULTS, machine_in_words, operations, save_report, speed
+from dehvf import DehvfForConditionalGeneration
 
 
 ROOT = Path(__file__).parents[1]
@@ -179,8 +179,9 @@ def save_sharded_base(folder: Path, num_layers: int) -> int:
 
 
 def new_adapters(folder: Path, **config_values):
-    model_class = get_class_from_dynamic_module("modeling_dehvf.DehvfForConditionalGeneration", str(ROOT))
-    return model_class.from_vision_text_pretrained(folder / "vision", folder / "text", **config_values)
+    return DehvfForConditionalGeneration.from_vision_text_pretrained(
+        folder / "vision", folder / "text", **config_values
+    )
 
 
 def growth_of_loading(folder: Path) -> dict[str, dict[str, int]]:

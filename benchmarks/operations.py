@@ -23,9 +23,9 @@ from torch.fx.experimental import _config as fx_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from benchmarks import RESULTS, machine_in_words, save_report
+from dehvf import DehvfConfig, DehvfForConditionalGeneration
 
 
 ROOT = Path(__file__).parents[1]
@@ -44,13 +44,9 @@ LANGUAGE_MODEL = ("attention", "FFN", "lm_head")
 LANGUAGE_SIDE = (*LANGUAGE_MODEL, "memory lookup")
 
 
-def dehvf_class(file: str, name: str):
-    return get_class_from_dynamic_module(f"{file}.{name}", str(ROOT))
-
-
 def load_config(file: str, patches_per_side: int, num_memory_slots: int):
     """The preset in `file`, for images of another size."""
-    config = dehvf_class("configuration_dehvf", "DehvfConfig").from_json_file(ROOT / file)
+    config = DehvfConfig.from_json_file(ROOT / file)
     config.num_memory_slots = num_memory_slots
     config.vision_config.image_size = patches_per_side * config.vision_config.patch_size
     return config
@@ -165,7 +161,7 @@ def meta_device():
 
 
 def build_dehvf(config):
-    return dehvf_class("modeling_dehvf", "DehvfForConditionalGeneration")(config).eval()
+    return DehvfForConditionalGeneration(config).eval()
 
 
 def build_llava(config):

@@ -163,15 +163,16 @@ def measure_seconds() -> dict:
     from benchmarks import speed
     from tasks import get_task
     from training.arguments import parse_arguments
-    from training.data import Collator
-    from training.models import load
+    from training.data import Collator, load_splits
+    from training.models import load_model, load_processor
 
     steps, answers = {}, {}
     for name, row in TABLES["Methods (the paper's Tables 1 and 2)"].items():
         words = [*words_of(flags_of(row, 0)), "--max_samples", "100", "--output_dir", str(RUNS / "seconds")]
-        _, data, model_args, *others = parse_arguments(words)
-        task = get_task(data.task)
-        processor, splits, model = load(task, data, model_args, *others)
+        _, data, model_args, adapter_args, baseline_args, training_args = parse_arguments(words)
+        task, processor = get_task(data.task), load_processor(model_args)
+        splits = load_splits(task, processor, data, training_args)
+        model = load_model(model_args, adapter_args, baseline_args)
         reads = getattr(model.config, "reads_instruction", False)
         collate = Collator(processor, getattr(model, "image_tokens", []), reads)
         batches = []

@@ -34,6 +34,7 @@ from transformers import AutoModel, AutoModelForCausalLM, StoppingCriteria
 
 from baselines import BaselineArguments, assemble
 from benchmarks import RESULTS, machine_in_words, operations, save_report
+from dehvf import DehvfConfig, DehvfForConditionalGeneration
 
 
 ROUNDS = 7
@@ -170,7 +171,7 @@ def make_config(preset: Preset, patches_per_side: int):
         return config
     bases = deepcopy(preset.config)
     bases["vision_config"]["image_size"] = patches_per_side * bases["vision_config"]["patch_size"]
-    return operations.dehvf_class("configuration_dehvf", "DehvfConfig")(**bases, num_memory_slots=slots)
+    return DehvfConfig(**bases, num_memory_slots=slots)
 
 
 def random_base(auto_class, config, preset: Preset) -> nn.Module:
@@ -198,7 +199,7 @@ def build(method: str, config, vision: nn.Module, text: nn.Module) -> nn.Module:
     config = deepcopy(config)
     config.layer_fusion = "penultimate" if method == MEMVP else "adaptive"
     with text.device:
-        return operations.dehvf_class("modeling_dehvf", "DehvfForConditionalGeneration")(config, vision, text).eval()
+        return DehvfForConditionalGeneration(config, vision, text).eval()
 
 
 def build_all(methods: tuple[str, ...], preset: Preset, patches_per_side: int, text: nn.Module) -> dict:

@@ -82,6 +82,7 @@ def open_dataset(path: str, split: str, streaming: bool) -> Dataset | IterableDa
     wrote, or of a folder with Parquet files, such as a clone of the Hub's repository. Folders need no network.
 
     Raises:
+        OSError: if there is no such folder, and no such data set on the Hub or no network.
         ValueError: if `path` is a file or a folder of another kind, or there is no such split.
     """
     folder = Path(path)
@@ -98,7 +99,10 @@ def open_dataset(path: str, split: str, streaming: bool) -> Dataset | IterableDa
     if folder.exists():
         return load_dataset(path, split=split, streaming=streaming)
     name, _, config = path.partition(":")
-    return load_dataset(name, config or None, split=split, streaming=streaming)
+    try:
+        return load_dataset(name, config or None, split=split, streaming=streaming)
+    except OSError as error:
+        raise OSError(f"There is no folder {path}, and the Hub gave no data set of this name: {error}") from error
 
 
 def require_files(paths: Iterable[Path], layout: str):

@@ -26,7 +26,7 @@ def recipes() -> list[Path]:
 def read_recipe(recipe: Path) -> dict:
     """The values of a recipe and of its `base`, a recipe in the same folder. A `null` removes a value of the base."""
     if not recipe.is_file():
-        raise ValueError(f"There is no recipe {recipe}. There are: {', '.join(map(str, recipes()))}.")
+        raise ValueError(f"There is no recipe {recipe}. recipes/ has {', '.join(path.name for path in recipes())}.")
     values = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
     base = values.pop("base", None)
     values = values if base is None else read_recipe(recipe.parent / base) | values
