@@ -285,6 +285,12 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
 
     build_adapter = Adapter.build
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Of custom code, `transformers` leaves out modules without parameters of their own when it initialises, like
+        # the attention of CLIP, whose weights would get another scale. `_init_weights` needs no such care.
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -338,9 +344,6 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
     def __init__(self, config: DehvfConfig, vision_tower=None, language_model=None):
         super().__init__(config)
         check_layouts(config)
-        for base in (vision_tower, language_model):
-            for module in base.modules() if base is not None else ():
-                module._is_hf_initialized = True  # loaded weights are never initialised again
         self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
         self.language_model = language_model or AutoModel.from_config(config.text_config)
         activation_name = TEXT_LAYOUTS[config.text_config.model_type]
@@ -633,11 +636,9 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: DehvfConfig, vision_tower=None, causal_lm=None):
         super().__init__(config)
-        is_loaded = causal_lm is not None
         causal_lm = causal_lm or AutoModelForCausalLM.from_config(config.text_config)
         self.model = DehvfModel(config, vision_tower, causal_lm.base_model)
         self.lm_head = causal_lm.get_output_embeddings()
-        self.lm_head._is_hf_initialized = is_loaded
         self.generation_config = causal_lm.generation_config
         self.freeze_bases()
         self.post_init()
