@@ -1,15 +1,26 @@
-"""The processor: which image belongs to which text, and what the model gets."""
+"""The processor: what it reads, which image belongs to which text, and what the model gets."""
 
+import base64
+import json
+import os
+import pty
 import struct
+import subprocess
+import sys
 import zlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from tiny import (
     IMAGE_SIZE,
     NUM_PATCHES,
+    ROOT,
     DehvfProcessor,
     save_tiny_bases,
     tiny_image_processor,
@@ -18,9 +29,82 @@ from tiny import (
     tiny_tokenizer,
 )
 
+from dehvf import processing
+
+
+read_image = processing.read_image
+
 
 def image(color="red", size=(20, 30)):
     return Image.new("RGB", size, color)
+
+
+def pixels_of(image) -> torch.Tensor:
+    return tiny_processor()(images=image, return_tensors="pt")["pixel_values"]
+
+
+# --- texts ---
+
+
+def test_one_text_is_a_batch_and_several_are_padded_on_the_left():
+    assert tiny_processor()(text="ab") == {"input_ids": [[1, 4, 5]], "attention_mask": [[1, 1, 1]]}
+    padded = tiny_processor()(text=["abc", "a"])
+    assert padded == {"input_ids": [[1, 4, 5, 6], [0, 0, 1, 4]], "attention_mask": [[1, 1, 1, 1], [0, 0, 1, 1]]}
+    assert tiny_processor()(text=["abc", "a"], padding=False)["input_ids"] == [[1, 4, 5, 6], [1, 4]]
+    assert tiny_processor()(text="a", text_kwargs={"add_special_tokens": False})["input_ids"] == [[4]]
+
+
+def test_bos_stands_once_however_the_text_comes():
+    processor, message = tiny_processor(), [{"role": "user", "content": "abc"}]
+    rendered = processor.apply_chat_template(message, add_generation_prompt=True)
+    assert rendered == "<s>abc\nResponse:"
+    ids = processor(text=rendered)["input_ids"]
+    assert ids == processor(text=rendered.removeprefix("<s>"))["input_ids"] and ids[0].count(1) == 1
+    assert ids == processor.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert processor(text=["<s>ab", "ab"])["input_ids"] == [[1, 4, 5], [1, 4, 5]]
+    processor.tokenizer.bos_token = None
+    assert processor.apply_chat_template(message) == "abc\n"
+
+
+def test_the_assistant_mask_covers_answers_and_their_ends():
+    turns = [
+        {"role": "user", "content": [{"type": "image", "image": image()}, {"type": "text", "text": "who?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "me"}]},
+        {"role": "user", "content": "why?"},
+        {"role": "assistant", "content": "A"},
+    ]
+    processor = tiny_processor()
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True, "return_tensors": "pt"}
+    batch = processor.apply_chat_template([turns, turns[:2]], **options)
+    masks = batch["assistant_masks"].bool()
+    texts = [processor.tokenizer.convert_ids_to_tokens(ids[mask]) for ids, mask in zip(batch["input_ids"], masks)]
+    assert texts == [[" ", "m", "e", "</s>", " A", "</s>"], [" ", "m", "e", "</s>"]]
+    assert batch["image_mask"].tolist() == [True, True]
+    assert processor.apply_chat_template(turns) == "<s>who?\nResponse: me</s>\nwhy?\nResponse: A</s>\n"
+
+
+def test_a_tokenizers_own_chat_template_is_used(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ 'Q:' + message.content + '\n' }}{% endfor %}"
+    processor = DehvfProcessor(tiny_image_processor(), tokenizer)
+    message = {"role": "user", "content": [{"type": "image", "image": image()}, {"type": "text", "text": "why?"}]}
+    assert processor.apply_chat_template([message]) == "Q:why?\n"
+    inputs = processor.apply_chat_template([message], tokenize=True, return_dict=True)
+    assert inputs["input_ids"][0][0] == 1 and inputs["pixel_values"].shape[0] == 1
+    processor.save_pretrained(tmp_path)
+    assert DehvfProcessor.from_pretrained(tmp_path).chat_template == processor.chat_template
+    assert DehvfProcessor(tiny_image_processor(), tokenizer, chat_template="mine").chat_template == "mine"
+
+
+def test_a_tokenizer_without_padding_token_gets_one():
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    assert DehvfProcessor(tiny_image_processor(), tokenizer).tokenizer.pad_token == "<unk>"
+    tokenizer.pad_token = tokenizer.unk_token = None
+    assert DehvfProcessor(tiny_image_processor(), tokenizer).tokenizer.pad_token == "</s>"
+
+
+# --- images and texts ---
 
 
 def test_a_mixed_batch_marks_who_has_an_image():
@@ -32,79 +116,21 @@ def test_a_mixed_batch_marks_who_has_an_image():
     assert torch.equal(inputs["pixel_values"][2], single["pixel_values"][0])
 
 
-def test_padding_is_on_the_left():
-    inputs = tiny_processor()(text=["abc", "a"], return_tensors="pt")
-    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
-
-
 @pytest.mark.parametrize("images", [None, [None, None], [[], None]])
 def test_pixels_are_absent_where_no_sample_has_an_image(images):
     inputs = tiny_processor()(images=images, text=["abc", "a"], return_tensors="pt")
     assert set(inputs) == {"input_ids", "attention_mask"}
 
 
-@pytest.mark.parametrize("form", ["path", "array", "tensor", "single", "list", "nested"])
-def test_images_may_come_in_many_forms(form, tmp_path):
-    image().save(tmp_path / "a.png")
-    forms = {
-        "path": str(tmp_path / "a.png"),
-        "array": np.asarray(image()),
-        "tensor": torch.from_numpy(np.array(image())).permute(2, 0, 1),
-        "single": image(),
-        "list": [image()],
-        "nested": [[image()]],
-    }
-    inputs = tiny_processor()(images=forms[form], text="a", return_tensors="pt")
-    expected = tiny_processor()(images=image(), text="a", return_tensors="pt")
-    torch.testing.assert_close(inputs["pixel_values"], expected["pixel_values"])
-
-
-def test_the_text_is_the_same_with_and_without_an_image():
-    processor = tiny_processor()
-    with_image = processor(images=image(), text="abc", return_tensors="pt")
-    assert torch.equal(with_image["input_ids"], processor(text="abc", return_tensors="pt")["input_ids"])
-
-
 def test_output_feeds_the_model_as_it_is():
-    model = tiny_model()
-    inputs = tiny_processor()(images=[image(), None], text=["abc", "a"], return_tensors="pt")
+    model, processor = tiny_model(), tiny_processor()
+    inputs = processor(images=[image(), None], text=["abc", "a"], return_tensors="pt")
+    assert torch.equal(inputs["input_ids"], processor(text=["abc", "a"], return_tensors="pt")["input_ids"])
     assert model(**inputs).visual_memory.shape[3] == NUM_PATCHES
     assert model.generate(**inputs, max_new_tokens=2).shape[0] == 2
-
-
-def test_chat_template_takes_images_out_of_the_text():
-    message = {"role": "user", "content": [{"type": "image", "image": image()}, {"type": "text", "text": "what?"}]}
-    processor = tiny_processor()
-    text = processor.apply_chat_template([message], add_generation_prompt=True)
-    assert text == "what?\nResponse:"
-    inputs = processor.apply_chat_template(
-        [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    expected = processor(images=image(), text=text, return_tensors="pt")
-    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
-
-
-def test_chat_template_over_several_turns_and_a_batch():
-    turns = [
-        {"role": "user", "content": "who?"},
-        {"role": "assistant", "content": [{"type": "text", "text": "me"}]},
-        {"role": "user", "content": "why?"},
-    ]
-    processor = tiny_processor()
-    assert processor.apply_chat_template(turns) == "who?\nResponse: me</s>\nwhy?\n"
-    message = [{"role": "user", "content": [{"type": "image", "image": image()}]}]
-    inputs = processor.apply_chat_template(
-        [turns, message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    assert inputs["image_mask"].tolist() == [False, True]
-
-
-def test_a_tokenizer_without_padding_token_gets_one():
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token = None
-    assert DehvfProcessor(tiny_image_processor(), tokenizer).tokenizer.pad_token == "<unk>"
-    tokenizer.pad_token = tokenizer.unk_token = None
-    assert DehvfProcessor(tiny_image_processor(), tokenizer).tokenizer.pad_token == "</s>"
+    without_text = processor(images=image(), return_tensors="pt")
+    assert set(without_text) == {"pixel_values", "image_mask"}
+    assert model.get_image_features(**without_text) is not None
 
 
 def test_saved_and_loaded_processors_agree(tmp_path):
@@ -116,63 +142,174 @@ def test_saved_and_loaded_processors_agree(tmp_path):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_counts_of_images_and_texts_must_agree():
-    with pytest.raises(ValueError, match="1 images and 2 texts"):
-        tiny_processor()(images=[image()], text=["a", "b"])
-    with pytest.raises(ValueError, match="3 images and 1 texts"):
-        tiny_processor()(images=[image(), None, None], text="a")
+@pytest.mark.parametrize(
+    "images, text, message",
+    [
+        ([image()], ["a", "b"], "Got 1 images and 2 texts"),
+        ([image(), None, None], "a", "Got 3 images and 1 texts"),
+        ([[image(), image()]], "a", "2 images, but DEHVF reads one image per text"),
+    ],
+)
+def test_images_that_do_not_fit_the_texts_are_refused(images, text, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_processor()(images=images, text=text)
 
 
-def test_two_images_of_one_sample_are_refused():
-    with pytest.raises(ValueError, match="2 images, but DEHVF reads one image per text"):
-        tiny_processor()(images=[[image(), image()]], text="a")
+def output_in_terminal(script: str) -> str:
+    """What a Python script prints in a terminal, in which somebody could answer it."""
+    terminal, end = pty.openpty()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, stdin=end, stdout=end, stderr=end
+    )
+    os.close(end)
+    output = b""
+    try:
+        while chunk := os.read(terminal, 4096):
+            output += chunk
+    except OSError:  # the terminal was closed
+        pass
+    finally:
+        os.close(terminal)
+    assert process.wait() == 0, output.decode()
+    return output.decode()
 
 
-# --- images of all sorts ---
+def test_loading_never_asks_whether_to_run_code(tmp_path):
+    """A saved folder names our code, and a base may name its own, which must not run unless that is allowed."""
+    vision, text = save_tiny_bases(tmp_path)
+    config = json.loads((text / "config.json").read_text())
+    (text / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "code.Config"}}))
+    (text / "code.py").write_text("print('code of the base')")
+    model = tiny_model()
+    model.config.vision_model_id, model.config.text_model_id = str(vision), str(text)
+    model.config.save_pretrained(tmp_path / "bare")
+    model.config.save_pretrained(tmp_path / "saved")
+    tiny_processor().save_pretrained(tmp_path / "saved")
+    output = output_in_terminal(
+        "from dehvf import DehvfProcessor\n"
+        f"for name in ('bare', 'saved'): print(type(DehvfProcessor.from_pretrained('{tmp_path}/' + name)).__name__)"
+    )
+    assert output.count("DehvfProcessor") == 2
+    assert "[y/N]" not in output and "code of the base" not in output
 
 
-def pixels_of(image) -> torch.Tensor:
-    return tiny_processor()(images=image, text="a", return_tensors="pt")["pixel_values"]
+# --- every kind of image ---
 
 
-def shades() -> Image.Image:
-    """From black on the left to white on the right."""
-    return Image.fromarray(np.tile(np.linspace(0, 255, 32).astype(np.uint8), (32, 1)))
+def shades(*modes) -> Image.Image:
+    """From black on the left to white on the right, converted to one mode after another."""
+    picture = Image.fromarray(np.tile(np.linspace(0, 255, 32).astype(np.uint8), (24, 1)))
+    for mode in modes:
+        picture = picture.convert(mode)
+    return picture
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16", "I"])
-@pytest.mark.parametrize("opened", [True, False], ids=["opened", "path"])
-def test_the_same_picture_in_another_mode_gives_nearly_the_same_pixels(mode, opened, tmp_path):
-    image = shades()
-    if mode.startswith("I"):
-        image = Image.fromarray(np.asarray(image).astype(np.uint16 if mode == "I;16" else np.int32) * 257)
-    else:
-        image = (image.convert("RGB") if mode in ("P", "CMYK", "YCbCr") else image).convert(mode)
-    file = tmp_path / ("a.jpg" if mode in ("CMYK", "YCbCr") else "a.tif" if mode == "I" else "a.png")
-    image.save(file)
-    with Image.open(file) as image:
-        pixels = pixels_of(image if opened else str(file))
-    # Pixels lie between -2 and 2; a picture of black and white alone has the shades in its dots
-    assert (pixels - pixels_of(shades())).abs().mean() < (0.4 if mode == "1" else 0.05)
+def drawing() -> Image.Image:
+    """A black square on a ground that is transparent, and black where that is ignored."""
+    picture = Image.new("RGBA", (32, 24), (0, 0, 0, 0))
+    picture.paste("black", (8, 8, 16, 16))
+    return picture
 
 
-@pytest.mark.parametrize("form", ["path", "Path", "opened"])
-def test_a_photo_taken_sideways_is_turned(form, tmp_path):
-    exif = Image.Exif()
-    exif[0x112] = 6  # the camera was turned; a viewer has to turn the picture by 90 degrees
-    shades().save(tmp_path / "a.png", exif=exif)
-    image = {"path": str, "Path": lambda file: file, "opened": Image.open}[form](tmp_path / "a.png")
-    assert torch.equal(pixels_of(image), pixels_of(shades().transpose(Image.Transpose.ROTATE_270)))
+def file_of(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
+    picture.save(buffer := BytesIO(), kind, **options)
+    return buffer.getvalue()
 
 
-def test_an_animation_gives_its_first_frame(tmp_path):
-    image("red").save(tmp_path / "a.gif", save_all=True, append_images=[image("blue")])
-    assert torch.equal(pixels_of(str(tmp_path / "a.gif")), pixels_of(image("red")))
+ARRAY, GREY = np.asarray(shades("RGB")), np.asarray(shades())
+TENSOR = torch.from_numpy(ARRAY.copy()).permute(2, 0, 1)
+PNG = file_of(shades())
+TURNED = Image.Exif()
+TURNED[0x112] = 6  # a viewer has to turn the picture clockwise by 90 degrees
+
+# Each kind of image, and how far its pixels may be from those of the plain picture
+IMAGES = {
+    "bytes": (PNG, 0),
+    "bytearray": (bytearray(PNG), 0),
+    "file": (BytesIO(PNG), 0),
+    "base64": (base64.b64encode(PNG).decode(), 0),
+    "base64 in lines": (base64.encodebytes(PNG).decode(), 0),
+    "data URL": ("data:image/png;base64," + base64.b64encode(PNG).decode(), 0),
+    "datasets": ({"bytes": PNG, "path": "gone.png"}, 0),
+    "opened file": (Image.open(BytesIO(PNG)), 0),
+    **{mode: (shades(mode), 0) for mode in ("L", "LA", "PA", "P", "RGB", "RGBA", "RGBX")},
+    **{mode: (shades("RGB", mode), 3) for mode in ("CMYK", "YCbCr", "HSV", "LAB")},
+    "RGBa": (shades("RGBA", "RGBa"), 0),
+    "1": (shades("1"), 255),  # the shades are in its dots
+    "I;16": (Image.fromarray(GREY.astype(np.uint16) * 257), 0),
+    "I;16B": (Image.frombytes("I;16B", (32, 24), (GREY.astype(">u2") * 257).tobytes()), 0),
+    "I": (Image.fromarray(GREY.astype(np.int32) * 257), 0),
+    "I up to 255": (Image.fromarray(GREY.astype(np.int32)), 0),
+    "F up to 1": (Image.fromarray(GREY.astype(np.float32) / 255), 0),
+    "F up to 255": (Image.fromarray(GREY.astype(np.float32)), 0),
+    "16-bit PNG": (file_of(Image.fromarray(GREY.astype(np.uint16) * 257)), 0),
+    "float TIFF": (file_of(Image.fromarray(GREY.astype(np.float32)), "TIFF"), 0),
+    "JPEG in CMYK": (file_of(shades("RGB", "CMYK"), "JPEG"), 8),
+    "AVIF": (file_of(shades(), "AVIF"), 8),
+    "GIF": (file_of(shades(), "GIF", save_all=True, append_images=[image(size=(32, 24))]), 1),
+    "turned": (file_of(shades().transpose(Image.Transpose.ROTATE_90), exif=TURNED), 0),
+    "array": (ARRAY, 0),
+    "array, channels first": (ARRAY.transpose(2, 0, 1), 0),
+    "array of floats up to 1": (ARRAY / 255, 0),
+    "array of floats up to 255": (ARRAY.astype(np.float32), 0),
+    "array of 16 bits": (ARRAY.astype(np.uint16) * 257, 0),
+    "array of int64": (ARRAY.astype(np.int64), 0),
+    "array without channels": (GREY, 0),
+    "array with one channel": (GREY[..., None], 0),
+    "array with one channel first": (GREY[None], 0),
+    "array with transparency": (np.asarray(shades("RGBA")), 0),
+    "tensor": (TENSOR, 0),
+    "tensor, channels last": (TENSOR.permute(1, 2, 0), 0),
+    "tensor of floats": ((TENSOR / 255).requires_grad_(), 0),
+    "tensor of bfloat16": ((TENSOR / 255).bfloat16(), 1),
+    "tensor without channels": (TENSOR[0], 0),
+}
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1)])
-def test_an_image_of_one_pixel_or_one_line_is_an_image(size):
-    torch.testing.assert_close(pixels_of(image(size=size)), pixels_of(image()))
+@pytest.mark.parametrize("kind", IMAGES)
+def test_every_kind_of_image_gives_the_same_picture(kind):
+    entry, tolerance = IMAGES[kind]
+    read = read_image(entry)
+    assert read.mode == "RGB" and read.size == (32, 24)
+    difference = np.abs(np.asarray(read).astype(int) - ARRAY)
+    assert difference.max() <= tolerance
+    assert torch.equal(pixels_of([entry]), pixels_of(read))
+
+
+@pytest.mark.parametrize("form", ["path", "Path", "datasets", "URL"])
+def test_an_image_is_read_from_where_it_is(form, tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    Thread(target=server.serve_forever, daemon=True).start()
+    path, url = tmp_path / "a.png", f"http://127.0.0.1:{server.server_port}/a.png"
+    entry = {"path": str(path), "Path": path, "datasets": {"bytes": None, "path": str(path)}, "URL": url}[form]
+    assert np.array_equal(read_image(entry), ARRAY)
+    with pytest.raises(ValueError, match="404|no such file|No such file"):
+        read_image({"datasets": {"path": str(path) + "x"}, "Path": tmp_path / "x"}.get(form, str(entry) + "x"))
+    server.shutdown()
+
+
+TRANSPARENT = {
+    "RGBA": drawing(),
+    "LA": drawing().convert("LA"),
+    "PA": Image.frombytes("PA", (32, 24), drawing().convert("LA").tobytes()),
+    "RGBa": drawing().convert("RGBa"),
+    "PNG with a palette": file_of(drawing().quantize(4)),
+    "GIF": file_of(drawing(), "GIF"),
+    "PNG with a transparent shade": file_of(ImageChops.invert(drawing().getchannel("A")), transparency=255),
+    "WebP": file_of(drawing(), "WEBP", lossless=True),
+    "array": np.asarray(drawing()),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_what_is_transparent_is_white(kind):
+    expected = Image.new("RGB", (32, 24), "white")
+    expected.paste("black", (8, 8, 16, 16))
+    assert np.array_equal(read_image(TRANSPARENT[kind]), expected)
+    half = Image.new("RGBA", (32, 24), (0, 0, 0, 128))
+    assert read_image(half).getpixel((0, 0)) == (127, 127, 127)
 
 
 def png_of(width: int, height: int) -> bytes:
@@ -182,36 +319,39 @@ def png_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + struct.pack(">I", 1000) + b"IDAT"
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(
-    "content, message",
+    "entry, message",
     [
         (b"", "cannot identify"),
         (b"no image", "cannot identify"),
         (png_of(10, 10), "truncated"),
         (png_of(100_000, 100_000), "decompression bomb"),
+        (png_of(13_000, 13_000), "13000 x 13000 pixels. At most 89478485 pixels.*raise `PIL.Image.MAX_IMAGE_PIXELS`"),
+        (image(size=(8000, 1)), "8000 x 1 pixels. At most .* an aspect ratio of 341"),
         (png_of(0, 5), "cannot identify"),
+        (Image.new("RGB", (0, 5)), "0 x 5 pixels"),
+        (Image.new("F", (5, 5), 300), "between 300.0 and 300.0. Scale them"),
+        (np.full((5, 5, 3), np.nan), "between nan and nan"),
+        (np.full((5, 5, 3), -1), "between -1 and -1"),
+        (np.full((5, 5), 65536), "between 65536 and 65536"),
+        (np.zeros((0, 5, 3), np.uint8), r"shape is \(0, 5, 3\)"),
+        (torch.zeros(3, 5, 5, 1), r"shape is \(3, 5, 5, 1\). Expected \(height, width\)"),
+        (5, "type int cannot be read: expected a path"),
+        ({"bytes": None, "path": None}, "type dict cannot be read: expected a path"),
+        ("nowhere.png", "nowhere.png cannot be read: there is no such file, and it is neither"),
     ],
-    ids=["empty", "no image", "cut short", "bomb", "zero pixels"],
 )
-def test_a_file_that_is_no_image_is_named(content, message, tmp_path):
-    (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(ValueError, match=f"The image .*a.png cannot be read: .*{message}.*Replace it"):
-        pixels_of(str(tmp_path / "a.png"))
+def test_what_is_no_image_is_refused_in_one_line(entry, message):
+    with pytest.raises(ValueError, match=f"^The image .*{message}.*Replace it") as error:
+        pixels_of([entry])
+    assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "value, message",
-    [
-        (Image.new("RGB", (0, 5)), "it is 0 x 5 pixels large"),
-        (np.zeros((0, 5, 3), np.uint8), r"its shape is \(0, 5, 3\)"),
-        (Image.new("F", (5, 5)), "floating-point numbers. Scale them"),
-        (5, "The image 5 cannot be read"),
-        ("nowhere.png", "The image nowhere.png cannot be read"),
-        (np.full((5, 5, 3), np.nan), "nan"),
-        (np.full((5, 5, 3), 65535, np.uint16), "outside the range"),
-    ],
-    ids=["no pixels", "empty array", "floats", "number", "missing", "nan", "16-bit array"],
-)
-def test_what_cannot_be_an_image_is_refused(value, message):
-    with pytest.raises(ValueError, match=message):
-        pixels_of([value])
+def test_the_limit_of_pixels_can_be_raised_or_removed(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    with pytest.raises(ValueError, match="At most 10000 pixels"):
+        read_image(image(size=(1000, 11)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert read_image(image(size=(8000, 1))).size == (8000, 1)
+    assert read_image(image(size=(1, 1))).size == (1, 1)
