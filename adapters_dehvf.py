@@ -33,6 +33,7 @@ from .bases_dehvf import (
 )
 from .configuration_dehvf import DehvfConfig
 from .files_dehvf import digest, read_tensors, write_tensors
+from .inputs_dehvf import check_visual_memory
 from .processing_dehvf import DehvfProcessor
 
 
@@ -268,7 +269,7 @@ class AdapterMixin:
         config.merged_base = merge_base or self._are_bases_in(save_directory)
         config.architectures = [type(self).__name__]
         config.dtype = str(next(iter(own.values())).dtype).removeprefix("torch.")
-        custom_object_save(self, save_directory, config=config)
+        custom_object_save(self, save_directory)
         config.save_pretrained(save_directory)
         if self.can_generate():
             self.generation_config.save_pretrained(save_directory)
@@ -311,7 +312,7 @@ class AdapterMixin:
         revisions = map(known.get, bases)  # none for a base model that was taken from elsewhere
         try:
             return DehvfProcessor.from_vision_text_pretrained(*bases, *revisions, **hub_arguments(source))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             logger.warning_once(
                 f"The adapter is saved without a processor, since none can be loaded from {' and '.join(bases)} "
                 f"({error}). Save yours into the same folder, `processor.save_pretrained(folder)`."
@@ -333,7 +334,7 @@ class AdapterMixin:
     def save_visual_memory(self, visual_memory: torch.Tensor | ModelOutput, file: str | os.PathLike):
         """Writes what `get_image_features` returned to a file, for `load_visual_memory` in another process."""
         visual_memory = as_visual_memory(visual_memory)
-        self.base_model.active.check_visual_memory(visual_memory)
+        check_visual_memory(self.config, visual_memory)
         tensors = {"visual_memory": visual_memory, "vision_encoder": self._sample_encoder()}
         write_tensors(tensors, file, self._memory_origin())
 
@@ -363,7 +364,7 @@ class AdapterMixin:
                 f"The visual memory in {file} was not encoded by this model: {'; '.join(differing)}. Encode the "
                 "images again with `get_image_features`, or load the adapter that the memory was made with."
             )
-        self.base_model.active.check_visual_memory(tensors["visual_memory"])
+        check_visual_memory(self.config, tensors["visual_memory"])
         # A copy, since what was read is mapped to the file, and would follow it when that is overwritten
         return tensors["visual_memory"].to(self.device, copy=True)
 

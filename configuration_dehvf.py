@@ -4,10 +4,10 @@ The numbers of DEHVF (arXiv 2508.17638), each with its meaning, the paper's symb
 what is pure arithmetic on them.
 """
 
+import filecmp
 import math
 import random
 import sys
-from pathlib import Path
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -56,6 +56,22 @@ def disable_dropout(base_config: PreTrainedConfig) -> PreTrainedConfig:
     return base_config
 
 
+def shared(cls: type) -> type:
+    """
+    Class decorator: returns the class that another copy of the same file has defined, if there is one.
+
+    `transformers` copies each file that it loads, with all that this one imports, into a folder of its own. Without
+    this, `AutoConfig` and `AutoModel` would each bring another `DehvfConfig`, and `isinstance` would be false.
+    """
+    file_name, own_file = cls.__module__.rpartition(".")[2], sys.modules[cls.__module__].__file__
+    for name, module in list(sys.modules.items()):
+        if name.rpartition(".")[2] == file_name and hasattr(module, cls.__name__):
+            if filecmp.cmp(module.__file__, own_file, shallow=False):
+                return getattr(module, cls.__name__)
+    return cls
+
+
+@shared
 @strict
 class DehvfConfig(PreTrainedConfig):
     r"""
@@ -116,7 +132,7 @@ class DehvfConfig(PreTrainedConfig):
     """
 
     model_type = "dehvf"
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "visual_memory"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -291,12 +307,5 @@ def candidate_layers(config: DehvfConfig) -> list[list[int]]:
 
 
 DehvfConfig.register_for_auto_class()
-
-# From a local folder `transformers` loads this file a second time, as another module, for the modeling file. Both must
-# give the same class, or `isinstance` would be false between them.
-for _module in list(sys.modules.values()):
-    if getattr(_module, "__name__", "").endswith(".configuration_dehvf") and _module.__name__ != __name__:
-        if Path(_module.__file__).read_bytes() == Path(__file__).read_bytes():
-            DehvfConfig = _module.DehvfConfig  # noqa: F811
 
 __all__ = ["DehvfConfig"]

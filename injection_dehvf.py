@@ -21,6 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
+from .configuration_dehvf import DehvfConfig
+
 
 class _Running(threading.local):
     """What runs in this thread. A `ContextVar` would do as well, but `torch.compile` cannot trace one."""
@@ -73,6 +75,25 @@ class ExtendedLayer(_Extended):
             return super().forward(*args, **kwargs)
         finally:
             _RUNNING.extension = outer
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero."""
+
+
+class VisionAdapter(nn.Module):
+    """What is added to one FFN of the vision encoder: `scale * up(GELU(down(x)))` (method step 10, from MemVP)."""
+
+    def __init__(self, config: DehvfConfig):
+        super().__init__()
+        self.down = nn.Linear(config.vision_config.hidden_size, config.vision_adapter_size, bias=False)
+        self.up = ZeroLinear(config.vision_adapter_size, config.vision_config.hidden_size, bias=False)
+        self.dropout = nn.Dropout(config.vision_adapter_dropout)
+        self.scale = config.vision_adapter_scale
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden = self.down(hidden_states.to(self.down.weight.dtype))
+        return (self.scale * self.up(self.dropout(F.gelu(hidden)))).to(hidden_states.dtype)
 
 
 class AdaptedFFN(_Extended):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -28,60 +28,55 @@ from .adapters_dehvf import AdapterMixin, as_visual_memory, is_adapter_name
 from .bases_dehvf import TEXT_LAYOUTS, VISION_LAYOUTS, check_layouts
 from .configuration_dehvf import DehvfConfig
 from .fuser_dehvf import HierarchicalVisualFuser, InputEmbeddingNetwork, LayerHierarchy, LearnableQueryTokens
+from .generation_dehvf import DehvfGenerationMixin
 from .hub_dehvf import HubMixin
 from .injection_dehvf import (
     AdaptedFFN,
     LayerMemory,
     MemoryFFN,
     MixedLayerMemory,
+    VisionAdapter,
+    ZeroLinear,
     extend_layers,
     refuse_reentrant_checkpointing,
     run_extended,
 )
+from .inputs_dehvf import check_image_mask, check_instruction, check_one_of, check_pixel_values, check_visual_memory
 from .switching_dehvf import BASE_MODEL, AdapterSet, SwitchingMixin
 
 
+class VisualMemoryOutput:
+    """For outputs with a field `image_outputs`."""
+
+    @property
+    def visual_memory(self) -> torch.Tensor | None:
+        """
+        What the images were encoded to, `(batch_size, num_language_layers, num_positions, num_patches,
+        projector_hidden_size + 1)`. Pass it back as `visual_memory=` to ask again without encoding again.
+        """
+        return as_visual_memory(self.image_outputs)
+
+
 @dataclass
-class DehvfModelOutputWithPast(BaseModelOutputWithPast):
+class DehvfModelOutputWithPast(VisualMemoryOutput, BaseModelOutputWithPast):
     """
     Adds to the language model's output:
-        visual_memory (`torch.Tensor` of shape `(batch_size, num_language_layers, num_positions, num_patches,
-            projector_hidden_size + 1)`, *optional*): what the images were encoded to. Pass it back as
-            `visual_memory=` to ask again without encoding again.
+        image_outputs (`BaseModelOutputWithPooling`, *optional*): of the images, as `get_image_features` returns them.
     """
 
-    visual_memory: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
-class DehvfCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Adds `visual_memory`, as in [`DehvfModelOutputWithPast`]."""
+class DehvfCausalLMOutputWithPast(VisualMemoryOutput, CausalLMOutputWithPast):
+    """Adds `image_outputs`, as in [`DehvfModelOutputWithPast`]."""
 
-    visual_memory: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Encode: method steps 1 to 7 and 10
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero."""
-
-
-class VisionAdapter(nn.Module):
-    """What is added to one FFN of the vision encoder: `scale * up(GELU(down(x)))` (method step 10, from MemVP)."""
-
-    def __init__(self, config: DehvfConfig):
-        super().__init__()
-        self.down = nn.Linear(config.vision_config.hidden_size, config.vision_adapter_size, bias=False)
-        self.up = ZeroLinear(config.vision_adapter_size, config.vision_config.hidden_size, bias=False)
-        self.dropout = nn.Dropout(config.vision_adapter_dropout)
-        self.scale = config.vision_adapter_scale
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden = self.down(hidden_states.to(self.down.weight.dtype))
-        return (self.scale * self.up(self.dropout(F.gelu(hidden)))).to(hidden_states.dtype)
 
 
 class ProjectorBasis(nn.Module):
@@ -220,50 +215,6 @@ class Adapter:
         how = {"form": config.memory_form, "scale": config.memory_scale, "dropout": config.memory_dropout}
         return tuple(LayerMemory(*pair, keys, values, **how) for pair in zip(key_features, value_features))
 
-    def check_visual_memory(self, visual_memory: torch.Tensor, batch_size: int | None = None):
-        """Raises `ValueError` if the memory is not this adapter's, or has rows for another number of texts."""
-        config = self.config
-        sizes = (config.text_config.num_hidden_layers, len(config.memory_positions), config.num_patches)
-        _check_shape("visual_memory", visual_memory, (*sizes, config.projector_hidden_size + 1))
-        if batch_size is not None and len(visual_memory) not in (1, batch_size):
-            raise ValueError(
-                f"There are {len(visual_memory)} rows of images and {batch_size} texts. Give one row per text, and "
-                "mark texts without an image in `image_mask`, as this model's processor does."
-            )
-
-    def check_instruction(self, instruction: torch.Tensor | None, num_images: int):
-        """Raises `ValueError` if the fuser needs the user's text and lacks it for some image."""
-        given = "none" if instruction is None else f"one for {len(instruction)} texts"
-        if self.config.reads_instruction and (instruction is None or len(instruction) != num_images):
-            raise ValueError(
-                f"The fuser of this model reads the user's text, so each of the {num_images} images needs an "
-                f"`instruction`, but {given} was given. Pass `model.get_instruction_features(input_ids, "
-                "attention_mask)`, one row per row of `pixel_values`."
-            )
-
-
-def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]):
-    if tuple(tensor.shape[1:]) != expected:
-        source = {"pixel_values": "processor", "visual_memory": "`get_image_features`"}[name]
-        raise ValueError(
-            f"`{name}` has the shape {tuple(tensor.shape)}, but this model takes (batch_size, "
-            f"{', '.join(map(str, expected))}). Make it with this model's own {source}."
-        )
-
-
-def _check_image_mask(image_mask: torch.Tensor, expected: int, of_what: str):
-    if tuple(image_mask.shape) != (expected,):
-        raise ValueError(
-            f"`image_mask` has the shape {tuple(image_mask.shape)}, but there are {expected} {of_what}. Give one "
-            "boolean for each, false where it has no image."
-        )
-
-
-def _check_one_of(**given):
-    names = [f"`{name}`" for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise ValueError(f"Both {' and '.join(names)} were given. Give one of them.")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The models
@@ -307,6 +258,14 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
         elif isinstance(module, LayerHierarchy):
             module.reset_parameters()
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """
+        Whether modules without parameters of their own are left out of `_init_weights`, here and in the base models,
+        because it might overwrite what is loaded. `transformers.initialization`, used above, does not.
+        """
+        return False
+
     def freeze_bases(self):
         """Leaves `requires_grad` to the parameters of the adapter alone."""
         for name, parameter in self.named_parameters():
@@ -338,9 +297,6 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
     def __init__(self, config: DehvfConfig, vision_tower=None, language_model=None):
         super().__init__(config)
         check_layouts(config)
-        for base in (vision_tower, language_model):
-            for module in base.modules() if base is not None else ():
-                module._is_hf_initialized = True  # loaded weights are never initialised again
         self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
         self.language_model = language_model or AutoModel.from_config(config.text_config)
         activation_name = TEXT_LAYOUTS[config.text_config.model_type]
@@ -425,13 +381,12 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         return self._encode(self.active, pixel_values, image_mask, instruction, **kwargs)
 
     def _encode(self, adapter: Adapter, pixel_values, image_mask, instruction, **kwargs) -> BaseModelOutputWithPooling:
-        vision = adapter.config.vision_config
-        _check_shape("pixel_values", pixel_values, (vision.num_channels, vision.image_size, vision.image_size))
+        check_pixel_values(adapter.config, pixel_values)
         if image_mask is not None:
-            _check_image_mask(image_mask, len(pixel_values), "rows of `pixel_values`")
+            check_image_mask(image_mask, len(pixel_values), "rows of `pixel_values`")
         if adapter.config.visual_prompts == "none":
             return BaseModelOutputWithPooling()
-        adapter.check_instruction(instruction, len(pixel_values))
+        check_instruction(adapter.config, instruction, len(pixel_values))
         pixel_values = pixel_values.to(adapter.memory_slots.key.device)
         keeps_all = image_mask is None or torch.compiler.is_compiling()  # where shapes cannot depend on values
         rows = slice(None)
@@ -439,7 +394,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             rows = image_mask.to(pixel_values.device).nonzero().flatten()
             rows = rows if len(rows) else rows.new_zeros(1)  # see `_needs_images`
         instruction = instruction[rows] if adapter.config.reads_instruction else None
-        wants_states = kwargs.get("output_hidden_states", vision.output_hidden_states)
+        wants_states = kwargs.get("output_hidden_states", adapter.config.vision_config.output_hidden_states)
         memory, outputs = adapter.encode(self.vision_tower, pixel_values[rows], instruction, **kwargs)
         memory = memory.to(self.get_input_embeddings().weight.dtype)
         if image_mask is not None:
@@ -472,7 +427,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         """
         if self.config.visual_prompts == "none":
             raise ValueError('There are no fusion weights with `visual_prompts="none"`: no image enters the memory.')
-        self.active.check_instruction(instruction, len(pixel_values))
+        check_instruction(self.config, instruction, len(pixel_values))
         return self.active.fusion_weights(self._hierarchical_features(pixel_values)[0], instruction)
 
     def _hierarchical_features(self, pixel_values: torch.Tensor):
@@ -529,59 +484,73 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_outputs = None
         if self.is_disabled:
-            layer_memories = visual_memory = None
+            layer_memories = None
         elif layer_memories is None:
             mask = attention_mask if instruction_mask is None else instruction_mask
-            layer_memories, visual_memory = self.read_images(
-                inputs_embeds, mask, pixel_values, image_mask, visual_memory, adapter_names
+            states = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
+            layer_memories, image_outputs = self.read_images(
+                inputs_embeds, mask, pixel_values, image_mask, visual_memory, adapter_names, **states
             )
         outputs = run_extended(
             self.language_model, layer_memories, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
         )
-        return DehvfModelOutputWithPast(**outputs, visual_memory=visual_memory)
+        return DehvfModelOutputWithPast(**outputs, image_outputs=image_outputs)
 
     def read_images(
-        self, inputs_embeds, instruction_mask, pixel_values, image_mask, visual_memory, adapter_names, copies: int = 1
-    ) -> tuple[tuple[LayerMemory | MixedLayerMemory, ...], torch.Tensor | None]:
+        self,
+        inputs_embeds,
+        instruction_mask,
+        pixel_values,
+        image_mask,
+        visual_memory,
+        adapter_names,
+        copies: int = 1,
+        **kwargs,
+    ) -> tuple[tuple[LayerMemory | MixedLayerMemory, ...], BaseModelOutputWithPooling | None]:
         """
-        What the FFNs read in a batch, of whose rows `copies` follow each other, and its visual memory. The arguments
-        are those of `forward`.
+        What the FFNs read in a batch, of whose rows `copies` follow each other, and what `get_image_features` gives
+        for it. The arguments are those of `forward`.
         """
-        _check_one_of(pixel_values=pixel_values, visual_memory=visual_memory)
-        _check_one_of(visual_memory=visual_memory, adapter_names=adapter_names)
+        check_one_of(pixel_values=pixel_values, visual_memory=visual_memory)
+        check_one_of(visual_memory=visual_memory, adapter_names=adapter_names)
         if adapter_names is not None:
             parts = inputs_embeds, instruction_mask, pixel_values, image_mask
             return self._mix_layer_memories(adapter_names, parts, copies), None
         adapter = self.active
         parts = inputs_embeds, instruction_mask, pixel_values, image_mask, as_visual_memory(visual_memory)
-        visual_memory = self._visual_memory(adapter, *parts)
+        image_outputs = self._image_outputs(adapter, *parts, **kwargs)
+        visual_memory = as_visual_memory(image_outputs)
         if visual_memory is not None and copies > 1 and len(visual_memory) > 1:
             visual_memory = visual_memory.repeat_interleave(copies, dim=0)
-        return adapter.layer_memories(visual_memory, inputs_embeds.dtype), visual_memory
+        return adapter.layer_memories(visual_memory, inputs_embeds.dtype), image_outputs
 
-    def _visual_memory(
-        self, adapter: Adapter, inputs_embeds, instruction_mask, pixel_values, image_mask, visual_memory
-    ) -> torch.Tensor | None:
-        """The visual memory of a batch, given or encoded, one row for all of its texts or one for each."""
-        if visual_memory is None:
+    def _image_outputs(
+        self, adapter: Adapter, inputs_embeds, instruction_mask, pixel_values, image_mask, visual_memory, **kwargs
+    ) -> BaseModelOutputWithPooling | None:
+        """What `get_image_features` gives for a batch, with a given visual memory or an encoded one."""
+        if pixel_values is None and visual_memory is None:
+            if not self._needs_images:
+                return None
+            vision, num_texts = adapter.config.vision_config, len(inputs_embeds)
+            blank = inputs_embeds.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+            pixel_values = blank.expand(num_texts, -1, -1, -1)
+            image_mask = torch.zeros(num_texts, dtype=torch.bool, device=blank.device)
+        if pixel_values is not None:
             instruction = None
             if adapter.config.reads_instruction:
                 instruction = self.get_instruction_features(None, instruction_mask, inputs_embeds)
-            if pixel_values is None and self._needs_images:
-                vision, num_texts = adapter.config.vision_config, len(inputs_embeds)
-                blank = inputs_embeds.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
-                pixel_values = blank.expand(num_texts, -1, -1, -1)
-                image_mask = torch.zeros(num_texts, dtype=torch.bool, device=blank.device)
-            if pixel_values is not None:
-                visual_memory = self._encode(adapter, pixel_values, image_mask, instruction).pooler_output
-        elif image_mask is not None:  # of texts; the memory may have been made without it
-            _check_image_mask(image_mask, len(inputs_embeds), "texts")
-            visual_memory = visual_memory * image_mask.to(visual_memory.device).view(-1, 1, 1, 1, 1)
-        if visual_memory is not None:
-            adapter.check_visual_memory(visual_memory, len(inputs_embeds))
-            visual_memory = visual_memory.to(inputs_embeds.device)
-        return visual_memory
+            outputs = self._encode(adapter, pixel_values, image_mask, instruction, **kwargs)
+        else:
+            if image_mask is not None:  # of texts; the memory may have been made without it
+                check_image_mask(image_mask, len(inputs_embeds), "texts")
+                visual_memory = visual_memory * image_mask.to(visual_memory.device).view(-1, 1, 1, 1, 1)
+            outputs = BaseModelOutputWithPooling(pooler_output=visual_memory)
+        if outputs.pooler_output is not None:
+            check_visual_memory(adapter.config, outputs.pooler_output, len(inputs_embeds))
+            outputs.pooler_output = outputs.pooler_output.to(inputs_embeds.device)
+        return outputs
 
     @property
     def _needs_images(self) -> bool:
@@ -608,7 +577,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             adapter, own = self.get_adapter(name), [row for row, other in enumerate(adapter_names) if other == name]
             rows = torch.tensor(own, device=parts[0].device)
             own_parts = [None if part is None else part[rows.to(part.device)] for part in parts]
-            visual_memory = self._visual_memory(adapter, *own_parts, None)
+            visual_memory = as_visual_memory(self._image_outputs(adapter, *own_parts, None))
             if visual_memory is not None:
                 visual_memory = visual_memory.repeat_interleave(copies, dim=0)
             memories.append(adapter.layer_memories(visual_memory, parts[0].dtype))
@@ -620,7 +589,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         )
 
 
-class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
+class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
     """
     DEHVF with the language model's head: what both `AutoModel` and `AutoModelForImageTextToText` give.
 
@@ -630,14 +599,13 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: DehvfConfig, vision_tower=None, causal_lm=None):
         super().__init__(config)
-        is_loaded = causal_lm is not None
         causal_lm = causal_lm or AutoModelForCausalLM.from_config(config.text_config)
         self.model = DehvfModel(config, vision_tower, causal_lm.base_model)
         self.lm_head = causal_lm.get_output_embeddings()
-        self.lm_head._is_hf_initialized = is_loaded
         self.generation_config = causal_lm.generation_config
         self.freeze_bases()
         self.post_init()
@@ -711,42 +679,6 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, GenerationMixin):
         # The cache among these is `past_key_values` or `cache`, depending on the release
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return DehvfCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """
-        Encodes before the batch is expanded, so that all beams of a sample share one run of the encoder. What is
-        expanded is brought into the form in which it is read, which is then handed to every step.
-        """
-        names = ("pixel_values", "image_mask", "visual_memory", "adapter_names", "instruction_mask")
-        images = {name: model_kwargs.pop(name, None) for name in names}
-        if not self.model.is_disabled:
-            embeds, mask = model_kwargs.get("inputs_embeds"), images.pop("instruction_mask")
-            embeds = self.get_input_embeddings()(input_ids) if embeds is None else embeds
-            mask = model_kwargs.get("attention_mask") if mask is None else mask
-            model_kwargs["layer_memories"], _ = self.model.read_images(embeds, mask, **images, copies=expand_size)
-        return super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-
-    def _get_candidate_generator(self, *args, model_kwargs: dict, **kwargs):
-        """An `assistant_model` drafts from the text alone; this model, which sees, decides."""
-        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "layer_memories"}
-        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
-
-    def generate_batch(self, inputs, *args, **kwargs):
-        """
-        Continuous batching, for texts without an image.
-
-        Raises:
-            ValueError: if images are given, which its packed rows cannot tell apart.
-        """
-        names = ("pixel_values", "image_mask", "visual_memory", "adapter_names", "instruction_mask")
-        if given := [name for name in names if kwargs.get(name) is not None]:
-            raise ValueError(
-                f"`generate_batch` was called with `{given[0]}`, but it packs several requests into one row, in which "
-                "each would read the image of all. Call `generate`, with one row for each request."
-            )
-        return super().generate_batch(inputs, *args, **kwargs)
 
 
 DehvfForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

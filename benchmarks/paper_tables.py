@@ -160,17 +160,20 @@ def measure_seconds() -> dict:
     """
     import torch
 
-    import train as training
     from benchmarks import speed
+    from tasks import get_task
+    from training.arguments import parse_arguments
+    from training.data import Collator
+    from training.models import load
 
     steps, answers = {}, {}
     for name, row in TABLES["Methods (the paper's Tables 1 and 2)"].items():
         words = [*words_of(flags_of(row, 0)), "--max_samples", "100", "--output_dir", str(RUNS / "seconds")]
-        _, data, model_args, *others = training.parse_arguments(words)
-        task = training.get_task(data.task)
-        processor, splits, model = training.load(task, data, model_args, *others)
+        _, data, model_args, *others = parse_arguments(words)
+        task = get_task(data.task)
+        processor, splits, model = load(task, data, model_args, *others)
         reads = getattr(model.config, "reads_instruction", False)
-        collate = training.Collator(processor, getattr(model, "image_tokens", []), reads)
+        collate = Collator(processor, getattr(model, "image_tokens", []), reads)
         batches = []
         for split, size in ((splits["train"], 4), (splits["test"], 32)):
             rows = [row for row in (split[index] for index in range(len(split))) if row["image"] is not None]

@@ -21,6 +21,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import train
+from training.trainer import AnswerTrainer
 
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -138,7 +139,7 @@ def train_and_look(flags: list[str], fsdp_on_cpu: bool = False) -> dict:
     """`train.main(flags)`, and what happened in it."""
     seen = {"batch_has_image": []}
 
-    class WatchedTrainer(train.AnswerTrainer):
+    class WatchedTrainer(AnswerTrainer):
         def training_step(self, model, inputs, *args, **kwargs):
             seen["batch_has_image"].append("pixel_values" in inputs)
             return super().training_step(model, inputs, *args, **kwargs)
@@ -202,7 +203,7 @@ def growth_while_loading(flags: list[str]) -> int:
             sampler.join()
         raise StopIteration
 
-    loaded, original, train.load = [], train.load, load
+    loaded, original, train.load_model = [], train.load_model, load
     try:
         train.main(flags)
     except StopIteration:

@@ -1,21 +1,22 @@
-"""The demo: its functions, its server, and its page in a real browser."""
+"""The web page: its functions, its API, and the page in a browser."""
 
 import shutil
+import sys
 from functools import partialmethod
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import ROOT, DehvfForConditionalGeneration, DehvfProcessor
+from tiny import ROOT, DehvfForConditionalGeneration, DehvfProcessor, run
 
-from pictures import fusion_weights
+from demo.pictures import fusion_weights, slot_activations
 
 
 pytest.importorskip("gradio", reason="pip install -r requirements-app.txt")
 import gradio as gr  # noqa: E402
 
-import app  # noqa: E402
+from demo import app  # noqa: E402
 
 
 BASES = ROOT / "assets" / "vision_model", ROOT / "assets" / "language_model"
@@ -24,7 +25,7 @@ MESSAGE = "Question: Where is the 5?\nOptions: (A) northwest (B) southeast"
 
 
 def make_model(**values):
-    """New adapters on the embedded bases, with random values where they start at zero, so that images count."""
+    """New adapters on the bases in assets/, with random values for those that start at zero, so that images matter."""
     torch.manual_seed(0)
     model = DehvfForConditionalGeneration.from_vision_text_pretrained(*BASES, **{**SIZES, **values})
     for parameter in model.parameters():
@@ -45,14 +46,15 @@ def image() -> Image.Image:
 
 @pytest.fixture
 def answered(loaded, image):
-    """The inputs, the ids of question and answer, and what was shown meanwhile."""
+    """The model's inputs, the ids of question and answer, and the texts that were shown meanwhile."""
     *shown, (answer, (*_, tokens)) = app.ask(*loaded, image, MESSAGE)
     return app.make_inputs(*loaded, image, MESSAGE), tokens, [text for text, _ in shown] + [answer]
 
 
-def test_the_answer_grows_to_what_the_model_generates(loaded, answered):
+def test_the_message_is_asked_as_in_training_and_the_answer_grows(loaded, answered):
     model, processor = loaded
     inputs, tokens, shown = answered
+    assert processor.decode(inputs["input_ids"][0], skip_special_tokens=True) == f"{MESSAGE}\nResponse:"
     expected = model.generate(**inputs, max_new_tokens=app.MAX_NEW_TOKENS)[0]
     assert tokens == expected.tolist()
     length = inputs["input_ids"].shape[1]
@@ -60,14 +62,9 @@ def test_the_answer_grows_to_what_the_model_generates(loaded, answered):
     assert len(set(shown)) > 2 and all(later.startswith(text) for text, later in zip(shown, shown[1:]))
 
 
-def test_the_message_is_asked_as_in_training(loaded, answered):
-    inputs, _, _ = answered
-    assert loaded[1].decode(inputs["input_ids"][0], skip_special_tokens=True) == f"{MESSAGE}\nResponse:"
-
-
 @pytest.mark.parametrize("given", [(None, MESSAGE), (Image.new("RGB", (8, 8)), " \n")])
-def test_an_image_and_a_question_are_asked_for(loaded, given):
-    with pytest.raises(gr.Error, match="An image and a question are needed"):
+def test_an_image_and_a_question_are_required(loaded, given):
+    with pytest.raises(gr.Error, match="Upload an image or choose an example, and enter a question"):
         next(app.ask(*loaded, *given))
 
 
@@ -80,7 +77,7 @@ def test_an_error_of_the_model_ends_the_answer(loaded, image, monkeypatch):
         list(app.ask(*loaded, image, MESSAGE))
 
 
-def test_the_token_that_the_image_raised_most_is_chosen_first(loaded, image, answered):
+def test_the_token_that_the_image_raised_most_is_selected(loaded, image, answered):
     model, processor = loaded
     inputs, tokens, _ = answered
     length, gains = inputs["input_ids"].shape[1], []
@@ -95,42 +92,28 @@ def test_the_token_that_the_image_raised_most_is_chosen_first(loaded, image, ans
     assert radio.choices[0][0] == processor.tokenizer.decode(tokens[length]).strip()
 
 
-def test_patches_are_drawn_as_they_were_read_for_the_token(loaded, image, answered, monkeypatch):
+def test_the_figures_are_those_of_the_image_and_the_token(loaded, image, answered, monkeypatch):
     model, _ = loaded
     inputs, tokens, _ = answered
-    instruction = None
-    if model.config.reads_instruction:  # the question alone, not what was answered so far
-        instruction = model.get_instruction_features(inputs["input_ids"])
-    memory = model.get_image_features(inputs["pixel_values"], instruction=instruction)
-    read = []
-
-    def look(mlp, args):
-        slots = mlp.slot_activations(args[0][:, -1:], mlp.memory_view)
-        read.append(slots[0, 0, : model.config.num_patches].detach().numpy())
-
-    token = 1
-    hooks = [layer.mlp.register_forward_pre_hook(look) for layer in model.model.language_model.layers]
-    model(torch.tensor([tokens[: inputs["input_ids"].shape[1] + token]]), visual_memory=memory)
-    for hook in hooks:
-        hook.remove()
     drawn = []
     monkeypatch.setattr(app, "draw_slot_activations", lambda *args: drawn.append(args))
-    app.draw_patches(*loaded, (image, MESSAGE, tokens), token)
+    app.draw_patches(*loaded, (image, MESSAGE, tokens), 1)
     ((activations, pixels, patch_size, _),) = drawn
-    np.testing.assert_allclose(activations, np.stack(read), rtol=1e-4, atol=1e-5)
+    texts = {"input_ids": torch.tensor([tokens[: inputs["input_ids"].shape[1] + 1]])}
+    question = torch.arange(texts["input_ids"].shape[1])[None] < inputs["input_ids"].shape[1]
+    texts |= {"attention_mask": torch.ones_like(question), "instruction_mask": question}
+    expected = slot_activations(model, {**texts, "pixel_values": inputs["pixel_values"]})[0]
+    np.testing.assert_allclose(activations, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(pixels, np.asarray(image) / 255, atol=1e-6)
     assert patch_size == model.config.vision_config.patch_size
 
-
-def test_the_mixture_is_that_of_the_image(loaded, image, answered, monkeypatch):
-    drawn = []
     monkeypatch.setattr(app, "draw_fusion_weights", lambda weights, *args: drawn.append(weights))
     app.draw_mixture(*loaded, image, MESSAGE)
-    np.testing.assert_allclose(drawn[0], fusion_weights(loaded[0], answered[0]))
+    np.testing.assert_allclose(drawn[-1], fusion_weights(model, inputs))
     assert app.draw_mixture(*loaded, None, MESSAGE) is None
 
 
-def test_examples_are_questions_about_images_of_the_test_split():
+def test_examples_are_questions_about_images():
     examples = app.make_examples()
     assert len(examples) == app.NUM_EXAMPLES
     for image, message in examples:
@@ -150,6 +133,12 @@ def test_what_is_no_adapter_is_refused(adapter, message, place, monkeypatch, cap
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["app.py", "serve.py", "pictures.py"])
+def test_the_commands_run_from_any_folder(command, tmp_path):
+    assert "--help" in run(sys.executable, ROOT / "demo" / command, "--help", folder=tmp_path)
+
+
 # --- served ---
 
 
@@ -164,11 +153,14 @@ def url(tmp_path_factory):
     gr.close_all()
 
 
-def test_a_client_sees_the_answer_grow(url, loaded, image, tmp_path):
+def test_a_client_sees_the_answer_grow_and_why_a_file_is_refused(url, loaded, image, tmp_path):
     from gradio_client import Client, handle_file
 
     image.save(tmp_path / "image.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     client = Client(url, verbose=False, analytics_enabled=False)
+    with pytest.raises(Exception, match="cannot identify image file"):
+        client.predict(handle_file(tmp_path / "broken.png"), MESSAGE, api_name="/ask")
     steps = list(client.submit(handle_file(tmp_path / "image.png"), MESSAGE, api_name="/ask"))
     assert len(set(steps)) > 2
     assert steps[-1] == list(app.ask(make_model(), loaded[1], image, MESSAGE))[-1][0]

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-import train
 from benchmarks import RESULTS, memory, operations, paper_tables, speed
+from training.arguments import parse_arguments
 
 
 ROWS = [(table, name) for table, rows in paper_tables.TABLES.items() for name in rows]
@@ -29,7 +29,7 @@ def write_run(row, seed, image_accuracy):
 @pytest.mark.parametrize("table, name", ROWS)
 def test_every_row_of_the_tables_parses(table, name):
     flags = paper_tables.flags_of(paper_tables.TABLES[table][name], 1)
-    assert train.parse_arguments(paper_tables.words_of(flags))[-1].seed == 1
+    assert parse_arguments(paper_tables.words_of(flags))[-1].seed == 1
 
 
 def test_the_papers_orders_name_rows_that_are_there():

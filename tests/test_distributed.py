@@ -171,15 +171,6 @@ def test_the_trainers_own_half_precision_keeps_adapters_in_float32(single, train
     assert {tensor.dtype for tensor in adapters.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize(
-    "flag, dtype",
-    [("bf16", "bfloat16"), ("fp16", "float16"), ("bf16_full_eval", "bfloat16"), ("fp16_full_eval", "float16")],
-)
-def test_half_precision_of_deepspeed_is_refused_since_it_would_cast_the_adapters(flag, dtype, train_on):
-    with pytest.raises(AssertionError, match=rf"ValueError: `--{flag}` and `--deepspeed` were given.*--dtype {dtype}"):
-        train_on("ZeRO-2", 2, "refused", **{flag: "true"})
-
-
 def test_under_zero_3_no_process_ever_holds_a_whole_base(folder, tmp_path):
     """Half of it each, and one parameter that is being divided."""
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "num_attention_heads": 16}

@@ -22,6 +22,8 @@ from test_train import make_rows, scienceqa, tiny_flags  # noqa: F401
 from tiny import DEHVF_SIZES, ROOT, DehvfForConditionalGeneration, tiny_config, tiny_model
 
 import train
+from training.flags import DEFAULT_RECIPE
+from training.results import command_of
 
 
 pytestmark = pytest.mark.slow
@@ -459,7 +461,7 @@ FLAGS = ["--push_to_hub", "true", "--vision_model", "org/vision", "--text_model"
 )
 def test_a_push_that_could_not_be_used_is_refused_before_training(tmp_path, monkeypatch, flags, message):
     tiny_config(vision_model_id="org/vision", text_model_id="/of/the/author").save_pretrained(tmp_path / "folder")
-    monkeypatch.setattr(train, "load", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(train, "load_processor", lambda *_: pytest.fail("too late"))
     flags = [str(tmp_path / "folder") if flag == "folder" else flag for flag in flags]
     with pytest.raises(ValueError, match=message):
         train.main([*FLAGS, *flags, "--output_dir", str(tmp_path / "run")])
@@ -475,7 +477,7 @@ def test_a_push_that_fails_loses_nothing_and_can_be_repeated_alone(tmp_path, mon
     def upload(**_):
         raise OSError("the Hub is away")
 
-    monkeypatch.setattr(train, "upload_folder", upload)
+    monkeypatch.setattr("training.results.upload_folder", upload)
     modeling = sys.modules[DehvfForConditionalGeneration.__module__]
     monkeypatch.setattr(modeling, "open_repository", lambda name, *_: name)
     ids = {"vision_model_id": "org/vision", "text_model_id": "org/text", "hub_model_id": "org/name"}
@@ -497,5 +499,5 @@ def test_a_push_that_fails_loses_nothing_and_can_be_repeated_alone(tmp_path, mon
 def test_a_token_does_not_get_into_the_recorded_command():
     for given in (["--hub_token", "hf_secret"], ["--hub_token=hf_secret"], ["--hub-token", "hf_secret"]):
         flags = [*given, "--seed", "1"]
-        command = train.command_of(train.DEFAULT_RECIPE, flags)
+        command = command_of(DEFAULT_RECIPE, flags)
         assert command == "accelerate launch train.py recipes/digits.yaml --hub_token ... --seed 1"

@@ -143,18 +143,6 @@ def test_training_with_a_quantised_language_model(saved, tmp_path, bits):
     assert values.dtype == torch.float32 and values.any(), "which were zero before training"
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--load_in_4bit", "true", "--method", "lavin"], "`--method lavin` was given beside it"),
-        (["--load_in_4bit", "true", "--load_in_8bit", "true"], "only one can be used"),
-    ],
-)
-def test_flags_of_bits_that_cannot_hold_together_are_refused(flags, message):
-    with pytest.raises(ValueError, match=message):
-        train.main([*flags, "--max_samples", "2"])
-
-
 # --- placed and converted ---
 
 

@@ -1,43 +1,66 @@
-"""What the README says to run is run, in its order, and does what it says."""
+"""What the README and docs/ say to run is run, in its order, and does what they say."""
 
 import json
 import re
+import runpy
 import shlex
 import shutil
 
+import numpy as np
 import pytest
-from tiny import ROOT, run
+import torch
+import yaml
+from PIL import Image
+from tiny import ROOT, DehvfForConditionalGeneration, DehvfProcessor, run
 
 
-README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-BASH = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+README = PAGES["README.md"]
+# Each command of the pages, and where it is run if not below
+COMMANDS = {
+    "accelerate launch train.py": None,
+    "pytest -n 2 --dist loadfile": "by whoever runs the tests",
+    "accelerate launch train.py recipes/scienceqa-llama7b.yaml": "test_recipes.py, with stand-ins for bases and data",
+    "python -m tasks check examples/vqa": None,
+    "accelerate launch train.py --task vqa --data_path examples/vqa --output_dir outputs/own": None,
+    "python -m tasks score outputs/digits": None,
+    "accelerate launch train.py --adapter outputs/digits --num_train_epochs 0 --output_dir outputs/digits-again": None,
+    "accelerate launch --num_processes 2 --use_deepspeed train.py --deepspeed ds_config.json": None,
+    "python demo/pictures.py outputs/digits --output_dir outputs/digits/pictures": None,
+    "python demo/app.py": "test_app.py",
+    "python demo/serve.py outputs/digits --trust-remote-code --port 8000": "test_serving.py",
+}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
 
 
 def find(text: str) -> list[str]:
-    """The words of the last command in the only block of the shell that has this text."""
-    (command,) = [command for command in BASH if text in command]
-    return shlex.split(command.split(" && ")[-1])
+    """The words of the only command above that has this text."""
+    (command,) = [command for command, place in COMMANDS.items() if text in command and place is None]
+    return shlex.split(command)
+
+
+def results(folder: str) -> dict:
+    return json.loads((ROOT / "outputs" / folder / "results.json").read_text(encoding="utf-8"))
+
+
+# --- the main job and what follows it ---
 
 
 @pytest.fixture(scope="module")
 def main_job() -> str:
-    """The README's first command, without the installation. Leaves `outputs/digits` for the blocks that follow."""
-    command = find("requirements.txt")
+    """The README's first command without the installation. Leaves `outputs/digits` for what follows."""
+    command = shlex.split(blocks("README.md", "bash")[0].split(" && ")[-1])
     assert command == ["accelerate", "launch", "train.py"]
     return run(*command)
 
 
 @pytest.mark.slow
-def test_the_main_job_scores_every_question_of_the_test_split(main_job):
-    scores = json.loads((ROOT / "outputs" / "digits" / "results.json").read_text())["scores"]
-    assert scores["count"] == 1000
-    assert scores["unparsed"] < 1
-
-
-@pytest.mark.slow
-def test_the_main_job_sees(main_job):
-    scores = json.loads((ROOT / "outputs" / "digits" / "results.json").read_text())["scores"]
+def test_the_main_job_scores_every_question_and_sees(main_job):
+    scores = results("digits")["scores"]
+    assert scores["count"] == 1000 and scores["unparsed"] < 1
     assert scores["IMG"] >= 90, scores
 
 
@@ -48,45 +71,42 @@ def test_the_lines_that_it_ends_with_answer_a_question_about_an_image(main_job):
 
 
 @pytest.mark.slow
-def test_the_block_that_asks_about_an_image_answers(main_job):
-    (code,) = [code for code in PYTHON if "AutoProcessor" in code]
-    assert "The answer is" in run("python", "-c", code)
+def test_the_readme_shows_what_the_main_jobs_adapters_answer(main_job):
+    (code,), (answer,) = blocks("README.md", "python"), blocks("README.md", "text")
+    assert run("python", "-c", code).strip() == answer.strip()
 
 
 @pytest.mark.slow
-def test_the_main_jobs_adapters_are_scored_and_evaluated_again(main_job):
-    first = json.loads((ROOT / "outputs" / "digits" / "results.json").read_text())
+def test_the_main_jobs_adapters_are_scored_evaluated_and_drawn_again(main_job):
+    first = results("digits")
     assert f"average {first['scores']['average']:.2f}" in run(*find("tasks score"))
     run(*find("--adapter"))
-    again = json.loads((ROOT / "outputs" / "digits-again" / "results.json").read_text())
     for name in ("scores", "scores_by_likelihood", "adapter_sha256"):
-        assert again[name] == first[name]
-
-
-@pytest.mark.slow
-def test_the_main_jobs_adapters_are_drawn(main_job):
-    printed = run(*find("pictures.py"))
+        assert results("digits-again")[name] == first[name]
+    printed = run(*find("demo/pictures.py"))
     for name in ("fusion_weights.png", "fusion_curves.png", "slot_activations.png"):
         assert name in printed and (ROOT / "outputs" / "digits" / "pictures" / name).stat().st_size > 10_000
+
+
+# --- the other pages ---
 
 
 @pytest.mark.slow
 def test_own_data_is_checked_and_trained_on():
     assert "6 good rows" in run(*find("tasks check"))
     run(*find("--data_path examples/vqa"))
-    assert json.loads((ROOT / "outputs" / "own" / "results.json").read_text())["size"] == 4
+    assert results("own")["size"] == 4
 
 
 @pytest.mark.slow
 def test_a_new_task_is_one_more_file(tmp_path):
-    (code,) = [code for code in PYTHON if code.startswith("# tasks/scans.py")]
-    assert len(code.splitlines()) < 40
+    (code,) = blocks("new-task.md", "python")
     copy = shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns("outputs", ".*"))
     (copy / "tasks" / "scans.py").write_text(code)
     flags = ("--task", "scans", "--max_samples", 64, "--output_dir", tmp_path / "output")
     run("accelerate", "launch", "train.py", *flags, folder=copy)
-    results = json.loads((tmp_path / "output" / "results.json").read_text())
-    assert results["scores"]["count"] == 64 and "scores_by_likelihood" in results
+    scans = json.loads((tmp_path / "output" / "results.json").read_text())
+    assert scans["scores"]["count"] == 64 and "scores_by_likelihood" in scans
 
 
 @pytest.mark.slow
@@ -95,6 +115,56 @@ def test_two_processes_under_zero_2_train(tmp_path):
     assert "parameters are trained" in run(*command)
 
 
-def test_every_recipe_that_the_readme_names_is_there():
-    for recipe in re.findall(r"recipes/[\w-]+\.yaml", README):
-        assert (ROOT / recipe).is_file(), recipe
+@pytest.mark.slow
+def test_the_blocks_of_the_usage_page_run_in_its_order(tmp_path):
+    bases = ROOT / "assets" / "vision_model", ROOT / "assets" / "language_model"
+    processor = DehvfProcessor.from_vision_text_pretrained(*bases)
+    for seed, name in enumerate(("digits", "other")):  # as `train.py` leaves them, but untrained
+        torch.manual_seed(seed)
+        sizes = {"num_memory_slots": 32, "projector_hidden_size": 32}
+        model = DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **sizes)
+        model.save_pretrained(tmp_path / "outputs" / name)
+        processor.save_pretrained(tmp_path / "outputs" / name)
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "outputs" / "digits" / "example.png")
+    for name in ("assets", "dehvf.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    printed = run("python", "-c", "\n".join(blocks("usage.md", "python")), folder=tmp_path)
+    assert "torch.Size([1, 8, 2, 16, 33])" in printed
+    assert (tmp_path / "outputs" / "everything" / "model.safetensors").is_file()
+
+
+# --- the pages themselves ---
+
+
+def test_every_command_of_the_pages_is_run_somewhere():
+    lines = "".join(block for page in PAGES for block in blocks(page, "bash")).splitlines()
+    assert {line.split(" && ")[-1] for line in lines} == set(COMMANDS)
+
+
+def test_links_recipes_and_the_front_matter_name_files_that_exist():
+    for name, text in PAGES.items():
+        folder = ROOT if name == "README.md" else ROOT / "docs"
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (folder / target).exists(), f"{name}: {target}"
+        for recipe in re.findall(r"`(?:recipes/)?((?:scienceqa|coco|digits)[\w-]*llama[\w-]+)", text):
+            assert (ROOT / "recipes" / f"{recipe}.yaml").is_file(), f"{name}: {recipe}"
+    card = yaml.safe_load(README.split("---")[1])
+    assert (ROOT / card["app_file"]).is_file() and card["sdk_version"] in (ROOT / "requirements-app.txt").read_text()
+
+
+def test_the_map_of_the_readme_names_what_is_there():
+    (tree,) = re.findall(r"```\n(config\.json.*?)```", README, re.DOTALL)
+    named = {name.rstrip("/") for line in tree.splitlines() for name in line[:26].replace(",", " ").split()}
+    there = {path.name for path in ROOT.iterdir()}
+    assert named <= there
+    assert {name for name in there - named if name.endswith("_dehvf.py")} == set()
+
+
+def test_the_figure_of_the_method_is_what_its_script_draws(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs" / "figures" / "method.py"))
+    script["draw"]().savefig(tmp_path / "method.png")
+    drawn, stored = (
+        np.asarray(Image.open(file).convert("L"), dtype=float)
+        for file in (tmp_path / "method.png", ROOT / "docs" / "figures" / "method.png")
+    )
+    assert drawn.shape == stored.shape and abs(drawn - stored).mean() < 1

@@ -15,9 +15,12 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 import baselines
 import train
+from training.arguments import parse_arguments
+from training.flags import DEFAULT_RECIPE, read_recipe, recipes
+from training.models import count_parameters
 
 
-RECIPES = [recipe for recipe in train.recipes() if recipe != train.DEFAULT_RECIPE]  # test_readme.py runs that one
+RECIPES = [recipe for recipe in recipes() if recipe != DEFAULT_RECIPE]  # test_readme.py runs that one
 SIZES = {**DEHVF_SIZES, "lora_rank": 2, "lavin_image_tokens": 2, "adaption_prompt_length": 3}
 
 
@@ -36,7 +39,7 @@ def stand_ins(tmp_path_factory):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_each_recipe_starts(recipe, stand_ins, tmp_path, capsys):
     vision, text, data = stand_ins
-    own = train.read_recipe(recipe)
+    own = read_recipe(recipe)
     sizes = {name: value for name, value in SIZES.items() if name != "num_groups" or name not in own}
     flags = {
         "vision_model": vision,
@@ -63,7 +66,7 @@ def test_a_recipe_says_only_what_differs_from_its_base():
     for recipe in RECIPES:
         values = yaml.safe_load(recipe.read_text())
         if "base" in values:
-            base = train.read_recipe(ROOT / "recipes" / values.pop("base"))
+            base = read_recipe(ROOT / "recipes" / values.pop("base"))
             assert all(base.get(name) != value for name, value in values.items()), recipe
 
 
@@ -72,7 +75,7 @@ LLAMA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers
 
 def count_trained(recipe) -> int:
     """Trained parameters of a recipe's row at its full size, built on the meta device."""
-    _, _, model_args, adapter_args, baseline_args, _ = train.parse_arguments([str(recipe)])
+    _, _, model_args, adapter_args, baseline_args, _ = parse_arguments([str(recipe)])
     text = LlamaConfig(**LLAMA_13B) if model_args.text_model.endswith("13b") else LlamaConfig()
     config = DehvfConfig(text_config=text, **dataclasses.asdict(adapter_args))
     with torch.device("meta"):
@@ -81,7 +84,7 @@ def count_trained(recipe) -> int:
             model = baselines.assemble(model_args.method, *bases, baseline_args)
         else:
             model = DehvfForConditionalGeneration(config)
-    return train.count_parameters(model)[0]
+    return count_parameters(model)[0]
 
 
 def test_the_readme_names_each_recipe_with_its_trained_parameters():

@@ -1,9 +1,12 @@
-"""The training script: its arguments, what it makes of rows, and whole runs in processes of their own."""
+"""The training script: its arguments, what it makes of rows, and whole runs."""
 
 import itertools
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
+import time
 
 import datasets
 import numpy as np
@@ -11,11 +14,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import DEHVF_SIZES, DehvfConfig, run, save_tiny_bases, tiny_processor
+from tiny import DEHVF_SIZES, ROOT, DehvfConfig, run, save_tiny_bases, tiny_processor
 from transformers import AutoModelForImageTextToText
 
 import train
 from tasks import get_task, score_folder
+from training import arguments
+from training.arguments import DataArguments, parse_arguments
+from training.data import Collator, RowEncoder, Split, StreamedSplit, read_image, render, tokenize
+from training.flags import DEFAULT_RECIPE, argument_names, recipes
 
 
 def make_rows(size=6, hint="abc"):
@@ -34,169 +41,169 @@ def make_rows(size=6, hint="abc"):
 
 
 @pytest.fixture
-def scienceqa(tmp_path):
+def scienceqa(tmp_path, monkeypatch):
     """A stand-in for the Hub's ScienceQA: `(folder, save)`, where `save(train=rows, test=rows)` writes splits."""
 
     def save(**splits):
         datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "data"))
 
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     save(train=make_rows(), validation=make_rows(2), test=make_rows(4))
     return tmp_path / "data", save
 
 
-def make_split(folder, split="train", training=True, **values):
-    arguments = train.DataArguments(task="scienceqa", data_path=str(folder), **values)
-    return train.Split(get_task("scienceqa"), split, tiny_processor(), arguments, training)
+def make_split(folder, split="train", training=True, task="scienceqa", processor=None, **values):
+    arguments = DataArguments(task=task, data_path=str(folder), **values)
+    return Split(get_task(task), split, processor or tiny_processor(), arguments, training)
 
 
 # --- arguments ---
 
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults():
-    recipe, data, model, adapter, _, training = train.parse_arguments(
+    recipe, data, model, adapter, _, training = parse_arguments(
         ["recipes/digits.yaml", "--num_groups", "2", "--visual_prompts", "none", "--output_dir", "x"]
     )
     assert (recipe.name, data.task, model.vision_model) == ("digits.yaml", "digits", "assets/vision_model")
     assert (adapter.num_groups, adapter.visual_prompts, training.output_dir) == (2, "none", "x")
     assert adapter.fuser_hidden_size == DehvfConfig().fuser_hidden_size
+    assert parse_arguments(["--seed", "7"])[0] == DEFAULT_RECIPE
 
 
-def test_no_recipe_means_digits():
-    assert train.parse_arguments([])[0] == train.DEFAULT_RECIPE
-    assert train.parse_arguments(["--seed", "7"])[-1].seed == 7
-
-
-@pytest.mark.parametrize("recipe", train.recipes(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", recipes(), ids=lambda path: path.stem)
 def test_every_recipe_parses(recipe):
-    training = train.parse_arguments([str(recipe)])[-1]
-    assert training.output_dir == f"outputs/{recipe.stem}"
+    assert parse_arguments([str(recipe)])[-1].output_dir == f"outputs/{recipe.stem}"
 
 
-def test_a_typo_in_a_recipe_ends_the_run(tmp_path):
-    (tmp_path / "a.yaml").write_text("num_gruops: 4\n")
-    with pytest.raises(ValueError, match="unknown key `num_gruops`. Did you mean `num_groups`"):
-        train.parse_arguments([str(tmp_path / "a.yaml")])
-
-
-def test_a_typo_in_a_flag_ends_the_run():
-    with pytest.raises(ValueError, match="--num_gruops"):
-        train.parse_arguments(["--num_gruops", "4"])
-
-
-@pytest.mark.parametrize("flags", [["--layer_fusion", "median"], ["--task", "nothing"], ["--num_groups", "many"]])
-def test_a_bad_choice_ends_the_run(flags, capsys):
-    with pytest.raises(SystemExit):
-        train.parse_arguments(flags)
-    assert flags[0] in capsys.readouterr().err
-
-
-def test_a_missing_recipe_lists_those_that_are_there():
-    with pytest.raises(ValueError, match="There is no recipe recipes/digit.yaml.*digits.yaml"):
-        train.parse_arguments(["recipes/digit.yaml"])
-
-
-def test_a_rate_in_scientific_notation_is_a_number(tmp_path):
-    (tmp_path / "a.yaml").write_text("learning_rate: 2e-2\noutput_dir: x\n")
-    assert train.parse_arguments([str(tmp_path / "a.yaml")])[-1].learning_rate == 0.02
-
-
-def test_a_recipe_changes_its_base(tmp_path):
-    (tmp_path / "base.yaml").write_text("num_groups: 2\nseed: 5\noutput_dir: x\n")
+def test_a_recipe_changes_its_base_and_a_rate_overrides_the_rate_per_256(tmp_path):
+    (tmp_path / "base.yaml").write_text("num_groups: 2\nseed: 5\nbase_learning_rate: 2e-2\noutput_dir: x\n")
     (tmp_path / "row.yaml").write_text("base: base.yaml\nnum_groups: 8\n")
-    _, _, _, adapter, _, training = train.parse_arguments([str(tmp_path / "row.yaml")])
-    assert (adapter.num_groups, training.seed, training.output_dir) == (8, 5, "x")
+    for flags, rates in (([], (5e-5, 0.02)), (["--learning_rate", "1e-4"], (1e-4, None))):
+        _, _, _, adapter, _, training = parse_arguments([str(tmp_path / "row.yaml"), *flags])
+        assert (adapter.num_groups, training.seed, training.output_dir) == (8, 5, "x")
+        assert (training.learning_rate, training.base_learning_rate) == rates
 
 
-def test_a_rate_given_as_a_flag_overrides_the_recipes_rate_per_256():
-    training = train.parse_arguments(["recipes/scienceqa-llama7b.yaml", "--learning_rate", "1e-4"])[-1]
-    assert (training.learning_rate, training.base_learning_rate) == (1e-4, None)
-
-
-def test_a_method_sets_its_switch_and_refuses_another():
-    adapter = train.parse_arguments(["--method", "memvp"])[3]
+def test_a_method_sets_its_switch():
+    adapter = parse_arguments(["--method", "memvp"])[3]
     assert (adapter.layer_fusion, adapter.fuser_query) == ("penultimate", "network")
-    assert train.parse_arguments(["--method", "layer+instruction"])[3].fuser_query == "layer+instruction"
-    with pytest.raises(ValueError, match="`--method memvp` means `--layer_fusion penultimate`, but `mean` was given"):
-        train.parse_arguments(["--method", "memvp", "--layer_fusion", "mean"])
+    assert parse_arguments(["--method", "layer+instruction"])[3].fuser_query == "layer+instruction"
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (["--num_gruops", "4"], "The command: unknown argument `num_gruops`. Did you mean `num_groups`?"),
+        (["recipes/digit.yaml"], "There is no recipe recipes/digit.yaml.*digits.yaml"),
+        (["--data_path", "nowhere"], "`--data_path nowhere`: there is no such folder"),
+        (["--text_model", "/no/where"], "`--text_model /no/where`: there is no such folder"),
+        (["--adapter=./checkpoint"], "`--adapter ./checkpoint`: there is no such folder"),
+        (["--method", "memvp", "--layer_fusion", "mean"], "means `--layer_fusion penultimate`, but `mean` was given"),
         (["--streaming", "true"], "needs `--max_steps`"),
-        (["--adapter", "x", "--method", "lavin"], "`--method lavin` was given beside it"),
-        (["--adapter", "x", "--visual_prompts", "none"], "`--visual_prompts` was given beside it"),
-        (["--learning_rate", "1", "--base_learning_rate", "1"], "Leave one of them out"),
+        (["--adapter", "x", "--method", "lavin"], "`--method` was given with `--adapter x`"),
+        (["--adapter", "x", "--visual_prompts", "none"], "`--visual_prompts` was given with `--adapter x`"),
+        (["--learning_rate", "1", "--base_learning_rate", "1"], "Remove one of them"),
+        (["--early_stopping_patience", "2"], "needs `--load_best_model_at_end true`.*--eval_strategy"),
+        (["--load_in_4bit", "true", "--method", "lavin"], "`--method lavin` does not support `--load_in_4bit`"),
+        (["--load_in_4bit", "true", "--load_in_8bit", "true"], "only one can be used"),
+        (["--method", "lavin", "--deepspeed", "launch/zero3.json"], "`--method lavin` does not .* ZeRO-3"),
+        (["--num_train_epochs", "0", "--deepspeed", "ds_config.json"], "which DeepSpeed ZeRO-2 does not support"),
+        (["--bf16", "true", "--deepspeed", "ds_config.json"], "`--bf16` was given with .*`--dtype bfloat16` instead"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_flags_that_cannot_hold_together_are_refused(flags, message):
+def test_flags_that_cannot_work_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
-        train.main(flags)
+        train.main([*flags, *([] if ".yaml" in flags[0] else ["--max_samples", "2"])])
+
+
+@pytest.mark.parametrize("flags", [["--method", "lavin"], ["--num_train_epochs", "0"]])
+def test_what_fsdp_cannot_do_is_refused(flags, monkeypatch):
+    monkeypatch.setattr(arguments, "name_engine", lambda _: "FSDP")
+    with pytest.raises(ValueError, match="FSDP"):
+        train.main([*flags, "--max_samples", "2"])
+
+
+@pytest.mark.parametrize("flags", [["--layer_fusion", "median"], ["--task", "nothing"], ["--num_groups", "many"]])
+def test_a_value_that_is_no_choice_ends_the_run(flags, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(flags)
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_a_typo_in_a_recipe_is_named(tmp_path):
+    (tmp_path / "a.yaml").write_text("num_gruops: 4\n")
+    with pytest.raises(ValueError, match="a.yaml: unknown argument `num_gruops`. Did you mean `num_groups`"):
+        parse_arguments([str(tmp_path / "a.yaml")])
+
+
+@pytest.mark.parametrize("flags", [["--num_gruops", "4"], ["recipes/digit.yaml"], ["--data_path", "nowhere"]])
+def test_a_wrong_command_is_reported_before_the_libraries_are_imported(flags):
+    start = time.perf_counter()
+    process = subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode and "ValueError" in process.stderr
+    assert "torch" not in process.stderr and time.perf_counter() - start < 5
+
+
+def test_the_help_describes_every_flag_and_no_name_is_missing_from_the_sources(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--fuser-num-heads FUSER_NUM_HEADS Attention heads of the fuser" in printed
+    for word in printed.split():
+        if word.startswith("--") and word.strip("-,=").isidentifier():
+            name = word.strip("-,=")
+            assert {name, name.removeprefix("no_")} & argument_names(), name
+    assert all(len(text) > 10 for text in arguments.describe_fields(DehvfConfig.__doc__).values())
 
 
 # --- rows ---
 
 
-def test_the_loss_is_on_the_answer_and_the_end_alone(scienceqa):
-    split = make_split(scienceqa[0])
-    row = split[1]
+def test_the_loss_is_on_the_answer_and_eos_and_evaluation_sees_the_same_prompt(scienceqa):
+    row, evaluated = make_split(scienceqa[0])[1], make_split(scienceqa[0], training=False)[1]
     decode = tiny_processor().tokenizer.decode
     answer = [token for token, label in zip(row["input_ids"], row["labels"]) if label != -100]
     assert decode(answer) == " The answer is B.</s>".replace("T", decode(answer)[1])
     assert [label for label in row["labels"] if label != -100] == answer
     prompt = decode(row["input_ids"][: -len(answer)])
     assert prompt.startswith("<s>") and prompt.endswith("Response:")
+    assert decode(evaluated["input_ids"]).endswith("answer is") and "labels" not in evaluated
+    assert row["input_ids"][: len(evaluated["input_ids"])] == evaluated["input_ids"]
+    assert tiny_processor().tokenizer.convert_ids_to_tokens(evaluated["options"]) == [" A", " B"]
 
 
-def test_an_evaluated_row_ends_where_the_answer_is_due(scienceqa):
-    row = make_split(scienceqa[0], "test", training=False)[1]
-    assert tiny_processor().tokenizer.decode(row["input_ids"]).endswith("answer is")
-    assert "labels" not in row
+@pytest.mark.parametrize("with_bos", [True, False], ids=["BOS in the template", "BOS by the tokenizer"])
+def test_a_prompt_has_the_tokens_that_the_chat_template_gives_with_bos_once(scienceqa, with_bos):
+    processor = tiny_processor()
+    bare = processor.chat_template.replace("{{- bos_token -}}", "")
+    processor.chat_template = ("{{- bos_token -}}" if with_bos else "") + bare
+    row = make_split(scienceqa[0], processor=processor)[0]
+    message = {"role": "user", "content": get_task("scienceqa").prompt(make_rows()[0], "abc")}
+    tokens = processor.apply_chat_template([message], tokenize=True, add_generation_prompt=True)
+    tokens = tokens[0] if isinstance(tokens[0], list) else tokens
+    assert row["input_ids"][: row["instruction_length"]] == tokens
+    assert tokens.count(processor.tokenizer.bos_token_id) == 1
+    assert tokenize(processor.tokenizer, render(processor, message["content"]))[0] == tokens
 
 
-def test_likelihood_compares_the_letters_tokens(scienceqa):
-    split = make_split(scienceqa[0], "test", training=False)
-    assert tiny_processor().tokenizer.convert_ids_to_tokens(split[0]["options"]) == [" A", " B"]
-
-
-def test_options_that_begin_alike_are_refused(scienceqa, monkeypatch):
-    monkeypatch.setattr(get_task("scienceqa"), "options", lambda row: ["one", "on"])
-    with pytest.raises(ValueError, match="Row 0 of the test split has options that begin with the same token"):
-        make_split(scienceqa[0], "test", training=False)
-
-
-def test_training_and_evaluation_see_the_same_prompt(scienceqa):
-    trained, evaluated = make_split(scienceqa[0])[0], make_split(scienceqa[0], training=False)[0]
-    length = len(evaluated["input_ids"])
-    assert trained["input_ids"][:length] == evaluated["input_ids"]
-
-
-def test_a_batch_is_padded_on_the_left_and_marks_images(scienceqa):
+def test_a_batch_is_padded_on_the_left_and_marks_images_and_instructions(scienceqa):
     split = make_split(scienceqa[0])
     rows = [split[0], split[1]]
     rows[0] = {**rows[0], "input_ids": rows[0]["input_ids"][:-3], "labels": rows[0]["labels"][:-3]}
-    batch = train.Collator(tiny_processor())(rows)
+    batch = Collator(tiny_processor(), instruction_mask=True)(rows)
     assert batch["image_mask"].tolist() == [False, True]
     assert batch["attention_mask"][0, :3].tolist() == [0, 0, 0] and batch["labels"][0, :3].tolist() == [-100] * 3
     assert batch["input_ids"].shape == batch["labels"].shape and batch["index"].tolist() == [0, 1]
-    assert "pixel_values" not in train.Collator(tiny_processor())([split[0], split[2]])
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_instruction_is_the_prompt_without_the_answer_and_its_prefix(scienceqa, training):
-    split = make_split(scienceqa[0], "test", training=training)
-    row = split[1]
-    batch = train.Collator(tiny_processor(), instruction_mask=True)(
-        [row, {**row, "input_ids": [1, *row["input_ids"]]}]
-    )
-    read = batch["input_ids"][0][batch["instruction_mask"][0].bool()]
+    assert "pixel_values" not in Collator(tiny_processor())([split[0], split[2]])
+    read = batch["input_ids"][1][batch["instruction_mask"][1].bool()]
     assert tiny_processor().tokenizer.decode(read).endswith("Response:")
-    assert batch["instruction_mask"][0, 0] == 0, "padding"
+    assert batch["instruction_mask"][0, :3].tolist() == [0, 0, 0]
 
 
 def test_image_tokens_follow_the_first_token_of_rows_with_an_image(scienceqa):
     rows = [make_split(scienceqa[0])[index] for index in (0, 1)]
-    batch = train.Collator(tiny_processor(), image_tokens=[99, 99])(rows)
+    batch = Collator(tiny_processor(), image_tokens=[99, 99])(rows)
     assert batch["input_ids"][1, :3].tolist() == [rows[1]["input_ids"][0], 99, 99]
     assert 99 not in batch["input_ids"][0] and batch["labels"].shape == batch["input_ids"].shape
     assert batch["labels"][1][batch["labels"][1] != -100].tolist() == [x for x in rows[1]["labels"] if x != -100]
@@ -214,9 +221,23 @@ def test_a_long_prompt_loses_context_and_nothing_else(scienceqa):
     assert decode(shortened[0]["input_ids"]) == decode(whole[0]["input_ids"]).replace("r too long", "")
 
 
-def test_a_prompt_that_is_too_long_without_context_is_refused(scienceqa):
-    with pytest.raises(ValueError, match="Row 0 of the train split.*`max_prompt_length=10`.*never cut"):
-        make_split(scienceqa[0], max_prompt_length=10)
+def test_rows_are_encoded_once_for_all_processes_and_runs(scienceqa, monkeypatch):
+    """And again when anything changes that they depend on."""
+    encoded, encode = [], RowEncoder.__call__
+    monkeypatch.setattr(RowEncoder, "__call__", lambda self, *row: encoded.append(row) or encode(self, *row))
+    first = make_split(scienceqa[0])
+    assert len(encoded) == 6 and first.encoded.cache_files, "memory-mapped"
+    again = make_split(scienceqa[0])
+    assert len(encoded) == 6 and list(again.encoded) == list(first.encoded)
+    longer, template = tiny_processor(), tiny_processor()
+    longer.tokenizer.add_tokens(["what is"])
+    template.chat_template = "Now: " + template.chat_template
+    scienceqa[1](train=make_rows(6, hint="another"), test=make_rows(6))
+    for values in ({}, {"split": "test"}, {"training": False}, {"max_prompt_length": 500}, {"max_samples": 5}):
+        make_split(scienceqa[0], **values)
+    for processor in (longer, template):
+        make_split(scienceqa[0], processor=processor)
+    assert len(encoded) == 6 * 7 + 5
 
 
 def break_images(rows, broken):
@@ -230,31 +251,32 @@ def break_images(rows, broken):
     return undecoded.remove_columns("image").add_column("image", images, feature=features["image"])
 
 
-def test_an_unreadable_image_is_skipped_and_counted_in_training(scienceqa):
+def test_an_unreadable_image_is_replaced_in_training_and_named_before_evaluation(scienceqa):
     folder, save = scienceqa
-    save(train=break_images(make_rows(), [3]))
+    save(train=break_images(make_rows(), [3]), test=break_images(make_rows(), [3, 5]))
     split = make_split(folder)
-    assert split[3]["index"] == 4
-    assert split.num_unreadable == 1
-    loader = torch.utils.data.DataLoader(
-        split, batch_size=2, collate_fn=train.Collator(tiny_processor()), num_workers=1
-    )
+    assert split[3]["index"] == 4 and int(split.unreadable_images) == 1
+    loader = torch.utils.data.DataLoader(split, batch_size=2, collate_fn=Collator(tiny_processor()), num_workers=1)
     assert len(list(loader)) == 3
-    assert split.num_unreadable == 2, "workers count too"
-
-
-def test_unreadable_images_are_named_before_training_where_they_will_be_evaluated(scienceqa):
-    folder, save = scienceqa
-    save(test=break_images(make_rows(), [3, 5]))
+    assert int(split.unreadable_images) == 2, "workers count too"
     with pytest.raises(ValueError, match="2 images of the test split cannot be read: row 3: .*; row 5: "):
         make_split(folder, "test", training=False)
+
+
+def test_a_missing_image_file_is_like_an_unreadable_one(tmp_path):
+    rows = [{"question": "why", "answer": "so", "image": "lost.png"}, {"question": "why", "answer": "so"}]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert make_split(tmp_path, task="vqa")[0]["index"] == 1
+    with pytest.raises(ValueError, match="1 images of the test split cannot be read: row 0: .*lost.png"):
+        make_split(tmp_path, "test", training=False, task="vqa")
 
 
 def test_images_are_the_right_way_up(tmp_path):
     image, exif = Image.new("L", (40, 20)), Image.Exif()
     exif[0x0112] = 6  # a camera that was held upright
     image.save(tmp_path / "a.jpg", exif=exif)
-    read = train.read_image({"path": str(tmp_path / "a.jpg"), "bytes": None})
+    read = read_image({"path": str(tmp_path / "a.jpg"), "bytes": None})
     assert (read.size, read.mode) == ((20, 40), "RGB")
 
 
@@ -264,52 +286,60 @@ def test_rows_without_an_image_can_be_left_out_of_training(scienceqa):
     assert len(make_split(scienceqa[0], "test", training=False, only_images=True)) == 4
 
 
-def test_workers_need_not_be_forked(scienceqa, monkeypatch):
+@pytest.mark.parametrize("streaming", [True, False])
+def test_workers_need_not_be_forked(scienceqa, monkeypatch, streaming):
     """As on macOS, and on Linux from Python 3.14 on."""
     spawn = multiprocessing.get_context("spawn")
-    monkeypatch.setattr(train.multiprocessing, "Value", spawn.Value)
-    arguments = train.DataArguments(task="scienceqa", data_path=str(scienceqa[0]), streaming=True)
-    split = train.StreamedSplit(get_task("scienceqa"), "train", tiny_processor(), arguments, None)
-    collate = train.Collator(tiny_processor())
+    monkeypatch.setattr(multiprocessing, "Value", spawn.Value)
+    arguments = DataArguments(task="scienceqa", data_path=str(scienceqa[0]), streaming=streaming)
+    kinds = {True: (StreamedSplit, None), False: (Split, True)}
+    kind, last = kinds[streaming]
+    split, collate = (
+        kind(get_task("scienceqa"), "train", tiny_processor(), arguments, last),
+        Collator(tiny_processor()),
+    )
     loader = torch.utils.data.DataLoader(
         split, batch_size=2, collate_fn=collate, num_workers=1, multiprocessing_context=spawn
     )
     assert len(list(itertools.islice(loader, 3))) == 3
 
 
-def test_a_missing_image_is_named_before_training_where_it_will_be_evaluated(tmp_path):
-    rows = [{"question": "why", "answer": "so", "image": "lost.png"}, {"question": "why", "answer": "so"}]
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = train.DataArguments(task="vqa", data_path=str(tmp_path))
-    trained = train.Split(get_task("vqa"), "train", tiny_processor(), arguments, training=True)
-    assert trained[0]["index"] == 1 and trained.num_unreadable == 1
-    with pytest.raises(ValueError, match="1 images of the test split cannot be read: row 0: .*lost.png"):
-        train.Split(get_task("vqa"), "test", tiny_processor(), arguments, training=False)
+@pytest.mark.parametrize(
+    "replaced, values, message",
+    [
+        ({"load": lambda *_, **__: make_rows().select([])}, {}, "train split of `scienceqa` is empty"),
+        (
+            {"load": lambda *_, **__: make_rows().remove_columns("hint")},
+            {},
+            r"lacks the columns \['hint'\]",
+        ),
+        ({"answer": lambda row: ""}, {}, "Row 0 of the train split: it has no answer to learn"),
+        (
+            {"options": lambda row: ["one", "on"]},
+            {"training": False},
+            "Row 0 of the train split: it has options that begin with the same token",
+        ),
+        ({}, {"max_prompt_length": 10}, "Row 0 of the train split.*`max_prompt_length=10`.*never shortened"),
+    ],
+    ids=["no rows", "a column is missing", "no answer", "options alike", "too long"],
+)
+def test_rows_that_cannot_be_learned_are_refused(scienceqa, monkeypatch, replaced, values, message):
+    for name, function in replaced.items():
+        monkeypatch.setattr(get_task("scienceqa"), name, function)
+    with pytest.raises(ValueError, match=message):
+        make_split(scienceqa[0], **values)
 
 
-def test_an_empty_split_is_refused(scienceqa, monkeypatch):
-    monkeypatch.setattr(get_task("scienceqa"), "load", lambda *_, **__: make_rows().select([]))
-    with pytest.raises(ValueError, match="train split of `scienceqa` is empty"):
-        make_split(scienceqa[0])
-
-
-def test_a_missing_column_is_refused(scienceqa):
-    folder, save = scienceqa
-    save(train=make_rows().remove_columns("hint"))
-    with pytest.raises(ValueError, match=r"lacks the columns \['hint'\]"):
-        make_split(folder)
-
-
-def test_a_row_without_an_answer_is_refused(scienceqa, monkeypatch):
-    monkeypatch.setattr(get_task("scienceqa"), "answer", lambda row: "")
-    with pytest.raises(ValueError, match="Row 0 of the train split has no answer to learn"):
-        make_split(scienceqa[0])
-
-
-def test_an_unknown_task_is_refused():
-    with pytest.raises(ValueError, match="no task `cifar`. There are: .*digits"):
-        get_task("cifar")
+def test_a_stream_has_the_rows_of_the_split_and_mixes_them(scienceqa):
+    arguments = DataArguments(task="scienceqa", data_path=str(scienceqa[0]), streaming=True, max_samples=5)
+    task, processor = get_task("scienceqa"), tiny_processor()
+    streamed, shuffled = (StreamedSplit(task, "train", processor, arguments, seed) for seed in (None, 0))
+    rows = make_split(scienceqa[0], max_samples=5)
+    passes = [[row["labels"] for row in itertools.islice(split, 10)] for split in (streamed, shuffled)]
+    in_order, mixed = [row["labels"] for row in rows], sorted(row["labels"] for row in rows)
+    assert passes[0] == 2 * in_order, "pass after pass"
+    assert [sorted(passes[1][:5]), sorted(passes[1][5:])] == [mixed, mixed]
+    assert passes[1][:5] != in_order and passes[1][5:] != passes[1][:5], "each pass in an order of its own"
 
 
 # --- whole runs ---
@@ -356,12 +386,6 @@ def test_the_scienceqa_recipe_trains_on_a_stand_in(scienceqa, tmp_path, launcher
     assert code.strip() in card and "pipeline_tag: image-text-to-text" in card
 
 
-@pytest.mark.slow
-def test_help_lists_every_argument():
-    printed = launch("--help")
-    assert "--visual_prompts" in printed and "--base_learning_rate" in printed
-
-
 def tiny_flags(tmp_path, scienceqa_folder, output, **flags) -> list[str]:
     """A run of seconds; `flags` change it."""
     vision, text = tmp_path / "vision", tmp_path / "text"
@@ -389,18 +413,6 @@ def test_a_stream_trains_on_the_rows_that_can_be_read(scienceqa, tmp_path):
     assert len(read_predictions(tmp_path / "output")) == results["size"] == 4
 
 
-def test_a_stream_has_the_rows_of_the_split_and_mixes_them(scienceqa):
-    arguments = train.DataArguments(task="scienceqa", data_path=str(scienceqa[0]), streaming=True, max_samples=5)
-    task, processor = get_task("scienceqa"), tiny_processor()
-    streamed, shuffled = (train.StreamedSplit(task, "train", processor, arguments, seed) for seed in (None, 0))
-    rows = make_split(scienceqa[0], max_samples=5)
-    passes = [[row["labels"] for row in itertools.islice(split, 10)] for split in (streamed, shuffled)]
-    in_order, mixed = [row["labels"] for row in rows], sorted(row["labels"] for row in rows)
-    assert passes[0] == 2 * in_order, "pass after pass"
-    assert [sorted(passes[1][:5]), sorted(passes[1][5:])] == [mixed, mixed]
-    assert passes[1][:5] != in_order and passes[1][5:] != passes[1][:5], "each pass in an order of its own"
-
-
 @pytest.fixture
 def trained(scienceqa, tmp_path):
     """`(flags, folder)` of a run of seconds."""
@@ -425,13 +437,6 @@ def test_bases_that_were_known_by_their_folders_can_be_given_their_ids(trained, 
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert (config["text_model_id"], config["text_model_revision"]) == ("org/text", "0123abc")
     assert config["vision_model_id"] == str(tmp_path / "vision")
-
-
-@pytest.mark.parametrize("flag", ["--adapter", "--text_model"])
-def test_a_misspelt_folder_is_named(trained, flag, monkeypatch):
-    flags = trained[0] if flag == "--adapter" else trained[0][: trained[0].index("--adapter")]
-    with pytest.raises(OSError, match="could be loaded from .*a misspelt folder"):
-        train.main([*flags, flag, "a misspelt folder"])
 
 
 def test_saved_adapters_are_evaluated_on_their_own_bases_unless_others_are_given(trained, tmp_path):
@@ -461,12 +466,12 @@ def test_a_result_tells_how_it_was_made(trained):
 
 def test_the_most_likely_option_is_that_of_the_models_logits(trained):
     flags, folder = trained
-    arguments = train.DataArguments(task="scienceqa", data_path=flags[flags.index("--data_path") + 1])
+    arguments = DataArguments(task="scienceqa", data_path=flags[flags.index("--data_path") + 1])
     processor = tiny_processor()
-    split = train.Split(get_task("scienceqa"), "test", processor, arguments, training=False)
+    split = Split(get_task("scienceqa"), "test", processor, arguments, training=False)
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     for row, record in zip(split, read_predictions(folder), strict=True):
-        batch = train.Collator(processor)([row])
+        batch = Collator(processor)([row])
         options = batch.pop("options")[0]
         del batch["index"]
         logits = model(**batch).logits[0, -1, options]
@@ -501,7 +506,7 @@ def test_a_scorer_that_lacks_something_is_asked_before_all_else(scienceqa, tmp_p
         raise RuntimeError("no scorer")
 
     monkeypatch.setattr(get_task("scienceqa"), "check_scorer", lack, raising=False)
-    monkeypatch.setattr(train, "load", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(train, "load_processor", lambda *_: pytest.fail("too late"))
     with pytest.raises(RuntimeError, match="no scorer"):
         train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "output"))
 

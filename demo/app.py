@@ -1,34 +1,44 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-A demo to look at: choose or upload an image, ask, and see the answer as it grows, what the image's memory is mixed
-from, and the patches that the language model read. Needs `pip install -r requirements-app.txt`.
+A web page that answers questions about images and shows which patches the language model read and which vision layers
+the visual memory is mixed from. Needs `pip install -r requirements-app.txt`.
 
-    python app.py
-    python app.py --adapter org/dehvf-llama7b --revision <40 hex digits>
+    python demo/app.py
+    python demo/app.py --adapter org/dehvf-llama7b --revision <40 hex digits>
 
-It runs the code of the adapter's repository: read that, and give the commit that you read. As a Gradio Space it takes
-both from the variables DEHVF_ADAPTER and DEHVF_REVISION of its settings.
+Loading an adapter runs the code in its repository: read it and pass the commit that you read. A Gradio Space takes
+both values from the variables DEHVF_ADAPTER and DEHVF_REVISION of its settings.
 """
 
 import argparse
 import os
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import torch
-from torch.nn import functional
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
 
-from pictures import check_config, draw_fusion_weights, draw_slot_activations, fusion_weights, slot_activations
-from serve import remember_images
-from tasks import digits
-from train import read_image
 
-
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it when it is imported
 
 import gradio as gr  # noqa: E402
+
+from demo.pictures import (  # noqa: E402
+    check_config,
+    draw_fusion_weights,
+    draw_slot_activations,
+    encoder_view,
+    fusion_weights,
+    slot_activations,
+)
+from demo.serve import remember_images  # noqa: E402
+from tasks import digits  # noqa: E402
+from training.data import read_image  # noqa: E402
 
 
 MAX_NEW_TOKENS = 64
@@ -41,14 +51,14 @@ def load(adapter: str, revision: str | None):
 
     Raises:
         OSError: if a base is missing.
-        ValueError: if there are no adapters, they have no visual memory to show, or are on the Hub and `revision` is
-            no commit.
+        ValueError: if there are no adapters, they have no visual memory, or they are on the Hub and `revision` is not
+            a commit.
     """
     if not os.path.isdir(adapter) and not re.fullmatch("[0-9a-f]{40}", revision or ""):
         raise ValueError(
-            f"There is no folder {adapter}. If there are no adapters yet, train the default ones into outputs/digits "
-            "in minutes (`accelerate launch train.py`). If this is an id on the Hub, its code will run here: give "
-            "the commit that you have read, --revision and 40 hex digits."
+            f"There is no folder {adapter}. To train the default adapters into outputs/digits, run `accelerate launch "
+            "train.py`, which takes minutes. If this is a Hub id, loading it runs its code: pass the commit that you "
+            "have read, `--revision` and 40 hex digits."
         )
     source = {"revision": revision, "trust_remote_code": True}
     check_config(AutoConfig.from_pretrained(adapter, **source))
@@ -58,7 +68,7 @@ def load(adapter: str, revision: str | None):
 
 
 def make_inputs(model, processor, image, message: str) -> dict[str, torch.Tensor]:
-    """The model's inputs for one message about an image."""
+    """The model's inputs for a message about an image."""
     content = [{"type": "image", "image": image}, {"type": "text", "text": message.strip()}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -72,13 +82,14 @@ def make_inputs(model, processor, image, message: str) -> dict[str, torch.Tensor
 
 def ask(model, processor, image, message: str):
     """
-    Yields the answer so far, and `None`; in the end with what was asked: image, message, ids of question and answer.
+    Yields the answer so far and `None`, and finally the answer and `(image, message, tokens)`, where `tokens` are the
+    ids of question and answer.
 
     Raises:
         gradio.Error: if there is no image or no question.
     """
     if image is None or not message.strip():
-        raise gr.Error("An image and a question are needed. Upload an image or choose one of the examples, and ask.")
+        raise gr.Error("Upload an image or choose an example, and enter a question.")
     inputs = make_inputs(model, processor, image, message)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
@@ -86,7 +97,7 @@ def ask(model, processor, image, message: str):
         try:
             return model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, streamer=streamer)
         finally:
-            streamer.end()  # also after an error, which would leave the loop below waiting
+            streamer.end()  # after an error too, or the loop below would wait forever
 
     with ThreadPoolExecutor(1) as thread:
         tokens, answer = thread.submit(generate), ""
@@ -97,42 +108,42 @@ def ask(model, processor, image, message: str):
 
 
 def read_tokens(inputs, tokens: list[int], end: int) -> dict[str, torch.Tensor]:
-    """The same inputs, with the first `end` tokens of question and answer as their text."""
+    """The same inputs with the first `end` tokens of question and answer as their text."""
     text = inputs["input_ids"].new_tensor([tokens[:end]])
-    question = functional.pad(inputs["attention_mask"], (0, end - inputs["input_ids"].shape[1]))
+    question = F.pad(inputs["attention_mask"], (0, end - inputs["input_ids"].shape[1]))
     return {**inputs, "input_ids": text, "attention_mask": torch.ones_like(text), "instruction_mask": question}
 
 
 @torch.no_grad()
 def offer_tokens(model, processor, asked):
-    """The answer's tokens to choose from; first chosen is the one that the image made more likely than any other."""
+    """The tokens of the answer as choices. The token whose likelihood the image raised most is selected."""
     image, message, tokens = asked
     inputs = make_inputs(model, processor, image, message)
     length = inputs["input_ids"].shape[1]
-    texts = read_tokens(inputs, tokens, len(tokens))
-    blind = {name: value for name, value in texts.items() if name not in ("pixel_values", "image_mask")}
-    seen, unseen = (model(**given).logits[0, length - 1 : -1].float().log_softmax(-1) for given in (texts, blind))
-    gains = (seen - unseen).gather(1, texts["input_ids"][0, length:, None])
+    with_image = read_tokens(inputs, tokens, len(tokens))
+    without = {name: value for name, value in with_image.items() if name not in ("pixel_values", "image_mask")}
+    seen, unseen = (
+        model(**given).logits[0, length - 1 : -1].float().log_softmax(-1) for given in (with_image, without)
+    )
+    gains = (seen - unseen).gather(1, with_image["input_ids"][0, length:, None])
     words = [processor.tokenizer.decode(token) for token in tokens[length:]]
     choices = [(word.strip() or repr(word), index) for index, word in enumerate(words)]
     return gr.Radio(choices, value=gains.argmax().item(), visible=True)
 
 
 def draw_patches(model, processor, asked, token: int):
-    """Figure of how much each layer read the memory of each patch, to say this token of the answer."""
+    """Figure of how much each language layer read the memory of each patch when it predicted this answer token."""
     image, message, tokens = asked
     inputs = make_inputs(model, processor, image, message)
     length = inputs["input_ids"].shape[1]
     activations = slot_activations(model, read_tokens(inputs, tokens, length + token))[0]
-    # Cropped and scaled as the encoder gets it, but not normalised
-    seen = processor.image_processor(image, do_normalize=False, return_tensors="np")["pixel_values"][0]
-    title = f"Where the language model looked to say [{processor.tokenizer.decode(tokens[length + token]).strip()}]"
-    patch_size = model.config.vision_config.patch_size
-    return draw_slot_activations(activations, seen.transpose(1, 2, 0).clip(0, 1), patch_size, title)
+    title = f"What the language model read to say [{processor.tokenizer.decode(tokens[length + token]).strip()}]"
+    pixels = encoder_view(processor, image)
+    return draw_slot_activations(activations, pixels, model.config.vision_config.patch_size, title)
 
 
 def draw_mixture(model, processor, image, message: str):
-    """Figure of the vision layers that the memory of each language layer is mixed from; `None` without an image."""
+    """Figure of the vision layers that each language layer's memory is mixed from, or `None` without an image."""
     if image is None:
         return None
     weights = fusion_weights(model, make_inputs(model, processor, image, message))
@@ -140,7 +151,7 @@ def draw_mixture(model, processor, image, message: str):
 
 
 def make_examples() -> list[list]:
-    """Images and messages of the digits task, of scans that its training never saw, each of another skill."""
+    """Images and messages of the digits task's test split, one of each skill."""
     rows = {row["skill"]: row for row in digits.load("test", max_samples=60) if row["image"] is not None}
     return [[read_image(row["image"]), digits.prompt(row, row["hint"])] for row in rows.values()][:NUM_EXAMPLES]
 
@@ -148,34 +159,33 @@ def make_examples() -> list[list]:
 def build(model, processor) -> gr.Blocks:
     """The page."""
     with gr.Blocks(title="DEHVF") as page:
-        gr.Markdown("# DEHVF\nA frozen language model sees by a visual memory in its FFNs. Choose an image and ask.")
-        message = gr.Textbox(label="Question, with its options if it has any", lines=4, max_length=2000, render=False)
+        gr.Markdown("# DEHVF\nA frozen language model that reads images as visual memory in its FFNs.")
+        message = gr.Textbox(label="Question, with its options if any", lines=4, max_length=2000, render=False)
         with gr.Row():
             with gr.Column():
                 image = gr.Image(label="Image", type="pil", height=300, elem_id="image")
-                hint = "Images and questions of the digits task, of scans that it is not trained on"
+                hint = "Examples from the test split of the digits task"
                 gr.Examples(make_examples(), [image, message], label=hint, visible_columns=[0])
             with gr.Column():
                 message.render()
                 button = gr.Button("Ask", variant="primary")
                 answer = gr.Textbox(label="Answer", interactive=False)
-                token = gr.Radio(label="Token of the answer to look at", visible=False)
+                token = gr.Radio(label="Show what was read for this token of the answer", visible=False)
         gr.Markdown("## The patches that the language model read")
         patches = gr.Plot(show_label=False)
-        gr.Markdown("## The vision layers that the image's memory is mixed from")
+        gr.Markdown("## The vision layers that the visual memory is mixed from")
         mixture = gr.Plot(show_label=False)
-        asked = gr.State()  # what the answer belongs to, whatever is typed meanwhile
+        asked = gr.State()  # what the answer belongs to, even if the inputs are changed meanwhile
 
-        # One after the other: pictures look into the model while it computes
-        turn = {"concurrency_id": "model", "concurrency_limit": 1}
-        own = {**turn, "api_visibility": "private"}
+        one_by_one = {"concurrency_id": "model", "concurrency_limit": 1}
+        private = {**one_by_one, "api_visibility": "private"}
         given, asking = [image, message], [button.click, message.submit]
-        steps = gr.on(asking, partial(ask, model, processor), given, [answer, asked], api_name="ask", **turn)
-        steps = steps.success(partial(offer_tokens, model, processor), asked, token, **own)
-        steps.success(partial(draw_patches, model, processor), [asked, token], patches, **own)
-        token.input(partial(draw_patches, model, processor), [asked, token], patches, **own)
+        steps = gr.on(asking, partial(ask, model, processor), given, [answer, asked], api_name="ask", **one_by_one)
+        steps = steps.success(partial(offer_tokens, model, processor), asked, token, **private)
+        steps.success(partial(draw_patches, model, processor), [asked, token], patches, **private)
+        token.input(partial(draw_patches, model, processor), [asked, token], patches, **private)
         mixing = [image.change, *asking] if model.config.reads_instruction else [image.change]
-        gr.on(mixing, partial(draw_mixture, model, processor), given, mixture, **own)
+        gr.on(mixing, partial(draw_mixture, model, processor), given, mixture, **private)
     return page
 
 
@@ -189,10 +199,10 @@ def main(arguments=None):
         model, processor = load(options.adapter, options.revision)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    # Fonts of the machine, not of the net; a small image as large as its place
+    # System fonts, so that the page loads without a network
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    css = "#image img {width: 100%; height: 100%; object-fit: contain}"
-    return build(model, processor).launch(theme=theme, css=css)
+    css = "#image img {width: 100%; height: 100%; object-fit: contain}"  # enlarges small images
+    return build(model, processor).launch(theme=theme, css=css, show_error=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""A web page, an OpenAI-compatible server and figures for trained adapters."""

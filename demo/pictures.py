@@ -1,0 +1,496 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+Draws what a trained adapter does with images, as PNG files.
+
+    python demo/pictures.py outputs/digits --output_dir outputs/digits/pictures
+    python demo/pictures.py outputs/own --task vqa --data_path examples/vqa --row 0 --layers 0 3 7
+
+    fusion_weights.png      which vision layers each language layer's memory is mixed from, mean over images
+    fusion_curves.png       the same as curves over language layers, with their spread over images
+    slot_activations.png    how much each language layer read each patch of one image for one token of the answer
+
+Layers, rows and tokens are counted from 0. `fusion_weights` and `slot_activations` return the arrays that are drawn.
+"""
+
+import argparse
+import itertools
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tasks import NAMES, get_task  # noqa: E402
+from training.data import Collator, RowEncoder, read_image  # noqa: E402
+
+
+BATCH_SIZE = 32
+MAX_LAYERS = 12  # shown of a deep language model, unless `--layers` names them
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_config(config):
+    """
+    Raises:
+        ValueError: if the model has no visual memory.
+    """
+    if getattr(config, "visual_prompts", None) in (None, "none"):
+        given = f"a `{config.model_type}`" if config.model_type != "dehvf" else 'trained with `visual_prompts="none"`'
+        raise ValueError(
+            f"The model is {given}: it has no visual memory, so there is nothing to draw. Pass a DEHVF adapter that "
+            "was trained with visual prompts."
+        )
+
+
+def check_images(model, inputs):
+    check_config(model.config)
+    mask = inputs.get("image_mask")
+    if inputs.get("pixel_values") is None or (mask is not None and not mask.all()):
+        raise ValueError("A row of the inputs has no image, so nothing can be drawn for it. Leave such rows out.")
+
+
+def instruction_of(model, inputs) -> torch.Tensor | None:
+    if not model.config.reads_instruction:
+        return None
+    return model.get_instruction_features(
+        inputs["input_ids"], inputs.get("instruction_mask", inputs.get("attention_mask"))
+    )
+
+
+@torch.no_grad()
+def fusion_weights(model, inputs) -> np.ndarray:
+    """
+    The weights of the vision layers in each language layer's memory (method step 4).
+
+    Args:
+        model: `DehvfForConditionalGeneration`.
+        inputs: keyword arguments of the model's `forward` with `pixel_values`, and with the texts if `fuser_query`
+            reads them.
+
+    Returns:
+        Array of shape `(num_images, num_language_layers, num_positions, num_vision_layers)`. Rows sum to one.
+
+    Raises:
+        ValueError: if the model has no visual prompts, or a row has no image.
+    """
+    check_images(model, inputs)
+    return model.model.get_fusion_weights(inputs["pixel_values"], instruction_of(model, inputs)).float().cpu().numpy()
+
+
+@torch.no_grad()
+def slot_activations(model, inputs, position: int = -1) -> np.ndarray:
+    """
+    How much each patch's memory slot is read by one token, `phi(x K^T)` of method step 8.
+
+    Args:
+        model: `DehvfForConditionalGeneration`.
+        inputs: keyword arguments of the model's `forward`, with `input_ids` and `pixel_values`.
+        position: of the token that reads, in `input_ids`. It predicts the next token.
+
+    Returns:
+        Array of shape `(batch_size, num_language_layers, num_patches)`, patches row by row, without a unit. A
+        negative activation subtracts the slot's value; SiLU, for example, goes down to -0.28. With
+        `visual_prompts="values"` the keys do not depend on the image.
+
+    Raises:
+        ValueError: if the model has no visual prompts, or a row has no image.
+    """
+    check_images(model, inputs)
+    features = model.get_image_features(inputs["pixel_values"], instruction=instruction_of(model, inputs))
+    texts = {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_mask")}
+    ffn_inputs, thread = [], threading.get_ident()
+
+    def keep(mlp, args):
+        if threading.get_ident() == thread:  # others may use the model at the same time
+            ffn_inputs.append(args[0][:, position].float())
+
+    mlps = [layer.mlp for layer in model.model.language_model.layers]
+    hooks = [mlp.register_forward_pre_hook(keep) for mlp in mlps]
+    try:
+        model(**texts, visual_memory=features)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    scores = [
+        torch.einsum("bh,bnh->bn", hidden.to(keys.device), keys)
+        for hidden, keys in zip(ffn_inputs, memory_keys(model, features.pooler_output))
+    ]
+    activations = [getattr(mlp, mlp.activation_name)(score) for mlp, score in zip(mlps, scores)]
+    return torch.stack(activations, dim=1).cpu().numpy()
+
+
+def memory_keys(model, memory) -> Iterator[torch.Tensor]:
+    """The keys of the patches' memory slots, `(batch_size, num_patches, language_hidden_size)`, layer by layer."""
+    up, slots = model.model.projector.up, model.model.memory_slots.key[: model.config.num_patches].float()
+    for layer_features in memory.float().unbind(1):
+        if model.config.visual_prompts == "values":
+            yield slots.expand(len(layer_features), -1, -1)
+        else:
+            yield slots + model.config.visual_scale * F.linear(
+                layer_features[:, 0, :, :-1], up.weight.float(), up.bias.float()
+            )
+
+
+def groups(model) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Runs of language layers with the same candidate vision layers, and these candidates, sorted, without repeats."""
+    candidates, valid = model.model.candidates.cpu().numpy(), model.model.valid_candidates.cpu().numpy()
+    rows = [tuple(np.unique(row[is_valid])) for row, is_valid in zip(candidates, valid)]
+    runs = itertools.groupby(range(len(rows)), key=lambda layer: rows[layer])
+    return [(np.array(list(layers)), np.array(row)) for row, layers in runs]
+
+
+def position_names(model) -> list[str]:
+    if model.config.visual_prompts == "shared":
+        return ["keys and values"]
+    return [("keys", "values")[position] for position in model.config.memory_positions]
+
+
+def encoder_view(processor, image) -> np.ndarray:
+    """The image as the vision encoder gets it, without normalisation: `(height, width, 3)` from 0 to 1."""
+    pixels = processor.image_processor(image, do_normalize=False, return_tensors="np")["pixel_values"][0]
+    return pixels.transpose(1, 2, 0).clip(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def new_figure(width: float, height: float):
+    """A figure, sizes in inches. Made without `pyplot`, which needs a display and keeps global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Drawing needs matplotlib, which is not installed: pip install matplotlib") from error
+    return Figure(figsize=(width, height), dpi=130, layout="constrained")
+
+
+def count_layers(axis):
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=16, integer=True))
+
+
+def penultimate_note(model) -> str:
+    if model.config.layer_fusion == "penultimate":
+        return ""
+    return (
+        f"\nThe penultimate vision layer, {model.config.vision_config.num_hidden_layers - 2}, is a candidate of every "
+        "group;\nin its own group it counts twice, and its two weights are added."
+    )
+
+
+def draw_fusion_weights(weights: np.ndarray, model, title: str):
+    """
+    Heat maps of the mean over images, one for each position, with a frame around the candidates of each group.
+
+    Args:
+        weights: `(num_images, num_language_layers, num_positions, num_vision_layers)`, see [`fusion_weights`].
+        model: the model that the weights belong to.
+        title: second line of the title, which says what the mean is over.
+
+    Returns:
+        `matplotlib.figure.Figure`, whose `savefig` writes a file.
+    """
+    from matplotlib.patches import Rectangle
+
+    mean = weights.mean(axis=0)
+    num_positions = mean.shape[1]
+    drawn = np.full(mean.shape, np.nan)  # layers that are no candidates stay blank
+    figure = new_figure(1.5 + 5.5 * num_positions, 6)
+    axes = figure.subplots(1, num_positions, sharey=True, squeeze=False)[0]
+    for layers, candidates in groups(model):
+        part = slice(layers[0], layers[-1] + 1)
+        drawn[part, :, candidates] = mean[part, :, candidates]
+        # One frame around the group's run and one around the penultimate layer, unless they touch
+        for run in np.split(candidates, np.flatnonzero(np.diff(candidates) > 1) + 1):
+            corner = (run[0] - 0.5, layers[0] - 0.5)
+            for axis in axes:
+                axis.add_patch(Rectangle(corner, len(run), len(layers), fill=False, edgecolor="black", clip_on=False))
+    for index, (axis, name) in enumerate(zip(axes, position_names(model))):
+        image = axis.imshow(
+            drawn[:, index], origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=np.nanmax(drawn)
+        )
+        axis.set(title=f"memory {name}", xlabel="vision layer", facecolor="0.88")
+        count_layers(axis.xaxis)
+        count_layers(axis.yaxis)
+    axes[0].set_ylabel("language layer")
+    figure.colorbar(image, ax=list(axes), label="mean weight", fraction=0.05)
+    figure.suptitle(f"Vision layers that the memory of each language layer is mixed from\n{title}", parse_math=False)
+    figure.supxlabel(
+        "Framed: the candidates of a group of language layers. Grey: not a candidate. Layers are counted from 0."
+        + penultimate_note(model),
+        fontsize="small",
+    )
+    return figure
+
+
+def draw_fusion_curves(weights: np.ndarray, model, title: str):
+    """
+    The weights of each group's candidates over its language layers: a line for the mean over images, and a band from
+    the 10th to the 90th percentile. Arguments and result as in [`draw_fusion_weights`].
+    """
+    mean = weights.mean(axis=0)
+    low, high = np.quantile(weights, (0.1, 0.9), axis=0)
+    num_layers, num_positions, num_vision_layers = mean.shape
+    styles = curve_styles(max(len(candidates) for _, candidates in groups(model)))
+    figure = new_figure(11, 1.5 + 3.2 * num_positions)
+    axes = figure.subplots(num_positions, 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    entries = {}
+    for index, (axis, name) in enumerate(zip(axes, position_names(model))):
+        for layers, candidates in groups(model):
+            axis.axvline(layers[-1] + 0.5, color="0.7", linewidth=0.8)
+            for place, vision_layer in enumerate(candidates):
+                label, style = styles[place]
+                if vision_layer == num_vision_layers - 2:
+                    label, style = f"penultimate layer ({vision_layer})", {"color": "black", "linestyle": "--"}
+                curve = (layers, index, vision_layer)
+                (entries[label],) = axis.plot(layers, mean[curve], marker="o", markersize=4, **style)
+                axis.fill_between(layers, low[curve], high[curve], color=style["color"], alpha=0.2, linewidth=0)
+                if len(layers) == 1:  # the band would have no width
+                    axis.vlines(layers, low[curve], high[curve], color=style["color"], alpha=0.2, linewidth=8)
+        axis.set(ylabel=f"fusion weight, {name}", xlim=(-0.5, num_layers - 0.5))
+        count_layers(axis.xaxis)
+    name_groups(axes[0], model)
+    axes[0].set_ylim(bottom=0)
+    axes[-1].set_xlabel("language layer")
+    names = sorted(entries, key=lambda label: (label.startswith("penultimate"), len(label), label))
+    figure.legend([entries[name] for name in names], names, loc="outside right center", title="vision layer")
+    figure.suptitle(
+        f"Weights of the vision layers over language layers\n{title}, with the 10th to 90th percentile as a band",
+        parse_math=False,
+    )
+    figure.supxlabel(
+        "Between two grey lines: a group, with its run of vision layers above. Layers are counted from 0."
+        + penultimate_note(model),
+        fontsize="small",
+    )
+    return figure
+
+
+def curve_styles(num_candidates: int) -> list[tuple[str, dict]]:
+    """Label and colour of each place in a group's run, the same in all groups."""
+    from matplotlib import colormaps
+
+    shades = np.linspace(0, 0.9, num_candidates)
+    return [
+        (f"layer {place} of the group's run", {"color": colormaps["viridis"](x)}) for place, x in enumerate(shades)
+    ]
+
+
+def name_groups(axis, model):
+    """Writes the run of vision layers above each group."""
+    penultimate = model.config.vision_config.num_hidden_layers - 2
+    for layers, candidates in groups(model):
+        run = candidates[candidates != penultimate]
+        if len(run):
+            text = f"vision {run[0]}" if len(run) == 1 else f"vision {run[0]}–{run[-1]}"
+            place = {"transform": axis.get_xaxis_transform(), "horizontalalignment": "center"}
+            axis.text((layers[0] + layers[-1]) / 2, 1.02, text, fontsize="small", **place)
+
+
+def draw_slot_activations(activations: np.ndarray, pixels: np.ndarray, patch_size: int, title: str, layers=None):
+    """
+    The image, the mean over language layers, and single language layers on one scale. Red is positive, blue is
+    negative, white is zero.
+
+    Args:
+        activations: `(num_language_layers, num_patches)`, see [`slot_activations`].
+        pixels: `(height, width, 3)`, see [`encoder_view`].
+        patch_size: in pixels.
+        title: lines above the picture.
+        layers: which language layers to show. By default all, or `MAX_LAYERS` evenly spaced ones.
+
+    Returns:
+        `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: if there is no such layer.
+    """
+    num_layers = len(activations)
+    if layers is None:
+        layers = np.unique(np.linspace(0, num_layers - 1, min(num_layers, MAX_LAYERS)).round().astype(int))
+    if wrong := [layer for layer in layers if not 0 <= layer < num_layers]:
+        raise ValueError(f"--layers names {wrong}, but the language layers are 0 to {num_layers - 1}.")
+    num_columns = min(len(layers), 4)
+    num_rows = -(-len(layers) // num_columns)
+    heading = [line for part in title.splitlines() for line in textwrap.wrap(part, 150)]
+    figure = new_figure(12.5, 0.7 + 0.2 * len(heading) + max(5, 2.5 * num_rows))
+    figure.suptitle("\n".join(heading), parse_math=False, x=0.01, horizontalalignment="left", fontsize="medium")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 3.2))
+
+    picture, mean = left.subplots(2, 1)
+    picture.imshow(pixels)
+    picture.set_title("the image and its patches", fontsize="medium")
+    picture.set(xticks=[], yticks=[])
+    for edge in np.arange(patch_size, len(pixels) - 1, patch_size) - 0.5:
+        picture.axhline(edge, color="white", linewidth=0.4, alpha=0.6)
+        picture.axvline(edge, color="white", linewidth=0.4, alpha=0.6)
+    average = activations.mean(axis=0)
+    image = draw_patches(mean, average, pixels, patch_size, np.abs(average).max())
+    mean.set_title(f"mean over {num_layers} layers", fontsize="medium")
+    left.colorbar(image, ax=mean, label="mean activation", fraction=0.046)
+
+    axes = right.subplots(num_rows, num_columns, squeeze=False).flatten()
+    limit = np.abs(activations[layers]).max()
+    for axis, layer in zip(axes, layers):
+        image = draw_patches(axis, activations[layer], pixels, patch_size, limit)
+        low, high = activations[layer].min(), activations[layer].max()
+        axis.set_title(f"language layer {layer}\n{low:.2g} to {high:.2g}", fontsize="small")
+    for axis in axes[len(layers) :]:
+        axis.set_axis_off()
+    right.colorbar(image, ax=list(axes), label="activation $\\phi(x \\cdot k)$ (no unit)", fraction=0.03)
+    figure.supxlabel(
+        "$x$: input of the language layer's FFN at the token before. $k$: key of the patch's memory slot.\n"
+        "Red: the slot's value is added to the FFN's output; white: it is not used; blue: it is subtracted.\n"
+        "All language layers share one scale, the mean has its own. The brightness is that of the image.",
+        fontsize="small",
+    )
+    return figure
+
+
+def draw_patches(axis, values: np.ndarray, pixels: np.ndarray, patch_size: int, limit: float):
+    """Colours each patch by its value, shaded by the image. Returns what the colour bar is made from."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    grey = pixels.mean(axis=-1)
+    # A light shade, so that the colours can still be compared with the bar
+    shaded = np.repeat((0.75 + 0.25 * (grey - grey.min()) / (np.ptp(grey) or 1))[..., None], 3, axis=-1)
+    colours = ScalarMappable(Normalize(-limit, limit), "RdBu_r")
+    side = round(len(values) ** 0.5)
+    patches = colours.to_rgba(values.reshape(side, side))[..., :3].repeat(patch_size, 0).repeat(patch_size, 1)
+    # The encoder ignores the pixels right of and below the last whole patch
+    shaded[: len(patches), : len(patches)] *= patches
+    axis.imshow(shaded)
+    axis.set(xticks=[], yticks=[])
+    return colours
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def choose_row(dataset, split: str, number: int | None) -> dict:
+    """The row with this number, or the first that has an image, with its number as `index`."""
+    if number is None:
+        number = next((index for index, row in enumerate(dataset) if row["image"] is not None), None)
+        if number is None:
+            raise ValueError(f"No row of the {split} split has an image, so there is nothing to draw.")
+    if not 0 <= number < len(dataset):
+        raise ValueError(f"--row is {number}, but the rows of the {split} split are 0 to {len(dataset) - 1}.")
+    if dataset[number]["image"] is None:
+        raise ValueError(f"--row is {number}, but this row of the {split} split has no image. Choose another.")
+    return {**dataset[number], "index": number}
+
+
+def make_inputs(processor, task, rows: list[dict], device) -> dict[str, torch.Tensor]:
+    """What the model gets in an evaluation: images, prompts and the prefix of the answer."""
+    encode = RowEncoder(task, "chosen", processor, max_prompt_length=sys.maxsize, training=False)
+    samples = [
+        {**encode(row, index), "index": index, "image": read_image(row["image"])} for index, row in enumerate(rows)
+    ]
+    batch = Collator(processor, instruction_mask=True)(samples)
+    return {name: batch[name].to(device) for name in batch.keys() - {"index", "options"}}
+
+
+@torch.no_grad()
+def look_for_token(model, processor, task, row: dict, token: int) -> tuple[np.ndarray, str]:
+    """
+    Generates an answer, and reads the slot activations at the token before number `token` of it.
+
+    Returns:
+        Activations of shape `(num_language_layers, num_patches)`, and the lines of a title.
+
+    Raises:
+        ValueError: if the answer has no such token.
+    """
+    inputs = make_inputs(processor, task, [row], model.device)
+    length = inputs["input_ids"].shape[1]
+    tokens = model.generate(**inputs, max_new_tokens=max(task.MAX_NEW_TOKENS, token + 1), do_sample=False)
+    num_tokens = tokens.shape[1] - length
+    if not 0 <= token < num_tokens:
+        raise ValueError(f"--token is {token}, but the tokens of the answer are 0 to {num_tokens - 1}.")
+    read = tokens[:, : length + token]  # the last of them predicts the token
+    question = F.pad(inputs["instruction_mask"], (0, token))
+    texts = {"input_ids": read, "attention_mask": torch.ones_like(read), "instruction_mask": question}
+    activations = slot_activations(model, {**inputs, **texts})[0]
+
+    # Decoded from the start of the answer, since a tokenizer may drop the space before the first word
+    ends = (length + token, length + token + 1, None)
+    before, until, answer = (processor.tokenizer.decode(tokens[0, length:end]) for end in ends)
+    word = until[len(before) :]
+    marked = f"{before}[{word}]{answer[len(until) :]}".replace("[ ", " [", 1).strip()
+    context = textwrap.shorten(task.context(row), 200, placeholder=" …")
+    title = (
+        f"What the language model read to say [{word.strip()}] (row {row['index']})\n"
+        f"{task.prompt(row, context)}\n"
+        f"The model answers: {task.ANSWER_PREFIX.strip()} {marked}   Expected: {task.answer(row)}"
+    )
+    return activations, title
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter", help="folder or Hub id of trained adapters")
+    parser.add_argument("--task", choices=NAMES, default="digits", help="file in tasks/ that reads the data")
+    parser.add_argument("--data_path", help="Hub id or folder of the data, if not the task's own")
+    parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
+    parser.add_argument("--num_samples", type=int, default=200, help="largest number of images in the mean weights")
+    parser.add_argument("--row", type=int, help="row to draw; by default the first with an image")
+    parser.add_argument("--token", type=int, default=0, help="token of the answer to draw")
+    parser.add_argument("--layers", type=int, nargs="+", help=f"language layers; by default up to {MAX_LAYERS}")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/pictures"))
+    options = parser.parse_args(arguments)
+    if options.num_samples < 1:
+        parser.error(f"--num_samples is {options.num_samples}, but a mean needs at least 1.")
+    return options
+
+
+def main(arguments=None):
+    from datasets import Image
+
+    options = parse_arguments(arguments)
+    new_figure(1, 1)  # fails before anything is loaded if matplotlib is missing
+    task = get_task(options.task)
+    dataset = task.load(options.split, options.data_path).cast_column("image", Image(decode=False))
+    row = choose_row(dataset, options.split, options.row)
+    check_config(AutoConfig.from_pretrained(options.adapter, trust_remote_code=True))
+    model = AutoModelForImageTextToText.from_pretrained(options.adapter, trust_remote_code=True)
+    model = model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    processor = AutoProcessor.from_pretrained(options.adapter, trust_remote_code=True)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+
+    activations, title = look_for_token(model, processor, task, row, options.token)
+    pixels = encoder_view(processor, read_image(row["image"]))
+    patch_size = model.config.vision_config.patch_size
+    figure = draw_slot_activations(activations, pixels, patch_size, title, options.layers)
+    figure.savefig(options.output_dir / "slot_activations.png")
+
+    with_image = (row for row in dataset if row["image"] is not None)
+    rows = list(itertools.islice(with_image, options.num_samples))
+    batches = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
+    weights = np.concatenate(
+        [fusion_weights(model, make_inputs(processor, task, batch, model.device)) for batch in batches]
+    )
+    title = f"Mean over {len(rows)} images of the {options.split} split of {options.task}"
+    draw_fusion_weights(weights, model, title).savefig(options.output_dir / "fusion_weights.png")
+    draw_fusion_curves(weights, model, title).savefig(options.output_dir / "fusion_curves.png")
+    print(f"Wrote fusion_weights.png, fusion_curves.png and slot_activations.png to {options.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""How `generate` encodes images once, and what it hands to every step."""
+
+from transformers import GenerationMixin
+
+from .inputs_dehvf import IMAGE_ARGUMENTS
+
+
+class DehvfGenerationMixin(GenerationMixin):
+    """`GenerationMixin` for [`DehvfForConditionalGeneration`]."""
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """
+        Encodes before the batch is expanded, so that all beams of a sample share one run of the encoder. What is
+        expanded is brought into the form in which it is read, which is then handed to every step.
+        """
+        images = {name: model_kwargs.pop(name, None) for name in IMAGE_ARGUMENTS}
+        if not self.model.is_disabled:
+            embeds, mask = model_kwargs.get("inputs_embeds"), images.pop("instruction_mask")
+            embeds = self.get_input_embeddings()(input_ids) if embeds is None else embeds
+            mask = model_kwargs.get("attention_mask") if mask is None else mask
+            model_kwargs["layer_memories"], _ = self.model.read_images(embeds, mask, **images, copies=expand_size)
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict, **kwargs):
+        """An `assistant_model` drafts from the text alone; this model, which sees, decides."""
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "layer_memories"}
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
+
+    def generate_batch(self, inputs, *args, **kwargs):
+        """
+        Continuous batching, for texts without an image.
+
+        Raises:
+            ValueError: if images are given, which its packed rows cannot tell apart.
+        """
+        if given := [name for name in IMAGE_ARGUMENTS if kwargs.get(name) is not None]:
+            raise ValueError(
+                f"`generate_batch` was called with `{given[0]}`, but it packs several requests into one row, in which "
+                "each would read the image of all. Call `generate`, with one row for each request."
+            )
+        return super().generate_batch(inputs, *args, **kwargs)

@@ -1,0 +1,61 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What a call may be given, and the errors that say what does not fit."""
+
+import torch
+
+from .configuration_dehvf import DehvfConfig
+
+
+# Arguments of a call that say what its texts read
+IMAGE_ARGUMENTS = ("pixel_values", "image_mask", "visual_memory", "adapter_names", "instruction_mask")
+
+
+def check_pixel_values(config: DehvfConfig, pixel_values: torch.Tensor):
+    """Raises `ValueError` if images do not have the shape that the vision encoder takes."""
+    vision = config.vision_config
+    _check_shape("pixel_values", pixel_values, (vision.num_channels, vision.image_size, vision.image_size))
+
+
+def check_visual_memory(config: DehvfConfig, visual_memory: torch.Tensor, batch_size: int | None = None):
+    """Raises `ValueError` if the memory is not this adapter's, or has rows for another number of texts."""
+    sizes = (config.text_config.num_hidden_layers, len(config.memory_positions), config.num_patches)
+    _check_shape("visual_memory", visual_memory, (*sizes, config.projector_hidden_size + 1))
+    if batch_size is not None and len(visual_memory) not in (1, batch_size):
+        raise ValueError(
+            f"There are {len(visual_memory)} rows of images and {batch_size} texts. Give one row per text, and "
+            "mark texts without an image in `image_mask`, as this model's processor does."
+        )
+
+
+def check_instruction(config: DehvfConfig, instruction: torch.Tensor | None, num_images: int):
+    """Raises `ValueError` if the fuser needs the user's text and lacks it for some image."""
+    given = "none" if instruction is None else f"one for {len(instruction)} texts"
+    if config.reads_instruction and (instruction is None or len(instruction) != num_images):
+        raise ValueError(
+            f"The fuser of this model reads the user's text, so each of the {num_images} images needs an "
+            f"`instruction`, but {given} was given. Pass `model.get_instruction_features(input_ids, "
+            "attention_mask)`, one row per row of `pixel_values`."
+        )
+
+
+def check_image_mask(image_mask: torch.Tensor, expected: int, of_what: str):
+    if tuple(image_mask.shape) != (expected,):
+        raise ValueError(
+            f"`image_mask` has the shape {tuple(image_mask.shape)}, but there are {expected} {of_what}. Give one "
+            "boolean for each, false where it has no image."
+        )
+
+
+def check_one_of(**given):
+    names = [f"`{name}`" for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"Both {' and '.join(names)} were given. Give one of them.")
+
+
+def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]):
+    if tuple(tensor.shape[1:]) != expected:
+        source = {"pixel_values": "processor", "visual_memory": "`get_image_features`"}[name]
+        raise ValueError(
+            f"`{name}` has the shape {tuple(tensor.shape)}, but this model takes (batch_size, "
+            f"{', '.join(map(str, expected))}). Make it with this model's own {source}."
+        )

@@ -1,0 +1,281 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+The folder of a run, and where a run resumes.
+
+    outputs/digits/run.json                      arguments, config, versions, commit; written before training
+    outputs/digits/checkpoint-40/                adapters as `save_pretrained` writes them, and the optimizer's state
+    outputs/digits/checkpoint-40/manifest.json   size and SHA-256 of each file; written last, so it means "complete"
+
+An interrupted run resumes from its last complete checkpoint when the same command is run again.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import uuid
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from training.engines import ENGINE_OF_ONE, name_engine
+from training.flags import ROOT
+
+
+MANIFEST, RUN_FILE, RESULTS_FILE = "manifest.json", "run.json", "results.json"
+# Prefixes of `TrainingArguments` that do not change what is learned: places, logs, speed, memory and devices. The
+# batch size per device, the accumulated batches and the number of processes may change if their product does not.
+FREE_ARGUMENTS = (
+    *("output_dir", "resume_from_checkpoint", "run_name", "project", "report_to", "disable_tqdm", "local_rank"),
+    *("logging_", "log_", "save_", "hub_", "push_to_hub", "trackio_", "ddp_", "do_", "debug", "skip_memory_metrics"),
+    *("use_cpu", "deepspeed", "fsdp", "torch_compile", "torch_empty_cache_steps", "enable_jit_checkpoint"),
+    *("activation_checkpointing", "gradient_checkpointing", "include_num_input_tokens_seen", "accelerator_config"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch"),
+    *("dataloader_multiprocessing_context", "per_device_", "gradient_accumulation_steps", "eval_accumulation_steps"),
+)
+logger = logging.get_logger("train")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_json(file: Path, content: dict):
+    """Writes the whole file or, if the process is killed, nothing."""
+    unfinished = file.with_name(f"{file.name}.tmp")
+    unfinished.write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
+    os.replace(unfinished, file)
+
+
+def read_json(file: Path) -> dict:
+    """Empty if there is no such file. Raises `ValueError` if it is damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}. Delete it, or use another `--output_dir`.") from error
+
+
+def digest(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def write_manifest(checkpoint: Path, facts: dict):
+    """Marks a checkpoint as complete, after all processes have written their files."""
+    files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file()]
+    listed = {str(file.relative_to(checkpoint)): [file.stat().st_size, digest(file)] for file in files}
+    content = json.dumps({**facts, "files": listed}, default=str)
+    write_json(checkpoint / MANIFEST, {"content": content, "sha256": hashlib.sha256(content.encode()).hexdigest()})
+
+
+def read_manifest(checkpoint: Path, check_files: bool = True) -> dict:
+    """
+    Reads what `write_manifest` wrote, and compares each file with it if `check_files`.
+
+    Raises:
+        ValueError: if the checkpoint is not complete, or a file has changed; the message names the file.
+    """
+    try:
+        outer = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        content = outer["content"].encode()
+        if hashlib.sha256(content).hexdigest() != outer["sha256"]:
+            raise ValueError("its SHA-256 differs")
+        manifest = json.loads(content)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{checkpoint} is not complete: its {MANIFEST}, which is written last, cannot be read ({error})."
+        ) from error
+    for name, (size, expected) in manifest["files"].items() if check_files else ():
+        file = checkpoint / name
+        if not file.is_file():
+            raise ValueError(f"{checkpoint} is damaged: {name} is missing.")
+        if file.stat().st_size != size:
+            raise ValueError(f"{checkpoint} is damaged: {name} has {file.stat().st_size} bytes instead of {size}.")
+        if digest(file) != expected:
+            raise ValueError(f"{checkpoint} is damaged: the content of {name} has changed.")
+    return manifest
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """By step. Folders with other names, such as copies of a checkpoint, are not listed."""
+    found = [path for path in output_dir.glob("*") if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.split("-")[-1]))
+
+
+def remove_older_checkpoints(output_dir: Path, limit: int | None, run_id: str, best: str | None):
+    """Keeps the last `limit` complete checkpoints of a run, and always the last and the best one."""
+    own = []
+    for checkpoint in list_checkpoints(output_dir):
+        try:
+            if read_manifest(checkpoint, check_files=False)["run"] == run_id:
+                own.append(checkpoint)
+        except ValueError:  # incomplete, and perhaps of another run
+            pass
+    kept = {own[-1], *([Path(best)] if best else [])}
+    older = [checkpoint for checkpoint in own if checkpoint not in kept]
+    for checkpoint in older[: max(0, len(own) - max(limit, len(kept)))] if limit else ():
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def find_last_checkpoint(output_dir: Path, run_id: str) -> tuple[Path, dict] | None:
+    """The last complete checkpoint of a run, with its manifest. Warns of each checkpoint that is skipped."""
+    for checkpoint in reversed(list_checkpoints(output_dir)):
+        try:
+            manifest = read_manifest(checkpoint)
+        except ValueError as error:
+            logger.warning(f"{error} It is skipped.")
+            continue
+        if manifest["run"] == run_id and manifest["resumable"]:
+            return checkpoint, manifest
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run is
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def commit_of_this_code() -> str | None:
+    """`None` outside of a git checkout."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe_code() -> dict:
+    """The versions of the packages, and the commit of this repository."""
+    packages = "torch transformers accelerate datasets peft deepspeed bitsandbytes pycocoevalcap".split()
+    return {
+        "versions": {name: version(name) for name in packages if find_spec(name)},
+        "commit": commit_of_this_code(),
+    }
+
+
+def describe_arguments(training_args, *others) -> dict:
+    """All arguments that change what is learned, by name."""
+    values = {name: value for arguments in others for name, value in vars(arguments).items()}
+    training = training_args.to_dict().items()
+    values |= {name: value for name, value in training if not name.startswith(FREE_ARGUMENTS)}
+    del values["text_model_id"], values["vision_model_id"]  # only names on the Hub
+    if values["streaming"]:  # each worker reads shards of its own
+        values["dataloader_num_workers"] = training_args.dataloader_num_workers
+    factors = (training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps)
+    values["per_device_train_batch_size x gradient_accumulation_steps x processes"] = (
+        factors[0] * factors[1] * training_args.world_size
+    )
+    return json.loads(json.dumps(values, default=str))  # as they are read back from a file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where it resumes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def choose_start(training_args, *other_arguments) -> tuple[dict, Path | None]:
+    """As [`find_start`]. The main process decides for all."""
+    run = {
+        "arguments": describe_arguments(training_args, *other_arguments),
+        "engine": name_engine(training_args),
+        "processes": training_args.world_size,
+        **describe_code(),
+    }
+    start = [None]
+    if training_args.process_index == 0:
+        try:
+            start = [find_start(Path(training_args.output_dir), training_args.resume_from_checkpoint or "auto", run)]
+        except ValueError as error:
+            start = [error]
+    (start,) = broadcast_object_list(start)
+    if isinstance(start, ValueError):
+        raise start
+    return start
+
+
+def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | None]:
+    """
+    Where a run starts.
+
+    Args:
+        asked: `auto` resumes an interrupted run in `output_dir` and replaces a finished one, `never` replaces any run;
+            everything else is a checkpoint in `output_dir`. The Trainer's `true` and `false` mean `auto` and `never`.
+        run: `arguments`, `engine`, `processes`, `versions` and `commit` of this run.
+
+    Returns:
+        `run` with an id and the seconds trained so far; and the checkpoint to resume from, if any.
+
+    Raises:
+        ValueError: if the run to resume has other arguments, or the checkpoint that was asked for is not complete.
+    """
+    new = {**run, "run": uuid.uuid4().hex, "train_seconds": 0.0}
+    if asked.lower() in ("never", "false"):
+        return new, None
+    if asked.lower() in ("auto", "true"):
+        earlier, results = read_json(output_dir / RUN_FILE), read_json(output_dir / RESULTS_FILE)
+        finished = "scores" in results and results.get("run") == earlier.get("run")
+        found = None if finished or not earlier else find_last_checkpoint(output_dir, earlier["run"])
+        if found is None:
+            return new, None
+        checkpoint, manifest = found
+    else:
+        checkpoint = Path(asked)
+        manifest = read_named_checkpoint(checkpoint, output_dir)
+    check_same_arguments(run["arguments"], manifest["arguments"], checkpoint)
+    check_same_engine(run, manifest, checkpoint)
+    if changed := [name for name in ("versions", "commit") if run[name] != manifest[name]]:
+        changes = ", ".join(f"{name} {manifest[name]} -> {run[name]}" for name in changed)
+        logger.warning(f"{checkpoint} was written by other code, so results may differ: {changes}.")
+    return {**new, "run": manifest["run"], "train_seconds": manifest["train_seconds"]}, checkpoint
+
+
+def read_named_checkpoint(checkpoint: Path, output_dir: Path) -> dict:
+    """The manifest of the checkpoint that the user named. Raises `ValueError` if a run cannot resume from it."""
+    if inside := list_checkpoints(checkpoint):
+        raise ValueError(f"{checkpoint} is the folder of a run. Give one of its checkpoints, such as {inside[-1]}.")
+    if checkpoint.resolve().parent != output_dir.resolve():
+        raise ValueError(
+            f"{checkpoint} is not in {output_dir}. Optimizer states are pickles, which can run code when they are "
+            f"read, so only those of the run itself are read. To resume that run, give its folder as `--output_dir`; "
+            f"to start a new run with its adapters, use `--adapter {checkpoint}`."
+        )
+    manifest = read_manifest(checkpoint)
+    if not manifest["resumable"]:
+        raise ValueError(
+            f"{checkpoint} has no optimizer state (`--save_only_model`), so no run can resume from it. To start a new "
+            f"run with its adapters, use `--adapter {checkpoint}`."
+        )
+    return manifest
+
+
+def check_same_arguments(now: dict, earlier: dict, checkpoint: Path):
+    """Raises `ValueError` if a checkpoint belongs to a run with other arguments."""
+    names = sorted(now.keys() & earlier.keys())  # other versions may have other arguments
+    differing = [f"`{name}` was {earlier[name]}, is {now[name]}" for name in names if now[name] != earlier[name]]
+    if differing:
+        raise ValueError(
+            f"{checkpoint} belongs to a run with other arguments: {'; '.join(differing)}. To resume that run, give "
+            "its arguments. For a new run, use another `--output_dir`, perhaps with `--adapter` and this checkpoint. "
+            "To replace that run, use `--resume_from_checkpoint never`."
+        )
+
+
+def check_same_engine(run: dict, manifest: dict, checkpoint: Path):
+    """Raises `ValueError` if the optimizer's state is sharded in another way."""
+    sharded = run["engine"] != ENGINE_OF_ONE
+    if manifest["engine"] != run["engine"] or (sharded and manifest["processes"] != run["processes"]):
+        raise ValueError(
+            f"{checkpoint} was written with {manifest['engine']} (processes: {manifest['processes']}), this run is "
+            f"{run['engine']} (processes: {run['processes']}), which shards the optimizer's state in another way. "
+            "Use the same engine and number of processes, or start a new run with the adapters: "
+            f"`--adapter {checkpoint} --output_dir <another>`."
+        )

@@ -1,0 +1,81 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+Reads a command as text: its recipe and its flags. Wrong names and missing folders are reported here, before `torch`
+and `transformers` are imported, which takes seconds.
+"""
+
+import ast
+import difflib
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import yaml
+
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_RECIPE = ROOT / "recipes" / "digits.yaml"
+# Flags that name a folder or a repository on the Hub
+PLACES = ("data_path", "adapter", "vision_model", "text_model")
+
+
+def recipes() -> list[Path]:
+    return sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def read_recipe(recipe: Path) -> dict:
+    """The values of a recipe and of its `base`, a recipe in the same folder. A `null` removes a value of the base."""
+    if not recipe.is_file():
+        raise ValueError(f"There is no recipe {recipe}. There are: {', '.join(map(str, recipes()))}.")
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+    base = values.pop("base", None)
+    values = values if base is None else read_recipe(recipe.parent / base) | values
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None]]:
+    """
+    Splits `[recipe.yaml] [--flag value ...]`.
+
+    Returns:
+        The recipe, its values, and the first value of each flag by its name, `None` if it has none.
+
+    Raises:
+        ValueError: if there is no such recipe, flag, key of a recipe or folder; the message suggests another.
+    """
+    has_recipe = arguments and not arguments[0].startswith("-")
+    recipe = Path(arguments[0]) if has_recipe else DEFAULT_RECIPE
+    values, flags = read_recipe(recipe), {}
+    for word, following in zip(arguments, [*arguments[1:], "--"]):
+        if word.startswith("--"):
+            name, _, value = word.removeprefix("--").partition("=")
+            flags[name.replace("-", "_")] = value or (None if following.startswith("--") else following)
+    known = argument_names()
+    for place, names in ((recipe, values), ("The command", flags)):
+        for name in names:
+            if not {name, name.removeprefix("no_")} & known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"Did you mean `{close[0]}`?" if close else "`train.py --help` lists all."
+                raise ValueError(f"{place}: unknown argument `{name}`. {hint}")
+    for name in PLACES:
+        check_place(name, flags.get(name, values.get(name)))
+    return recipe, values, flags
+
+
+def argument_names() -> set[str]:
+    """The names of all arguments, read from the source of their dataclasses."""
+    transformers = Path(find_spec("transformers").origin).parent / "training_args.py"
+    own = ("training/arguments.py", "baselines/__init__.py", "configuration_dehvf.py")
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (transformers, *(ROOT / name for name in own))]
+    fields = [node.target for tree in trees for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
+    return {"help", *(field.id for field in fields if isinstance(field, ast.Name))}
+
+
+def check_place(name: str, place: str | None):
+    """Raises `ValueError` if a place is neither a folder (or file) nor a name that the Hub could have."""
+    if place is None or Path(place).exists():
+        return
+    # Some models on the Hub have no owner in their name (gpt2)
+    on_hub = r"[\w.-]+/[\w.-]+(:[\w.-]+)?" if name == "data_path" else r"([\w.-]+/)?[\w.-]+"
+    if not re.fullmatch(on_hub, place) or place.startswith("."):
+        raise ValueError(f"`--{name} {place}`: there is no such folder. Give a folder or a Hub id (`org/name`).")

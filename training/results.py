@@ -1,0 +1,232 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What a run leaves behind: predictions, scores, the model card, and a repository on the Hub."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import torch
+from huggingface_hub import EvalResult, upload_folder
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, extract_commit_hash
+
+from dehvf import hub
+from tasks import get_task, print_scores, score_folder
+from training.arguments import BASES, DEHVF_METHODS
+from training.checkpoints import RESULTS_FILE, describe_code, digest, write_json
+from training.data import Split, render
+from training.flags import ROOT
+
+
+# What is pushed: no checkpoints, no pickled arguments, and nothing from data that may be private
+PUSHED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*_dehvf.py", "README.md"]
+KEPT_FILES = ["*/*", "run.json", "example.txt"]
+
+
+def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, model_args):
+    """
+    Saves the adapters, generates answers for the test split, and writes `predictions.jsonl`, `results.json` and the
+    model card.
+
+    Args:
+        facts: what `results.json` records of the training.
+    """
+    training_args, processor, split = trainer.args, trainer.processing_class, splits["test"]
+    folder = Path(training_args.output_dir)
+    trainer.save_model()
+    trainer.compute_metrics = None  # it scores the validation split
+    output = trainer.predict(split)
+    if training_args.process_index == 0:
+        # Before scoring, so that an error there loses no answers: `python -m tasks score` repeats it
+        records = make_records(task, processor, split, output)
+        lines = [json.dumps(record, default=str) + "\n" for record in records]
+        (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+        facts |= {"shortened_prompts": {name: split.num_shortened for name, split in splits.items()}}
+        facts |= describe_run(task, processor, trainer.model, split, data_args, model_args, training_args)
+        write_json(folder / RESULTS_FILE, facts)
+        report(folder, task, processor, split)
+
+
+def make_records(task, processor, split: Split, output) -> list[dict]:
+    """The lines of `predictions.jsonl`: each row of the split once, with what `AnswerTrainer` predicted for it."""
+    tokens, choices = output.predictions
+    tokens = torch.as_tensor(tokens)
+    tokens = tokens.masked_fill(tokens == -100, processor.tokenizer.pad_token_id)
+    texts = processor.batch_decode(tokens, skip_special_tokens=True)
+    answers = dict(sorted(zip(output.label_ids.tolist(), zip(texts, choices.tolist()))))
+    if list(answers) != list(range(len(split))):
+        raise ValueError(f"There are {len(answers)} answers for the {len(split)} rows of the {split.name} split.")
+    records = []
+    for index, (row, encoded) in enumerate(zip(split.rows, split.encoded)):
+        has_image = row.pop("image") is not None
+        prediction, choice = answers[index]
+        records.append(
+            {
+                **row,
+                "index": index,
+                "prediction": prediction,
+                "choice": choice if encoded["options"] else None,
+                "expected": task.answer(row),
+                "has_image": has_image,
+            }
+        )
+    return records
+
+
+def describe_run(task, processor, model, split: Split, data_args, model_args, training_args) -> dict:
+    """Everything that a reader needs to reproduce a result."""
+    weights = Path(training_args.output_dir).glob("*.safetensors")
+    return {
+        "task": data_args.task,
+        "data_path": data_args.data_path,
+        "split": split.name,
+        "size": len(split),
+        "template": render(processor, task.prompt(split.rows[0], "{context}")) + task.ANSWER_PREFIX,
+        "decoding": f"greedy, max_new_tokens={task.MAX_NEW_TOKENS}",
+        "seed": training_args.seed,
+        "data_seed": training_args.data_seed,
+        "learning_rate": training_args.learning_rate,
+        "adapter": model_args.adapter,
+        "adapter_revision": commit_of(model_args.adapter, model_args.adapter_revision),
+        "adapter_sha256": {file.name: digest(file) for file in weights},
+        "vision_model": model_args.vision_model,
+        "vision_model_revision": base_revision(model.config, "vision", model_args.vision_model),
+        "text_model": model_args.text_model,
+        "text_model_revision": base_revision(model.config, "text", model_args.text_model),
+        "config": model.config.to_diff_dict(),
+        **describe_code(),
+    }
+
+
+def commit_of(location: str | None, revision: str | None) -> str | None:
+    """The commit of adapters on the Hub, `None` for a folder."""
+    if location is None or Path(location).is_dir():
+        return None
+    return extract_commit_hash(cached_file(location, CONFIG_NAME, revision=revision), None)
+
+
+def base_revision(config, base: str, location: str) -> str | None:
+    """The commit of a base, if the config describes the place that it was loaded from."""
+    known = getattr(config, f"{base}_model_id") == location
+    return getattr(config, f"{base}_model_revision") if known else None
+
+
+def command_of(recipe: Path, flags: list[str]) -> str:
+    """The command of a run, without the token."""
+    recipe = recipe.relative_to(ROOT) if recipe.is_relative_to(ROOT) else recipe
+    flags = flags[1:] if flags and not flags[0].startswith("-") else flags
+    command = shlex.join(["accelerate", "launch", "train.py", str(recipe), *flags])
+    return re.sub(r"--hub[-_]token[= ]\S+", "--hub_token ...", command)
+
+
+def write_card(folder: Path, name: str, results: dict, code: str | None):
+    """Writes the model card of a run, with its data, scores and command."""
+    scores, config = results["scores"], results["config"]
+    task = get_task(results["task"])
+    path = (results["data_path"] or "").partition(":")[0]
+    dataset = path if path and hub.is_hub_id(path) else getattr(task, "DATASET", None)
+    result = EvalResult(
+        task_type=task.CARD["task_type"],
+        dataset_type=dataset or results["task"],
+        dataset_name=results["task"],
+        dataset_split=results["split"],
+        metric_type=task.CARD["metric_type"],
+        metric_value=round(scores[task.CARD["score"]], 2),
+    )
+    bases = {
+        config.get(f"{base}_model_id", results[f"{base}_model"]): config.get(f"{base}_model_revision")
+        for base in reversed(BASES)
+    }
+    table = "\n".join(f"| {kind} | {value:.2f} |" for kind, value in scores.items() if value is not None)
+    sections = (
+        f"## Test split of `{results['task']}`, {results['size']} rows\n\n| | |\n|---|---|\n{table}\n\n"
+        f"## Recipe\n\n```bash\n{results['command']}\n```\n\n"
+    )
+    card = hub.make_card(
+        name,
+        results["method"],
+        bases,
+        results["trained_parameters"],
+        code,
+        results["versions"],
+        results["adapter_sha256"][SAFE_WEIGHTS_NAME],
+        sections,
+        datasets=[dataset] if dataset else None,
+        model_name=name,
+        eval_results=[result],
+    )
+    card.save(folder / "README.md")
+
+
+def example_code(folder: Path) -> str:
+    """Lines of Python that load the adapters and ask about an image of the test split."""
+    return f"""\
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = {str(folder)!r}
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+question = open(folder + "/example.txt", encoding="utf-8").read()
+inputs = processor(images=Image.open(folder + "/example.png"), text=question, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=10, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+print(question + processor.batch_decode(answer, skip_special_tokens=True)[0])
+"""
+
+
+def write_example(folder: Path, task, processor, split: Split) -> bool:
+    """Writes the first question with an image, for `example_code`. Returns whether there is one."""
+    for index, row in enumerate(split.rows):
+        if row["image"] is not None:
+            split[index]["image"].save(folder / "example.png")
+            question = render(processor, task.prompt(row, task.context(row)))
+            (folder / "example.txt").write_text(question, encoding="utf-8")
+            return True
+    return False
+
+
+def report(folder: Path, task, processor, split: Split):
+    """Scores the predictions in a folder, writes its card and prints how to use the adapters."""
+    results = score_folder(folder)
+    print_scores(results)
+    usable = results["method"] in DEHVF_METHODS and write_example(folder, task, processor, split)
+    code = example_code(folder) if usable else None
+    write_card(folder, folder.name, results, code)
+    if usable:
+        print(f"\nTo ask about an image:\n\n{code}")
+
+
+def open_repository(training_args) -> str | None:
+    """
+    Creates the repository to push to, if `--push_to_hub` asks for it, so that a refusal of the Hub comes before
+    training. The Trainer does not push, since it would do so without results and with its pickled arguments.
+    """
+    asked, training_args.push_to_hub = training_args.push_to_hub, False
+    if not asked or training_args.process_index != 0:
+        return None
+    name = training_args.hub_model_id or Path(training_args.output_dir).absolute().name
+    private, token = training_args.hub_private_repo, training_args.hub_token
+    return hub.open_repository(name, private, token, training_args.hub_revision)
+
+
+def push(folder: Path, repo_id: str, training_args):
+    """Pushes the adapters, the card and the results of a complete run in one commit."""
+    results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    write_card(folder, repo_id.split("/")[-1], results, hub.example_code(repo_id))
+    try:
+        commit = upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="Upload DEHVF adapters",
+            token=training_args.hub_token,
+            revision=training_args.hub_revision,
+            allow_patterns=PUSHED_FILES,
+            ignore_patterns=KEPT_FILES,
+        )
+    except Exception as error:
+        words = ["hf", "upload", repo_id, str(folder), "."]
+        words += [word for pattern in PUSHED_FILES for word in ("--include", pattern)]
+        words += [word for pattern in KEPT_FILES for word in ("--exclude", pattern)]
+        error.add_note(f"The run is complete in {folder}. To repeat only the push:\n\n{shlex.join(words)}")
+        raise
+    print(f"\nPushed: {commit.commit_url}")

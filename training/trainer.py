@@ -1,0 +1,319 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The Trainer of `train.py`: it evaluates by generating answers, writes complete checkpoints and stops at NaN."""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from training.checkpoints import find_last_checkpoint, read_manifest, remove_older_checkpoints, write_manifest
+from training.engines import AdapterTrainer
+
+
+class AnswerTrainer(AdapterTrainer):
+    """
+    A Trainer for adapters on frozen bases. Evaluation generates an answer for each row: predictions are the new tokens
+    and the index of the most likely option (-1 for a row without options), labels are the indices of the rows.
+
+    Args:
+        max_new_tokens: maximum length of an answer.
+        run: what is recorded in the manifest of each checkpoint, see [`find_start`].
+
+    Raises:
+        ValueError: under FSDP 1, which flattens adapters and frozen weights into one tensor.
+    """
+
+    def __init__(self, *args, max_new_tokens: int, run: dict, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError(
+                "FSDP 1 does not keep adapters apart from frozen weights. Set `fsdp_version: 2` in the accelerate "
+                "config."
+            )
+        self.max_new_tokens, self.run = max_new_tokens, run
+        self.losses = []  # of the current optimizer step: whether the loss of each batch is finite, its rows
+        self.speed = Speed()
+        self.add_callback(self.speed)
+        self.add_callback(StepChecks(self))
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        self.resumed_from = resume_from_checkpoint
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    # --- evaluation ---
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        index, options = inputs.pop("index"), inputs.pop("options")
+        if (is_deepspeed_zero3_enabled() or self.is_fsdp_enabled) and "pixel_values" not in inputs:
+            # The bases are sharded, so all processes have to run the same modules
+            vision = self.model.config.vision_config
+            size = (len(index), vision.num_channels, vision.image_size, vision.image_size)
+            inputs["pixel_values"] = torch.zeros(size, device=index.device)
+            inputs["image_mask"] = torch.zeros(len(index), dtype=torch.bool, device=index.device)
+        generated = self.accelerator.unwrap_model(model).generate(
+            **inputs,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            synced_gpus=True if self.is_fsdp_enabled else None,  # under ZeRO-3 `generate` sets it itself
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        # Options begin with different tokens, so the logits of the first new token order them by likelihood
+        scores = generated.logits[0].float().gather(1, options.clamp(min=0)).masked_fill(options < 0, float("-inf"))
+        choice = scores.argmax(dim=1).masked_fill(options[:, 0] < 0, -1)
+        return None, (generated.sequences[:, inputs["input_ids"].shape[1] :], choice), index
+
+    # --- complete checkpoints ---
+
+    def write_checkpoint(self, write):
+        """
+        Writes a checkpoint and then its manifest, and removes older checkpoints only after that.
+
+        Raises:
+            FloatingPointError: if an adapter contains NaN or Inf. Nothing is written.
+            OSError: if the checkpoint cannot be written, as on a full disk.
+        """
+        if not self.are_adapters_finite():
+            raise FloatingPointError(
+                f"The adapters contain NaN or Inf after step {self.state.global_step} and are not saved. "
+                f"{self.name_last_checkpoint()} {ADVICE}"
+            )
+        if self.args.should_save:
+            shutil.rmtree(self.checkpoint, ignore_errors=True)  # of a run that was killed while it wrote here
+        self.accelerator.wait_for_everyone()
+        state, args = self.state, self.args
+        limit, best_step = args.save_total_limit, state.best_global_step
+        args.save_total_limit = None
+        if best_step != state.global_step:  # a folder of that step may be one of an earlier run
+            state.best_global_step = None
+        try:
+            write()
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                seconds = self.run["train_seconds"] + time.perf_counter() - self.speed.began
+                resumable = not args.save_only_model
+                write_manifest(self.checkpoint, {**self.run, "train_seconds": seconds, "resumable": resumable})
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise  # not a fault of the disk
+            free = shutil.disk_usage(args.output_dir).free
+            raise OSError(
+                f"{self.checkpoint} could not be written ({free / 1e6:,.1f} MB are free): {error}. "
+                f"{self.name_last_checkpoint()} Free some space, then run the same command again."
+            ) from error
+        finally:
+            args.save_total_limit, state.best_global_step = limit, best_step
+        if args.should_save:
+            remove_older_checkpoints(Path(args.output_dir), limit, self.run["run"], state.best_model_checkpoint)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint of the current step."""
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    def is_saved(self) -> bool:
+        """Whether the checkpoint of the current step is complete, as the main process sees it."""
+        saved = [False]
+        if self.args.should_save:
+            try:
+                saved = [read_manifest(self.checkpoint)["run"] == self.run["run"]]
+            except ValueError:
+                pass
+        return broadcast_object_list(saved)[0]
+
+    def name_last_checkpoint(self) -> str:
+        found = find_last_checkpoint(Path(self.args.output_dir), self.run["run"])
+        return f"The last complete checkpoint is {found[0]}." if found else "There is no complete checkpoint yet."
+
+    def load_best_checkpoint(self):
+        try:
+            read_manifest(Path(self.state.best_model_checkpoint))
+        except ValueError as error:
+            raise ValueError(
+                f"The best checkpoint cannot be loaded after training: {error} {self.name_last_checkpoint()} To "
+                "evaluate that one, use `--adapter` with it and `--num_train_epochs 0`."
+            ) from error
+        super().load_best_checkpoint()
+
+    def is_complete(self) -> bool:
+        """Whether the run took its last step or stopped early, and was not interrupted."""
+        stopped_early = any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
+        return stopped_early or self.state.global_step >= self.state.max_steps
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Returns no batch to a run that was resumed at its end, since the Trainer would take one more step."""
+        if self.control.should_training_stop:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    # --- NaN or Inf in a loss or gradient ---
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """
+        Raises:
+            FloatingPointError: if a loss of this optimizer step is NaN or Inf in any process. All processes raise it
+                together, before the step, and the adapters are in a complete checkpoint.
+        """
+        rows = inputs.pop("index")
+        self.speed.count(inputs, self.model, len(self.data_collator.image_tokens))
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.losses.append((loss.detach().isfinite().all(), rows))
+        if self.accelerator.sync_gradients:  # before `backward`, in which DeepSpeed takes the step
+            finite, rows = zip(*self.losses)
+            if self.accelerator.reduce((~torch.stack(finite)).sum()):
+                self.stop("loss", [row for ok, batch in zip(finite, rows) if not ok for row in batch.tolist()])
+        return loss
+
+    def check_gradient(self):
+        """
+        Raises `FloatingPointError`, as `compute_loss`, if a gradient is NaN or Inf. Under DeepSpeed the step has been
+        taken by now, and NaN is found in the next loss or when the adapters are saved; a loss scaler skips such steps.
+        """
+        rows = torch.cat([rows for _, rows in self.losses])
+        self.losses.clear()
+        if self.is_deepspeed_enabled or self.accelerator.scaler is not None:
+            return
+        gradients = [value.grad for value in self.trained_parameters.values() if value.grad is not None]
+        local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+        wrong = (~torch.nn.utils.get_total_norm(local, float("inf")).isfinite()).int()
+        if self.accelerator.reduce(wrong) if self.is_fsdp_enabled else wrong:
+            self.stop("gradient", rows.tolist())
+
+    def stop(self, what: str, rows: list[int]):
+        rows = sorted(gather_object(rows))
+        streamed = isinstance(self.train_dataset, torch.utils.data.IterableDataset)
+        order = ", in the order of the stream" if streamed else ""
+        rates = ", ".join(f"{rate:g}" for rate in sorted({group["lr"] for group in self.optimizer.param_groups}))
+        message = (
+            f"The {what} of step {self.state.global_step + 1} is NaN or Inf, in the batches with the rows {rows} of "
+            f"the train split{order}. The learning rate is {rates}."
+        )
+        if not self.are_adapters_finite():
+            message += " The adapters contain NaN or Inf from an earlier step and are not saved."
+        elif self.state.global_step and not self.is_saved():
+            self.save_checkpoint()
+        raise FloatingPointError(f"{message} {self.name_last_checkpoint()} {ADVICE}")
+
+    # --- speed and memory in the log ---
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        if "loss" in logs:
+            logs |= self.speed.measure(self.accelerator)
+        super().log(logs, start_time)
+
+
+ADVICE = (
+    "Look at these rows, or start a new run from the checkpoint (`--adapter`) with a smaller `--learning_rate` or "
+    "`--max_grad_norm`."
+)
+
+
+class StepChecks(TrainerCallback):
+    """What `AnswerTrainer` checks when training begins and before each optimizer step."""
+
+    def __init__(self, trainer: AnswerTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.resumed_from is not None and args.load_best_model_at_end:
+            state.best_model_checkpoint = find_best_checkpoint(Path(self.trainer.resumed_from))
+        self.resumed_at_end = control.should_training_stop = self.trainer.is_complete()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.check_gradient()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.resumed_at_end:  # it was evaluated and saved before
+            control.should_evaluate = control.should_save = False
+
+
+def find_best_checkpoint(checkpoint: Path) -> str | None:
+    """
+    The best checkpoint so far, which is in the same folder as the checkpoint to resume from, even if it was moved.
+
+    Raises:
+        ValueError: if it is missing or damaged.
+    """
+    best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["best_model_checkpoint"]
+    if best is None:
+        return None
+    best = checkpoint.parent / Path(best).name
+    try:
+        read_manifest(best)
+    except ValueError as error:
+        raise ValueError(
+            f"The run cannot be resumed from {checkpoint}, since its best checkpoint is lost: {error} Give an earlier "
+            "one as `--resume_from_checkpoint`, or start again with `--resume_from_checkpoint never`."
+        ) from error
+    return str(best)
+
+
+class Speed(TrainerCallback):
+    """Counts samples, tokens and seconds of training between two logs; evaluation and saving do not count."""
+
+    def __init__(self):
+        self.began = time.perf_counter()
+        self.reset()
+
+    def reset(self):
+        self.seconds, self.samples, self.text_tokens, self.visual_tokens = 0.0, 0, 0, 0
+
+    def count(self, inputs: dict, model, num_image_tokens: int):
+        """Adds a batch. Visual tokens are patches. Sums stay on the device until they are logged."""
+        self.samples += len(inputs["input_ids"])
+        self.text_tokens = self.text_tokens + inputs["attention_mask"].sum()
+        if "pixel_values" in inputs:
+            images, (height, width) = inputs["image_mask"].sum(), inputs["pixel_values"].shape[-2:]
+            patch_size = model.config.vision_config.patch_size
+            self.visual_tokens = self.visual_tokens + images * (height // patch_size) * (width // patch_size)
+            self.text_tokens = self.text_tokens - images * num_image_tokens
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+
+    def start(self, args, state, control, **kwargs):
+        self.last = time.perf_counter()
+
+    on_epoch_begin = on_evaluate = on_save = start
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.add_seconds()
+
+    def add_seconds(self):
+        now = time.perf_counter()
+        self.seconds, self.last = self.seconds + now - self.last, now
+
+    def measure(self, accelerator) -> dict[str, float]:
+        """Per second since the last log, summed over all processes; the memory of the process that uses most."""
+        self.add_seconds()  # to read the loss, the Trainer has waited for the device
+        own = [self.samples, self.text_tokens, self.visual_tokens, peak_memory(accelerator.device)]
+        own = torch.tensor([float(value) for value in own], device=accelerator.device)
+        *sums, peak = zip(*accelerator.gather(own[None]).tolist())
+        names = ("samples_per_second", "text_tokens_per_second", "visual_tokens_per_second")
+        speeds = {name: round(sum(values) / self.seconds, 2) for name, values in zip(names, sums)}
+        self.reset()
+        return {**speeds, "peak_memory_gb": round(max(peak), 3)}
+
+
+def peak_memory(device: torch.device) -> float:
+    """In GB (1e9 bytes): allocated by torch on a GPU, or the resident memory of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
