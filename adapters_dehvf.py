@@ -1,16 +1,10 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""
-Adapters and visual memories in files.
+"""Adapters and visual memories: loading, checking and saving."""
 
-One function reads tensors (`read_tensors`), one writes them (`write_tensors`), and one takes their digest (`digest`).
-"""
-
-import hashlib
+import copy
 import os
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
@@ -38,6 +32,7 @@ from .bases_dehvf import (
     share_placement,
 )
 from .configuration_dehvf import DehvfConfig
+from .files_dehvf import digest, read_tensors, write_tensors
 from .inputs_dehvf import check_visual_memory
 from .processing_dehvf import DehvfProcessor
 
@@ -47,7 +42,6 @@ logger = logging.get_logger(__name__)
 # What is trained and saved: the parameters of these modules of `DehvfModel`, and no others
 ADAPTER_MODULES = ("vision_adapters", "fuser_query", "fuser", "projector", "memory_slots")
 PREFIX = "model."  # of their names in a file, which are those in `DehvfForConditionalGeneration`
-FILE_DTYPES = ("F32", "BF16", "F16")  # by the names of the safetensors format
 
 
 def is_adapter_name(name: str) -> bool:
@@ -55,14 +49,44 @@ def is_adapter_name(name: str) -> bool:
     return name.removeprefix(PREFIX).partition(".")[0] in ADAPTER_MODULES
 
 
+def as_visual_memory(features: torch.Tensor | ModelOutput | None) -> torch.Tensor | None:
+    """What `get_image_features` returned, or its `pooler_output`, as the latter."""
+    return features.pooler_output if isinstance(features, ModelOutput) else features
+
+
+def load_adapter_tensors(location, source: dict) -> dict[str, torch.Tensor]:
+    file = cached_file(location, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **source)
+    if file is None:
+        raise OSError(
+            f"{location} has no {SAFE_WEIGHTS_NAME}, so there is no adapter to load. To create a new one use "
+            "`DehvfForConditionalGeneration.from_vision_text_pretrained(vision_model, text_model)`; for random "
+            "weights of the same shapes use `AutoModel.from_config(config, trust_remote_code=True)`."
+        )
+    return read_tensors(file)[0]
+
+
+def check_adapter_tensors(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], location):
+    problems = [f"missing: {name}" for name in expected.keys() - tensors.keys()]
+    problems += [f"unexpected: {name}" for name in tensors.keys() - expected.keys()]
+    for name in expected.keys() & tensors.keys():
+        given, asked = tuple(tensors[name].shape), tuple(expected[name].shape)
+        if given != asked:
+            problems.append(f"wrong shape: {name} is {given}, the config asks for {asked}")
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:10])
+        raise ValueError(
+            f"The adapter in {location} does not fit the config beside it ({len(problems)} problems):\n  {shown}\n"
+            "Load it with the config that it was saved with."
+        )
+
+
 class AdapterMixin:
     """
-    Loading and saving, for [`DehvfModel`] and [`DehvfForConditionalGeneration`]. The class has a
-    method `from_bases(config, vision_tower, causal_lm)`; `base_model` is its [`DehvfModel`].
+    Loading and saving, for [`DehvfModel`] and [`DehvfForConditionalGeneration`]. The class has a method
+    `from_bases(config, vision_tower, causal_lm)`; `base_model` is its [`DehvfModel`].
     """
 
-    # How the adapter was fetched: `revision`, `subfolder`, `token`, ...; from where says `name_or_path`
-    _source = {}
+    _source = {}  # how the adapter was fetched from `name_or_path`: `revision`, `subfolder`, `token`, ...
     _base_samples = None  # of the base models as they were loaded, see `sample_tensors`
 
     # --- loading ---
@@ -92,7 +116,7 @@ class AdapterMixin:
             fields[f"{key}_model_id"] = fields.get(f"{key}_model_id") or places[key]
             revision = fields.get(f"{key}_model_revision")
             fields[f"{key}_config"] = load_base_config(places[key], key, revision, **hub_arguments(kwargs))
-        return cls._from_places(DehvfConfig(**fields), places["vision"], places["text"], hub_arguments(kwargs), kwargs)
+        return cls._from_places(DehvfConfig(**fields), places, hub_arguments(kwargs), kwargs)
 
     @classmethod
     def from_pretrained(
@@ -100,7 +124,7 @@ class AdapterMixin:
     ):
         """
         Loads the adapter from here and the frozen base models from their own places, at the revisions that the config
-        names. `revision` and `subfolder` speak of the adapter alone.
+        names. `revision` and `subfolder` apply to the adapter alone.
 
         Args:
             pretrained_model_name_or_path: Hub id or folder that `save_pretrained` wrote. `None` takes all weights,
@@ -110,9 +134,8 @@ class AdapterMixin:
 
         Raises:
             OSError: if there is no adapter, its file is damaged, or a base model cannot be found.
-            ValueError: if the adapter or a base model does not fit the config: missing, unexpected or wrong-shaped
-                tensors, another width or depth; if the adapter is not of `FILE_DTYPES`, or not finite; or if the
-                config is not one of DEHVF.
+            ValueError: if the adapter or a base model does not fit the config, a tensor of the adapter is of another
+                dtype than float32, bfloat16 or float16, or not finite, or the config is not one of DEHVF.
         """
         location = pretrained_model_name_or_path
         if location is None:
@@ -131,39 +154,45 @@ class AdapterMixin:
         # Before the base models, which may be many GB, so that a mistake here is reported at once
         tensors = load_adapter_tensors(location, source)
         check_adapter_tensors(tensors, cls._empty_adapter(config, location).state_dict(), location)
-        places = {"vision": config.vision_model_id, "text": config.text_model_id}
-        if config.merged_base and (vision_model is None or text_model is None):
-            places = fetch_merged_bases(location, **source)
-            kwargs["use_safetensors"] = True  # they came with the adapter, of which no pickle is read
-        places |= {key: place for key, place in (("vision", vision_model), ("text", text_model)) if place is not None}
-        for key in (key for key, place in places.items() if place is None):
-            raise ValueError(
-                f"The config in {location} has no `{key}_model_id`, so the frozen base model cannot be found. Pass "
-                f"`{key}_model=` with its Hub id or folder."
-            )
-        model = cls._from_places(config, places["vision"], places["text"], source, {**dtype, **kwargs})
-        model.base_model.load_state_dict(
-            {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, strict=False
-        )
+        places = cls._find_bases(config, location, {"vision": vision_model, "text": text_model}, source)
+        if config.merged_base:  # the base models came with the adapter, of which no pickle is read
+            kwargs["use_safetensors"] = True
+        model = cls._from_places(config, places, source, {**dtype, **kwargs})
+        own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+        model.base_model.load_state_dict(own, strict=False)
         model.name_or_path = str(location)
         if generation_config is not None:
             model.generation_config = generation_config
         elif has_file(location, GENERATION_CONFIG_NAME, **source):  # else the language model's own stays
             model.generation_config = GenerationConfig.from_pretrained(location, **source)
-        if wants_info:  # of what would be listed in it, all is an error here
+        if wants_info:  # each problem that it could list is an error above
             return model, {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
         return model
 
+    @staticmethod
+    def _find_bases(config: DehvfConfig, location, given: dict, source: dict) -> dict[str, str]:
+        """The Hub ids or folders of the base models: those that the user gave, merged ones, or those of the config."""
+        places = {"vision": config.vision_model_id, "text": config.text_model_id}
+        if config.merged_base and None in given.values():
+            places = fetch_merged_bases(location, **source)
+        places |= {key: place for key, place in given.items() if place is not None}
+        for key in (key for key, place in places.items() if place is None):
+            raise ValueError(
+                f"The config in {location} has no `{key}_model_id`, so the frozen base model cannot be found. Pass "
+                f"`{key}_model=` with its Hub id or folder."
+            )
+        return places
+
     @classmethod
-    def _from_places(cls, config: DehvfConfig, vision_model, text_model, source: dict, kwargs: dict):
+    def _from_places(cls, config: DehvfConfig, places: dict[str, str], source: dict, kwargs: dict):
         """A new adapter on base models that are loaded from these places."""
-        vision_tower, causal_lm = load_bases(config, vision_model, text_model, **kwargs)
+        vision_tower, causal_lm = load_bases(config, places["vision"], places["text"], **kwargs)
         with vision_tower.device:
             model = cls.from_bases(config, vision_tower, causal_lm)
         share_placement(causal_lm, model)
         # The Trainer trains a quantized model only if it is told that it has adapters
         model._hf_peft_config_loaded = getattr(model, "is_quantized", False)
-        # What was downloaded by force need not be so again
+        # The processor is read from there when the model is saved, and need not be downloaded by force again
         model._source = {name: value for name, value in source.items() if name != "force_download"}
         model._base_samples = model._sample_bases()
         return model.eval()
@@ -200,29 +229,25 @@ class AdapterMixin:
     ):
         """
         Writes the adapter alone (`model.safetensors`), the config with the ids and revisions of both base models, the
-        code, and, unless the folder has one already, the processor: the one that stood beside the adapter where it
-        was loaded, or that of the base models. The frozen base models are not written; a warning says so if they were
-        changed since they were loaded. The file of the adapter carries its SHA-256, so that `from_pretrained` notices
-        a damaged byte.
+        code, and, unless the folder has one already, the processor: the one beside the adapter that was loaded, or
+        that of the base models. The frozen base models are not written; a warning says so if they were changed.
 
         Args:
             state_dict: the tensors to save, as the Trainer gives them; the frozen ones among them are left out.
             merge_base: write the base models too, into `vision_model` and `text_model` of the folder, for a machine
-                that must not fetch other repositories. It loads in the same way. Where they are already, they stay.
+                that must not fetch other repositories. Saving the adapter there again keeps them.
             max_shard_size: of the base models, since the adapter is one file.
             kwargs: of `transformers`; they concern the weights of whole models and are not used.
 
         Raises:
             ValueError: if an adapter tensor is missing or empty, as happens when ZeRO-3 partitions were not gathered;
-                likewise of a base model with `merge_base`; or with `push_to_hub`, which would leave out the processor.
+                likewise of a base model with `merge_base`; or with `push_to_hub`, which would leave out the card.
         """
         if push_to_hub:
             raise ValueError(
                 "`save_pretrained` only writes a folder. `model.push_to_hub(repo_id)` uploads the adapter, processor "
                 "and card to the Hub, in one commit."
             )
-        if os.path.isfile(save_directory):
-            raise ValueError(f"{save_directory} is a file. Give the path of a folder.")
         own = self.adapter_state_dict()
         tensors = {name: tensor for name, tensor in (state_dict or own).items() if name in own}
         empty = [name for name in own if name not in tensors or not tensors[name].numel()]
@@ -235,18 +260,17 @@ class AdapterMixin:
         processor = self._load_processor(save_directory, merge_base) if is_main_process else None
         if merge_base:
             self._save_bases(save_directory, is_main_process, processor, max_shard_size)
-        elif is_main_process:
-            self._warn_of_changed_bases()
         if not is_main_process:
             return
+        if not merge_base:
+            self._warn_of_changed_bases()
         os.makedirs(save_directory, exist_ok=True)
-        before = self.config.merged_base
-        self.config.merged_base = merge_base or self._are_bases_in(save_directory)
-        self.config.architectures = [type(self).__name__]
-        self.config.dtype = str(next(iter(own.values())).dtype).removeprefix("torch.")
+        config = copy.copy(self.config)
+        config.merged_base = merge_base or self._are_bases_in(save_directory)
+        config.architectures = [type(self).__name__]
+        config.dtype = str(next(iter(own.values())).dtype).removeprefix("torch.")
         custom_object_save(self, save_directory)
-        self.config.save_pretrained(save_directory)
-        self.config.merged_base = before
+        config.save_pretrained(save_directory)
         if self.can_generate():
             self.generation_config.save_pretrained(save_directory)
         write_tensors(tensors, os.path.join(save_directory, SAFE_WEIGHTS_NAME))
@@ -257,9 +281,8 @@ class AdapterMixin:
         return sample_tensors((name, p) for name, p in self.named_parameters() if not is_adapter_name(name))
 
     def _warn_of_changed_bases(self):
-        if self._base_samples is None:
-            return
-        if changed := find_changes(self._base_samples, self._sample_bases()):
+        before, now = self._base_samples, self._sample_bases()
+        if before is not None and (changed := find_changes(before, now)):
             logger.warning(
                 f"{len(changed)} tensors of the base models were changed since they were loaded, among them "
                 f"{changed[0]}. Only the adapter is saved, so these changes are lost. Save with "
@@ -275,32 +298,28 @@ class AdapterMixin:
         return there.get("merged_base", False) and all(there.get(n) == getattr(self.config, n) for n in names)
 
     def _load_processor(self, save_directory, merge_base: bool) -> DehvfProcessor | None:
-        """
-        The processor that `save_directory` still needs: the one beside the adapter that was loaded, or else that of
-        the base models; `None` where there is none.
-        """
+        """The processor that is to be written to `save_directory`; `None` where there is one, or none is found."""
         if not merge_base and os.path.isfile(os.path.join(save_directory, PROCESSOR_NAME)):
             return None
-        location, source = self.name_or_path, self._source
+        location, source, config = self.name_or_path, self._source, self.config
         if location and has_file(location, PROCESSOR_NAME, **source):
-            return DehvfProcessor.from_pretrained(location, **source)
+            return DehvfProcessor.from_pretrained(location, config=config, **source)
         bases = (self.base_model.vision_tower.name_or_path, self.base_model.language_model.name_or_path)
-        ids = (self.config.vision_model_id, self.config.text_model_id)
-        revisions = (self.config.vision_model_revision, self.config.text_model_revision)
-        pins = (revision if base == known else None for base, known, revision in zip(bases, ids, revisions))
+        known = {
+            config.vision_model_id: config.vision_model_revision,
+            config.text_model_id: config.text_model_revision,
+        }
+        revisions = map(known.get, bases)  # none for a base model that was taken from elsewhere
         try:
-            return DehvfProcessor.from_vision_text_pretrained(*bases, *pins, **hub_arguments(source))
+            return DehvfProcessor.from_vision_text_pretrained(*bases, *revisions, **hub_arguments(source))
         except (OSError, ValueError, ImportError) as error:
             logger.warning_once(
                 f"The adapter is saved without a processor, since none can be loaded from {' and '.join(bases)} "
                 f"({error}). Save yours into the same folder, `processor.save_pretrained(folder)`."
             )
-            return None
 
     def _save_bases(self, save_directory, is_main_process: bool, processor, max_shard_size: int | str):
         """As two whole repositories in folders of their own."""
-        if not hasattr(self, "lm_head"):
-            raise ValueError("`merge_base` needs the language model's head. Save `DehvfForConditionalGeneration`.")
         vision, text = (os.path.join(save_directory, f"{key}_model") for key in ("vision", "text"))
         causal_lm = assemble_causal_lm(self.base_model.language_model, self.lm_head, self.generation_config)
         share_placement(self, causal_lm)
@@ -313,13 +332,7 @@ class AdapterMixin:
     # --- visual memory in files ---
 
     def save_visual_memory(self, visual_memory: torch.Tensor | ModelOutput, file: str | os.PathLike):
-        """
-        Writes what `get_image_features` returned to a safetensors file, for `load_visual_memory` in another process.
-
-        Args:
-            visual_memory: as `get_image_features` returns it.
-            file: path of the file.
-        """
+        """Writes what `get_image_features` returned to a file, for `load_visual_memory` in another process."""
         visual_memory = as_visual_memory(visual_memory)
         check_visual_memory(self.config, visual_memory)
         tensors = {"visual_memory": visual_memory, "vision_encoder": self._sample_encoder()}
@@ -338,11 +351,8 @@ class AdapterMixin:
                 this model's way of reading does not fit; the message names what differs. Or if it is not finite.
         """
         tensors, found = read_tensors(file)
-        differing = [
-            f"{name} is {found.get(name)}, here {value}"
-            for name, value in self._memory_origin().items()
-            if found.get(name) != value
-        ]
+        origin = self._memory_origin()
+        differing = [f"{n} is {found.get(n)}, here {value}" for n, value in origin.items() if found.get(n) != value]
         encoder, sample = tensors.get("vision_encoder"), self._sample_encoder()
         # As far as rounding to bfloat16 goes, since the encoder may be loaded in any dtype
         if encoder is None or encoder.shape != sample.shape or not encoder.isclose(sample, 2**-7, 1e-6).all():
@@ -374,7 +384,7 @@ class AdapterMixin:
         parameters = self.base_model.vision_tower.parameters()
         return torch.cat([parameter.detach().flatten()[:8].float().cpu() for parameter in parameters])
 
-    # --- habits from peft ---
+    # --- methods of `peft` models ---
 
     def print_trainable_parameters(self):
         """Prints how many parameters are trained, as `peft` does."""
@@ -383,10 +393,7 @@ class AdapterMixin:
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
     def add_adapter(self, adapter_config, adapter_name: str | None = None):
-        """
-        Raises:
-            ValueError: always, before anything is changed. `save_pretrained` would not write a `peft` adapter.
-        """
+        """Raises `ValueError` before anything is changed, since `save_pretrained` writes no `peft` adapter."""
         raise ValueError(
             f"`add_adapter` was called with a {type(adapter_config).__name__}, but this model's own adapters are "
             "loaded with `load_adapter(folder_or_id, name)`. To train one of `peft` on top, wrap the model: "
@@ -394,98 +401,8 @@ class AdapterMixin:
         )
 
     def merge_and_unload(self, *args, **kwargs):
-        """
-        Raises:
-            ValueError: always. What the adapter adds depends on the image, so it cannot be merged into weights.
-        """
+        """Raises `ValueError`: what the adapter adds depends on the image, so it cannot be merged into weights."""
         raise ValueError(
             "The adapter cannot be merged into the weights of the base model, since what it adds depends on the "
             "image. `model.save_pretrained(folder, merge_base=True)` writes everything as one folder."
-        )
-
-
-# --- files ---
-
-
-def as_visual_memory(features: torch.Tensor | ModelOutput | None) -> torch.Tensor | None:
-    """What `get_image_features` returned, or its `pooler_output`, as the latter."""
-    return features.pooler_output if isinstance(features, ModelOutput) else features
-
-
-def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of tensors and their names, whatever device they are on."""
-    sha256 = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        sha256.update(name.encode() + tensor.float().cpu().numpy().tobytes())
-    return sha256.hexdigest()
-
-
-def write_tensors(tensors: dict[str, torch.Tensor], file: str | os.PathLike, metadata: dict[str, str] | None = None):
-    """
-    Writes a safetensors file with a digest of its tensors. Without further `metadata` equal tensors give equal files;
-    several entries would be written in no fixed order.
-    """
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    content = save(tensors, metadata={**(metadata or {}), "sha256": digest(tensors)})
-    unfinished = f"{file}.tmp"
-    with open(unfinished, "wb") as opened:  # with the mode of any new file; safetensors' own has 0600
-        opened.write(content)
-    os.replace(unfinished, file)
-
-
-def read_tensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """
-    Tensors and metadata of a safetensors file.
-
-    Raises:
-        OSError: if it is damaged: cut short, no safetensors file, or its tensors do not have the SHA-256 beside them.
-            A file without one, as other programs write it, is read as it is.
-        ValueError: if a tensor is not of `FILE_DTYPES`, or not finite.
-    """
-    remedy = "Copy or download it again, or take an earlier checkpoint."
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata, names = opened.metadata() or {}, list(opened.keys())
-            dtypes = {name: opened.get_slice(name).get_dtype() for name in names}
-            if wrong := [name for name in names if dtypes[name] not in FILE_DTYPES]:
-                raise ValueError(
-                    f"`{wrong[0]}` in {file} is of type {dtypes[wrong[0]]}, but must be one of "
-                    f"{', '.join(FILE_DTYPES)}. Save it as one of these."
-                )
-            tensors = {name: opened.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise OSError(f"{file} is damaged and cannot be read: {error}. {remedy}") from error
-    if "sha256" in metadata and metadata["sha256"] != digest(tensors):
-        raise OSError(f"{file} is damaged: its tensors are not those that were saved. {remedy}")
-    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(
-            f"`{wrong[0]}` in {file} holds numbers that are infinite or not a number. If training had diverged when "
-            "it was saved, take an earlier checkpoint, and a lower learning rate."
-        )
-    return tensors, metadata
-
-
-def load_adapter_tensors(location, source: dict) -> dict[str, torch.Tensor]:
-    file = cached_file(location, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **source)
-    if file is None:
-        raise OSError(
-            f"{location} has no {SAFE_WEIGHTS_NAME}, so there is no adapter to load. To create a new one use "
-            "`DehvfForConditionalGeneration.from_vision_text_pretrained(vision_model, text_model)`; for random "
-            "weights of the same shapes use `AutoModel.from_config(config, trust_remote_code=True)`."
-        )
-    return read_tensors(file)[0]
-
-
-def check_adapter_tensors(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], location):
-    problems = [f"missing: {name}" for name in expected.keys() - tensors.keys()]
-    problems += [f"unexpected: {name}" for name in tensors.keys() - expected.keys()]
-    for name in expected.keys() & tensors.keys():
-        given, asked = tuple(tensors[name].shape), tuple(expected[name].shape)
-        if given != asked:
-            problems.append(f"wrong shape: {name} is {given}, the config asks for {asked}")
-    if problems:
-        shown = "\n  ".join(sorted(problems)[:10])
-        raise ValueError(
-            f"The adapter in {location} does not fit the config beside it ({len(problems)} problems):\n  {shown}\n"
-            "Load it with the config that it was saved with."
         )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
@@ -246,11 +247,17 @@ def save_base(base: PreTrainedModel, folder, is_main_process: bool, **kwargs):
 
 
 def sample_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple]:
-    """Of each tensor, by name, its shape, whether it is trained, and 64 of its numbers, if they are in memory."""
+    """
+    Of each tensor, by name, its shape, whether it is trained, and some of its numbers, if this process has them all.
+    Of a matrix these are one of each row and of each column, so that a single token's new embedding is noticed.
+    """
     samples = {}
     for name, tensor in tensors:
-        values = tensor.detach().flatten()
-        numbers = None if tensor.is_meta else values[:: max(1, len(values) // 64)][:64].cpu()
+        numbers = None
+        if not tensor.is_meta and not isinstance(tensor, DTensor):
+            row = tensor.shape[-1] if tensor.dim() > 1 else 1
+            # The last term holds for quantized weights, which are one column: 2 ** 18 numbers at most
+            numbers = tensor.detach().flatten()[:: max(row, tensor.numel() // 2**18) + 1].to("cpu", copy=True)
         samples[name] = tuple(tensor.shape), tensor.requires_grad, numbers
     return samples
 

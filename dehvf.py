@@ -17,8 +17,8 @@ DehvfForConditionalGeneration = get_class_from_dynamic_module(
     "modeling_dehvf.DehvfForConditionalGeneration", str(ROOT)
 )
 _package = DehvfForConditionalGeneration.__module__.rpartition(".")[0]
-configuration, images, processing, bases, injection, fuser, adapters, switching, hub, modeling = (
+configuration, images, processing, files, bases, injection, fuser, adapters, switching, hub, modeling = (
     import_module(f"{_package}.{name}_dehvf")
-    for name in "configuration images processing bases injection fuser adapters switching hub modeling".split()
+    for name in "configuration images processing files bases injection fuser adapters switching hub modeling".split()
 )
 DehvfConfig, DehvfProcessor, DehvfModel = configuration.DehvfConfig, processing.DehvfProcessor, modeling.DehvfModel

@@ -20,7 +20,7 @@ from huggingface_hub import (
     upload_folder,
 )
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id, yaml_dump
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 
@@ -148,6 +148,27 @@ def make_card(
             versions="\n".join(f"- {package} {number}" for package, number in versions.items()),
         )
     )
+
+
+def write_eval_results(folder, dataset_id: str, task_id: str, value: float, **fields):
+    """
+    Writes a score to `.eval_results/<task_id>.yaml` in a folder, which the Hub shows on the model's page and, if the
+    data set is a benchmark there, on its leaderboard. It must be pushed with the adapter.
+
+    Args:
+        dataset_id: of the data set on the Hub.
+        task_id: which of the data set's tasks was evaluated.
+        fields: further fields of `huggingface_hub.EvalResultEntry`, such as `dataset_revision`, `date` and `notes`.
+
+    Source: https://huggingface.co/docs/hub/eval-results
+    """
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml  # not in the oldest supported release
+
+    entry = EvalResultEntry(dataset_id=dataset_id, task_id=task_id, value=value, **fields)
+    file = os.path.join(folder, ".eval_results", f"{task_id}.yaml")
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    with open(file, "w", encoding="utf-8") as opened:
+        opened.write(yaml_dump(eval_result_entries_to_yaml([entry])))
 
 
 def _has_current_card(repo_id: str, adapter_digest: str, **source) -> bool:

@@ -236,12 +236,6 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
 
     build_adapter = Adapter.build
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # Of custom code, `transformers` leaves out modules without parameters of their own when it initialises, like
-        # the attention of CLIP, whose weights would get another scale. `_init_weights` needs no such care.
-        return False
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

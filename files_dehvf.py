@@ -1,0 +1,63 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Tensors in safetensors files: one function reads them, one writes them, and one takes their checksum."""
+
+import hashlib
+import os
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+
+FILE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of tensors and their names, whatever device they are on."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha256.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+    return sha256.hexdigest()
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], file: str | os.PathLike, metadata: dict[str, str] | None = None):
+    """
+    Writes a safetensors file with a digest of its tensors. Without further `metadata` equal tensors give equal files;
+    several entries would be written in no fixed order.
+    """
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    content = save(tensors, metadata={**(metadata or {}), "sha256": digest(tensors)})
+    unfinished = f"{file}.tmp"
+    with open(unfinished, "wb") as opened:  # with the mode of any new file; safetensors' own has 0600
+        opened.write(content)
+    os.replace(unfinished, file)
+
+
+def read_tensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """
+    Tensors and metadata of a safetensors file.
+
+    Raises:
+        OSError: if it is damaged: cut short, no safetensors file, or its tensors do not have the SHA-256 beside them.
+            A file without one, as other programs write it, is read as it is.
+        ValueError: if a tensor is not of `FILE_DTYPES`, or not finite.
+    """
+    remedy = "Copy or download it again, or take an earlier checkpoint."
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    except SafetensorError as error:
+        raise OSError(f"{file} is damaged and cannot be read: {error}. {remedy}") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FILE_DTYPES:
+            raise ValueError(f"`{name}` in {file} is of {tensor.dtype}. Save it as one of {FILE_DTYPES}.")
+    if "sha256" in metadata and metadata["sha256"] != digest(tensors):
+        raise OSError(f"{file} is damaged: its tensors are not those that were saved. {remedy}")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"`{name}` in {file} has infinite or NaN values. If training had diverged when it was saved, take an "
+                "earlier checkpoint and a lower learning rate."
+            )
+    return tensors, metadata
