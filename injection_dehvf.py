@@ -25,25 +25,30 @@ from transformers.utils import ModelOutput
 class _Running(threading.local):
     """What runs in this thread. A `ContextVar` would do as well, but `torch.compile` cannot trace one."""
 
-    extensions = None  # of each layer of the base model that runs
-    extension = None  # of the layer that runs
+    def __init__(self):  # not as attributes of the class: `torch.compile` guards what the instance has
+        self.extensions = None  # of each layer of the base model that runs
+        self.extension = None  # of the layer that runs
+        self.layer_outputs = None  # of the layers that ran
 
 
 _RUNNING = _Running()
 
 
-def run_extended(base_model: nn.Module, extensions, *args, **kwargs):
+def run_extended(base_model: nn.Module, extensions, *args, layer_outputs: list | None = None, **kwargs):
     """
     Runs a base model whose layers were extended by `extend_layers`.
 
     Args:
         extensions: for each layer what its FFN adds, or `None`; or `None` to run the base model as it is.
+        layer_outputs: a list to append the output of each layer to. `output_hidden_states` gives the same, but through
+            hooks that cannot be pickled, and behind a lock at which `torch.compile` breaks the graph.
     """
-    outer, _RUNNING.extensions = _RUNNING.extensions, extensions
+    outer = _RUNNING.extensions, _RUNNING.layer_outputs
+    _RUNNING.extensions, _RUNNING.layer_outputs = extensions, layer_outputs
     try:
         return base_model(*args, **kwargs)
     finally:
-        _RUNNING.extensions = outer
+        _RUNNING.extensions, _RUNNING.layer_outputs = outer
 
 
 def current_extension():
@@ -65,7 +70,10 @@ class ExtendedLayer(_Extended):
     def __call__(self, *args, **kwargs):
         if _RUNNING.extensions is not None:
             kwargs["extension"] = _RUNNING.extensions[self.extension_index]
-        return super().__call__(*args, **kwargs)
+        output = super().__call__(*args, **kwargs)
+        if _RUNNING.layer_outputs is not None:
+            _RUNNING.layer_outputs.append(output)
+        return output
 
     def forward(self, *args, extension=None, **kwargs):
         outer, _RUNNING.extension = _RUNNING.extension, extension

@@ -175,11 +175,11 @@ class Adapter:
         layers that are read, and the encoder's own output.
         """
         adapters = [*self.vision_adapters, None]  # the last layer has none if it is not read
-        kwargs["output_hidden_states"] = True
-        outputs = run_extended(vision_tower, adapters, pixel_values, **kwargs)
+        hidden_states = []
+        outputs = run_extended(vision_tower, adapters, pixel_values, layer_outputs=hidden_states, **kwargs)
         has_class_token = VISION_LAYOUTS[self.config.vision_config.model_type]
         class_features, patches = [], []
-        for layer, hidden in enumerate(outputs.hidden_states[1:]):
+        for layer, hidden in enumerate(hidden_states):
             hidden = vision_tower.post_layernorm(hidden).to(self.projector.down.weight.dtype)  # B 1+n d
             class_features.append(hidden[:, 0] if has_class_token else hidden.mean(dim=1))
             if layer in self.hierarchy.layers_read:
@@ -442,7 +442,6 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             rows = image_mask.to(pixel_values.device).nonzero().flatten()
             rows = rows if len(rows) else rows.new_zeros(1)  # see `_needs_images`
         instruction = instruction[rows] if adapter.config.reads_instruction else None
-        wants_states = kwargs.get("output_hidden_states", vision.output_hidden_states)
         memory, outputs = adapter.encode(self.vision_tower, pixel_values[rows], instruction, **kwargs)
         memory = memory.to(self.get_input_embeddings().weight.dtype)
         if image_mask is not None:
@@ -453,7 +452,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=memory,
-            hidden_states=outputs.hidden_states if wants_states else None,
+            hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
