@@ -100,18 +100,18 @@ class LayerMemory(ModelOutput):
         key_features (`torch.Tensor` of shape `(batch_size, num_patches, projector_hidden_size + 1)`, *optional*):
             visual features of the keys; `None` where keys carry no image. A batch size of 1 serves a whole batch.
         value_features: likewise of the values.
-        keys (`torch.Tensor` of shape `(num_memory_slots + projector_hidden_size + 1, language_hidden_size)`): the key
-            slots and, unless they carry no image, lambda times `W_2` and `b_2`, so that tokens are multiplied by both
-            at once. The same for all layers.
-        values (`torch.Tensor` of shape `(language_hidden_size, num_memory_slots + projector_hidden_size + 1)`):
+        key_matrix (`torch.Tensor` of shape `(num_memory_slots + projector_hidden_size + 1, language_hidden_size)`):
+            the key slots and, unless they carry no image, lambda times `W_2` and `b_2`, so that tokens are multiplied
+            by both at once. The same for all layers.
+        value_matrix (`torch.Tensor` of shape `(language_hidden_size, num_memory_slots + projector_hidden_size + 1)`):
             likewise.
         form (`str`), scale (`float`), dropout (`float`): `memory_form`, `memory_scale` and `memory_dropout`.
     """
 
     key_features: torch.Tensor | None = None
     value_features: torch.Tensor | None = None
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
+    key_matrix: torch.Tensor | None = None
+    value_matrix: torch.Tensor | None = None
     form: str | None = None
     scale: float | None = None
     dropout: float | None = None
@@ -123,7 +123,8 @@ class LayerMemory(ModelOutput):
             return False
         if self.form == "materialised":
             return True
-        if torch.is_grad_enabled():  # backward would need the keys and values of all layers at once
+        # Backward would need the keys and values of all layers at once, and an exported graph serves all lengths
+        if torch.is_grad_enabled() or torch.compiler.is_exporting():
             return False
         (num_images, num_patches, _), (batch_size, num_tokens, width) = features.shape, hidden_states.shape
         return batch_size * num_tokens * (width + num_patches) > num_images * num_patches * width
@@ -171,32 +172,32 @@ class MemoryFFN(_Extended):
         """`phi(x K^T) V`; hidden_states and result: B T h."""
         weights = F.dropout(self.slot_activations(hidden_states, memory), memory.dropout, self.training)
         if memory.value_features is None:
-            return F.linear(weights, memory.values)  # B T h
+            return F.linear(weights, memory.value_matrix)  # B T h
         num_patches = memory.value_features.shape[1]
         first, rest = _split(weights, num_patches)
         if memory.is_materialised(hidden_states):
-            slots, basis = _split(memory.values, weights.shape[-1])
+            slots, basis = _split(memory.value_matrix, weights.shape[-1])
             patch_slots, other_slots = _split(slots, num_patches)
             values = patch_slots + basis @ memory.value_features.mT  # B h n
             return first @ values.mT + F.linear(rest, other_slots)
         visual = first @ memory.value_features  # B T c+1
-        return F.linear(torch.cat((weights, visual), dim=-1), memory.values)
+        return F.linear(torch.cat((weights, visual), dim=-1), memory.value_matrix)
 
     def slot_activations(self, hidden_states: torch.Tensor, memory: LayerMemory) -> torch.Tensor:
         """`phi(x K^T)`: how much each slot is read, B T S. The first n slots belong to the patches, row by row."""
         # Slots past the patches have no visual part, and a sample without an image has rows of zeros
         if memory.key_features is None:
-            scores = F.linear(hidden_states, memory.keys)  # B T S
+            scores = F.linear(hidden_states, memory.key_matrix)  # B T S
         else:
             num_patches, width = memory.key_features.shape[1:]
-            num_slots = len(memory.keys) - width
+            num_slots = len(memory.key_matrix) - width
             if memory.is_materialised(hidden_states):
-                slots, basis = _split(memory.keys.T, num_slots)
+                slots, basis = _split(memory.key_matrix.T, num_slots)
                 patch_slots, other_slots = _split(slots, num_patches)
                 keys = patch_slots.T + memory.key_features @ basis.T  # B n h
                 first, rest = hidden_states @ keys.mT, hidden_states @ other_slots
             else:
-                scores, inner = _split(F.linear(hidden_states, memory.keys), num_slots)
+                scores, inner = _split(F.linear(hidden_states, memory.key_matrix), num_slots)
                 first, rest = _split(scores, num_patches)
                 # This way round since both factors lie in memory as they are read, also for a single token
                 first = first + (memory.key_features @ inner.mT).mT
