@@ -193,7 +193,7 @@ class Adapter:
             weights = self.fuser(self.fuser_query(instruction), class_features, hierarchy.candidates, hierarchy.valid)
         else:
             positions = len(self.config.memory_positions)
-            weights = hierarchy.mean_weights().expand(len(class_features), -1, positions, -1)
+            weights = hierarchy.mean_weights().expand(class_features.shape[0], -1, positions, -1)
         return hierarchy.spread(weights)
 
     def encode(self, vision_tower, pixel_values: torch.Tensor, instruction: torch.Tensor | None, **kwargs):
@@ -225,16 +225,16 @@ class Adapter:
         config = self.config
         sizes = (config.text_config.num_hidden_layers, len(config.memory_positions), config.num_patches)
         _check_shape("visual_memory", visual_memory, (*sizes, config.projector_hidden_size + 1))
-        if batch_size is not None and len(visual_memory) not in (1, batch_size):
+        if batch_size is not None and visual_memory.shape[0] not in (1, batch_size):
             raise ValueError(
-                f"There are {len(visual_memory)} rows of images and {batch_size} texts. Give one row per text, and "
-                "mark texts without an image in `image_mask`, as this model's processor does."
+                f"There are {visual_memory.shape[0]} rows of images and {batch_size} texts. Give one row per text, "
+                "and mark texts without an image in `image_mask`, as this model's processor does."
             )
 
     def check_instruction(self, instruction: torch.Tensor | None, num_images: int):
         """Raises `ValueError` if the fuser needs the user's text and lacks it for some image."""
-        given = "none" if instruction is None else f"one for {len(instruction)} texts"
-        if self.config.reads_instruction and (instruction is None or len(instruction) != num_images):
+        given = "none" if instruction is None else f"one for {instruction.shape[0]} texts"
+        if self.config.reads_instruction and (instruction is None or instruction.shape[0] != num_images):
             raise ValueError(
                 f"The fuser of this model reads the user's text, so each of the {num_images} images needs an "
                 f"`instruction`, but {given} was given. Pass `model.get_instruction_features(input_ids, "
@@ -431,10 +431,10 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         vision = adapter.config.vision_config
         _check_shape("pixel_values", pixel_values, (vision.num_channels, vision.image_size, vision.image_size))
         if image_mask is not None:
-            _check_image_mask(image_mask, len(pixel_values), "rows of `pixel_values`")
+            _check_image_mask(image_mask, pixel_values.shape[0], "rows of `pixel_values`")
         if adapter.config.visual_prompts == "none":
             return BaseModelOutputWithPooling()
-        adapter.check_instruction(instruction, len(pixel_values))
+        adapter.check_instruction(instruction, pixel_values.shape[0])
         pixel_values = pixel_values.to(adapter.memory_slots.key.device)
         keeps_all = image_mask is None or torch.compiler.is_compiling()  # where shapes cannot depend on values
         rows = slice(None)
@@ -474,7 +474,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         """
         if self.config.visual_prompts == "none":
             raise ValueError('There are no fusion weights with `visual_prompts="none"`: no image enters the memory.')
-        self.active.check_instruction(instruction, len(pixel_values))
+        self.active.check_instruction(instruction, pixel_values.shape[0])
         return self.active.fusion_weights(self._hierarchical_features(pixel_values)[0], instruction)
 
     def _hierarchical_features(self, pixel_values: torch.Tensor):
@@ -558,7 +558,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         adapter = self.active
         parts = inputs_embeds, instruction_mask, pixel_values, image_mask, as_visual_memory(visual_memory)
         visual_memory = self._visual_memory(adapter, *parts)
-        if visual_memory is not None and copies > 1 and len(visual_memory) > 1:
+        if visual_memory is not None and copies > 1 and visual_memory.shape[0] > 1:
             visual_memory = visual_memory.repeat_interleave(copies, dim=0)
         return adapter.layer_memories(visual_memory, inputs_embeds.dtype), visual_memory
 
@@ -571,17 +571,17 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             if adapter.config.reads_instruction:
                 instruction = self.get_instruction_features(None, instruction_mask, inputs_embeds)
             if pixel_values is None and self._needs_images:
-                vision, num_texts = adapter.config.vision_config, len(inputs_embeds)
+                vision, num_texts = adapter.config.vision_config, inputs_embeds.shape[0]
                 blank = inputs_embeds.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
                 pixel_values = blank.expand(num_texts, -1, -1, -1)
                 image_mask = torch.zeros(num_texts, dtype=torch.bool, device=blank.device)
             if pixel_values is not None:
                 visual_memory = self._encode(adapter, pixel_values, image_mask, instruction).pooler_output
         elif image_mask is not None:  # of texts; the memory may have been made without it
-            _check_image_mask(image_mask, len(inputs_embeds), "texts")
+            _check_image_mask(image_mask, inputs_embeds.shape[0], "texts")
             visual_memory = visual_memory * image_mask.to(visual_memory.device).view(-1, 1, 1, 1, 1)
         if visual_memory is not None:
-            adapter.check_visual_memory(visual_memory, len(inputs_embeds))
+            adapter.check_visual_memory(visual_memory, inputs_embeds.shape[0])
             visual_memory = visual_memory.to(inputs_embeds.device)
         return visual_memory
 
