@@ -1,9 +1,9 @@
 """
 A small Hub on loopback: what `huggingface_hub` needs to create, fill, read and refuse model repositories over HTTP.
 
-It answers as huggingface.co does: a commit comes as NDJSON, large files go through git LFS, small ones are reached by
-a relative redirect and large ones by one to another host; an anonymous reader of a private or missing repository gets
-401, one who logged in gets 404, and a gated repository answers 401 or 403.
+It answers as huggingface.co does: commits are NDJSON, large files go through git LFS, small files are reached by a
+relative redirect and large ones by one to another host. An anonymous reader of a private or missing repository gets
+401, one who is logged in 404, and a gated repository answers 401 or 403.
 
     with HubServer() as hub:
         subprocess.run(command, env={**os.environ, **hub.environment("writer"), "HF_HOME": cache})
@@ -53,9 +53,7 @@ class Repository:
 class Request:
     """One answered request: bytes of its body and of the answer's."""
 
-    method: str
     path: str
-    status: int
     received: int
     sent: int
 
@@ -70,15 +68,14 @@ class HubServer:
     Attributes:
         repositories: by `org/name`; to be changed at will, as their owners would.
         requests: all that were answered, in order.
-        interruptions: SHA-256 of a large file -> for its next downloads, the part of what is asked for after which the
-            server breaks off: 0.5, or 0.0, before it has said a word. Without an entry it sends all.
+        interruptions: SHA-256 of a large file -> how many of its next downloads get no answer.
     """
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.contents: dict[str, bytes] = {}
         self.requests: list[Request] = []
-        self.interruptions: dict[str, list[float]] = {}
+        self.interruptions: dict[str, int] = {}
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -157,6 +154,8 @@ class Handler(BaseHTTPRequestHandler):
                         answer = getattr(self, name)(*(part and unquote(part) for part in match.groups()))
                     return self.answer(*answer)
             self.answer(404, {"error": f"{self.command} {path} is nothing that this server knows."})
+        except ConnectionAbortedError:
+            self.close_connection = True
         except Refusal as refusal:
             headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
             self.answer(refusal.status, {"error": refusal.message}, headers)
@@ -165,23 +164,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status: int, content: bytes | dict | list = b"", headers: dict[str, str] | None = None):
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        breaks_off = (headers or {}).pop("breaks off", None)
-        if breaks_off == 0:
-            self.close_connection = True
-            return self.record(0, 0)
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if breaks_off:
-            self.close_connection = True
-            content = content[: int(breaks_off * len(content))]
         sent = b"" if self.command == "HEAD" else content
-        self.record(status, len(sent))
+        self.hub.requests.append(Request(self.path, len(self.body), len(sent)))
         self.wfile.write(sent)
-
-    def record(self, status: int, sent: int):
-        self.hub.requests.append(Request(self.command, self.path, status, len(self.body), sent))
 
     # --- who may see what ---
 
@@ -231,36 +220,26 @@ class Handler(BaseHTTPRequestHandler):
             return 200, {"warnings": [{"message": "empty or missing yaml metadata in repo card"}], "errors": []}
         metadata, errors = yaml.safe_load(head[1]), []
         for name in ("base_model", "datasets"):
-            values = metadata.get(name) or []
-            for value in [values] if isinstance(values, str) else values:
+            for value in metadata.get(name) or []:
                 try:
                     validate_repo_id(value)
                 except HFValidationError:
                     errors.append({"message": f'"{name}" with value "{value}" is not valid. Use a model id.'})
-        for model in metadata.get("model-index", []):
-            for result in model["results"]:
-                if not {"type"} <= result["task"].keys() or not {"type", "name"} <= result["dataset"].keys():
-                    errors.append({"message": "model-index: a result lacks its task or its data set."})
-                if not all({"type", "value"} <= metric.keys() for metric in result["metrics"]):
-                    errors.append({"message": "model-index: a metric lacks its type or value."})
+        for result in (result for model in metadata.get("model-index", []) for result in model["results"]):
+            parts = (result["task"], {"type"}), (result["dataset"], {"type", "name"})
+            parts += tuple((metric, {"type", "value"}) for metric in result["metrics"])
+            if not all(names <= part.keys() for part, names in parts):
+                errors.append({"message": f"model-index: a result is not complete: {result}"})
         return 400 if errors else 200, {"warnings": [], "errors": errors}
 
     def preupload(self, repo_id: str, revision: str):
         self.require_writer()
         repository = self.find(repo_id)
         present = repository.commits[self.commit_at(repository, revision)]
-        files = [file["path"] for file in json.loads(self.body)["files"]]
-        return 200, {
-            "files": [
-                {
-                    "path": path,
-                    "uploadMode": "lfs" if path.endswith(LFS_SUFFIXES) else "regular",
-                    "shouldIgnore": False,
-                    "oid": present.get(path),
-                }
-                for path in files
-            ]
-        }
+        paths = [file["path"] for file in json.loads(self.body)["files"]]
+        modes = {path: "lfs" if path.endswith(LFS_SUFFIXES) else "regular" for path in paths}
+        answer = [{"path": path, "uploadMode": modes[path], "oid": present.get(path)} for path in paths]
+        return 200, {"files": [{**file, "shouldIgnore": False} for file in answer]}
 
     def lfs_batch(self, repo_id: str):
         self.require_writer()
@@ -348,11 +327,7 @@ class Handler(BaseHTTPRequestHandler):
     def lfs_download(self, sha: str):
         if sha not in self.hub.contents:
             raise Refusal(404, "EntryNotFound", "There is no such object.")
-        content, status, headers = self.hub.contents[sha], 200, {"ETag": f'"{sha}"'}
-        if first := re.match(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            start, size = int(first[1]), len(content)
-            content, status = content[start:], 206
-            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
         if self.hub.interruptions.get(sha):
-            headers["breaks off"] = self.hub.interruptions[sha].pop(0)
-        return status, content, headers
+            self.hub.interruptions[sha] -= 1
+            raise ConnectionAbortedError
+        return 200, self.hub.contents[sha], {"ETag": f'"{sha}"'}

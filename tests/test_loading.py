@@ -2,14 +2,17 @@
 
 import json
 import os
+import pty
 import shutil
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_train import scienceqa, tiny_flags  # noqa: F401
 from tiny import (
     DEHVF_SIZES,
     ROOT,
@@ -20,6 +23,8 @@ from tiny import (
     tiny_model,
 )
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+import dehvf
 
 
 CODE_FILES = sorted(file.name for file in ROOT.glob("*_dehvf.py"))
@@ -485,3 +490,102 @@ def test_a_base_with_missing_tensors_is_refused(tmp_path, base):
     save_file({other: tensor for other, tensor in tensors.items() if other != name}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"{base} lacks 1 tensors of the .*layers.2"):
         DehvfForConditionalGeneration.from_vision_text_pretrained(*bases.values(), **DEHVF_SIZES)
+
+
+# --- terminals, other users, changed base models ---
+
+
+def run_in_terminal(folder, *command) -> str:
+    """What a command prints that has a terminal for its input and output, at which nobody answers."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *map(str, command)]
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    printed = b""
+    with open(ours, "rb", buffering=0) as terminal, suppress(OSError):  # which is how the other end says goodbye
+        while chunk := terminal.read(4096):
+            printed += chunk
+    assert process.wait() == 0, printed[-3000:].decode()
+    return printed.decode()
+
+
+def test_nothing_is_asked_in_a_terminal(saved, scienceqa, tmp_path):  # noqa: F811
+    code = f"""if True:
+        from transformers import AutoModel, AutoProcessor
+        model = AutoModel.from_pretrained({str(saved / "adapter")!r}, trust_remote_code=True)
+        model.save_pretrained("again")
+        model.save_pretrained("merged", merge_base=True)
+        AutoProcessor.from_pretrained("again", trust_remote_code=True).save_pretrained("processor")
+        print("all " + "done")
+    """
+    printed = run_in_terminal(tmp_path, "-c", code)
+    assert "all done" in printed and "custom code" not in printed and "[y/N]" not in printed
+    flags = tiny_flags(tmp_path, scienceqa[0], tmp_path / "run", adapter=tmp_path / "again", max_steps=1)
+    printed = run_in_terminal(tmp_path, ROOT / "train.py", *flags)
+    assert (tmp_path / "run" / "results.json").is_file()
+    assert "custom code" not in printed and "[y/N]" not in printed
+
+
+def test_another_user_can_read_what_is_saved(saved, tmp_path):
+    model = AutoModel.from_pretrained(saved / "adapter", trust_remote_code=True)
+    before = os.umask(0o002)
+    try:
+        model.save_pretrained(tmp_path / "saved", merge_base=True)
+        model.save_visual_memory(
+            model.get_image_features(tiny_inputs()["pixel_values"]), tmp_path / "saved" / "memory"
+        )
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
+    assert len(files) > 20 and {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o664)}
+
+
+def merge_lora(model):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model.model.language_model = get_peft_model(model.model.language_model, config).merge_and_unload()
+
+
+def set_row(model):
+    with torch.no_grad():
+        model.get_input_embeddings().weight[41] += 0.1
+
+
+def train_head(model):
+    with torch.no_grad():
+        model.lm_head.weight.requires_grad_(True).add_(0.01)
+
+
+def train_adapter(model):
+    model.train()(**tiny_inputs(), labels=tiny_inputs()["input_ids"]).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+
+
+@pytest.mark.parametrize(
+    "change, changed",
+    [
+        (merge_lora, "model.language_model.layers.0.self_attn.q_proj.weight"),
+        (lambda model: model.resize_token_embeddings(70), "lm_head.weight"),
+        (set_row, "model.language_model.embed_tokens.weight"),
+        (lambda model: set_row(model.to(torch.bfloat16)), "model.language_model.embed_tokens.weight"),
+        (train_head, "lm_head.weight"),
+        (lambda model: None, None),
+        (lambda model: model.to(torch.bfloat16), None),
+        (lambda model: model.generate(**tiny_inputs(), max_new_tokens=2), None),
+        (train_adapter, None),
+    ],
+)
+def test_a_changed_base_model_is_named_when_only_the_adapter_is_saved(tmp_path, monkeypatch, change, changed):
+    model_on_new_bases(tmp_path).save_pretrained(tmp_path / "first")
+    model, messages = DehvfForConditionalGeneration.from_pretrained(tmp_path / "first"), []
+    monkeypatch.setattr(dehvf.adapters.logger, "warning", messages.append)
+    change(model)
+    model.save_pretrained(tmp_path / "merged", merge_base=True)
+    assert not messages
+    model.save_pretrained(tmp_path / "second")
+    assert len(messages) == (changed is not None)
+    assert all(f"among them {changed}" in message and "merge_base=True" in message for message in messages)
+    merged = DehvfForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    assert torch.equal(merged.lm_head.weight, model.lm_head.weight.to(merged.lm_head.weight.dtype))
