@@ -178,8 +178,13 @@ class MemoryFFN(_Extended):
     is cheaper up to `T = n h / (n + h)`: at 7B 241 tokens, and always in decoding.
     """
 
+    @property
+    def memory(self) -> LayerMemory | MixedLayerMemory | None:
+        """What this FFN reads in the call that runs in this thread."""
+        return current_extension()
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        output, memory = super().forward(hidden_states), current_extension()
+        output, memory = super().forward(hidden_states), self.memory
         if memory is None:
             return output
         if isinstance(memory, MixedLayerMemory):

@@ -51,7 +51,7 @@ def test_the_materialised_lookup_gives_the_same_for_the_operations_of_its_closed
     expected = [layer.mlp.lookup(hidden, memory) for layer, memory in zip(model.model.language_model.layers, memories)]
 
     slots = config.num_memory_slots
-    basis = memories[0].keys[slots:]
+    basis = memories[0].key_matrix[slots:]
 
     def materialise(features, slots):
         visual = features @ basis
