@@ -387,7 +387,9 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         if adapter.config.visual_prompts == "none":
             return BaseModelOutputWithPooling()
         check_instruction(adapter.config, instruction, pixel_values.shape[0])
-        pixel_values = pixel_values.to(adapter.memory_slots.key.device)
+        device = adapter.memory_slots.key.device
+        if device.type != "meta":  # as it is while the adapter is offloaded
+            pixel_values = pixel_values.to(device)
         keeps_all = image_mask is None or torch.compiler.is_compiling()  # where shapes cannot depend on values
         rows = slice(None)
         if not keeps_all:
