@@ -133,7 +133,8 @@ class FuserBlock(GradientCheckpointingLayer):
             self._split_heads(self.q_proj(query).flatten(0, 1)),  # B*D heads P r/heads
             self._split_heads(self.k_proj(features)[:, candidates].flatten(0, 1)),  # B*D heads M r/heads
             self._split_heads(self.v_proj(features)[:, candidates].flatten(0, 1)),
-            attn_mask=valid[:, None, None].repeat(len(features), 1, 1, 1),  # B*D 1 1 M
+            # `len` would make the number of images a constant of an exported graph
+            attn_mask=valid[:, None, None].repeat(features.shape[0], 1, 1, 1),  # B*D 1 1 M
         )
         attended = attended.transpose(1, 2).reshape(query.shape)  # B D P r
         query = self.attention_norm(query + self.out_proj(attended))

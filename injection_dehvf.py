@@ -27,25 +27,30 @@ from .configuration_dehvf import DehvfConfig
 class _Running(threading.local):
     """What runs in this thread. A `ContextVar` would do as well, but `torch.compile` cannot trace one."""
 
-    extensions = None  # of each layer of the base model that runs
-    extension = None  # of the layer that runs
+    def __init__(self):  # not as attributes of the class: `torch.compile` guards what the instance has
+        self.extensions = None  # of each layer of the base model that runs
+        self.extension = None  # of the layer that runs
+        self.layer_outputs = None  # of the layers that ran
 
 
 _RUNNING = _Running()
 
 
-def run_extended(base_model: nn.Module, extensions, *args, **kwargs):
+def run_extended(base_model: nn.Module, extensions, *args, layer_outputs: list | None = None, **kwargs):
     """
     Runs a base model whose layers were extended by `extend_layers`.
 
     Args:
         extensions: for each layer what its FFN adds, or `None`; or `None` to run the base model as it is.
+        layer_outputs: a list to append the output of each layer to. `output_hidden_states` gives the same, but through
+            hooks that cannot be pickled, and behind a lock at which `torch.compile` breaks the graph.
     """
-    outer, _RUNNING.extensions = _RUNNING.extensions, extensions
+    outer = _RUNNING.extensions, _RUNNING.layer_outputs
+    _RUNNING.extensions, _RUNNING.layer_outputs = extensions, layer_outputs
     try:
         return base_model(*args, **kwargs)
     finally:
-        _RUNNING.extensions = outer
+        _RUNNING.extensions, _RUNNING.layer_outputs = outer
 
 
 def current_extension():
@@ -67,7 +72,10 @@ class ExtendedLayer(_Extended):
     def __call__(self, *args, **kwargs):
         if _RUNNING.extensions is not None:
             kwargs["extension"] = _RUNNING.extensions[self.extension_index]
-        return super().__call__(*args, **kwargs)
+        output = super().__call__(*args, **kwargs)
+        if _RUNNING.layer_outputs is not None:
+            _RUNNING.layer_outputs.append(output)
+        return output
 
     def forward(self, *args, extension=None, **kwargs):
         outer, _RUNNING.extension = _RUNNING.extension, extension
@@ -113,18 +121,18 @@ class LayerMemory(ModelOutput):
         key_features (`torch.Tensor` of shape `(batch_size, num_patches, projector_hidden_size + 1)`, *optional*):
             visual features of the keys; `None` where keys carry no image. A batch size of 1 serves a whole batch.
         value_features: likewise of the values.
-        keys (`torch.Tensor` of shape `(num_memory_slots + projector_hidden_size + 1, language_hidden_size)`): the key
-            slots and, unless they carry no image, lambda times `W_2` and `b_2`, so that tokens are multiplied by both
-            at once. The same for all layers.
-        values (`torch.Tensor` of shape `(language_hidden_size, num_memory_slots + projector_hidden_size + 1)`):
+        key_matrix (`torch.Tensor` of shape `(num_memory_slots + projector_hidden_size + 1, language_hidden_size)`):
+            the key slots and, unless they carry no image, lambda times `W_2` and `b_2`, so that tokens are multiplied
+            by both at once. The same for all layers.
+        value_matrix (`torch.Tensor` of shape `(language_hidden_size, num_memory_slots + projector_hidden_size + 1)`):
             likewise.
         form (`str`), scale (`float`), dropout (`float`): `memory_form`, `memory_scale` and `memory_dropout`.
     """
 
     key_features: torch.Tensor | None = None
     value_features: torch.Tensor | None = None
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
+    key_matrix: torch.Tensor | None = None
+    value_matrix: torch.Tensor | None = None
     form: str | None = None
     scale: float | None = None
     dropout: float | None = None
@@ -136,7 +144,8 @@ class LayerMemory(ModelOutput):
             return False
         if self.form == "materialised":
             return True
-        if torch.is_grad_enabled():  # backward would need the keys and values of all layers at once
+        # Backward would need the keys and values of all layers at once, and an exported graph serves all lengths
+        if torch.is_grad_enabled() or torch.compiler.is_exporting():
             return False
         (num_images, num_patches, _), (batch_size, num_tokens, width) = features.shape, hidden_states.shape
         return batch_size * num_tokens * (width + num_patches) > num_images * num_patches * width
@@ -169,8 +178,13 @@ class MemoryFFN(_Extended):
     is cheaper up to `T = n h / (n + h)`: at 7B 241 tokens, and always in decoding.
     """
 
+    @property
+    def memory(self) -> LayerMemory | MixedLayerMemory | None:
+        """What this FFN reads in the call that runs in this thread."""
+        return current_extension()
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        output, memory = super().forward(hidden_states), current_extension()
+        output, memory = super().forward(hidden_states), self.memory
         if memory is None:
             return output
         if isinstance(memory, MixedLayerMemory):
@@ -184,32 +198,32 @@ class MemoryFFN(_Extended):
         """`phi(x K^T) V`; hidden_states and result: B T h."""
         weights = F.dropout(self.slot_activations(hidden_states, memory), memory.dropout, self.training)
         if memory.value_features is None:
-            return F.linear(weights, memory.values)  # B T h
+            return F.linear(weights, memory.value_matrix)  # B T h
         num_patches = memory.value_features.shape[1]
         first, rest = _split(weights, num_patches)
         if memory.is_materialised(hidden_states):
-            slots, basis = _split(memory.values, weights.shape[-1])
+            slots, basis = _split(memory.value_matrix, weights.shape[-1])
             patch_slots, other_slots = _split(slots, num_patches)
             values = patch_slots + basis @ memory.value_features.mT  # B h n
             return first @ values.mT + F.linear(rest, other_slots)
         visual = first @ memory.value_features  # B T c+1
-        return F.linear(torch.cat((weights, visual), dim=-1), memory.values)
+        return F.linear(torch.cat((weights, visual), dim=-1), memory.value_matrix)
 
     def slot_activations(self, hidden_states: torch.Tensor, memory: LayerMemory) -> torch.Tensor:
         """`phi(x K^T)`: how much each slot is read, B T S. The first n slots belong to the patches, row by row."""
         # Slots past the patches have no visual part, and a sample without an image has rows of zeros
         if memory.key_features is None:
-            scores = F.linear(hidden_states, memory.keys)  # B T S
+            scores = F.linear(hidden_states, memory.key_matrix)  # B T S
         else:
             num_patches, width = memory.key_features.shape[1:]
-            num_slots = len(memory.keys) - width
+            num_slots = len(memory.key_matrix) - width
             if memory.is_materialised(hidden_states):
-                slots, basis = _split(memory.keys.T, num_slots)
+                slots, basis = _split(memory.key_matrix.T, num_slots)
                 patch_slots, other_slots = _split(slots, num_patches)
                 keys = patch_slots.T + memory.key_features @ basis.T  # B n h
                 first, rest = hidden_states @ keys.mT, hidden_states @ other_slots
             else:
-                scores, inner = _split(F.linear(hidden_states, memory.keys), num_slots)
+                scores, inner = _split(F.linear(hidden_states, memory.key_matrix), num_slots)
                 first, rest = _split(scores, num_patches)
                 # This way round since both factors lie in memory as they are read, also for a single token
                 first = first + (memory.key_features @ inner.mT).mT

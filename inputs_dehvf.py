@@ -20,17 +20,17 @@ def check_visual_memory(config: DehvfConfig, visual_memory: torch.Tensor, batch_
     """Raises `ValueError` if the memory is not this adapter's, or has rows for another number of texts."""
     sizes = (config.text_config.num_hidden_layers, len(config.memory_positions), config.num_patches)
     _check_shape("visual_memory", visual_memory, (*sizes, config.projector_hidden_size + 1))
-    if batch_size is not None and len(visual_memory) not in (1, batch_size):
+    if batch_size is not None and visual_memory.shape[0] not in (1, batch_size):
         raise ValueError(
-            f"There are {len(visual_memory)} rows of images and {batch_size} texts. Give one row per text, and "
+            f"There are {visual_memory.shape[0]} rows of images and {batch_size} texts. Give one row per text, and "
             "mark texts without an image in `image_mask`, as this model's processor does."
         )
 
 
 def check_instruction(config: DehvfConfig, instruction: torch.Tensor | None, num_images: int):
     """Raises `ValueError` if the fuser needs the user's text and lacks it for some image."""
-    given = "none" if instruction is None else f"one for {len(instruction)} texts"
-    if config.reads_instruction and (instruction is None or len(instruction) != num_images):
+    given = "none" if instruction is None else f"one for {instruction.shape[0]} texts"
+    if config.reads_instruction and (instruction is None or instruction.shape[0] != num_images):
         raise ValueError(
             f"The fuser of this model reads the user's text, so each of the {num_images} images needs an "
             f"`instruction`, but {given} was given. Pass `model.get_instruction_features(input_ids, "

@@ -170,11 +170,11 @@ class Adapter:
         layers that are read, and the encoder's own output.
         """
         adapters = [*self.vision_adapters, None]  # the last layer has none if it is not read
-        kwargs["output_hidden_states"] = True
-        outputs = run_extended(vision_tower, adapters, pixel_values, **kwargs)
+        hidden_states = []
+        outputs = run_extended(vision_tower, adapters, pixel_values, layer_outputs=hidden_states, **kwargs)
         has_class_token = VISION_LAYOUTS[self.config.vision_config.model_type]
         class_features, patches = [], []
-        for layer, hidden in enumerate(outputs.hidden_states[1:]):
+        for layer, hidden in enumerate(hidden_states):
             hidden = vision_tower.post_layernorm(hidden).to(self.projector.down.weight.dtype)  # B 1+n d
             class_features.append(hidden[:, 0] if has_class_token else hidden.mean(dim=1))
             if layer in self.hierarchy.layers_read:
@@ -188,7 +188,7 @@ class Adapter:
             weights = self.fuser(self.fuser_query(instruction), class_features, hierarchy.candidates, hierarchy.valid)
         else:
             positions = len(self.config.memory_positions)
-            weights = hierarchy.mean_weights().expand(len(class_features), -1, positions, -1)
+            weights = hierarchy.mean_weights().expand(class_features.shape[0], -1, positions, -1)
         return hierarchy.spread(weights)
 
     def encode(self, vision_tower, pixel_values: torch.Tensor, instruction: torch.Tensor | None, **kwargs):
@@ -383,10 +383,10 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
     def _encode(self, adapter: Adapter, pixel_values, image_mask, instruction, **kwargs) -> BaseModelOutputWithPooling:
         check_pixel_values(adapter.config, pixel_values)
         if image_mask is not None:
-            check_image_mask(image_mask, len(pixel_values), "rows of `pixel_values`")
+            check_image_mask(image_mask, pixel_values.shape[0], "rows of `pixel_values`")
         if adapter.config.visual_prompts == "none":
             return BaseModelOutputWithPooling()
-        check_instruction(adapter.config, instruction, len(pixel_values))
+        check_instruction(adapter.config, instruction, pixel_values.shape[0])
         pixel_values = pixel_values.to(adapter.memory_slots.key.device)
         keeps_all = image_mask is None or torch.compiler.is_compiling()  # where shapes cannot depend on values
         rows = slice(None)
@@ -394,7 +394,6 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             rows = image_mask.to(pixel_values.device).nonzero().flatten()
             rows = rows if len(rows) else rows.new_zeros(1)  # see `_needs_images`
         instruction = instruction[rows] if adapter.config.reads_instruction else None
-        wants_states = kwargs.get("output_hidden_states", adapter.config.vision_config.output_hidden_states)
         memory, outputs = adapter.encode(self.vision_tower, pixel_values[rows], instruction, **kwargs)
         memory = memory.to(self.get_input_embeddings().weight.dtype)
         if image_mask is not None:
@@ -405,7 +404,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=memory,
-            hidden_states=outputs.hidden_states if wants_states else None,
+            hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
@@ -427,7 +426,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         """
         if self.config.visual_prompts == "none":
             raise ValueError('There are no fusion weights with `visual_prompts="none"`: no image enters the memory.')
-        check_instruction(self.config, instruction, len(pixel_values))
+        check_instruction(self.config, instruction, pixel_values.shape[0])
         return self.active.fusion_weights(self._hierarchical_features(pixel_values)[0], instruction)
 
     def _hierarchical_features(self, pixel_values: torch.Tensor):
@@ -522,7 +521,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         parts = inputs_embeds, instruction_mask, pixel_values, image_mask, as_visual_memory(visual_memory)
         image_outputs = self._image_outputs(adapter, *parts, **kwargs)
         visual_memory = as_visual_memory(image_outputs)
-        if visual_memory is not None and copies > 1 and len(visual_memory) > 1:
+        if visual_memory is not None and copies > 1 and visual_memory.shape[0] > 1:
             visual_memory = visual_memory.repeat_interleave(copies, dim=0)
         return adapter.layer_memories(visual_memory, inputs_embeds.dtype), image_outputs
 
@@ -533,7 +532,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         if pixel_values is None and visual_memory is None:
             if not self._needs_images:
                 return None
-            vision, num_texts = adapter.config.vision_config, len(inputs_embeds)
+            vision, num_texts = adapter.config.vision_config, inputs_embeds.shape[0]
             blank = inputs_embeds.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
             pixel_values = blank.expand(num_texts, -1, -1, -1)
             image_mask = torch.zeros(num_texts, dtype=torch.bool, device=blank.device)
@@ -544,11 +543,11 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             outputs = self._encode(adapter, pixel_values, image_mask, instruction, **kwargs)
         else:
             if image_mask is not None:  # of texts; the memory may have been made without it
-                check_image_mask(image_mask, len(inputs_embeds), "texts")
+                check_image_mask(image_mask, inputs_embeds.shape[0], "texts")
                 visual_memory = visual_memory * image_mask.to(visual_memory.device).view(-1, 1, 1, 1, 1)
             outputs = BaseModelOutputWithPooling(pooler_output=visual_memory)
         if outputs.pooler_output is not None:
-            check_visual_memory(adapter.config, outputs.pooler_output, len(inputs_embeds))
+            check_visual_memory(adapter.config, outputs.pooler_output, inputs_embeds.shape[0])
             outputs.pooler_output = outputs.pooler_output.to(inputs_embeds.device)
         return outputs
 

@@ -9,10 +9,10 @@ from huggingface_hub import CommitInfo, upload_folder
 from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top it may need torchvision
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME, cached_file
 
-from .configuration_dehvf import DehvfConfig
+from .configuration_dehvf import DehvfConfig, shared
 from .hub_dehvf import open_repository
 from .images_dehvf import read_image
 
@@ -50,6 +50,11 @@ CHAT_TEMPLATE = """\
 """
 
 
+class DehvfProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"padding": True}}
+
+
+@shared
 class DehvfProcessor(ProcessorMixin):
     """
     Combines an image processor and a tokenizer. There is no image token: a question has the same text with and
@@ -80,6 +85,8 @@ class DehvfProcessor(ProcessorMixin):
     >>> processor.apply_chat_template([message], add_generation_prompt=True, tokenize=True, return_dict=True)
     ```
     """
+
+    valid_processor_kwargs = DehvfProcessorKwargs
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template: str | None = None, **kwargs):
         tokenizer.padding_side = "left"
@@ -141,14 +148,12 @@ class DehvfProcessor(ProcessorMixin):
             return upload_folder(repo_id=repo_id, folder_path=folder, token=token, **options)
 
     def __call__(self, images=None, text=None, **kwargs):
-        defaults = {"padding": True}
         if text is not None:
             text, bos = [text] if isinstance(text, str) else list(text), self.tokenizer.bos_token
             if bos and any(sample.startswith(bos) for sample in text):
                 text = [bos + sample.removeprefix(bos) for sample in text]
-                defaults["add_special_tokens"] = False
-        given = {**kwargs, **kwargs.get("text_kwargs", {})}
-        kwargs.update((name, value) for name, value in defaults.items() if name not in given)
+                if "add_special_tokens" not in kwargs.get("text_kwargs", {}):
+                    kwargs.setdefault("add_special_tokens", False)
         return super().__call__(images=images, text=text, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):

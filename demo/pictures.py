@@ -17,7 +17,6 @@ import itertools
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -108,39 +107,21 @@ def slot_activations(model, inputs, position: int = -1) -> np.ndarray:
         ValueError: if the model has no visual prompts, or a row has no image.
     """
     check_images(model, inputs)
-    features = model.get_image_features(inputs["pixel_values"], instruction=instruction_of(model, inputs))
-    texts = {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_mask")}
-    ffn_inputs, thread = [], threading.get_ident()
+    num_patches, activations, thread = model.config.num_patches, [], threading.get_ident()
 
     def keep(mlp, args):
         if threading.get_ident() == thread:  # others may use the model at the same time
-            ffn_inputs.append(args[0][:, position].float())
+            slots = mlp.slot_activations(args[0][:, [position]], mlp.memory)  # (batch_size, 1, num_memory_slots)
+            activations.append(slots[:, 0, :num_patches].float())
 
     mlps = [layer.mlp for layer in model.model.language_model.layers]
     hooks = [mlp.register_forward_pre_hook(keep) for mlp in mlps]
     try:
-        model(**texts, visual_memory=features)
+        model(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    scores = [
-        torch.einsum("bh,bnh->bn", hidden.to(keys.device), keys)
-        for hidden, keys in zip(ffn_inputs, memory_keys(model, features.pooler_output))
-    ]
-    activations = [getattr(mlp, mlp.activation_name)(score) for mlp, score in zip(mlps, scores)]
     return torch.stack(activations, dim=1).cpu().numpy()
-
-
-def memory_keys(model, memory) -> Iterator[torch.Tensor]:
-    """The keys of the patches' memory slots, `(batch_size, num_patches, language_hidden_size)`, layer by layer."""
-    up, slots = model.model.projector.up, model.model.memory_slots.key[: model.config.num_patches].float()
-    for layer_features in memory.float().unbind(1):
-        if model.config.visual_prompts == "values":
-            yield slots.expand(len(layer_features), -1, -1)
-        else:
-            yield slots + model.config.visual_scale * F.linear(
-                layer_features[:, 0, :, :-1], up.weight.float(), up.bias.float()
-            )
 
 
 def groups(model) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -51,7 +51,7 @@ def test_the_materialised_lookup_gives_the_same_for_the_operations_of_its_closed
     expected = [layer.mlp.lookup(hidden, memory) for layer, memory in zip(model.model.language_model.layers, memories)]
 
     slots = config.num_memory_slots
-    basis = memories[0].keys[slots:]
+    basis = memories[0].key_matrix[slots:]
 
     def materialise(features, slots):
         visual = features @ basis
@@ -60,8 +60,8 @@ def test_the_materialised_lookup_gives_the_same_for_the_operations_of_its_closed
     with FlopCounterMode(display=False) as counter:
         found = []
         for memory in memories:
-            keys = materialise(memory.key_features, memory.keys[:slots])
-            values = materialise(memory.value_features, memory.values.T[:slots])
+            keys = materialise(memory.key_features, memory.key_matrix[:slots])
+            values = materialise(memory.value_features, memory.value_matrix.T[:slots])
             found.append(F.silu(hidden @ keys.transpose(1, 2)) @ values)
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-4, atol=1e-4)
     assert counter.get_total_flops() == operations.materialised_lookup(config, tokens)

@@ -201,7 +201,7 @@ def test_closed_forms_are_the_bytes_of_tensors(values):
     assert 4 * memory.kv_cache(config.text_config, 11) == memory.bytes_of(memory.cached_tensors(text, 11))
     memories = model.model.active.layer_memories(encoded, torch.float32)
     features = [part for one in memories for part in (one.key_features, one.value_features) if part is not None]
-    materialised = [part @ memories[0].keys[config.num_memory_slots :] for part in features]
+    materialised = [part @ memories[0].key_matrix[config.num_memory_slots :] for part in features]
     assert 4 * memory.materialised_memory(config) == memory.bytes_of(materialised)
 
 

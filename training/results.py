@@ -20,7 +20,8 @@ from training.flags import ROOT
 
 # What is pushed: no checkpoints, no pickled arguments, and nothing from data that may be private
 PUSHED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*_dehvf.py", "README.md"]
-KEPT_FILES = ["*/*", "run.json", "example.txt"]
+PUSHED_FILES += [".eval_results/*.yaml"]
+KEPT_FILES = ["[!.]*/*", "run.json", "example.txt"]  # the first: folders whose names do not begin with a point
 
 
 def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, model_args):
@@ -156,6 +157,8 @@ def write_card(folder: Path, name: str, results: dict, code: str | None):
         eval_results=[result],
     )
     card.save(folder / "README.md")
+    if dataset:
+        hub.write_eval_results(folder, dataset, results["task"], result.metric_value)
 
 
 def example_code(folder: Path) -> str:

@@ -12,7 +12,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -55,12 +54,6 @@ class AnswerTrainer(AdapterTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         index, options = inputs.pop("index"), inputs.pop("options")
-        if (is_deepspeed_zero3_enabled() or self.is_fsdp_enabled) and "pixel_values" not in inputs:
-            # The bases are sharded, so all processes have to run the same modules
-            vision = self.model.config.vision_config
-            size = (len(index), vision.num_channels, vision.image_size, vision.image_size)
-            inputs["pixel_values"] = torch.zeros(size, device=index.device)
-            inputs["image_mask"] = torch.zeros(len(index), dtype=torch.bool, device=index.device)
         generated = self.accelerator.unwrap_model(model).generate(
             **inputs,
             max_new_tokens=self.max_new_tokens,
