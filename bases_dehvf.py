@@ -153,7 +153,8 @@ def _explain_base_errors(location, key: str):
     try:
         yield
     except (OSError, HTTPError) as error:
-        cause = error.__cause__ or error  # what the Hub said, from which `transformers` at times only guesses
+        # What the Hub said, from which `transformers` at times only guesses
+        cause = error if isinstance(error, HTTPError) else error.__cause__ or error
         advice = f"If you have a copy of it, pass `{key}_model=` with its folder."
         if isinstance(cause, HTTPError):
             advice += (

@@ -37,6 +37,7 @@ LOGITS = [
     f"equal{how}" for how in ("", " when pinned", " as a further adapter", " with merged bases", " when repeated")
 ]
 PUSHED = sorted([*CODE_FILES, *PROCESSOR_FILES, *ADAPTER_FILES])
+RUN_PUSHED = sorted([*PUSHED, "results.json", ".eval_results/scienceqa.yaml"])
 
 
 def run_as(user: str, hub: HubServer, folder, *command, **variables):
@@ -377,13 +378,16 @@ def test_afterwards_all_works_offline(hub, pushed, loaded):
         from transformers import AutoModel, AutoProcessor
 
         inputs, expected = (torch.load(pathlib.Path(sys.argv[1], name)) for name in ("inputs.pt", "logits.pt"))
-        for place, name in (("org/", "dehvf-broken"), ("org/", "dehvf-tiny"), ("merged/", "dehvf-tiny")):
-            model = AutoModel.from_pretrained(place + name, trust_remote_code=True)
+        for name in ("org/dehvf-tiny", "org/dehvf-broken", "merged"):
+            model = AutoModel.from_pretrained(name, trust_remote_code=True)
             with torch.no_grad():
-                assert torch.equal(model(**inputs).logits, expected[name]), place + name
-            processor = AutoProcessor.from_pretrained(place + name, trust_remote_code=True)
-            assert type(processor).__name__ == "DehvfProcessor"
-            model.save_pretrained(f"merged/{name}", merge_base=True)
+                logits = model(**inputs).logits
+            if name == "org/dehvf-tiny":
+                model.save_pretrained("merged", merge_base=True)
+            if name != "org/dehvf-broken":
+                processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+                assert type(processor).__name__ == "DehvfProcessor"
+            assert torch.equal(logits, expected["dehvf-broken" if "broken" in name else "dehvf-tiny"]), name
     """
     run_as("nobody", hub, loaded, "-c", textwrap.dedent(code), pushed, HF_HUB_OFFLINE="1")
     assert len(hub.requests) == before
@@ -394,7 +398,7 @@ def test_afterwards_all_works_offline(hub, pushed, loaded):
 
 def test_a_run_pushes_its_adapter_once_and_nothing_else(hub, trained):
     assert hub.repositories["org/dehvf-trained"].messages[1:] == ["Upload DEHVF adapters"]
-    assert sorted(hub.files("org/dehvf-trained")) == sorted([*PUSHED, "results.json"])
+    assert sorted(hub.files("org/dehvf-trained")) == RUN_PUSHED
     assert list(trained.glob("checkpoint-*/optimizer.pt")), "there was more to push"
     assert {"training_args.bin", "predictions.jsonl", "example.png"} <= {path.name for path in trained.iterdir()}
     assert hub.read("org/dehvf-trained", "model.safetensors") == (trained / "model.safetensors").read_bytes()
@@ -407,7 +411,9 @@ def test_the_card_of_a_run_names_its_data_scores_and_command(hub, pushed, traine
     (model,) = metadata["model-index"]
     (result,) = model["results"]
     assert model["name"] == "dehvf-trained" and result["dataset"]["split"] == "test"
-    assert result["metrics"][0]["value"] == round(results["scores"]["average"], 2)
+    (entry,) = parse_eval_result_entries(yaml.safe_load(hub.read("org/dehvf-trained", RUN_PUSHED[0])))
+    assert entry.value == result["metrics"][0]["value"] == round(results["scores"]["average"], 2)
+    assert entry.dataset_id == "derek-thomas/ScienceQA"
     commit = read_json(pushed / "facts.json")["text 1"]
     assert f"| `org/text` | {commit} |" in body and "| `org/vision` | not pinned |" in body
     assert f"{results['trained_parameters']:,} trained parameters" in body
@@ -456,7 +462,7 @@ def test_a_push_that_fails_loses_nothing_and_can_be_repeated(tmp_path, monkeypat
     names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     # `hf upload` chooses by the same function as `upload_folder`
     chosen = filter_repo_objects(names, allow_patterns=patterns["--include"], ignore_patterns=patterns["--exclude"])
-    assert sorted(chosen) == sorted([*PUSHED, "results.json"])
+    assert sorted(chosen) == RUN_PUSHED
 
 
 def test_a_token_does_not_get_into_the_recorded_command():

@@ -1,4 +1,4 @@
-"""What is saved, and that it comes back: in a fresh process, without the source tree, without a network."""
+"""What is saved, and that it is loaded again: in a fresh process, without the source tree, without a network."""
 
 import json
 import os
@@ -18,7 +18,6 @@ from tiny import (
     ROOT,
     DehvfForConditionalGeneration,
     save_tiny_bases,
-    tiny_config,
     tiny_inputs,
     tiny_model,
 )
@@ -50,7 +49,7 @@ def run_fresh(code: str, folder, **arguments) -> str:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Bases, and adapters that a process saved whose source tree is gone since."""
+    """Base models, and an adapter on them that a process saved whose source tree is gone."""
     folder = tmp_path_factory.mktemp("saved")
     vision, text = save_tiny_bases(folder)
     source = folder / "source"
@@ -83,51 +82,33 @@ def saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("auto_class", ["AutoModel", "AutoModelForImageTextToText"])
-def test_a_fresh_process_gets_identical_logits(saved, auto_class):
+def test_a_fresh_process_gets_identical_logits(saved):
+    model = AutoModelForImageTextToText.from_pretrained(saved / "adapter", trust_remote_code=True)
+    with torch.no_grad():
+        memory = model.get_image_features(tiny_inputs()["pixel_values"])
+    model.save_visual_memory(memory, saved / "memory.safetensors")
     run_fresh(
         """
         import torch, transformers
-        auto_class = getattr(transformers, args["auto_class"])
         config = transformers.AutoConfig.from_pretrained("adapter", trust_remote_code=True)
         assert type(config).__name__ == "DehvfConfig", type(config)
-        model, info = auto_class.from_pretrained("adapter", trust_remote_code=True), None
-        assert type(model).__name__ == "DehvfForConditionalGeneration", type(model)
-        assert not model.training
+        inputs, expected = torch.load("inputs.pt"), torch.load("logits.pt")
+        for auto_class in (transformers.AutoModel, transformers.AutoModelForImageTextToText):
+            model = auto_class.from_pretrained("adapter", trust_remote_code=True)
+            assert type(model).__name__ == "DehvfForConditionalGeneration" and not model.training
+            memory = model.load_visual_memory("memory.safetensors")
+            with torch.no_grad():
+                assert torch.equal(model(**inputs).logits, expected)
+                assert torch.equal(model(inputs["input_ids"], visual_memory=memory).logits, expected)
         assert "bitsandbytes" not in sys.modules, "it is for those who ask for it"
-        with torch.no_grad():
-            logits = model(**torch.load("inputs.pt")).logits
-        assert torch.equal(logits, torch.load("logits.pt"))
         model.save_pretrained("again")
-        again = auto_class.from_pretrained("again", trust_remote_code=True)
+        model = transformers.AutoModel.from_pretrained("again", trust_remote_code=True)
         with torch.no_grad():
-            assert torch.equal(again(**torch.load("inputs.pt")).logits, logits)
+            assert torch.equal(model(**inputs).logits, expected)
         """,
         saved,
-        auto_class=auto_class,
     )
     assert sorted(path.name for path in (saved / "again").iterdir()) == saved_names(saved)
-    shutil.rmtree(saved / "again")
-
-
-def test_a_visual_memory_answers_in_another_process(saved):
-    model = AutoModelForImageTextToText.from_pretrained(saved / "adapter", trust_remote_code=True)
-    inputs = tiny_inputs()
-    with torch.no_grad():
-        memory = model.get_image_features(inputs["pixel_values"]).pooler_output
-        logits = model(**inputs).logits
-    model.save_visual_memory(memory, saved / "memory.safetensors")
-    torch.save((inputs["input_ids"], logits), saved / "asked.pt")
-    run_fresh(
-        """
-        import torch, transformers
-        model = transformers.AutoModel.from_pretrained("adapter", trust_remote_code=True)
-        memory, (tokens, logits) = model.load_visual_memory("memory.safetensors"), torch.load("asked.pt")
-        with torch.no_grad():
-            assert torch.equal(model(tokens, visual_memory=memory).logits, logits)
-        """,
-        saved,
-    )
 
 
 def saved_names(saved) -> list[str]:
@@ -158,40 +139,20 @@ def test_a_fresh_process_gets_the_processor_and_a_pipeline_that_answers(saved):
     assert int(answer) == 4
 
 
-def test_the_folder_holds_adapters_alone(saved):
+def test_the_folder_holds_the_adapter_alone(saved):
     folder = saved / "adapter"
     assert saved_names(saved) == sorted(
         [*CODE_FILES, "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"]
         + ["processor_config.json", "tokenizer.json", "tokenizer_config.json"]
     )
     tensors = load_file(folder / "model.safetensors")
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    assert tensors.keys() == model.adapter_state_dict().keys()
-    assert {name.split(".")[1] for name in tensors} == {
-        "fuser",
-        "fuser_query",
-        "memory_slots",
-        "projector",
-        "vision_adapters",
-    }
+    assert {name.split(".")[1] for name in tensors} == set(dehvf.adapters.ADAPTER_MODULES)
     # The header of a safetensors file names each tensor, which weighs in tiny models alone
     adapter_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     header_bytes = 8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
     assert (folder / "model.safetensors").stat().st_size == adapter_bytes + header_bytes
-
-
-def test_the_file_of_a_7b_preset_is_as_large_as_its_adapters(tmp_path):
-    """With the adapters' real sizes: bytes on disk at most 1.05 times the adapters' bytes."""
-    model = DehvfForConditionalGeneration(tiny_config(**{"vision_adapter_size": 2000}))
-    model.save_pretrained(tmp_path)
-    adapter_bytes = sum(4 * tensor.numel() for tensor in model.adapter_state_dict().values())
-    assert (tmp_path / "model.safetensors").stat().st_size <= 1.05 * adapter_bytes
-
-
-def test_the_config_names_both_bases(saved):
-    config = json.loads((saved / "adapter" / "config.json").read_text())
-    assert config["vision_model_id"] == str(saved / "vision")
-    assert config["text_model_id"] == str(saved / "text")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["vision_model_id"] == str(saved / "vision") and config["text_model_id"] == str(saved / "text")
     assert "vision_model_revision" in config and "text_model_revision" in config
     models = {"AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"}
     assert set(config["auto_map"]) == {"AutoConfig", "AutoProcessor", *models}
@@ -305,83 +266,87 @@ def test_processor_is_made_from_the_bases_where_none_was_saved(saved, tmp_path):
     assert processor.tokenizer("abc").input_ids == [1, 4, 5, 6]
 
 
-def test_saving_keeps_a_processor_that_is_there(saved, tmp_path):
-    (tmp_path / "processor_config.json").write_text("mine")
-    AutoModel.from_pretrained(saved / "adapter", trust_remote_code=True).save_pretrained(tmp_path)
-    assert (tmp_path / "processor_config.json").read_text() == "mine"
-
-
 # --- what must be refused ---
 
 
 @pytest.fixture
 def broken(saved, tmp_path):
     """A copy of the saved folder to break."""
-    shutil.copytree(saved / "adapter", tmp_path / "adapter")
-    return tmp_path / "adapter"
+    shutil.copytree(saved, tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "adapter" / "config.json").read_text())
+    ids = {f"{key}_model_id": str(tmp_path / "copy" / key) for key in ("vision", "text")}
+    (tmp_path / "copy" / "adapter" / "config.json").write_text(json.dumps(config | ids))
+    return tmp_path / "copy"
 
 
-def rewrite(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+def rewrite(file, change):
+    """Changes the tensors of a file, or the values of a config."""
+    if file.suffix == ".json":
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    else:
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+def drop_layer_2(tensors):
+    tensors.pop(next(name for name in tensors if ".2." in name))
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "file, change, message",
     [
-        (lambda tensors: tensors.pop("model.projector.up.bias"), "missing: model.projector.up.bias"),
-        (lambda tensors: tensors.update({"model.extra": torch.zeros(1)}), "unexpected: model.extra"),
+        ("adapter", lambda tensors: tensors.pop("model.projector.up.bias"), "missing: model.projector.up.bias"),
+        ("adapter", lambda tensors: tensors.update({"model.extra": torch.zeros(1)}), "unexpected: model.extra"),
         (
+            "adapter",
             lambda tensors: tensors.update({"model.memory_slots.key": torch.zeros(3, 32)}),
             r"wrong shape: model.memory_slots.key is \(3, 32\), the config asks for \(20, 32\)",
         ),
+        # `transformers` would fill these with random numbers
+        ("vision", drop_layer_2, "vision lacks 1 tensors of the .*layers.2"),
+        ("text", drop_layer_2, "text lacks 1 tensors of the .*layers.2"),
     ],
-    ids=["missing", "unexpected", "wrong shape"],
 )
-def test_adapters_that_do_not_fit_are_refused(broken, change, message):
-    rewrite(broken, change)
+def test_files_that_do_not_fit_are_refused(broken, file, change, message):
+    rewrite(broken / file / "model.safetensors", change)
     with pytest.raises(ValueError, match=message):
-        AutoModel.from_pretrained(broken, trust_remote_code=True)
+        AutoModel.from_pretrained(broken / "adapter", trust_remote_code=True)
 
 
-def test_a_folder_without_adapters_is_refused(broken):
-    (broken / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="no adapter to load.*from_vision_text_pretrained"):
-        AutoModel.from_pretrained(broken, trust_remote_code=True)
-
-
-def test_the_checkout_has_no_adapters():
-    with pytest.raises(OSError, match="no adapter to load"):
-        AutoModel.from_pretrained(ROOT, trust_remote_code=True)
-
-
-@pytest.mark.parametrize("values", [{"hidden_size": 64}, {"num_hidden_layers": 5}, {"vocab_size": 65}])
-def test_a_base_of_another_shape_is_refused(saved, tmp_path, values):
-    _, text = save_tiny_bases(tmp_path, **values)
-    name, value = next(iter(values.items()))
+@pytest.mark.parametrize("name, value", [("hidden_size", 64), ("num_hidden_layers", 5), ("vocab_size", 65)])
+def test_a_base_model_of_another_shape_is_refused(broken, name, value):
+    rewrite(broken / "text" / "config.json", {name: value})
     with pytest.raises(ValueError, match=f"`{name}={value}`, but the adapter was made for"):
-        AutoModel.from_pretrained(saved / "adapter", trust_remote_code=True, text_model=text)
+        AutoModel.from_pretrained(broken / "adapter", trust_remote_code=True)
 
 
-def test_a_base_that_is_not_there_is_refused(saved, tmp_path):
+def test_what_is_not_there_is_named(broken, tmp_path):
+    def load(folder, **options):
+        return AutoModel.from_pretrained(folder, trust_remote_code=True, **options)
+
     with pytest.raises(OSError, match="nowhere"):
-        AutoModel.from_pretrained(saved / "adapter", trust_remote_code=True, text_model=str(tmp_path / "nowhere"))
-
-
-def test_a_config_without_bases_asks_for_them(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
+        load(broken / "adapter", text_model=str(tmp_path / "nowhere"))
+    (broken / "adapter" / "model.safetensors").unlink()
+    for folder in (broken / "adapter", ROOT):
+        with pytest.raises(OSError, match="no adapter to load.*from_vision_text_pretrained"):
+            load(folder)
+    tiny_model().save_pretrained(tmp_path / "without ids")
     with pytest.raises(ValueError, match="Pass `vision_model=`"):
-        AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+        load(tmp_path / "without ids")
 
 
-def test_empty_adapter_tensors_are_not_written(tmp_path):
-    """What ZeRO-3 leaves of a parameter that was not gathered."""
-    model = tiny_model()
-    state_dict = {name: tensor.new_empty(0) for name, tensor in model.state_dict().items()}
+def test_an_incomplete_model_is_not_saved(tmp_path):
+    model, folder = tiny_model(), tmp_path / "saved"
+    divided = {name: tensor.new_empty(0) for name, tensor in model.state_dict().items()}  # as ZeRO-3 leaves them
     with pytest.raises(ValueError, match="missing or empty.*ZeRO-3"):
-        model.save_pretrained(tmp_path, state_dict=state_dict)
-    assert not list(tmp_path.iterdir())
+        model.save_pretrained(folder, state_dict=divided)
+    with pytest.raises(ValueError, match="`model.push_to_hub.repo_id.` uploads the adapter, processor and card"):
+        model.save_pretrained(folder, push_to_hub=True)
+    model.lm_head.weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match="in a single process, and merge there"):
+        model.save_pretrained(folder, merge_base=True)
+    assert not (folder / "config.json").exists() and not (folder / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("tie_word_embeddings", [False, True])
@@ -409,13 +374,14 @@ def test_a_merged_folder_needs_no_other(tmp_path, tie_word_embeddings):
     assert torch.equal(third(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
 
 
-def test_offloaded_bases_are_merged_too(tmp_path):
-    bases = save_tiny_bases(tmp_path)
-    DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **DEHVF_SIZES).save_pretrained(tmp_path / "a")
+def test_offloaded_base_models_are_merged_into_shards(tmp_path):
+    model_on_new_bases(tmp_path).save_pretrained(tmp_path / "a")
     offloaded = DehvfForConditionalGeneration.from_pretrained(
         tmp_path / "a", device_map={"": "disk"}, offload_folder=tmp_path / "offload"
     )
-    offloaded.save_pretrained(tmp_path / "merged", merge_base=True)
+    offloaded.save_pretrained(tmp_path / "merged", merge_base=True, max_shard_size="30KB")
+    assert [path.name for path in (tmp_path / "merged").glob("*.safetensors*")] == ["model.safetensors"]
+    assert len([*(tmp_path / "merged" / "text_model").glob("*.safetensors")]) > 1
     merged = DehvfForConditionalGeneration.from_pretrained(tmp_path / "merged")
     assert torch.equal(merged(**tiny_inputs()).logits, offloaded(**tiny_inputs()).logits)
 
@@ -454,15 +420,6 @@ def test_bases_in_a_folder_are_taken_for_those_of_the_adapters_only_if_they_are(
     assert not AutoConfig.from_pretrained(tmp_path / "unrelated", trust_remote_code=True).merged_base
 
 
-def test_max_shard_size_is_that_of_the_bases(tmp_path):
-    model = model_on_new_bases(tmp_path)
-    model.save_pretrained(tmp_path / "saved", merge_base=True, max_shard_size="30KB")
-    assert [path.name for path in (tmp_path / "saved").glob("*.safetensors*")] == ["model.safetensors"]
-    assert len([*(tmp_path / "saved" / "text_model").glob("*.safetensors")]) > 1
-    logits = DehvfForConditionalGeneration.from_pretrained(tmp_path / "saved")(**tiny_inputs()).logits
-    assert torch.equal(logits, model(**tiny_inputs()).logits)
-
-
 @pytest.mark.parametrize("loader", [AutoModel, DehvfForConditionalGeneration], ids=["auto", "class"])
 def test_arguments_of_from_pretrained_work_as_in_transformers(saved, loader):
     options = {"trust_remote_code": True, "output_loading_info": True, "torch_dtype": torch.bfloat16}
@@ -470,26 +427,6 @@ def test_arguments_of_from_pretrained_work_as_in_transformers(saved, loader):
     model, info = loader.from_pretrained(saved / "adapter", **options)
     assert model.lm_head.weight.dtype == torch.bfloat16 and model.generation_config.max_new_tokens == 3
     assert info.keys() >= {"missing_keys", "unexpected_keys"} and not any(info.values())
-
-
-def test_divided_bases_are_not_merged(tmp_path):
-    model = tiny_model()
-    model.lm_head.weight.data = torch.empty(0)  # as ZeRO-3 leaves it
-    with pytest.raises(ValueError, match="in a single process, and merge there"):
-        model.save_pretrained(tmp_path / "merged", merge_base=True)
-    assert not (tmp_path / "merged" / "config.json").exists()
-
-
-@pytest.mark.parametrize("base", ["vision", "text"])
-def test_a_base_with_missing_tensors_is_refused(tmp_path, base):
-    """`transformers` would fill them with random numbers."""
-    bases = dict(zip(("vision", "text"), save_tiny_bases(tmp_path)))
-    file = bases[base] / "model.safetensors"
-    tensors = load_file(file)
-    name = next(name for name in tensors if ".2." in name)
-    save_file({other: tensor for other, tensor in tensors.items() if other != name}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"{base} lacks 1 tensors of the .*layers.2"):
-        DehvfForConditionalGeneration.from_vision_text_pretrained(*bases.values(), **DEHVF_SIZES)
 
 
 # --- terminals, other users, changed base models ---
@@ -503,7 +440,7 @@ def run_in_terminal(folder, *command) -> str:
     process = subprocess.Popen(command, cwd=folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     printed = b""
-    with open(ours, "rb", buffering=0) as terminal, suppress(OSError):  # which is how the other end says goodbye
+    with open(ours, "rb", buffering=0) as terminal, suppress(OSError):  # as reading ends when the process has
         while chunk := terminal.read(4096):
             printed += chunk
     assert process.wait() == 0, printed[-3000:].decode()
@@ -563,6 +500,7 @@ def train_adapter(model):
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft
 @pytest.mark.parametrize(
     "change, changed",
     [
