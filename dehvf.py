@@ -9,13 +9,17 @@ The shipped `*_dehvf.py` files of this checkout as modules, loaded as `trust_rem
 from importlib import import_module
 from pathlib import Path
 
+from filelock import FileLock
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import HF_MODULES_CACHE
 
 
 ROOT = Path(__file__).resolve().parent
-DehvfForConditionalGeneration = get_class_from_dynamic_module(
-    "modeling_dehvf.DehvfForConditionalGeneration", str(ROOT)
-)
+Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
+with FileLock(Path(HF_MODULES_CACHE) / "dehvf.lock"):  # processes of one run copy the same files into this cache
+    DehvfForConditionalGeneration = get_class_from_dynamic_module(
+        "modeling_dehvf.DehvfForConditionalGeneration", str(ROOT)
+    )
 _package = DehvfForConditionalGeneration.__module__.rpartition(".")[0]
 configuration, images, processing, files, bases, injection, fuser, adapters, switching, hub, modeling = (
     import_module(f"{_package}.{name}_dehvf")

@@ -266,6 +266,12 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
         """
         return False
 
+    def post_init(self):
+        super().post_init()
+        # The list of CLIP also names modules of its text tower, and FSDP stops at one that it does not find
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = [name for name in self._no_split_modules or () if name in present]
+
     def freeze_bases(self):
         """Leaves `requires_grad` to the parameters of the adapter alone."""
         for name, parameter in self.named_parameters():
