@@ -8,6 +8,7 @@ import numpy as np
 from huggingface_hub import CommitInfo, upload_folder
 from PIL import Image
 from transformers import AutoTokenizer
+from transformers.image_utils import ImageInput
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top it may need torchvision
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME, cached_file
@@ -147,7 +148,7 @@ class DehvfProcessor(ProcessorMixin):
             options = {"commit_message": "Upload DEHVF processor", **kwargs}
             return upload_folder(repo_id=repo_id, folder_path=folder, token=token, **options)
 
-    def __call__(self, images=None, text=None, **kwargs):
+    def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs):
         if text is not None:
             text, bos = [text] if isinstance(text, str) else list(text), self.tokenizer.bos_token
             if bos and any(sample.startswith(bos) for sample in text):
