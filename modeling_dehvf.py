@@ -34,8 +34,8 @@ from .injection_dehvf import (
     LayerMemory,
     MemoryFFN,
     MixedLayerMemory,
+    checkpointing_arguments,
     extend_layers,
-    refuse_reentrant_checkpointing,
     run_extended,
 )
 from .switching_dehvf import BASE_MODEL, AdapterSet, SwitchingMixin
@@ -323,8 +323,7 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
         Raises:
             ValueError: if re-entrant checkpointing is asked for.
         """
-        refuse_reentrant_checkpointing(activation_checkpointing_kwargs)
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        super().activation_checkpointing_enable(checkpointing_arguments(activation_checkpointing_kwargs), **kwargs)
 
 
 class DehvfModel(AdapterSet, DehvfPreTrainedModel):
