@@ -384,6 +384,13 @@ class AdapterMixin:
         parameters = self.base_model.vision_tower.parameters()
         return torch.cat([parameter.detach().flatten()[:8].float().cpu() for parameter in parameters])
 
+    def dequantize(self, dtype=None):
+        """As in `transformers`; by default in the dtype of the language model."""
+        text_config = self.config.text_config
+        model = super().dequantize(dtype or text_config.dtype)
+        del text_config.quantization_config  # or a saved base model would be taken for a quantized one
+        return model
+
     # --- methods of `peft` models ---
 
     def print_trainable_parameters(self):

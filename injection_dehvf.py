@@ -268,10 +268,16 @@ def _new_extended(behaviour: type, base: type) -> nn.Module:
     return extended.__new__(extended)
 
 
-def refuse_reentrant_checkpointing(activation_checkpointing_kwargs: dict | None):
-    """Raises `ValueError` if re-entrant checkpointing is asked for."""
-    if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+def checkpointing_arguments(given: dict | None) -> dict:
+    """
+    Arguments of `torch.utils.checkpoint.checkpoint`, which is re-entrant by default.
+
+    Raises:
+        ValueError: if `use_reentrant=True` was given.
+    """
+    if (given or {}).get("use_reentrant"):
         raise ValueError(
             "`use_reentrant=True` was given, but re-entrant checkpointing drops the gradients of arguments passed by "
             "keyword, and what the adapter reads is one: it would not learn. Set `use_reentrant` to False."
         )
+    return {**(given or {}), "use_reentrant": False}

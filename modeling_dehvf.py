@@ -37,8 +37,8 @@ from .injection_dehvf import (
     MixedLayerMemory,
     VisionAdapter,
     ZeroLinear,
+    checkpointing_arguments,
     extend_layers,
-    refuse_reentrant_checkpointing,
     run_extended,
 )
 from .inputs_dehvf import check_image_mask, check_instruction, check_one_of, check_pixel_values, check_visual_memory
@@ -282,8 +282,7 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
         Raises:
             ValueError: if re-entrant checkpointing is asked for.
         """
-        refuse_reentrant_checkpointing(activation_checkpointing_kwargs)
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        super().activation_checkpointing_enable(checkpointing_arguments(activation_checkpointing_kwargs), **kwargs)
 
 
 class DehvfModel(AdapterSet, DehvfPreTrainedModel):

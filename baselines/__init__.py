@@ -176,8 +176,8 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         return torch.stack(self.model.get_image_features(pixel_values).pooler_output)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
-        injection.refuse_reentrant_checkpointing(activation_checkpointing_kwargs)
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        arguments = injection.checkpointing_arguments(activation_checkpointing_kwargs)
+        super().activation_checkpointing_enable(arguments, **kwargs)
 
     def _trained_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
