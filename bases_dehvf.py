@@ -112,7 +112,7 @@ def load_bases(config: DehvfConfig, vision_model, text_model, **kwargs) -> tuple
 
 def _load_base(auto_class, location, key: str, config: DehvfConfig, **kwargs) -> PreTrainedModel:
     revision = None
-    if str(location) == getattr(config, f"{key}_model_id"):  # the revision does not speak of an override
+    if str(location) == getattr(config, f"{key}_model_id"):  # the revision does not apply to an override
         revision = getattr(config, f"{key}_model_revision")
         with _explain_base_errors(location, key):
             revision = find_commit(location, revision, **hub_arguments(kwargs)) or revision

@@ -8,6 +8,7 @@ import filecmp
 import math
 import random
 import sys
+from pathlib import Path
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -34,7 +35,7 @@ CLIP_VIT_L_14 = {
     "patch_size": 14,
 }
 
-# Far more than any model has. Beyond it a config is damaged, and to build so many layers would take forever.
+# Far more than any model has. A larger number means a damaged config, and to build so many layers would take forever.
 MAX_LAYERS = 1000
 
 
@@ -63,10 +64,12 @@ def shared(cls: type) -> type:
     `transformers` copies each file that it loads, with all that this one imports, into a folder of its own. Without
     this, `AutoConfig` and `AutoModel` would each bring another `DehvfConfig`, and `isinstance` would be false.
     """
-    file_name, own_file = cls.__module__.rpartition(".")[2], sys.modules[cls.__module__].__file__
+    file_name, own_folder = cls.__module__.rpartition(".")[2], Path(sys.modules[cls.__module__].__file__).parent
     for name, module in list(sys.modules.items()):
         if name.rpartition(".")[2] == file_name and hasattr(module, cls.__name__):
-            if filecmp.cmp(module.__file__, own_file, shallow=False):
+            folder = Path(module.__file__).parent
+            common = {file.name for file in own_folder.glob("*_dehvf.py") if (folder / file.name).is_file()}
+            if not filecmp.cmpfiles(own_folder, folder, common, shallow=False)[1]:  # the files that differ
                 return getattr(module, cls.__name__)
     return cls
 
@@ -186,7 +189,7 @@ class DehvfConfig(PreTrainedConfig):
 
         Raises:
             OSError: if there is no config, or it is no JSON.
-            ValueError: if it is not one of DEHVF, or says what cannot be.
+            ValueError: if it is not a DEHVF config, or has impossible values.
         """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)

@@ -27,7 +27,7 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: str | os.PathLike, met
     """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     content = save(tensors, metadata={**(metadata or {}), "sha256": digest(tensors)})
-    unfinished = f"{file}.tmp"
+    unfinished = f"{file}.{os.getpid()}.tmp"
     with open(unfinished, "wb") as opened:  # with the mode of any new file; safetensors' own has 0600
         opened.write(content)
     os.replace(unfinished, file)
@@ -38,7 +38,7 @@ def read_tensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
     Tensors and metadata of a safetensors file.
 
     Raises:
-        OSError: if it is damaged: cut short, no safetensors file, or its tensors do not have the SHA-256 beside them.
+        OSError: if it is damaged: truncated, not a safetensors file, or its tensors do not match the stored SHA-256.
             A file without one, as other programs write it, is read as it is.
         ValueError: if a tensor is not of `FILE_DTYPES`, or not finite.
     """

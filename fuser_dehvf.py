@@ -45,7 +45,7 @@ class LayerHierarchy(nn.Module):
 
     def spread(self, weights: torch.Tensor) -> torch.Tensor:
         """Weights of candidates (B D P M) as weights of all vision layers (B D P N)."""
-        # `scatter_add`, since in the last group the penultimate layer stands twice
+        # `scatter_add`, since in the last group the penultimate layer occurs twice
         index = self.candidates[:, None].expand(weights.shape)
         return weights.new_zeros(*weights.shape[:-1], self.num_vision_layers).scatter_add(-1, index, weights)
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""What a call may be given, and the errors that say what does not fit."""
+"""Checks of the arguments of a call."""
 
 import torch
 

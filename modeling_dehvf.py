@@ -2,9 +2,9 @@
 """
 DEHVF: dynamic embedding of hierarchical visual features (arXiv 2508.17638) for stock `transformers` models.
 
-The file runs with the data: pixels -> features of all vision layers -> fuser -> visual memory -> FFNs of the frozen
-language model. `encode` happens once per image, `read` in every FFN of every forward; between them stands one tensor,
-`visual_memory`, batch first.
+The file follows the data: pixels -> features of all vision layers -> fuser -> visual memory -> FFNs of the frozen
+language model. An image is encoded once; its `visual_memory`, one tensor with the batch first, is read by every FFN in
+every forward.
 
 Letters at the end of a line give shapes: B samples, N vision layers (N' of them read), D language layers, K groups, M
 candidates per group, P positions (key and value), n patches, S memory slots, T tokens, d vision width, h language
@@ -100,7 +100,7 @@ class VisualProjector(nn.Module):
 
     It is never run as a whole. Fusing is linear with weights that sum to one, so `down` is applied to each vision
     layer once and its results are fused; `W_2` is left to the reading FFN. An image's memory is then as wide as the
-    projector and not as the language model (method.md, "An exact identity").
+    projector and not as the language model (in exact arithmetic nothing else changes).
     """
 
     def __init__(self, config: DehvfConfig):
@@ -247,7 +247,7 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
             init.zeros_(module.bias)
         elif isinstance(module, MemorySlots):
             init.normal_(module.key, std=std)
-            init.zeros_(module.value)  # as in MemVP: the memory starts almost silent
+            init.zeros_(module.value)  # as in MemVP: the memory starts with almost no effect
         elif isinstance(module, InputEmbeddingNetwork):
             if module.layer_embedding is not None:
                 init.normal_(module.layer_embedding, std=std)
@@ -367,7 +367,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`.
             image_mask: `(batch_size,)` booleans, false for samples without an image, whose rows of `pixel_values` are
-                not looked at. By default all samples have one.
+                ignored. By default all samples have one.
             instruction: `(batch_size, language_hidden_size)`, the result of `get_instruction_features`. Needed where
                 `fuser_query` reads the user's text, which makes the memory one of this question alone.
             kwargs: as in the vision encoder (`output_hidden_states`, `output_attentions`, ...).
@@ -433,6 +433,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         """
         if self.config.visual_prompts == "none":
             raise ValueError('There are no fusion weights with `visual_prompts="none"`: no image enters the memory.')
+        check_pixel_values(self.config, pixel_values)
         check_instruction(self.config, instruction, pixel_values.shape[0])
         return self.active.fusion_weights(self._hierarchical_features(pixel_values)[0], instruction)
 
@@ -555,7 +556,8 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             outputs = BaseModelOutputWithPooling(pooler_output=visual_memory)
         if outputs.pooler_output is not None:
             check_visual_memory(adapter.config, outputs.pooler_output, inputs_embeds.shape[0])
-            outputs.pooler_output = outputs.pooler_output.to(inputs_embeds.device)
+            moved = {"pooler_output": outputs.pooler_output.to(inputs_embeds.device)}
+            outputs = BaseModelOutputWithPooling(**{**outputs, **moved})  # the given one may be used by other threads
         return outputs
 
     @property
@@ -576,6 +578,9 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             raise ValueError(
                 f"`adapter_names` has {len(adapter_names)} names for {len(parts[0])} texts. Give one for each."
             )
+        for name, part in zip(("instruction_mask", "pixel_values", "image_mask"), parts[1:]):
+            if part is not None and len(part) != len(adapter_names):
+                raise ValueError(f"`{name}` has {len(part)} rows for {len(adapter_names)} texts. Give one for each.")
         memories, all_rows = [], []
         for name in dict.fromkeys(adapter_names):
             if name == BASE_MODEL:

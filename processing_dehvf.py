@@ -139,8 +139,8 @@ class DehvfProcessor(ProcessorMixin):
         self, repo_id: str, *, private: bool | None = None, token: bool | str | None = None, **kwargs
     ) -> CommitInfo:
         """
-        Puts the processor's files into a repository on the Hub, in one commit. A card is left to the model's
-        `push_to_hub`, which has something to tell, and the arguments are as there.
+        Uploads the processor's files to a repository on the Hub, in one commit, without a card, which the model's
+        `push_to_hub` writes. The arguments are the same.
         """
         repo_id = open_repository(repo_id, private, token, kwargs.get("revision"))
         with TemporaryDirectory() as folder:

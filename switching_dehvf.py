@@ -48,7 +48,7 @@ class AdapterSet:
         adapters = self.adapters
         if adapter_name not in adapters:
             raise ValueError(
-                f"No adapter {adapter_name!r} is loaded, but {', '.join(adapters)}. Load it with "
+                f"No adapter {adapter_name!r} is loaded. Loaded: {', '.join(adapters)}. Load it with "
                 "`load_adapter(folder_or_id, name)`."
             )
         return adapters[adapter_name]
@@ -59,6 +59,8 @@ class AdapterSet:
         for module in adapter.modules().values():
             module.to(dtype).eval()
         with _CHANGES:
+            if adapter_name in self.adapters:
+                raise ValueError(f"An adapter {adapter_name!r} was loaded meanwhile. Choose another name.")
             self.adapters = {**self.adapters, adapter_name: adapter}
 
     def activate_adapter(self, adapter_name: str):
@@ -78,7 +80,7 @@ class AdapterSet:
         with _CHANGES:
             if self.get_adapter(adapter_name) is self.active:
                 raise ValueError(
-                    f"The adapter {adapter_name!r} is active. Call `set_adapter` with another name before."
+                    f"The adapter {adapter_name!r} is active. Call `set_adapter` with another name first."
                 )
             self.adapters = {name: adapter for name, adapter in self.adapters.items() if name != adapter_name}
 
@@ -153,15 +155,15 @@ class SwitchingMixin:
         self._take_over_bases(config, adapter_name)
         empty = self._empty_adapter(config, pretrained_model_name_or_path)
         check_adapter_tensors(tensors, empty.state_dict(), pretrained_model_name_or_path)
-        with self.base_model.memory_slots.key.device, torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):  # draws no random numbers, which other threads may be drawing
             adapter = self.build_adapter(config)
-        nn.ModuleDict(adapter.modules()).load_state_dict(
-            {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-        )
+        modules = nn.ModuleDict(adapter.modules()).to_empty(device=self.base_model.memory_slots.key.device)
+        modules.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
+        adapter.hierarchy.reset_parameters()
         self.base_model.add_adapter_modules(adapter_name, adapter)
 
     def _take_over_bases(self, config: DehvfConfig, adapter_name: str):
-        """Makes a config speak of this model's base models, and warns if it was made for others."""
+        """Makes a config refer to this model's base models, and warns if it was made for others."""
         config._attn_implementation = self.config._attn_implementation
         for key in ("vision", "text"):
             check_base(getattr(self.config, f"{key}_config"), getattr(config, f"{key}_config"), "this model")
@@ -183,8 +185,9 @@ class SwitchingMixin:
         Raises:
             ValueError: if none of this name is loaded.
         """
-        self.base_model.activate_adapter(adapter_name)
-        self.config = self.base_model.config
+        with _CHANGES:
+            self.base_model.activate_adapter(adapter_name)
+            self.config = self.base_model.config
 
     def delete_adapter(self, adapter_name: str):
         """
@@ -198,7 +201,7 @@ class SwitchingMixin:
     @contextmanager
     def disable_adapter(self):
         """
-        Inside this context the model is its language model alone, bit for bit, and images are not looked at. This
+        Inside this context the model is its language model alone, bit for bit, and images are ignored. This
         holds for calls that are made in the same thread; to call it from several threads, or for some samples of a
         batch, `adapter_names=["__base__"]` does the same.
         """

@@ -12,8 +12,8 @@ Trains adapters on frozen bases, evaluates them on the test split and saves them
 
 A recipe is a YAML file with flags that `--help` lists. It may name another recipe as its `base`; flags override both.
 `--output_dir` contains `run.json` (arguments, config, versions), the adapters (`model.safetensors` and the files to
-load them), `README.md` (the model card), `predictions.jsonl` and `results.json`. An interrupted run resumes from its
-last complete checkpoint when the same command is run again.
+load them), `README.md` (the model card), `predictions.jsonl` and `results.json`. With `--save_strategy steps` or
+`epoch`, an interrupted run resumes from its last complete checkpoint when the same command is run again.
 """
 
 import gc

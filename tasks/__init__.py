@@ -24,6 +24,7 @@ is none). `size` is the number of rows in the split: another number of records i
 """
 
 import json
+import os
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -64,7 +65,9 @@ def score_folder(folder: str | Path) -> dict:
         chosen = [{**record, "prediction": task.options(record)[record["choice"]]} for record in records]
         scores["scores_by_likelihood"] = task.score(chosen, facts["size"])
     others = {name: fact for name, fact in facts.items() if name not in ("scores", "scores_by_likelihood")}
-    results.write_text(json.dumps(scores | others, indent=2), encoding="utf-8")
+    unfinished = results.with_name("results.json.tmp")  # a process that is killed here leaves the file as it was
+    unfinished.write_text(json.dumps(scores | others, indent=2), encoding="utf-8")
+    os.replace(unfinished, results)
     return scores | others
 
 

@@ -46,7 +46,7 @@ class DataArguments:
     )
     max_prompt_length: int = field(
         default=512,
-        metadata={"help": "Longest prompt in tokens. Of a longer prompt, the end of the context is removed."},
+        metadata={"help": "Longest prompt in tokens. Longer prompts lose the end of their context."},
     )
     max_samples: int | None = field(
         default=None,
@@ -237,7 +237,7 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
     Args:
         flags: the words of the command.
     """
-    given = {word.removeprefix("--").split("=")[0] for word in flags if word.startswith("--")}
+    given = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in flags if word.startswith("--")}
     method, is_baseline = model_args.method, model_args.method in BASELINES
     if {"learning_rate", "base_learning_rate"} <= given:
         raise ValueError("`--learning_rate` and `--base_learning_rate` were both given. Remove one of them.")

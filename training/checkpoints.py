@@ -111,6 +111,19 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.split("-")[-1]))
 
 
+def set_aside_later_checkpoints(checkpoint: Path):
+    """
+    Renames the checkpoints of later steps than that from which a run resumes: what was trained after it is trained
+    again, and the earlier result must neither be resumed from nor removed.
+    """
+    step = int(checkpoint.name.split("-")[-1])
+    for later in list_checkpoints(checkpoint.parent):
+        if int(later.name.split("-")[-1]) > step:
+            target = later.with_name(f"{later.name}-before-{uuid.uuid4().hex[:8]}")
+            logger.warning(f"{later} is of a later step than {checkpoint} and is renamed to {target}.")
+            later.rename(target)
+
+
 def remove_older_checkpoints(output_dir: Path, limit: int | None, run_id: str, best: str | None):
     """Keeps the last `limit` complete checkpoints of a run, and always the last and the best one."""
     own = []
@@ -120,8 +133,8 @@ def remove_older_checkpoints(output_dir: Path, limit: int | None, run_id: str, b
                 own.append(checkpoint)
         except ValueError:  # incomplete, and perhaps of another run
             pass
-    kept = {own[-1], *([Path(best)] if best else [])}
-    older = [checkpoint for checkpoint in own if checkpoint not in kept]
+    kept = {own[-1].name, *([Path(best).name] if best else [])}
+    older = [checkpoint for checkpoint in own if checkpoint.name not in kept]
     for checkpoint in older[: max(0, len(own) - max(limit, len(kept)))] if limit else ():
         shutil.rmtree(checkpoint, ignore_errors=True)
 
@@ -223,18 +236,24 @@ def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | No
     if asked.lower() in ("auto", "true"):
         earlier, results = read_json(output_dir / RUN_FILE), read_json(output_dir / RESULTS_FILE)
         finished = "scores" in results and results.get("run") == earlier.get("run")
+        if finished:  # it is replaced, but not by another one
+            check_same_arguments(run["arguments"], earlier.get("arguments", {}), output_dir)
+        if not earlier and (left := list_checkpoints(output_dir)):
+            logger.warning(f"{output_dir} has no {RUN_FILE}, so this run does not resume from {left[-1]}.")
         found = None if finished or not earlier else find_last_checkpoint(output_dir, earlier["run"])
         if found is None:
             return new, None
         checkpoint, manifest = found
     else:
-        checkpoint = Path(asked)
-        manifest = read_named_checkpoint(checkpoint, output_dir)
+        manifest = read_named_checkpoint(Path(asked), output_dir)
+        checkpoint = output_dir / Path(asked).name
     check_same_arguments(run["arguments"], manifest["arguments"], checkpoint)
     check_same_engine(run, manifest, checkpoint)
     if changed := [name for name in ("versions", "commit") if run[name] != manifest[name]]:
         changes = ", ".join(f"{name} {manifest[name]} -> {run[name]}" for name in changed)
         logger.warning(f"{checkpoint} was written by other code, so results may differ: {changes}.")
+    if asked.lower() not in ("auto", "true"):
+        set_aside_later_checkpoints(checkpoint)
     return {**new, "run": manifest["run"], "train_seconds": manifest["train_seconds"]}, checkpoint
 
 
@@ -257,14 +276,14 @@ def read_named_checkpoint(checkpoint: Path, output_dir: Path) -> dict:
     return manifest
 
 
-def check_same_arguments(now: dict, earlier: dict, checkpoint: Path):
-    """Raises `ValueError` if a checkpoint belongs to a run with other arguments."""
+def check_same_arguments(now: dict, earlier: dict, place: Path):
+    """Raises `ValueError` if a checkpoint, or the folder of a finished run, belongs to a run with other arguments."""
     names = sorted(now.keys() & earlier.keys())  # other versions may have other arguments
     differing = [f"`{name}` was {earlier[name]}, is {now[name]}" for name in names if now[name] != earlier[name]]
     if differing:
         raise ValueError(
-            f"{checkpoint} belongs to a run with other arguments: {'; '.join(differing)}. To resume that run, give "
-            "its arguments. For a new run, use another `--output_dir`, perhaps with `--adapter` and this checkpoint. "
+            f"{place} belongs to a run with other arguments: {'; '.join(differing)}. To resume that run, give its "
+            "arguments. For a new run, use another `--output_dir`, perhaps with `--adapter` and this checkpoint. "
             "To replace that run, use `--resume_from_checkpoint never`."
         )
 

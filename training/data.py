@@ -60,11 +60,13 @@ def load_rows(task, name: str, arguments):
     return rows
 
 
-def read_image(image: dict | None) -> Image.Image | None:
-    """The RGB image of an undecoded `datasets.Image`, as the processor reads it."""
+def read_image(image) -> Image.Image | None:
+    """The RGB image of an entry of an image column, decoded or not, as the processor reads it; `None` for none."""
     if image is None:
         return None
-    if image["bytes"] is None and "://" in image["path"]:  # of a streamed data set, perhaps inside an archive
+    if (
+        isinstance(image, dict) and image["bytes"] is None and "://" in image["path"]
+    ):  # of a streamed data set, perhaps inside an archive
         with xopen(image["path"], "rb") as file:
             image = {"bytes": file.read(), "path": image["path"]}
     return dehvf.images.read_image(image)
@@ -76,12 +78,12 @@ def read_image(image: dict | None) -> Image.Image | None:
 
 
 def render(processor, prompt: str) -> str:
-    """The text in which the user says `prompt`, up to where the answer begins."""
+    """The chat text with `prompt` as the user's message, up to where the answer begins."""
     return processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
 
 
 def tokenize(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids, and where each begins and ends in the text. BOS stands once, also if the chat template has it."""
+    """Token ids, and where each begins and ends in the text. BOS occurs once, even if the chat template has it."""
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     encoded = tokenizer(text, add_special_tokens=not has_bos, return_offsets_mapping=True)
     return encoded.input_ids, encoded.offset_mapping

@@ -59,8 +59,9 @@ def load_model(model_args, adapter_args, baseline_args):
         if getattr(model_args, f"{base}_model") is None:
             setattr(model_args, f"{base}_model", getattr(model.config, f"{base}_model_id"))
         if getattr(model_args, f"{base}_model_id") is not None:  # the saved config may name a local copy
-            for name in (f"{base}_model_id", f"{base}_model_revision"):
-                setattr(model.config, name, getattr(model_args, name))
+            setattr(model.config, f"{base}_model_id", getattr(model_args, f"{base}_model_id"))
+        if getattr(model_args, f"{base}_model_revision") is not None:
+            setattr(model.config, f"{base}_model_revision", getattr(model_args, f"{base}_model_revision"))
     return model
 
 

@@ -21,7 +21,7 @@ from training.flags import ROOT
 # What is pushed: no checkpoints, no pickled arguments, and nothing from data that may be private
 PUSHED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*_dehvf.py", "README.md"]
 PUSHED_FILES += [".eval_results/*.yaml"]
-KEPT_FILES = ["[!.]*/*", "run.json", "example.txt"]  # the first: folders whose names do not begin with a point
+KEPT_FILES = ["[!.]*/*", "run.json", "example.txt"]  # the first: folders whose names do not begin with a dot
 
 
 def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, model_args):
@@ -201,7 +201,7 @@ def report(folder: Path, task, processor, split: Split):
 
 def open_repository(training_args) -> str | None:
     """
-    Creates the repository to push to, if `--push_to_hub` asks for it, so that a refusal of the Hub comes before
+    Creates the repository to push to, if `--push_to_hub` asks for it, so that an error of the Hub is raised before
     training. The Trainer does not push, since it would do so without results and with its pickled arguments.
     """
     asked, training_args.push_to_hub = training_args.push_to_hub, False

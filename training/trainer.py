@@ -82,6 +82,8 @@ class AnswerTrainer(AdapterTrainer):
                 f"The adapters contain NaN or Inf after step {self.state.global_step} and are not saved. "
                 f"{self.name_last_checkpoint()} {ADVICE}"
             )
+        if self.is_saved():  # a signal can ask for a checkpoint that has just been written
+            return
         if self.args.should_save:
             shutil.rmtree(self.checkpoint, ignore_errors=True)  # of a run that was killed while it wrote here
         self.accelerator.wait_for_everyone()
