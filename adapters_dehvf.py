@@ -386,9 +386,8 @@ class AdapterMixin:
 
     def dequantize(self, dtype=None):
         """As in `transformers`; by default in the dtype of the language model."""
-        text_config = self.config.text_config
-        model = super().dequantize(dtype or text_config.dtype)
-        del text_config.quantization_config  # or a saved base model would be taken for a quantized one
+        model = super().dequantize(dtype or self.get_input_embeddings().weight.dtype)
+        del self.config.text_config.quantization_config  # or the saved base model would be taken for a quantized one
         return model
 
     # --- methods of `peft` models ---
