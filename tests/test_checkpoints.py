@@ -522,6 +522,15 @@ def test_a_run_goes_on_from_its_own_folder_alone(interrupted, tmp_path):
             train.main(flags(tmp_path / "other", resume_from_checkpoint=place))
 
 
+def test_a_run_that_resumes_from_an_earlier_checkpoint_keeps_its_own_and_sets_later_ones_aside(interrupted):
+    flags, output = interrupted
+    weights = (output / "checkpoint-4" / "model.safetensors").read_bytes()
+    train.main(flags(output, resume_from_checkpoint=(output / "checkpoint-2").absolute(), save_total_limit=1))
+    assert checkpoints(output) == [6]
+    (aside,) = output.glob("checkpoint-4-before-*")
+    assert (aside / "model.safetensors").read_bytes() == weights
+
+
 def test_the_trainers_ways_to_say_yes_and_no_are_understood(interrupted):
     flags, output = interrupted
     run = json.loads((output / "run.json").read_text())

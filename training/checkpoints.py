@@ -236,8 +236,6 @@ def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | No
     if asked.lower() in ("auto", "true"):
         earlier, results = read_json(output_dir / RUN_FILE), read_json(output_dir / RESULTS_FILE)
         finished = "scores" in results and results.get("run") == earlier.get("run")
-        if finished:  # it is replaced, but not by another one
-            check_same_arguments(run["arguments"], earlier.get("arguments", {}), output_dir)
         if not earlier and (left := list_checkpoints(output_dir)):
             logger.warning(f"{output_dir} has no {RUN_FILE}, so this run does not resume from {left[-1]}.")
         found = None if finished or not earlier else find_last_checkpoint(output_dir, earlier["run"])
@@ -276,14 +274,14 @@ def read_named_checkpoint(checkpoint: Path, output_dir: Path) -> dict:
     return manifest
 
 
-def check_same_arguments(now: dict, earlier: dict, place: Path):
-    """Raises `ValueError` if a checkpoint, or the folder of a finished run, belongs to a run with other arguments."""
+def check_same_arguments(now: dict, earlier: dict, checkpoint: Path):
+    """Raises `ValueError` if a checkpoint belongs to a run with other arguments."""
     names = sorted(now.keys() & earlier.keys())  # other versions may have other arguments
     differing = [f"`{name}` was {earlier[name]}, is {now[name]}" for name in names if now[name] != earlier[name]]
     if differing:
         raise ValueError(
-            f"{place} belongs to a run with other arguments: {'; '.join(differing)}. To resume that run, give its "
-            "arguments. For a new run, use another `--output_dir`, perhaps with `--adapter` and this checkpoint. "
+            f"{checkpoint} belongs to a run with other arguments: {'; '.join(differing)}. To resume that run, give "
+            "its arguments. For a new run, use another `--output_dir`, perhaps with `--adapter` and this checkpoint. "
             "To replace that run, use `--resume_from_checkpoint never`."
         )
 
