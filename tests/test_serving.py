@@ -171,16 +171,16 @@ def test_transformers_serve_alone_does_not_find_the_class(adapter):
     """When this fails, a release of `transformers` may do without `serve.register`. Before any test that registers."""
     manager = ModelManager(device="cpu", trust_remote_code=True)
     with pytest.raises(AttributeError, match="transformers has no attribute DehvfForConditionalGeneration"):
-        manager.load_model_and_processor(f"{adapter}@main")
+        manager.load_model_and_processor(ModelManager.process_model_name(adapter))
 
 
 def test_a_registered_class_is_loaded_with_its_remote_code_and_takes_images(adapter, registered):
     manager = ModelManager(device="cpu", trust_remote_code=True, force_model=adapter)
-    model, processor = manager.load_model_and_processor(f"{adapter}@main")
+    model, processor = manager.load_model_and_processor(ModelManager.process_model_name(adapter))
     assert type(model).__name__ == "DehvfForConditionalGeneration"
     assert manager.get_model_modality(model, processor) == Modality.VLM
     with pytest.raises(ValueError, match="trust_remote_code"):
-        ModelManager(device="cpu").load_model_and_processor(f"{adapter}@main")
+        ModelManager(device="cpu").load_model_and_processor(ModelManager.process_model_name(adapter))
 
 
 def test_the_command_hands_its_flags_to_transformers_serve(adapter, registered, monkeypatch):
@@ -205,7 +205,9 @@ class Server:
         while not self.serve.server.started:
             assert self.serve._thread.is_alive()
             time.sleep(0.05)
-        self.model, self.processor = self.serve._model_manager.load_model_and_processor(f"{adapter}@main")
+        self.model, self.processor = self.serve._model_manager.load_model_and_processor(
+            ModelManager.process_model_name(adapter)
+        )
         self.client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
 
     def ask(self, picture: Image.Image | None = None, question: str = QUESTION, **options):
