@@ -328,7 +328,7 @@ def test_generation_reads_a_long_prompt_and_its_answer_in_different_ways(monkeyp
 @pytest.mark.parametrize("model_type", ["phi", "starcoder2"])
 def test_injection_is_concatenation_on_a_plain_ffn(model_type, form):
     """Forward and gradients of the FFN built with `[W_1; K]` and `[W_2; V]`, the paper's equation 13."""
-    model = tiny_model(model_type, memory_scale=1.0, memory_form=form)
+    model = tiny_model(model_type, seed=1, memory_scale=1.0, memory_form=form)
     ffn = model.model.language_model.layers[2].mlp
     first, second = (ffn.fc1, ffn.fc2) if model_type == "phi" else (ffn.c_fc, ffn.c_proj)
     pixel_values = tiny_inputs()["pixel_values"]
@@ -359,7 +359,7 @@ def test_injection_is_concatenation_on_a_plain_ffn(model_type, form):
     for left, right in zip(found, expected):
         assert (left is None) == (right is None)
         if left is not None:
-            torch.testing.assert_close(left, right, atol=2e-5 * max(1.0, right.abs().max().item()), rtol=1e-5)
+            torch.testing.assert_close(left, right, atol=1e-5 * max(1.0, right.abs().max().item()), rtol=1e-5)
 
 
 @pytest.mark.parametrize("values", [{}, {"num_groups": 4, "num_hidden_layers": 26}], ids=["even", "uneven"])
@@ -613,11 +613,11 @@ def test_bases_of_other_dtypes_than_the_adapters_give_nearly_the_same(vision_dty
 
 @pytest.mark.parametrize("fuser_query", ["network", "instruction", "layer+instruction", "tokens"])
 def test_a_whole_model_in_bfloat16_computes(fuser_query):
-    model, inputs = tiny_model(fuser_query=fuser_query), tiny_inputs()
+    model, inputs = tiny_model(seed=3, fuser_query=fuser_query), tiny_inputs()
     expected = model(**inputs).logits
     logits = model.to(torch.bfloat16)(**inputs).logits
     assert logits.dtype == torch.bfloat16
-    assert relative_error(logits.float(), expected) <= 0.1
+    torch.testing.assert_close(logits.float(), expected, atol=4e-2 * expected.abs().max().item(), rtol=4e-2)
 
 
 @torch.no_grad()

@@ -450,7 +450,7 @@ def test_saved_adapters_are_evaluated_on_their_own_bases_unless_others_are_given
     del given["--vision_model"], given["--text_model"]
     train.main([word for pair in {**given, "--adapter": tmp_path / "merged"}.items() for word in map(str, pair)])
     assert read_predictions(tmp_path / "again") == read_predictions(folder)
-    with pytest.raises(OSError, match="text, which the adapters need"):
+    with pytest.raises(OSError, match="text, which the adapter needs"):
         train.main([word for pair in given.items() for word in pair])
 
 
