@@ -87,8 +87,8 @@ class ProjectorBasis(nn.Module):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features))
+        linear = nn.Linear(in_features, out_features)
+        self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self) -> torch.Tensor:
         return torch.cat((self.weight, self.bias[:, None]), dim=1)
