@@ -250,15 +250,15 @@ def save_base(base: PreTrainedModel, folder, is_main_process: bool, **kwargs):
 def sample_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple]:
     """
     Of each tensor, by name, its shape, whether it is trained, and some of its numbers, if this process has them all.
-    Of a matrix these are one of each row and of each column, so that a single token's new embedding is noticed.
+    Of a small matrix these are one of each row, so that a single token's new embedding is noticed; of a large one 512,
+    since each number that is read brings its page of a mapped file into memory.
     """
     samples = {}
     for name, tensor in tensors:
         numbers = None
         if not tensor.is_meta and not isinstance(tensor, DTensor):
             row = tensor.shape[-1] if tensor.dim() > 1 else 1
-            # The last term holds for quantized weights, which are one column: 2 ** 18 numbers at most
-            numbers = tensor.detach().flatten()[:: max(row, tensor.numel() // 2**18) + 1].to("cpu", copy=True)
+            numbers = tensor.detach().flatten()[:: max(row, tensor.numel() // 512) + 1].to("cpu", copy=True)
         samples[name] = tuple(tensor.shape), tensor.requires_grad, numbers
     return samples
 
