@@ -250,15 +250,16 @@ def save_base(base: PreTrainedModel, folder, is_main_process: bool, **kwargs):
 def sample_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple]:
     """
     Of each tensor, by name, its shape, whether it is trained, and some of its numbers, if this process has them all.
-    Of a small matrix these are one of each row, so that a single token's new embedding is noticed; of a large one 512,
-    since each number that is read brings its page of a mapped file into memory.
+    Of a matrix these are one of each row, so that a single token's new embedding is noticed. Of one with more than
+    2**20 numbers they are the first 16: reading others would bring its whole mapped file into memory.
     """
     samples = {}
     for name, tensor in tensors:
         numbers = None
         if not tensor.is_meta and not isinstance(tensor, DTensor):
-            row = tensor.shape[-1] if tensor.dim() > 1 else 1
-            numbers = tensor.detach().flatten()[:: max(row, tensor.numel() // 512) + 1].to("cpu", copy=True)
+            row, values = tensor.shape[-1] if tensor.dim() > 1 else 1, tensor.detach().flatten()
+            picked = values[:: max(row, len(values) // 512) + 1] if len(values) <= 2**20 else values[:16]
+            numbers = picked.to("cpu", copy=True)
         samples[name] = tuple(tensor.shape), tensor.requires_grad, numbers
     return samples
 
