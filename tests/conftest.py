@@ -1,5 +1,6 @@
 import os
 
+import pytest
 import torch
 from transformers.utils import logging
 
@@ -20,3 +21,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """The main job first, since it takes as long as everything else."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
+@pytest.fixture
+def nothing_compiled():
+    """Graphs of earlier tests are dropped: the forward of all models is one function, compiled eight times at most."""
+    torch.compiler.reset()

@@ -198,6 +198,7 @@ def test_static_cache_and_chunked_prefill_give_the_same_tokens():
     assert torch.equal(generate(model, batch, prefill_chunk_size=4), expected)
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize("model_type", ["llama", "phi"])
 def test_decoding_is_compiled_once_and_in_one_graph(model_type):
     graphs = []
