@@ -80,6 +80,12 @@ def check_adapter_tensors(tensors: dict[str, torch.Tensor], expected: dict[str, 
         )
 
 
+def count_parameters(model) -> tuple[int, int]:
+    """The numbers of trained and of all parameters. ZeRO-3 leaves empty tensors and keeps the number in `ds_numel`."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
 class AdapterMixin:
     """
     Loading and saving, for [`DehvfModel`] and [`DehvfForConditionalGeneration`]. The class has a method
@@ -394,8 +400,7 @@ class AdapterMixin:
 
     def print_trainable_parameters(self):
         """Prints how many parameters are trained, as `peft` does."""
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.parameters()]
-        trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
+        trained, total = count_parameters(self)
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
     def add_adapter(self, adapter_config, adapter_name: str | None = None):

@@ -13,6 +13,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME, cached_file
 
+from .bases_dehvf import hub_arguments
 from .configuration_dehvf import DehvfConfig, shared
 from .hub_dehvf import open_repository
 from .images_dehvf import read_image
@@ -117,8 +118,7 @@ class DehvfProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         """Loads a saved processor or, from a folder or repository that has only a config, those of its bases."""
         kwargs.setdefault("trust_remote_code", False)  # as above
-        hub_names = ("cache_dir", "force_download", "local_files_only", "token")
-        hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
+        hub_kwargs = hub_arguments(kwargs)
         source = {**hub_kwargs, **{name: kwargs[name] for name in ("revision", "subfolder") if name in kwargs}}
         has_processor = cached_file(
             pretrained_model_name_or_path, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **source

@@ -29,12 +29,13 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from transformers import EarlyStoppingCallback, set_seed  # noqa: E402
 
+from dehvf import adapters  # noqa: E402
 from tasks import get_task  # noqa: E402
 from training.arguments import check_arguments, complete_arguments, parse_arguments  # noqa: E402
 from training.checkpoints import RUN_FILE, choose_start, write_json  # noqa: E402
 from training.data import Collator, load_splits  # noqa: E402
 from training.engines import start_engine  # noqa: E402
-from training.models import count_parameters, load_model, load_processor, method_of  # noqa: E402
+from training.models import load_model, load_processor, method_of  # noqa: E402
 from training.results import command_of, evaluate, make_records, open_repository, push  # noqa: E402
 from training.trainer import AnswerTrainer  # noqa: E402
 
@@ -58,7 +59,7 @@ def main(arguments: list[str]):
     processor = load_processor(model_args)
     splits = load_splits(task, processor, data_args, training_args)  # before the model, so that errors come early
     model = load_model(model_args, adapter_args, baseline_args)
-    trained, total = count_parameters(model)
+    trained, total = adapters.count_parameters(model)
     facts = {"run": run["run"], "method": method_of(model.config, model_args.method), "trained_parameters": trained}
     if main_process:
         rate = f"learning rate {training_args.learning_rate:g}"

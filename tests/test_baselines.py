@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from baselines import BaselineArguments, assemble, build
+from dehvf import DehvfConfig
 
 
 METHODS = ("llava-lora", "lavin", "llama-adapter")
@@ -338,15 +339,6 @@ def test_mistral_can_be_adapted_and_gpt2_is_refused(method):
 
 # --- sizes ---
 
-CLIP_LARGE = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 14,
-}
-
 
 @pytest.mark.parametrize(
     ("method", "count", "paper"),
@@ -354,7 +346,7 @@ CLIP_LARGE = {
 )
 def test_at_7b_as_many_parameters_are_trained_as_in_the_paper(method, count, paper):
     with torch.device("meta"):
-        vision = AutoModel.from_config(CLIPVisionConfig(**CLIP_LARGE))
+        vision = AutoModel.from_config(DehvfConfig().vision_config)
         text = AutoModelForCausalLM.from_config(LlamaConfig())
     model = assemble(method, vision, text, BaselineArguments())
     assert sum(parameter.numel() for parameter in trained(model).values()) == count

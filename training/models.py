@@ -65,12 +65,6 @@ def load_model(model_args, adapter_args, baseline_args):
     return model
 
 
-def count_parameters(model) -> tuple[int, int]:
-    """The numbers of trained and of all parameters. ZeRO-3 leaves empty tensors and keeps the number in `ds_numel`."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
-
-
 def method_of(config, asked: str) -> str:
     """The name of the method; saved adapters have it in their config, not in the arguments."""
     fits = [
