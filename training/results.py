@@ -16,6 +16,7 @@ from training.arguments import BASES, DEHVF_METHODS
 from training.checkpoints import RESULTS_FILE, describe_code, digest, write_json
 from training.data import Split, render
 from training.flags import ROOT
+from training.fusion import describe_fusion
 
 
 # What is pushed: no checkpoints, no pickled arguments, and nothing from data that may be private
@@ -36,7 +37,9 @@ def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, mo
     folder = Path(training_args.output_dir)
     trainer.save_model()
     trainer.compute_metrics = None  # it scores the validation split
+    trainer.fusion.figures()  # those of training end here
     output = trainer.predict(split)
+    facts |= {"fusion": trainer.fusion.figures()}
     if training_args.process_index == 0:
         # Before scoring, so that an error there loses no answers: `python -m tasks score` repeats it
         records = make_records(task, processor, split, output)
@@ -139,8 +142,9 @@ def write_card(folder: Path, name: str, results: dict, code: str | None):
         for base in reversed(BASES)
     }
     table = "\n".join(f"| {kind} | {value:.2f} |" for kind, value in scores.items() if value is not None)
+    fusion = f"{describe_fusion(results['fusion'])}\n\n" if results["fusion"] else ""
     sections = (
-        f"## Test split of `{results['task']}`, {results['size']} rows\n\n| | |\n|---|---|\n{table}\n\n"
+        f"## Test split of `{results['task']}`, {results['size']} rows\n\n| | |\n|---|---|\n{table}\n\n{fusion}"
         f"## Recipe\n\n```bash\n{results['command']}\n```\n\n"
     )
     card = hub.make_card(
@@ -192,6 +196,8 @@ def report(folder: Path, task, processor, split: Split):
     """Scores the predictions in a folder, writes its card and prints how to use the adapters."""
     results = score_folder(folder)
     print_scores(results)
+    if results["fusion"]:
+        print(describe_fusion(results["fusion"]))
     usable = results["method"] in DEHVF_METHODS and write_example(folder, task, processor, split)
     code = example_code(folder) if usable else None
     write_card(folder, folder.name, results, code)

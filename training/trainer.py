@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from training.checkpoints import find_last_checkpoint, read_manifest, remove_older_checkpoints, write_manifest
 from training.engines import AdapterTrainer
+from training.fusion import FusionRecorder
 
 
 class AnswerTrainer(AdapterTrainer):
@@ -43,6 +44,7 @@ class AnswerTrainer(AdapterTrainer):
         self.losses = []  # of the current optimizer step: whether the loss of each batch is finite, its rows
         self.speed = Speed()
         self.add_callback(self.speed)
+        self.fusion = FusionRecorder(self.model)
         self.add_callback(StepChecks(self))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
@@ -204,11 +206,14 @@ class AnswerTrainer(AdapterTrainer):
             self.save_checkpoint()
         raise FloatingPointError(f"{message} {self.name_last_checkpoint()} {ADVICE}")
 
-    # --- speed and memory in the log ---
+    # --- speed, memory and fusion weights in the log ---
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs:
             logs |= self.speed.measure(self.accelerator)
+        for prefix, name in (("", "loss"), ("eval_", "eval_runtime")):
+            if name in logs:
+                logs |= {f"{prefix}fusion_{figure}": value for figure, value in self.fusion.figures().items()}
         super().log(logs, start_time)
 
 

@@ -1,0 +1,153 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+What adaptive fusion contributes to a trained adapter: its accuracy on the test split with its own fusion weights, and
+with others in their place.
+
+    python -m benchmarks.fusion outputs/digits                   # --max_samples and other flags of train.py may follow
+    python -m benchmarks.fusion outputs/digits --output_file fusion-digits.json
+
+If no replacement costs accuracy, the fuser is decoration.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import set_seed
+
+from benchmarks import describe_machine
+from tasks import get_task
+from training.arguments import complete_arguments, parse_arguments
+from training.checkpoints import RESULTS_FILE
+from training.data import Collator, load_splits
+from training.fusion import describe_fusion, fusion_figures, layers_of_groups
+from training.models import load_model, load_processor
+from training.results import make_records
+from training.trainer import AnswerTrainer
+
+
+def mean_over_layers(weights: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
+    result = weights.clone()
+    for layers in layers_of_groups(rows):
+        result[:, layers] = weights[:, layers].mean(1, keepdim=True)
+    return result
+
+
+def shuffle_layers(weights: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
+    """Each language layer gets the weights of the next one in its group, the last one those of the first."""
+    result = weights.clone()
+    for layers in layers_of_groups(rows):
+        result[:, layers] = weights[:, layers].roll(-1, dims=1)
+    return result
+
+
+def replacements(weights: torch.Tensor, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """
+    The weights of a test split and what takes their place, by name.
+
+    Args:
+        weights: `(num_images, num_language_layers, num_positions, num_candidates)`.
+        rows: the candidates of each language layer.
+    """
+    over_images = weights.mean(0, keepdim=True).expand_as(weights)
+    constant = mean_over_layers(over_images, rows).mean(2, keepdim=True).expand_as(weights)
+    valid = (weights > 0).any(0, keepdim=True).expand_as(weights).to(weights)
+    return {
+        "the adapter's own": weights,
+        "mean over images": over_images,
+        "mean over language layers of a group": mean_over_layers(weights, rows),
+        "one constant for each group": constant,
+        "another image's": weights.roll(len(weights) // 2, dims=0),
+        "another layer's of the group": shuffle_layers(weights, rows),
+        "uniform": valid / valid.sum(-1, keepdim=True),
+    }
+
+
+class Evaluation:
+    """
+    Answers the test split with the weights that are given to it.
+
+    Args:
+        arguments: flags of `train.py`, with `--adapter`.
+    """
+
+    def __init__(self, arguments: list[str]):
+        _, data_args, model_args, adapter_args, baseline_args, training_args = parse_arguments(arguments)
+        set_seed(training_args.seed)
+        self.task = get_task(data_args.task)
+        complete_arguments(self.task, data_args, training_args)
+        processor = load_processor(model_args)
+        self.split = load_splits(self.task, processor, data_args, training_args)["test"]
+        self.model = load_model(model_args, adapter_args, baseline_args)
+        if self.model.model.fuser is None:
+            raise ValueError(
+                f"{model_args.adapter} was trained with `layer_fusion={self.model.config.layer_fusion!r}` and "
+                f"`visual_prompts={self.model.config.visual_prompts!r}`, so it has no fuser. Give an adapter with "
+                "adaptive fusion weights."
+            )
+        self.trainer = AnswerTrainer(
+            model=self.model,
+            args=training_args,
+            data_collator=Collator(processor, [], self.model.config.reads_instruction),
+            processing_class=processor,
+            max_new_tokens=self.task.MAX_NEW_TOKENS,
+            run={},
+        )
+
+    def answer(self, replacement: torch.Tensor | None) -> tuple[dict, torch.Tensor]:
+        """Scores, and the weights of the fuser: N D P M for the N rows with an image, in the order of the split."""
+        own, position = [], 0
+
+        def replace(module, arguments, weights):
+            nonlocal position
+            own.append(weights)
+            position += len(weights)
+            if replacement is not None:
+                return replacement[position - len(weights) : position].to(weights)
+
+        handle = self.model.model.fuser.register_forward_hook(replace)
+        try:
+            output = self.trainer.predict(self.split)
+        finally:
+            handle.remove()
+        records = make_records(self.task, self.trainer.processing_class, self.split, output)
+        return self.task.score(records, len(self.split)), torch.cat(own)
+
+
+def measure(arguments: list[str]) -> dict:
+    evaluation = Evaluation(arguments)
+    rows = evaluation.model.model.hierarchy.rows
+    score = evaluation.task.CARD["score"]
+    _, weights = evaluation.answer(None)
+    report = {"figures": fusion_figures(weights, rows), "score": score, "accuracy": {}}
+    for name, replacement in replacements(weights, rows).items():
+        report["accuracy"][name] = round(evaluation.answer(replacement)[0][score], 2)
+    return report
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter", help="folder that train.py wrote")
+    parser.add_argument("--output_file", type=Path, help="where to write the figures as JSON")
+    options, flags = parser.parse_known_args()
+    results = json.loads((Path(options.adapter) / RESULTS_FILE).read_text(encoding="utf-8"))
+    data = ["--task", results["task"]]
+    if results["data_path"] is not None:
+        data += ["--data_path", results["data_path"]]
+    with TemporaryDirectory() as folder:
+        fixed = ["--adapter", options.adapter, "--num_train_epochs", "0", "--output_dir", folder]
+        report = measure([*data, *fixed, *flags])
+    report = {"machine": describe_machine(), "command": " ".join(sys.argv), "adapter": options.adapter, **report}
+    print(describe_fusion(report["figures"]))
+    print(f"\n| fusion weights | {report['score']} |\n|---|---|")
+    for name, accuracy in report["accuracy"].items():
+        print(f"| {name} | {accuracy:.2f} |")
+    if options.output_file:
+        options.output_file.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
