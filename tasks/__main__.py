@@ -1,7 +1,8 @@
 """
 Work on data and answers that needs no model.
 
-    python -m tasks check examples/vqa       # names each bad row of JSON Lines (tasks/vqa.py), of a folder or a file
+    python -m tasks check examples/vqa       # names each bad row of a folder or file that tasks/vqa.py or
+                                             # tasks/easy_vqa.py reads
     python -m tasks score outputs/digits     # scores the answers of a run again and writes its results.json
 """
 
@@ -9,20 +10,25 @@ import argparse
 import sys
 from pathlib import Path
 
-from tasks import print_scores, score_folder
-from tasks.vqa import read
+from tasks import easy_vqa, print_scores, score_folder, vqa
 
 
 def check(path: Path) -> bool:
-    """Prints what is wrong with JSON Lines in the format of `tasks/vqa.py`. Returns whether nothing is."""
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    """
+    Prints what is wrong with JSON Lines in the format of `tasks/vqa.py`, or with `questions.json` in the format of
+    `tasks/easy_vqa.py`. Returns whether nothing is.
+    """
+    files = sorted([*path.glob("*.jsonl"), *path.glob("data/*/questions.json")]) if path.is_dir() else [path]
     if not files:
-        raise FileNotFoundError(f"{path} has no .jsonl file. Give a folder that has, or one file.")
+        raise FileNotFoundError(
+            f"{path} has no .jsonl file and no data/*/questions.json. Give a folder that has, or one file."
+        )
     all_faults = []
     for file in files:
-        rows, faults = read(file, with_images=True)
+        task = easy_vqa if file.name == "questions.json" else vqa
+        rows, faults = task.read(file, with_images=True)
         all_faults += faults
-        images, choices = (sum(bool(row[name]) for row in rows) for name in ("image", "choices"))
+        images, choices = (sum(bool(row.get(name)) for row in rows) for name in ("image", "choices"))
         print(*faults, f"{file}: {len(rows)} good rows, {images} with an image, {choices} with choices", sep="\n")
     if all_faults:
         print(f"{len(all_faults)} faults")

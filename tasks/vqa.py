@@ -127,7 +127,7 @@ def find_image_faults(row, folder: Path, look: bool) -> list[str]:
         return []
     file = folder / name
     if not file.is_file():
-        return [f"there is no image {file}. Names are looked for from the folder of the JSON Lines file."]
+        return [f"there is no image {file}. Names are relative to {folder}."]
     try:
         with PILImage.open(file) as image:
             image.convert("RGB")

