@@ -105,13 +105,18 @@ class DehvfProcessor(ProcessorMixin):
         text_model: str | os.PathLike,
         vision_model_revision: str | None = None,
         text_model_revision: str | None = None,
+        chat_template: str | None = None,
         **kwargs,
     ):
-        """Loads the image processor of `vision_model` and the tokenizer of `text_model`, each a Hub id or folder."""
+        """
+        Loads the image processor of `vision_model` and the tokenizer of `text_model`, each a Hub id or folder.
+        `chat_template` replaces that of the tokenizer; it reads each message's `content` as a string.
+        """
         kwargs.setdefault("trust_remote_code", False)  # `None` asks in a terminal
         return cls(
             AutoImageProcessor.from_pretrained(vision_model, revision=vision_model_revision, **kwargs),
             AutoTokenizer.from_pretrained(text_model, revision=text_model_revision, **kwargs),
+            chat_template=chat_template and KEEP_TEXT + chat_template,
         )
 
     @classmethod

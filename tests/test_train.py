@@ -23,6 +23,7 @@ from training import arguments
 from training.arguments import DataArguments, parse_arguments
 from training.data import Collator, RowEncoder, Split, StreamedSplit, read_image, render, tokenize
 from training.flags import DEFAULT_RECIPE, argument_names, recipes
+from training.models import load_processor
 
 
 def make_rows(size=6, hint="abc"):
@@ -220,6 +221,19 @@ def test_a_long_prompt_loses_context_and_nothing_else(scienceqa):
     assert shortened[0]["labels"].count(-100) == length - 10
     decode = tiny_processor().tokenizer.decode
     assert decode(shortened[0]["input_ids"]) == decode(whole[0]["input_ids"]).replace("r too long", "")
+
+
+def test_a_chat_template_can_replace_that_of_the_tokenizer(tmp_path):
+    vision, text = save_tiny_bases(tmp_path)
+    (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}!")
+    command = ["--vision_model", str(vision), "--text_model", str(text), "--chat_template"]
+    for place, expected in (("plain", "<s>who?\nResponse:"), (str(tmp_path / "own.jinja"), "who?!")):
+        processor = load_processor(parse_arguments([*command, place])[2])
+        assert render(processor, "who?") == expected
+        processor.save_pretrained(tmp_path / "saved")
+        assert render(type(processor).from_pretrained(tmp_path / "saved"), "who?") == expected
+    with pytest.raises(ValueError, match="there is no such file"):
+        load_processor(parse_arguments([*command, "other.jinja"])[2])
 
 
 def test_rows_are_encoded_once_for_all_processes_and_runs(scienceqa, monkeypatch):

@@ -88,6 +88,13 @@ class ModelArguments:
     text_model_id: str | None = field(
         default=None, metadata={"help": "Hub id of the language model, if --text_model is a local copy."}
     )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "File with a Jinja chat template in place of the tokenizer's, or `plain`: the prompt, then "
+            "`Response:` on a line of its own, without a system message. It is saved with the processor."
+        },
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "dtype of the frozen bases. Adapters are float32."}
     )
@@ -255,10 +262,10 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
             f"`--method {method}` does not support `--load_in_4bit` and `--load_in_8bit`. Remove one of them."
         )
     if model_args.adapter is not None:
-        own = ["method"] if method != "dehvf" else sorted(given & vars(adapter_args).keys())
+        own = ["method"] if method != "dehvf" else sorted(given & {*vars(adapter_args), "chat_template"})
         if own:
             raise ValueError(
-                f"`--{own[0]}` was given with `--adapter {model_args.adapter}`, whose config defines it. Remove one."
+                f"`--{own[0]}` was given with `--adapter {model_args.adapter}`, which defines it itself. Remove one."
             )
     check_engine(is_baseline, method, training_args)
     if training_args.push_to_hub:

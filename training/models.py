@@ -2,28 +2,43 @@
 """Loads the processor and the model that the arguments describe."""
 
 import dataclasses
+from pathlib import Path
 
 from transformers import BitsAndBytesConfig
 
 from baselines import METHODS as BASELINES
 from baselines import build
-from dehvf import DehvfForConditionalGeneration, DehvfProcessor
+from dehvf import DehvfForConditionalGeneration, DehvfProcessor, processing
 from training.arguments import BASES, DEHVF_METHODS
 
 
 def load_processor(model_args):
-    """Raises `OSError` if there is no tokenizer or image processor."""
+    """
+    Raises:
+        OSError: if there is no tokenizer or image processor.
+        ValueError: if there is no file with the chat template.
+    """
     bases = (model_args.vision_model, model_args.text_model)
+    chat_template = read_chat_template(model_args.chat_template)
     try:
         if model_args.adapter is not None:
             return DehvfProcessor.from_pretrained(model_args.adapter, revision=model_args.adapter_revision)
-        return DehvfProcessor.from_vision_text_pretrained(*bases, **base_revisions(model_args))
+        options = {**base_revisions(model_args), "chat_template": chat_template}
+        return DehvfProcessor.from_vision_text_pretrained(*bases, **options)
     except OSError as error:
         places = bases if model_args.adapter is None else (model_args.adapter,)
         raise OSError(
             f"No tokenizer and image processor could be loaded from {' and '.join(places)}. Each must be a folder "
             f"that exists, or a repository on the Hub.\n{error}"
         ) from error
+
+
+def read_chat_template(place: str | None) -> str | None:
+    if place is None or place == "plain":
+        return place and processing.CHAT_TEMPLATE
+    if not Path(place).is_file():
+        raise ValueError(f"`--chat_template` is {place!r}, but there is no such file. Give a Jinja file, or `plain`.")
+    return Path(place).read_text(encoding="utf-8")
 
 
 def base_revisions(model_args) -> dict[str, str | None]:
