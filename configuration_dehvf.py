@@ -127,7 +127,8 @@ class DehvfConfig(PreTrainedConfig):
         vision_adapter_scale (`float`): scale of what it adds (MemVP: 0.1).
         vision_adapter_dropout (`float`): dropout on its hidden activations in training (MemVP: 0.1).
 
-    initializer_range (`float`): standard deviation of new linear layers, embeddings and key position embeddings.
+    initializer_range (`float`): standard deviation of the projector, the vision adapters and the key position
+        embeddings at the start. The fuser and its query start as PyTorch's modules do.
 
     Raises:
         ValueError: if a number is impossible, or numbers contradict each other; the message names them and what to

@@ -27,7 +27,13 @@ from transformers.utils.generic import can_return_tuple
 from .adapters_dehvf import AdapterMixin, as_visual_memory, is_adapter_name
 from .bases_dehvf import TEXT_LAYOUTS, VISION_LAYOUTS, check_layouts
 from .configuration_dehvf import DehvfConfig
-from .fuser_dehvf import HierarchicalVisualFuser, InputEmbeddingNetwork, LayerHierarchy, LearnableQueryTokens
+from .fuser_dehvf import (
+    FuserLinear,
+    HierarchicalVisualFuser,
+    InputEmbeddingNetwork,
+    LayerHierarchy,
+    LearnableQueryTokens,
+)
 from .generation_dehvf import DehvfGenerationMixin
 from .hub_dehvf import HubMixin
 from .injection_dehvf import (
@@ -238,6 +244,11 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
+        if isinstance(module, FuserLinear):
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+            return
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, ZeroLinear):
@@ -249,12 +260,11 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
             init.normal_(module.key, std=std)
             init.zeros_(module.value)  # as in MemVP: the memory starts with almost no effect
         elif isinstance(module, InputEmbeddingNetwork):
-            if module.layer_embedding is not None:
-                init.normal_(module.layer_embedding, std=std)
-            if module.position_embedding is not None:
-                init.normal_(module.position_embedding, std=std)
+            for embedding in (module.layer_embedding, module.position_embedding):
+                if embedding is not None:
+                    init.normal_(embedding)  # as `nn.Embedding`, see `FuserLinear`
         elif isinstance(module, LearnableQueryTokens):
-            init.normal_(module.tokens, std=std)
+            init.normal_(module.tokens)
         elif isinstance(module, LayerHierarchy):
             module.reset_parameters()
 

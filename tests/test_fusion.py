@@ -1,12 +1,15 @@
-"""Figures of the fusion weights."""
+"""The fusion weights: what they start from, the figures that describe them, and the rate at which they are trained."""
 
 import math
 
 import pytest
 import torch
-from tiny import NUM_TEXT_LAYERS, tiny_inputs, tiny_model
+from tiny import NUM_TEXT_LAYERS, ROOT, DehvfForConditionalGeneration, DehvfProcessor, tiny_inputs, tiny_model
 
+from tasks import digits
+from training.arguments import DehvfTrainingArguments
 from training.fusion import FusionRecorder, describe_fusion, fusion_figures
+from training.trainer import AnswerTrainer
 
 
 # Language layers 0 and 1 are a group with three candidates, layer 2 is another with two and a filler
@@ -59,3 +62,46 @@ def test_the_recorder_reads_what_the_model_mixed():
     assert weights.shape[1] == NUM_TEXT_LAYERS and recorder.weights[0].equal(recorder.weights[1])
     assert recorder.figures()["entropy"] > 0 and recorder.figures() == {}
     assert FusionRecorder(tiny_model(layer_fusion="mean")).figures() == {}
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    """A new adapter on the embedded base models, and 32 test pictures with their questions."""
+    torch.manual_seed(0)
+    bases = ROOT / "assets" / "vision_model", ROOT / "assets" / "language_model"
+    sizes = {"num_memory_slots": 32, "projector_hidden_size": 32, "initializer_range": 0.05}
+    model = DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **sizes).eval()
+    rows = [row for row in digits.load("test") if row["image"] is not None][:32]
+    processor = DehvfProcessor.from_vision_text_pretrained(*bases)
+    images, texts = [row["image"] for row in rows], [digits.prompt(row, digits.context(row)) for row in rows]
+    return model, processor(images=images, text=texts, return_tensors="pt")
+
+
+def test_new_weights_differ_over_layers_positions_and_images(untrained):
+    model, inputs = untrained
+    recorder = FusionRecorder(model)
+    model.model.get_fusion_weights(inputs["pixel_values"])
+    figures = recorder.figures()
+    assert all(figures[f"std_over_{name}"] >= 0.02 for name in ("layers", "positions", "images")), figures
+
+
+def test_layer_and_position_embeddings_get_gradients_of_like_size(untrained):
+    model, inputs = untrained
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    query = model.model.fuser_query
+    layer, position = (e.grad.pow(2).mean().sqrt().item() for e in (query.layer_embedding, query.position_embedding))
+    assert position / 10 <= layer <= position * 10, (layer, position)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.1])
+def test_the_fuser_is_trained_at_a_rate_of_its_own(ratio, tmp_path):
+    model = tiny_model()
+    arguments = DehvfTrainingArguments(str(tmp_path), learning_rate=0.01, fuser_lr_ratio=ratio, weight_decay=0.1)
+    optimizer = AnswerTrainer(model=model, args=arguments, max_new_tokens=1, run={}).create_optimizer()
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(rates) == len(trained) == sum(len(group["params"]) for group in optimizer.param_groups)
+    for name, parameter in trained.items():
+        of_fuser = name.startswith(("model.fuser.", "model.fuser_query."))
+        assert rates[id(parameter)] == pytest.approx(0.01 * (ratio if of_fuser else 1)), name
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.1}

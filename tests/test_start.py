@@ -19,14 +19,11 @@ START = {
     r"projector\.(down|up)\.bias": ZERO,
     r"vision_adapters\.\d+\.down\.weight": NORMAL,
     r"vision_adapters\.\d+\.up\.weight": ZERO,
-    r"fuser_query\.(layer|position)_embedding": NORMAL,
-    r"fuser_query\.tokens": NORMAL,
-    r"fuser_query\.(linear_1|linear_2|instruction_proj)\.weight": NORMAL,
-    r"fuser_query\.(linear_1|linear_2|instruction_proj)\.bias": ZERO,
-    r"fuser\.(in_proj|head)\.weight": NORMAL,
-    r"fuser\.(in_proj|head)\.bias": ZERO,
-    r"fuser\.blocks\.\d+\.(q_proj|k_proj|v_proj|out_proj|linear_1|linear_2)\.weight": NORMAL,
-    r"fuser\.blocks\.\d+\.(q_proj|k_proj|v_proj|out_proj|linear_1|linear_2)\.bias": ZERO,
+    r"fuser_query\.(layer|position)_embedding": (0.0, 1.0),
+    r"fuser_query\.tokens": (0.0, 1.0),
+    r"fuser_query\.(linear_1|linear_2|instruction_proj)\.(weight|bias)": "as nn.Linear",
+    r"fuser\.(in_proj|head)\.(weight|bias)": "as nn.Linear",
+    r"fuser\.blocks\.\d+\.(q_proj|k_proj|v_proj|out_proj|linear_1|linear_2)\.(weight|bias)": "as nn.Linear",
     r"fuser\.blocks\.\d+\.(attention_norm|ffn_norm)\.weight": ONE,
     r"fuser\.blocks\.\d+\.(attention_norm|ffn_norm)\.bias": ZERO,
 }
@@ -36,6 +33,9 @@ def check_start(adapter: dict[str, torch.Tensor]):
     assert adapter
     for name, tensor in adapter.items():
         (expected,) = [start for pattern, start in START.items() if re.fullmatch(rf"model\.{pattern}", name)]
+        if expected == "as nn.Linear":
+            fan_in = adapter[name.replace(".bias", ".weight")].shape[1]
+            expected = 0.0, (3 * fan_in) ** -0.5
         mean, std = expected
         values, tolerance = tensor.double(), 5 * std / tensor.numel() ** 0.5
         assert abs(values.mean() - mean) <= tolerance, name

@@ -112,13 +112,17 @@ class ModelArguments:
 @dataclass
 class DehvfTrainingArguments(TrainingArguments):
     """
-    `transformers.TrainingArguments` with two more fields and other defaults: the collator makes the model's inputs, so
-    no column is removed; every adapter gets a gradient at every step; a run resumes exactly; a NaN loss stops the run.
+    `transformers.TrainingArguments` with three more fields and other defaults: the collator makes the model's inputs,
+    so no column is removed; every adapter gets a gradient at every step; a run resumes exactly; a NaN loss stops it.
     """
 
     base_learning_rate: float | None = field(
         default=None,
         metadata={"help": "Learning rate per 256 samples, as in the paper: learning rate = this x total batch / 256."},
+    )
+    fuser_lr_ratio: float = field(
+        default=1.0,
+        metadata={"help": "Learning rate of the fuser and its query network, as a ratio to that of the other parts."},
     )
     early_stopping_patience: int | None = field(
         default=None,

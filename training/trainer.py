@@ -2,6 +2,7 @@
 """The Trainer of `train.py`: it evaluates by generating answers, writes complete checkpoints and stops at NaN."""
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -46,6 +47,21 @@ class AnswerTrainer(AdapterTrainer):
         self.add_callback(self.speed)
         self.fusion = FusionRecorder(self.model)
         self.add_callback(StepChecks(self))
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """With groups of their own for the fuser and its query, where `fuser_lr_ratio` gives them another rate."""
+        optimizer, ratio = super().create_optimizer(model), self.args.fuser_lr_ratio
+        if ratio == 1:
+            return optimizer
+        named = (self.model if model is None else model).named_parameters()
+        fuser = {id(parameter) for name, parameter in named if re.search(r"\b(fuser|fuser_query)\.", name)}
+        groups = []
+        for group in optimizer.param_groups:
+            for inside, rate in ((False, group["lr"]), (True, ratio * group["lr"])):
+                if parameters := [parameter for parameter in group["params"] if (id(parameter) in fuser) == inside]:
+                    groups.append({**group, "lr": rate, "params": parameters})
+        optimizer.param_groups[:] = groups
+        return optimizer
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         self.resumed_from = resume_from_checkpoint
