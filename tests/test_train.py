@@ -100,6 +100,7 @@ def test_a_method_sets_its_switch():
         (["--text_model", "/no/where"], "`--text_model /no/where`: there is no such folder"),
         (["--adapter=./checkpoint"], "`--adapter ./checkpoint`: there is no such folder"),
         (["--method", "memvp", "--layer_fusion", "mean"], "means `--layer_fusion penultimate`, but `mean` was given"),
+        (["--method", "memvp", "--layer_fusion", "adaptive"], "penultimate`, but `adaptive` was given"),
         (["--streaming", "true"], "needs `--max_steps`"),
         (["--adapter", "x", "--method", "lavin"], "`--method` was given with `--adapter x`"),
         (["--adapter", "x", "--visual_prompts", "none"], "`--visual_prompts` was given with `--adapter x`"),

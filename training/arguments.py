@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -209,15 +210,15 @@ def parse_arguments(arguments: list[str]):
         for name in ("vision_model", "text_model"):
             if name not in flags:
                 setattr(model_args, name, None)
-    set_method(model_args, adapter_args)
+    set_method(model_args, adapter_args, flags)
     return recipe, *parsed
 
 
-def set_method(model_args, adapter_args):
+def set_method(model_args, adapter_args, flags: Collection[str]):
     """Sets the values of `DehvfConfig` that `--method` stands for. Raises `ValueError` if another was given."""
     for name, value in DEHVF_METHODS.get(model_args.method, {}).items():
         given = getattr(adapter_args, name)
-        if given not in (value, getattr(DehvfConfig, name)):
+        if given != value and (name in flags or given != getattr(DehvfConfig, name)):
             raise ValueError(
                 f"`--method {model_args.method}` means `--{name} {value}`, but `{given}` was given. Remove one."
             )
