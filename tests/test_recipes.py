@@ -14,10 +14,10 @@ from tiny import DEHVF_SIZES, IMAGE_SIZE, ROOT, DehvfConfig, DehvfForConditional
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 import baselines
+import dehvf
 import train
 from training.arguments import parse_arguments
 from training.flags import DEFAULT_RECIPE, read_recipe, recipes
-from training.models import count_parameters
 
 
 RECIPES = [recipe for recipe in recipes() if recipe != DEFAULT_RECIPE]  # test_readme.py runs that one
@@ -87,7 +87,7 @@ def count_trained(recipe) -> int:
             model = baselines.assemble(model_args.method, *bases, baseline_args)
         else:
             model = DehvfForConditionalGeneration(config)
-    return count_parameters(model)[0]
+    return dehvf.adapters.count_parameters(model)[0]
 
 
 def test_the_docs_name_each_recipe_with_its_trained_parameters():
