@@ -11,6 +11,7 @@ import pytest
 import torch
 from processes import growth_while_loading, run_in_processes, torchrun_environments, train_and_look
 from safetensors.torch import load_file
+from test_start import SIZES, check_start
 from test_train import make_rows, read_predictions, tiny_flags
 from tiny import ROOT, save_tiny_bases
 
@@ -99,6 +100,12 @@ def accelerate_launch(config: str, *flags) -> list[dict]:
 def assert_same(adapters, expected):
     assert adapters.keys() == expected.keys()
     assert max((adapters[name] - tensor).abs().max() for name, tensor in expected.items()) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_new_adapter_has_its_start_under_zero_3(train_on):
+    _, adapters, _ = train_on("ZeRO-3", 2, "start", max_steps=1, learning_rate=0, **SIZES)
+    check_start(adapters)
 
 
 @pytest.mark.slow
