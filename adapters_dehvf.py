@@ -196,7 +196,7 @@ class AdapterMixin:
         with vision_tower.device:
             model = cls.from_bases(config, vision_tower, causal_lm)
         share_placement(causal_lm, model)
-        # The Trainer trains a quantized model only if it is told that it has adapters
+        # The Trainer trains a quantized model only if it believes that it has adapters
         model._hf_peft_config_loaded = getattr(model, "is_quantized", False)
         # The processor is read from there when the model is saved, and need not be downloaded by force again
         model._source = {name: value for name, value in source.items() if name != "force_download"}

@@ -87,8 +87,8 @@ class DehvfConfig(PreTrainedConfig):
         vision_model_id, text_model_id (`str`, *optional*): Hub id or folder that the frozen weights are loaded from.
         vision_model_revision, text_model_revision (`str`, *optional*): commit of those repositories; `None` for a
             folder.
-        merged_base (`bool`): whether the frozen weights lie beside the adapters, in `vision_model` and `text_model`,
-            and are loaded from there.
+        merged_base (`bool`): whether the frozen weights are saved with the adapters, in `vision_model` and
+            `text_model`, and are loaded from there.
 
     The hierarchy and its fuser (method steps 2 to 5):
         num_groups (`int`, K): runs that the layers of both models are cut into, shallow with shallow and deep with

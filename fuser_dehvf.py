@@ -62,7 +62,7 @@ class InputEmbeddingNetwork(nn.Module):
     """
     The fuser's query for language layer `l` and position `p`: `MLP([e_l ; e_p])` (method step 3). With
     `visual_prompts="shared"` there is one position, and no `e_p`. Where the query reads the user's text, a projection
-    of it stands in place of `e_l`, or is added to it.
+    of it replaces `e_l`, or is added to it.
     """
 
     def __init__(self, config: DehvfConfig):

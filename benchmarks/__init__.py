@@ -1,5 +1,5 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Each benchmark is a module to run, `python -m benchmarks.speed`, whose report stands in `benchmarks/results`."""
+"""Each benchmark is a module to run, as in `python -m benchmarks.speed`; reports are in `benchmarks/results`."""
 
 import json
 import os

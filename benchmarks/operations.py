@@ -341,7 +341,7 @@ def draw(report: dict, file: Path):
         axis.set_ylim(0)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9)
-    relative.set(xlim=(256, 1024), ylim=(0, 12))  # below, text is most of both, and the curves cannot be told apart
+    relative.set(xlim=(256, 1024), ylim=(0, 12))  # below, text is most of both, and the curves coincide
     figure.suptitle("Operations of one image and one prompt, LLaMA-7B and CLIP ViT-L/14")
     figure.savefig(file, dpi=130)
 

@@ -33,7 +33,7 @@ SEEDS = (0, 1, 2)
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "average")
 
 # Under half of the recipe's course, its image questions alone, in smaller and bolder steps: enough for most methods to
-# learn to see, too little for any to be at the ceiling
+# use images, too little for any to be at the ceiling
 SMALL = {"max_samples": 20000, "only_images": True, "per_device_train_batch_size": 16, "learning_rate": 2e-3}
 
 # Widths at which the baselines train about as many parameters here as DEHVF does (275 thousand, most in the fuser)

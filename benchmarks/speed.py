@@ -51,7 +51,7 @@ class Preset:
     text_tokens: of the prompts; the first is that of all comparisons, all are compared.
     num_memory_slots: where the patches are not more.
     new_tokens: of a whole answer.
-    extra_seconds: as long a comparison goes on beyond the least number of rounds.
+    extra_seconds: a comparison continues for so long beyond the least number of rounds.
     """
 
     config: str | dict

@@ -76,7 +76,7 @@ def options(row: dict) -> None:
 
 def check_scorer():
     """
-    Scores a caption, so that what is missing is told before hours of generation.
+    Scores a caption, so that a missing program is reported before hours of generation.
 
     Raises:
         ImportError: without pycocoevalcap; from `evaluate`, which names the package.

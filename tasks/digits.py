@@ -162,7 +162,7 @@ def count(rng):
 
 
 def extreme(rng, name):
-    choices = 1 + rng.permutation(8)[:4]  # 1 to 8: each has a smaller and a larger digit to stand beside it
+    choices = 1 + rng.permutation(8)[:4]  # 1 to 8: each has a smaller and a larger digit next to it
     beyond = {"largest": range(choices[0]), "smallest": range(choices[0] + 1, 10)}[name]
     others = sorted(rng.permutation(beyond), key=lambda digit: digit not in choices)
     marks = draw_marks(rng, [choices[0], *others], rng.integers(2, 5))
@@ -347,7 +347,7 @@ def load(
 ) -> Dataset | IterableDataset:
     """
     The rows of a split, the same for the same seed: 52,000 / 500 / 1,000, or `max_samples` if that is less, which go
-    all the way from easy to hard too. All are made here and now, also when streaming.
+    from easy to hard as well. All rows are made by this call, also when streaming.
     """
     if path is not None:
         raise ValueError(f"path is {path!r}, but `digits` is made at run time and read from nowhere. Leave it out.")

@@ -112,7 +112,7 @@ def find_faults(row) -> list[str]:
     if repeated := sorted({choice for choice in choices if choices.count(choice) > 1}):
         faults.append(f"`choices` repeats {', '.join(map(repr, repeated))}. Give each option once.")
     if is_text(answer) and answer not in choices:
-        faults.append(f"`answer` is {answer!r}, which is none of {choices}. Write it as it stands in `choices`.")
+        faults.append(f"`answer` is {answer!r}, which is none of {choices}. Write it exactly as in `choices`.")
     return faults
 
 

@@ -477,7 +477,7 @@ def test_two_processes_go_on_where_one_was(interrupted, six_steps, tmp_path):
 
 @pytest.mark.slow
 def test_another_number_of_processes_under_zero_is_told_what_to_do(interrupted, tmp_path):
-    """And the way out that it is told, a new run with the adapters, works."""
+    """The remedy that the message names, a new run with the adapters, works."""
     flags, output = interrupted
     other = flags(output, per_device_train_batch_size=1, deepspeed=zero(tmp_path, 2))
     codes, printed = start(tmp_path, other, 2)

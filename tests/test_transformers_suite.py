@@ -1,7 +1,7 @@
 """
 The tests that transformers runs on its models, configs and processors, run on ours.
 
-They belong to the installed release, see `registry.py`. A test that cannot hold for adapters stands in `EXCEPTIONS`
+They belong to the installed release, see `registry.py`. A test that cannot hold for adapters is listed in `EXCEPTIONS`
 with the reason. It is expected to fail, so that a row that is no longer needed fails the run.
 """
 

@@ -2,7 +2,7 @@
 """
 DDP, DeepSpeed and FSDP2: how they are started, and a Trainer that saves and loads adapters under each of them.
 
-Every override of a private method of the Trainer, and of a method of DeepSpeed, stands in this file. They were read in
+This file has every override of a private method of the Trainer and of a method of DeepSpeed. They were read in
 transformers 5.23 and 5.24, accelerate 1.15 and DeepSpeed 0.19; `tests/test_engines.py` fails when a signature changes.
 """
 
