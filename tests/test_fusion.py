@@ -1,11 +1,16 @@
 """The fusion weights: what they start from, the figures that describe them, and the rate at which they are trained."""
 
+import json
 import math
 
 import pytest
 import torch
+from datasets import DatasetDict
+from test_train import make_rows, tiny_flags
 from tiny import NUM_TEXT_LAYERS, ROOT, DehvfForConditionalGeneration, DehvfProcessor, tiny_inputs, tiny_model
 
+import train
+from benchmarks import fusion
 from tasks import digits
 from training.arguments import DehvfTrainingArguments
 from training.fusion import FusionRecorder, describe_fusion, fusion_figures
@@ -105,3 +110,37 @@ def test_the_fuser_is_trained_at_a_rate_of_its_own(ratio, tmp_path):
         of_fuser = name.startswith(("model.fuser.", "model.fuser_query."))
         assert rates[id(parameter)] == pytest.approx(0.01 * (ratio if of_fuser else 1)), name
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.1}
+
+
+# --- replaced weights ---
+
+
+def test_replacements_keep_what_their_names_say():
+    torch.manual_seed(0)
+    weights = with_a_second_group(torch.randn(4, 2, 2, 3).softmax(-1))
+    replaced = fusion.replacements(weights, ROWS)
+    figures = {name: fusion_figures(tensor, ROWS) for name, tensor in replaced.items()}
+    for name, constant in (
+        ("mean over images", ["images"]),
+        ("mean over language layers of a group", ["layers"]),
+        ("one constant for each group", ["images", "layers", "positions"]),
+        ("uniform", ["images", "layers", "positions"]),
+    ):
+        torch.testing.assert_close(replaced[name].sum(-1), torch.ones(4, 3, 2))
+        assert [key for key in ("images", "layers", "positions") if figures[name][f"std_over_{key}"] == 0] == constant
+    assert replaced["uniform"][0, 2, 0].tolist() == [0.5, 0.5, 0.0]
+    assert replaced["another image's"][0].equal(weights[2])
+    assert replaced["another layer's of the group"][:, [1, 0, 2]].equal(weights)
+
+
+def test_the_benchmark_scores_an_adapter_with_its_own_and_with_other_weights(tmp_path):
+    DatasetDict(train=make_rows(4), test=make_rows(6)).save_to_disk(str(tmp_path / "data"))
+    output = tmp_path / "output"
+    train.main(tiny_flags(tmp_path, tmp_path / "data", output, save_strategy="no"))
+    results = json.loads((output / "results.json").read_text())
+    data = ["--task", "scienceqa", "--data_path", str(tmp_path / "data"), "--per_device_eval_batch_size", "2"]
+    fixed = ["--adapter", str(output), "--num_train_epochs", "0", "--output_dir", str(tmp_path / "other")]
+    report = fusion.measure([*data, *fixed])
+    assert report["figures"] == results["fusion"]
+    assert report["accuracy"]["the adapter's own"] == pytest.approx(results["scores"]["average"], abs=0.01)
+    assert len(report["accuracy"]) == 7
