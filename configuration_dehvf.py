@@ -52,7 +52,7 @@ def disable_dropout(base_config: PreTrainedConfig) -> PreTrainedConfig:
     follow `train()` all the same, since a layer in eval mode is never checkpointed.
     """
     for name, value in vars(base_config).items():
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+        if "drop" in name and isinstance(value, float):
             setattr(base_config, name, 0.0)
     return base_config
 

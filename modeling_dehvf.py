@@ -172,13 +172,14 @@ class Adapter:
         adapters = [*self.vision_adapters, None]  # the last layer has none if it is not read
         hidden_states = []
         outputs = run_extended(vision_tower, adapters, pixel_values, layer_outputs=hidden_states, **kwargs)
-        has_class_token = VISION_LAYOUTS[self.config.vision_config.model_type]
+        layout = VISION_LAYOUTS[self.config.vision_config.model_type]
+        norm = vision_tower.get_submodule(layout.norm)
         class_features, patches = [], []
         for layer, hidden in enumerate(hidden_states):
-            hidden = vision_tower.post_layernorm(hidden).to(self.projector.down.weight.dtype)  # B 1+n d
-            class_features.append(hidden[:, 0] if has_class_token else hidden.mean(dim=1))
+            hidden = norm(hidden).to(self.projector.down.weight.dtype)  # B 1+n d
+            class_features.append(hidden[:, 0] if layout.has_class_token else hidden.mean(dim=1))
             if layer in self.hierarchy.layers_read:
-                patches.append(self.projector.down(hidden[:, 1:] if has_class_token else hidden))
+                patches.append(self.projector.down(hidden[:, 1:] if layout.has_class_token else hidden))
         return torch.stack(class_features, dim=1), torch.stack(patches, dim=1), outputs
 
     def fusion_weights(self, class_features: torch.Tensor, instruction: torch.Tensor | None) -> torch.Tensor:
@@ -306,7 +307,8 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         self.language_model = language_model or AutoModel.from_config(config.text_config)
         activation_name = TEXT_LAYOUTS[config.text_config.model_type]
         extend_layers(self.language_model.layers, MemoryFFN, activation_name=activation_name)
-        extend_layers(self.vision_tower.encoder.layers, AdaptedFFN)
+        layout = VISION_LAYOUTS[config.vision_config.model_type]
+        extend_layers(self.vision_tower.get_submodule(layout.layers), AdaptedFFN)
         self.add_adapter_modules("default", self.build_adapter(config))
         self.activate_adapter("default")
         self.gradient_checkpointing = False

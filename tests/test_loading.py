@@ -349,9 +349,9 @@ def test_an_incomplete_model_is_not_saved(tmp_path):
     assert not (folder / "config.json").exists() and not (folder / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("tie_word_embeddings", [False, True])
-def test_a_merged_folder_needs_no_other(tmp_path, tie_word_embeddings):
-    bases = save_tiny_bases(tmp_path, tie_word_embeddings=tie_word_embeddings)
+@pytest.mark.parametrize("values", [{}, {"tie_word_embeddings": True}, {"vision_type": "dinov2"}], ids=str)
+def test_a_merged_folder_needs_no_other(tmp_path, values):
+    bases = save_tiny_bases(tmp_path, **values)
     model = DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **DEHVF_SIZES)
     model.save_pretrained(tmp_path / "merged", merge_base=True)
     for folder in bases:

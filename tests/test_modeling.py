@@ -13,12 +13,14 @@ from tiny import (
     NUM_VISION_LAYERS,
     ROOT,
     TEXT_BACKBONES,
+    VISION_BACKBONES,
     DehvfConfig,
     DehvfForConditionalGeneration,
     relative_error,
     tiny_config,
     tiny_inputs,
     tiny_model,
+    vision_parts,
 )
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -98,7 +100,7 @@ def reference_vision_states(dehvf, pixel_values):
 
     hooks = [
         layer.mlp.register_forward_hook(partial(add_adapter, adapter=adapter))
-        for layer, adapter in zip(dehvf.vision_tower.encoder.layers, dehvf.vision_adapters)
+        for layer, adapter in zip(vision_parts(dehvf)[0], dehvf.vision_adapters)
     ]
     states = dehvf.vision_tower(pixel_values, output_hidden_states=True).hidden_states
     for hook in hooks:
@@ -113,7 +115,8 @@ def reference_memory(model, pixel_values, layer, input_ids=None):
     if pixel_values is None or config.visual_prompts == "none":
         return keys, values
     states = reference_vision_states(dehvf, pixel_values[None])
-    features = torch.stack([dehvf.vision_tower.post_layernorm(state[0]) for state in states[1:]]).float()  # N 1+n d
+    norm = vision_parts(dehvf)[1]
+    features = torch.stack([norm(state[0]) for state in states[1:]]).float()  # N 1+n d
     if config.vision_config.model_type == "siglip_vision_model":
         class_features, patches = features.mean(dim=1), features
     else:
@@ -228,10 +231,14 @@ def test_each_ablation_equals_the_slow_reference(ablation):
 
 @pytest.mark.parametrize(
     "values",
-    [{"num_groups": 4, "num_hidden_layers": 26}, {"num_groups": 1}, {"vision_type": "siglip_vision_model"}],
-    ids=["26 layers in 4 groups", "one group", "no class token"],
+    [
+        {"num_groups": 4, "num_hidden_layers": 26},
+        {"num_groups": 1},
+        *({"vision_type": name} for name in VISION_BACKBONES),
+    ],
+    ids=str,
 )
-def test_each_hierarchy_equals_the_slow_reference(values):
+def test_each_hierarchy_and_vision_encoder_equals_the_slow_reference(values):
     check_against_reference(tiny_model(**values))
 
 
@@ -517,13 +524,15 @@ def test_a_batch_without_images_trains_every_adapter_module():
             assert parameter.grad.any() == ("memory_slots" in name), name
 
 
-@backbones
-def test_checkpointing_does_not_change_gradients(model_type):
+@pytest.mark.parametrize(
+    "values", [*({"model_type": name} for name in TEXT_BACKBONES), {"vision_type": "dinov2"}], ids=str
+)
+def test_checkpointing_does_not_change_gradients(values):
     torch.manual_seed(0)
-    model = tiny_model(model_type, memory_dropout=0, vision_adapter_dropout=0).train()
+    model = tiny_model(**values, memory_dropout=0, vision_adapter_dropout=0).train()
     plain = training_gradients(model)
     model.activation_checkpointing_enable()
-    layers = [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]
+    layers = [*model.model.language_model.layers, *vision_parts(model.model)[0]]
     calls = count_calls(model.model.language_model.layers[0].mlp)
     assert all(layer.gradient_checkpointing for layer in layers)
     assert_same_gradients(plain, training_gradients(model))
