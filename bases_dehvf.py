@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -31,9 +32,24 @@ TEXT_LAYOUTS = {
     "phi": "activation_fn",
     "starcoder2": "act",
 }
-# `model_type` of the vision encoders -> whether position 0 is a class token. All keep their layers in
-# `encoder.layers`, the FFN in `layer.mlp`, and the final norm in `post_layernorm`.
-VISION_LAYOUTS = {"clip_vision_model": True, "siglip_vision_model": False}
+
+
+class VisionLayout(NamedTuple):
+    """Where a vision encoder has what DEHVF reads. The FFN of every layer is `layer.mlp`."""
+
+    layers: str  # the list of layers
+    norm: str  # the norm after the last layer
+    has_class_token: bool  # at position 0
+    interpolation: dict  # arguments by which its forward takes images of another size than its own
+
+
+INTERPOLATE = {"interpolate_pos_encoding": True}
+# By the `model_type` of the vision encoder
+VISION_LAYOUTS = {
+    "clip_vision_model": VisionLayout("encoder.layers", "post_layernorm", True, INTERPOLATE),
+    "siglip_vision_model": VisionLayout("encoder.layers", "post_layernorm", False, INTERPOLATE),
+    "dinov2": VisionLayout("encoder.layer", "layernorm", True, {}),
+}
 
 BASE_NAMES = {"vision": "vision encoder", "text": "language model"}
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")

@@ -57,6 +57,11 @@ class FuserLinear(nn.Linear):
     the first layer norm, and stay so.
     """
 
+    def reset_parameters(self):
+        bound = self.in_features**-0.5
+        init.uniform_(self.weight, -bound, bound)
+        init.uniform_(self.bias, -bound, bound)
+
 
 class InputEmbeddingNetwork(nn.Module):
     """
@@ -81,6 +86,13 @@ class InputEmbeddingNetwork(nn.Module):
         self.linear_1 = FuserLinear(width, 2 * size)
         self.act = ACT2FN[config.fuser_hidden_act]
         self.linear_2 = FuserLinear(2 * size, config.fuser_hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """The embeddings start as those of `nn.Embedding`; see [`FuserLinear`]."""
+        for embedding in (self.layer_embedding, self.position_embedding):
+            if embedding is not None:
+                init.normal_(embedding)
 
     def forward(self, instruction: torch.Tensor | None) -> torch.Tensor:
         """
@@ -110,6 +122,10 @@ class LearnableQueryTokens(nn.Module):
         super().__init__()
         num_layers, num_positions = config.text_config.num_hidden_layers, len(config.memory_positions)
         self.tokens = nn.Parameter(torch.empty(num_layers, num_positions, config.fuser_hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        init.normal_(self.tokens)
 
     def forward(self, instruction: None) -> torch.Tensor:
         return self.tokens.clone()[None]  # 1 D P r; a copy as in `MemorySlots`

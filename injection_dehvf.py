@@ -105,7 +105,10 @@ class VisionAdapter(nn.Module):
 
 
 class AdaptedFFN(_Extended):
-    """Put in front of the class of a vision FFN: adds what its adapter computes (method step 10)."""
+    """
+    Put in front of the class of a vision FFN: adds what its adapter computes (method step 10). DINOv2 multiplies the
+    sum by its layer scale.
+    """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         output, adapter = super().forward(hidden_states), current_extension()

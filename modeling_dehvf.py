@@ -175,16 +175,19 @@ class Adapter:
         Method step 1, and `W_1`, `b_1` of step 6. Returns class features B N d, projected patches B N' n c of the
         layers that are read, and the encoder's own output.
         """
+        layout = VISION_LAYOUTS[self.config.vision_config.model_type]
+        norm = vision_tower.get_submodule(layout.norm)
+        if self.config.resolution != self.config.vision_config.image_size:
+            kwargs |= layout.interpolation
         adapters = [*self.vision_adapters, None]  # the last layer has none if it is not read
         hidden_states = []
         outputs = run_extended(vision_tower, adapters, pixel_values, layer_outputs=hidden_states, **kwargs)
-        has_class_token = VISION_LAYOUTS[self.config.vision_config.model_type]
         class_features, patches = [], []
         for layer, hidden in enumerate(hidden_states):
-            hidden = vision_tower.post_layernorm(hidden).to(self.projector.down.weight.dtype)  # B 1+n d
-            class_features.append(hidden[:, 0] if has_class_token else hidden.mean(dim=1))
+            hidden = norm(hidden).to(self.projector.down.weight.dtype)  # B 1+n d
+            class_features.append(hidden[:, 0] if layout.has_class_token else hidden.mean(dim=1))
             if layer in self.hierarchy.layers_read:
-                patches.append(self.projector.down(hidden[:, 1:] if has_class_token else hidden))
+                patches.append(self.projector.down(hidden[:, 1:] if layout.has_class_token else hidden))
         return torch.stack(class_features, dim=1), torch.stack(patches, dim=1), outputs
 
     def fusion_weights(self, class_features: torch.Tensor, instruction: torch.Tensor | None) -> torch.Tensor:
@@ -244,10 +247,8 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, FuserLinear):
-            bound = module.in_features**-0.5
-            init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
+        if isinstance(module, (FuserLinear, InputEmbeddingNetwork, LearnableQueryTokens, LayerHierarchy)):
+            module.reset_parameters()
             return
         super()._init_weights(module)
         std = self.config.initializer_range
@@ -259,14 +260,6 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
         elif isinstance(module, MemorySlots):
             init.normal_(module.key, std=std)
             init.zeros_(module.value)  # as in MemVP: the memory starts with almost no effect
-        elif isinstance(module, InputEmbeddingNetwork):
-            for embedding in (module.layer_embedding, module.position_embedding):
-                if embedding is not None:
-                    init.normal_(embedding)  # as `nn.Embedding`, see `FuserLinear`
-        elif isinstance(module, LearnableQueryTokens):
-            init.normal_(module.tokens)
-        elif isinstance(module, LayerHierarchy):
-            module.reset_parameters()
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -316,7 +309,8 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         self.language_model = language_model or AutoModel.from_config(config.text_config)
         activation_name = TEXT_LAYOUTS[config.text_config.model_type]
         extend_layers(self.language_model.layers, MemoryFFN, activation_name=activation_name)
-        extend_layers(self.vision_tower.encoder.layers, AdaptedFFN)
+        layout = VISION_LAYOUTS[config.vision_config.model_type]
+        extend_layers(self.vision_tower.get_submodule(layout.layers), AdaptedFFN)
         self.add_adapter_modules("default", self.build_adapter(config))
         self.activate_adapter("default")
         self.gradient_checkpointing = False
@@ -390,7 +384,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             `visual_prompts="none"`. Pass either as `visual_memory=` to `forward` or `generate`.
 
         Raises:
-            ValueError: if `pixel_values` does not have the encoder's shape, `image_mask` or `instruction` another
+            ValueError: if `pixel_values` does not have the adapter's image size, `image_mask` or `instruction` another
                 batch size, or an instruction is needed and missing.
         """
         return self._encode(self.active, pixel_values, image_mask, instruction, **kwargs)
@@ -550,8 +544,8 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         if pixel_values is None and visual_memory is None:
             if not self._needs_images:
                 return None
-            vision, num_texts = adapter.config.vision_config, inputs_embeds.shape[0]
-            blank = inputs_embeds.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+            config, num_texts = adapter.config, inputs_embeds.shape[0]
+            blank = inputs_embeds.new_zeros(1, config.vision_config.num_channels, config.resolution, config.resolution)
             pixel_values = blank.expand(num_texts, -1, -1, -1)
             image_mask = torch.zeros(num_texts, dtype=torch.bool, device=blank.device)
         if pixel_values is not None:

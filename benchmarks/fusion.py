@@ -79,7 +79,7 @@ class Evaluation:
         set_seed(training_args.seed)
         self.task = get_task(data_args.task)
         complete_arguments(self.task, data_args, training_args)
-        processor = load_processor(model_args)
+        processor = load_processor(model_args, adapter_args)
         self.split = load_splits(self.task, processor, data_args, training_args)["test"]
         self.model = load_model(model_args, adapter_args, baseline_args)
         if self.model.model.fuser is None:

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import (
     DEHVF_SIZES,
     ROOT,
+    VISION_BACKBONES,
     VISION_SIZES,
     DehvfConfig,
     DehvfForConditionalGeneration,
@@ -178,7 +179,7 @@ def test_a_pickle_loads_in_a_new_process(tmp_path):
 
 
 @pytest.mark.parametrize("text_type", ["llama", "gemma2", "phi"])
-@pytest.mark.parametrize("vision_type", ["clip_vision_model", "siglip_vision_model"])
+@pytest.mark.parametrize("vision_type", VISION_BACKBONES)
 def test_base_models_from_the_meta_device_start_as_those_built_at_once(text_type, vision_type):
     expected = DehvfForConditionalGeneration(tiny_config(text_type, vision_type))
     with torch.device("meta"):

@@ -8,17 +8,20 @@ import torch
 from tiny import (
     ABLATIONS,
     DEHVF_SIZES,
+    IMAGE_SIZE,
     NUM_PATCHES,
     NUM_TEXT_LAYERS,
     NUM_VISION_LAYERS,
     ROOT,
     TEXT_BACKBONES,
+    VISION_BACKBONES,
     DehvfConfig,
     DehvfForConditionalGeneration,
     relative_error,
     tiny_config,
     tiny_inputs,
     tiny_model,
+    vision_parts,
 )
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -98,9 +101,12 @@ def reference_vision_states(dehvf, pixel_values):
 
     hooks = [
         layer.mlp.register_forward_hook(partial(add_adapter, adapter=adapter))
-        for layer, adapter in zip(dehvf.vision_tower.encoder.layers, dehvf.vision_adapters)
+        for layer, adapter in zip(vision_parts(dehvf)[0], dehvf.vision_adapters)
     ]
-    states = dehvf.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    options = {"output_hidden_states": True}
+    if dehvf.config.vision_config.model_type != "dinov2":  # which always does
+        options["interpolate_pos_encoding"] = True
+    states = dehvf.vision_tower(pixel_values, **options).hidden_states
     for hook in hooks:
         hook.remove()
     return states
@@ -113,7 +119,8 @@ def reference_memory(model, pixel_values, layer, input_ids=None):
     if pixel_values is None or config.visual_prompts == "none":
         return keys, values
     states = reference_vision_states(dehvf, pixel_values[None])
-    features = torch.stack([dehvf.vision_tower.post_layernorm(state[0]) for state in states[1:]]).float()  # N 1+n d
+    norm = vision_parts(dehvf)[1]
+    features = torch.stack([norm(state[0]) for state in states[1:]]).float()  # N 1+n d
     if config.vision_config.model_type == "siglip_vision_model":
         class_features, patches = features.mean(dim=1), features
     else:
@@ -228,16 +235,32 @@ def test_each_ablation_equals_the_slow_reference(ablation):
 
 @pytest.mark.parametrize(
     "values",
-    [{"num_groups": 4, "num_hidden_layers": 26}, {"num_groups": 1}, {"vision_type": "siglip_vision_model"}],
-    ids=["26 layers in 4 groups", "one group", "no class token"],
+    [
+        {"num_groups": 4, "num_hidden_layers": 26},
+        {"num_groups": 1},
+        *({"vision_type": name} for name in VISION_BACKBONES),
+        *({"vision_type": name, "image_size": 24, "num_memory_slots": 40} for name in VISION_BACKBONES),
+    ],
+    ids=str,
 )
-def test_each_hierarchy_equals_the_slow_reference(values):
+def test_each_hierarchy_and_vision_encoder_equals_the_slow_reference(values):
     check_against_reference(tiny_model(**values))
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("vision_type", VISION_BACKBONES)
+def test_the_encoders_own_image_size_can_be_given(vision_type):
+    model, same = (tiny_model(vision_type=vision_type, image_size=size) for size in (None, IMAGE_SIZE))
+    assert torch.equal(model(**tiny_inputs()).logits, same(**tiny_inputs()).logits)
+    smaller = tiny_model(vision_type=vision_type, image_size=8)
+    assert smaller.get_image_features(tiny_inputs(image_size=8)["pixel_values"]).pooler_output.shape[3] == 4
+    with pytest.raises(ValueError, match=r"\(2, 3, 16, 16\), but .*batch_size, 3, 8, 8\).* another `image_size`"):
+        smaller(**tiny_inputs())
+
+
+@torch.no_grad()
 def check_against_reference(model):
-    inputs = tiny_inputs(batch_size=3)
+    inputs = tiny_inputs(batch_size=3, image_size=model.config.resolution)
     image_mask = torch.tensor([True, False, True])
     logits = model(**inputs, image_mask=image_mask).logits
     for sample, has_image in enumerate(image_mask):
@@ -517,13 +540,15 @@ def test_a_batch_without_images_trains_every_adapter_module():
             assert parameter.grad.any() == ("memory_slots" in name), name
 
 
-@backbones
-def test_checkpointing_does_not_change_gradients(model_type):
+@pytest.mark.parametrize(
+    "values", [*({"model_type": name} for name in TEXT_BACKBONES), {"vision_type": "dinov2"}], ids=str
+)
+def test_checkpointing_does_not_change_gradients(values):
     torch.manual_seed(0)
-    model = tiny_model(model_type, memory_dropout=0, vision_adapter_dropout=0).train()
+    model = tiny_model(**values, memory_dropout=0, vision_adapter_dropout=0).train()
     plain = training_gradients(model)
     model.activation_checkpointing_enable()
-    layers = [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]
+    layers = [*model.model.language_model.layers, *vision_parts(model.model)[0]]
     calls = count_calls(model.model.language_model.layers[0].mlp)
     assert all(layer.gradient_checkpointing for layer in layers)
     assert_same_gradients(plain, training_gradients(model))

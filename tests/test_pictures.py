@@ -15,11 +15,13 @@ from tiny import (
     NUM_TEXT_LAYERS,
     NUM_VISION_LAYERS,
     TEXT_BACKBONES,
+    VISION_BACKBONES,
     DehvfForConditionalGeneration,
     save_tiny_bases,
     tiny_inputs,
     tiny_model,
     tiny_processor,
+    vision_parts,
 )
 from torch.nn import functional as F
 
@@ -46,7 +48,8 @@ def slow_slot_activations(model, inputs, position):
     instruction = pictures.instruction_of(model, inputs)
     encoded = model.get_image_features(inputs["pixel_values"], instruction=instruction, output_hidden_states=True)
     hidden = encoded.hidden_states[1:]
-    patches = [dehvf.vision_tower.post_layernorm(states)[:, -NUM_PATCHES:] for states in hidden]
+    norm = vision_parts(dehvf)[1]
+    patches = [norm(states)[:, -NUM_PATCHES:] for states in hidden]
     down, up = dehvf.projector.down, dehvf.projector.up
     activations = torch.zeros(len(inputs["input_ids"]), NUM_TEXT_LAYERS, NUM_PATCHES)
     for row in range(len(activations)):
@@ -66,7 +69,7 @@ def slow_slot_activations(model, inputs, position):
     [
         *({"model_type": name} for name in TEXT_BACKBONES),
         *WITH_IMAGES.values(),
-        {"vision_type": "siglip_vision_model"},
+        *({"vision_type": name} for name in VISION_BACKBONES),
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import DEHVF_SIZES, ROOT, DehvfConfig, run, save_tiny_bases, tiny_processor
+from tiny import DEHVF_SIZES, IMAGE_SIZE, ROOT, DehvfConfig, run, save_tiny_bases, tiny_processor
 from transformers import AutoModelForImageTextToText
 
 import train
@@ -229,12 +229,12 @@ def test_a_chat_template_can_replace_that_of_the_tokenizer(tmp_path):
     (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}!")
     command = ["--vision_model", str(vision), "--text_model", str(text), "--chat_template"]
     for place, expected in (("plain", "<s>who?\nResponse:"), (str(tmp_path / "own.jinja"), "who?!")):
-        processor = load_processor(parse_arguments([*command, place])[2])
+        processor = load_processor(*parse_arguments([*command, place])[2:4])
         assert render(processor, "who?") == expected
         processor.save_pretrained(tmp_path / "saved")
         assert render(type(processor).from_pretrained(tmp_path / "saved"), "who?") == expected
     with pytest.raises(ValueError, match="there is no such file"):
-        load_processor(parse_arguments([*command, "other.jinja"])[2])
+        load_processor(*parse_arguments([*command, "other.jinja"])[2:4])
 
 
 def test_rows_are_encoded_once_for_all_processes_and_runs(scienceqa, monkeypatch):
@@ -494,10 +494,12 @@ def test_the_most_likely_option_is_that_of_the_models_logits(trained):
         assert record["choice"] == int(logits.argmax()) and logits[0] != logits[1]
 
 
-def test_a_setting_is_named_by_what_its_adapters_are(scienceqa, tmp_path):
-    train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "memvp", method="memvp"))
+def test_a_setting_and_its_image_size_are_those_of_the_adapters(scienceqa, tmp_path):
+    train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "memvp", method="memvp", image_size=8))
     train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "again", adapter=tmp_path / "memvp", num_train_epochs=0))
     assert json.loads((tmp_path / "again" / "results.json").read_text())["method"] == "memvp"
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (config["image_size"], config["vision_config"]["image_size"]) == (8, IMAGE_SIZE)
 
 
 def test_the_best_checkpoint_is_that_of_the_tasks_score(scienceqa, tmp_path):

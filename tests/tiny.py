@@ -11,7 +11,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     CLIPImageProcessorPil,
-    CLIPVisionConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -45,6 +44,11 @@ TEXT_BACKBONES = {
     "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 8},
     "phi": {"num_key_value_heads": 4, "partial_rotary_factor": 0.5},
     "starcoder2": {"sliding_window": None},
+}
+VISION_BACKBONES = {
+    "clip_vision_model": {},
+    "siglip_vision_model": {},
+    "dinov2": {"mlp_ratio": 2, "layerscale_value": 0.5, "drop_path_rate": 0.5},
 }
 VISION_SIZES = {
     "hidden_size": 24,
@@ -95,12 +99,15 @@ def tiny_text_config(model_type: str = "llama", **values):
     return AutoConfig.for_model(model_type, **{**TEXT_SIZES, **TEXT_BACKBONES[model_type], **values})
 
 
+def tiny_vision_config(vision_type: str, **values):
+    return AutoConfig.for_model(vision_type, **{**VISION_SIZES, **VISION_BACKBONES[vision_type], **values})
+
+
 def tiny_config(model_type: str = "llama", vision_type: str = "clip_vision_model", **values):
     text = {name: values.pop(name) for name in list(values) if name in TEXT_SIZES and name != "initializer_range"}
-    vision = {name: values.pop(name) for name in ("image_size", "patch_size") if name in values}
     return DehvfConfig(
         text_config=tiny_text_config(model_type, **text),
-        vision_config=AutoConfig.for_model(vision_type, **{**VISION_SIZES, **vision}),
+        vision_config=tiny_vision_config(vision_type),
         **{**DEHVF_SIZES, **values},
     )
 
@@ -117,12 +124,22 @@ def tiny_model(model_type: str = "llama", seed: int = 0, **values):
     return model
 
 
-def tiny_inputs(batch_size: int = 2, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
+def vision_parts(dehvf) -> tuple[torch.nn.ModuleList, torch.nn.Module]:
+    """The layers and the final norm of the vision encoder of a `DehvfModel`."""
+    tower = dehvf.vision_tower
+    if tower.config.model_type == "dinov2":
+        return tower.encoder.layer, tower.layernorm
+    return tower.encoder.layers, tower.post_layernorm
+
+
+def tiny_inputs(
+    batch_size: int = 2, length: int = 7, seed: int = 0, image_size: int = IMAGE_SIZE
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
         "input_ids": torch.randint(3, VOCAB_SIZE, (batch_size, length), generator=generator),
         "attention_mask": torch.ones(batch_size, length, dtype=torch.long),
-        "pixel_values": torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
+        "pixel_values": torch.randn(batch_size, 3, image_size, image_size, generator=generator),
     }
 
 
@@ -156,12 +173,16 @@ def tiny_processor():
 
 
 def save_tiny_bases(
-    folder: Path, seed: int = 0, num_vision_layers: int = NUM_VISION_LAYERS, **text_values
+    folder: Path,
+    seed: int = 0,
+    num_vision_layers: int = NUM_VISION_LAYERS,
+    vision_type: str = "clip_vision_model",
+    **text_values,
 ) -> tuple[Path, Path]:
     """Writes a vision encoder and a language model as their own repositories would be. Returns their folders."""
     torch.manual_seed(seed)
     vision, text = folder / "vision", folder / "text"
-    vision_config = CLIPVisionConfig(**{**VISION_SIZES, "num_hidden_layers": num_vision_layers})
+    vision_config = tiny_vision_config(vision_type, num_hidden_layers=num_vision_layers)
     AutoModel.from_config(vision_config).save_pretrained(vision)
     tiny_image_processor().save_pretrained(vision)
     AutoModelForCausalLM.from_config(tiny_text_config(**text_values)).save_pretrained(text)

@@ -12,7 +12,7 @@ from dehvf import DehvfForConditionalGeneration, DehvfProcessor, processing
 from training.arguments import BASES, DEHVF_METHODS
 
 
-def load_processor(model_args):
+def load_processor(model_args, adapter_args):
     """
     Raises:
         OSError: if there is no tokenizer or image processor.
@@ -23,8 +23,8 @@ def load_processor(model_args):
     try:
         if model_args.adapter is not None:
             return DehvfProcessor.from_pretrained(model_args.adapter, revision=model_args.adapter_revision)
-        options = {**base_revisions(model_args), "chat_template": chat_template}
-        return DehvfProcessor.from_vision_text_pretrained(*bases, **options)
+        options = {"chat_template": chat_template, "image_size": adapter_args.image_size}
+        return DehvfProcessor.from_vision_text_pretrained(*bases, **base_revisions(model_args), **options)
     except OSError as error:
         places = bases if model_args.adapter is None else (model_args.adapter,)
         raise OSError(
