@@ -1,11 +1,11 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-The baselines of the paper's tables on the same frozen bases and rows as DEHVF, for `train.py`:
+The baselines of the paper's tables, and ADEM-VL, on the same frozen bases and rows as DEHVF, for `train.py`:
 
     model = build("llava-lora", "openai/clip-vit-large-patch14", "huggyllama/llama-7b", lora_rank=8)
 
 Each method is `transformers`' LLaVA, whose vision tower and language model are the loaded bases, and has its trained
-modules in a file of its own: `llava_lora.py`, `lavin.py`, `llama_adapter.py`. What all share is here.
+modules in a file of its own: `llava_lora.py`, `lavin.py`, `llama_adapter.py`, `adem_vl.py`. What all share is here.
 
 Letters at the end of a line give shapes: B samples, I images, n tokens per image, T tokens, L language layers,
 A prompt length, h language width.
@@ -26,7 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from dehvf import bases, injection
 
 
-METHODS = {"llava-lora": "llava_lora", "lavin": "lavin", "llama-adapter": "llama_adapter"}
+METHODS = {"llava-lora": "llava_lora", "lavin": "lavin", "llama-adapter": "llama_adapter", "adem-vl": "adem_vl"}
 # `model_type`s that all methods can adapt: their layers take further keyword arguments and hand them to `self_attn`
 VISION_TYPES, TEXT_TYPES = ("clip_vision_model",), ("llama", "mistral")
 
@@ -35,7 +35,8 @@ VISION_TYPES, TEXT_TYPES = ("clip_vision_model",), ("llama", "mistral")
 class BaselineArguments:
     """
     Sizes of the baselines. The defaults are those of the 7B rows of the paper's tables, whose trained parameters they
-    meet: 4.4 M (LLaVA-LoRA), 3.8 M (LaVIN), 1.8 M (LLaMA-Adapter). "ours" marks what no source gives.
+    meet: 4.4 M (LLaVA-LoRA), 3.8 M (LaVIN), 1.8 M (LLaMA-Adapter), and for ADEM-VL those of its authors for ScienceQA
+    at 7B, 4.5 M. "ours" marks what no source gives.
     """
 
     lora_rank: int = field(default=8, metadata={"help": "llava-lora: rank (ours, meets the paper's count)."})
@@ -76,6 +77,35 @@ class BaselineArguments:
     )
     adaption_projector_size: int = field(
         default=64, metadata={"help": "llama-adapter: hidden width of the projector (ours, meets the paper's count)."}
+    )
+    adem_adapter_size: int = field(
+        default=12, metadata={"help": "adem-vl: width of the vision adapters (README there, --adapter_dim)."}
+    )
+    adem_adapter_scale: float = field(
+        default=0.1, metadata={"help": "adem-vl: scale of what the vision adapters add (adem/build.py there)."}
+    )
+    adem_adapter_dropout: float = field(
+        default=0.1, metadata={"help": "adem-vl: dropout inside the vision adapters (adem/adapter.py there)."}
+    )
+    adem_projector_size: int = field(
+        default=128, metadata={"help": "adem-vl: hidden width of both projectors (train.py there, --hidden_proj)."}
+    )
+    adem_pool_sizes: list[int] = field(
+        default_factory=lambda: [1, 2],
+        metadata={
+            "help": "adem-vl: for each scale the side of the squares of patches that are averaged. 1 and 2 make of "
+            "16 x 16 patches 16 x 16 and 8 x 8 (README there, --down_sample_num 256 64)."
+        },
+    )
+    adem_image_scale: float = field(
+        default=0.01, metadata={"help": "adem-vl: scale of the projected patches (README there, --beta)."}
+    )
+    adem_memory_scale: float = field(
+        default=0.1, metadata={"help": "adem-vl: scale of what the language FFNs read (README there, --alpha)."}
+    )
+    adem_drop_ratio: float = field(
+        default=0.1,
+        metadata={"help": "adem-vl: share of a token's scores, the lowest, set to zero (README there, --drop_ratio)."},
     )
 
 
@@ -267,7 +297,7 @@ def assemble(method: str, vision_tower, causal_lm, arguments: BaselineArguments)
     New trained modules, in fp32, on loaded bases.
 
     Args:
-        method: `"llava-lora"`, `"lavin"` or `"llama-adapter"`.
+        method: one of `METHODS`.
         vision_tower, causal_lm: see [`FrozenBasesForConditionalGeneration`].
 
     Raises:

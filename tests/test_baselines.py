@@ -23,9 +23,9 @@ from baselines import BaselineArguments, assemble, build
 from dehvf import DehvfConfig
 
 
-METHODS = ("llava-lora", "lavin", "llama-adapter")
+METHODS = ("llava-lora", "lavin", "llama-adapter", "adem-vl")
 all_methods = pytest.mark.parametrize("method", METHODS)
-NO_DROPOUT = {"lora_dropout": 0.0, "lavin_adapter_dropout": 0.0}
+NO_DROPOUT = {"lora_dropout": 0.0, "lavin_adapter_dropout": 0.0, "adem_adapter_dropout": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +90,16 @@ def last_logits(model, rows):
 
 
 @all_methods
-def test_steps_change_each_trained_parameter_and_nothing_frozen(make, method):
+def test_steps_lower_the_loss_and_change_each_trained_parameter_and_nothing_frozen(make, method):
     model = make(method, random=False).train()
-    before = copy.deepcopy(model.state_dict())
+    before, losses = copy.deepcopy(model.state_dict()), []
     optimizer = torch.optim.Adam(trained(model).values(), lr=1e-2)
     for _ in range(3):  # zeros hide what stands before them from the first step
         optimizer.zero_grad()
-        model(**make_batch(model, ROWS, labels=True)).loss.backward()
+        losses.append(model(**make_batch(model, ROWS, labels=True)).loss)
+        losses[-1].backward()
         optimizer.step()
+    assert losses[-1] < losses[0]
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == trained(model).keys()
 
@@ -195,7 +197,7 @@ def test_without_a_mask_all_samples_have_images(make, method):
     assert torch.equal(model(**batch).logits, expected)
 
 
-@pytest.mark.parametrize("method", ["llava-lora", "lavin"])
+@pytest.mark.parametrize("method", ["llava-lora", "lavin", "adem-vl"])
 def test_placeholders_that_do_not_fit_the_images_are_an_error(make, method):
     model = make(method)
     batch = make_batch(model, ROWS)
@@ -204,8 +206,8 @@ def test_placeholders_that_do_not_fit_the_images_are_an_error(make, method):
         model(**batch)
 
 
-def test_the_tokens_of_an_image_are_all_patches_or_six_or_none(make):
-    expected = {"llava-lora": NUM_PATCHES, "lavin": 6}
+def test_the_tokens_of_an_image_are_all_patches_or_six_or_one_or_none(make):
+    expected = {"llava-lora": NUM_PATCHES, "lavin": 6, "adem-vl": 1}
     for method, number in expected.items():
         assert make(method).image_tokens == [VOCAB_SIZE] * number
     assert not hasattr(make("llama-adapter"), "image_tokens")
@@ -311,13 +313,72 @@ def test_llama_adapter_without_images_is_the_adaption_prompt_of_peft(make, bases
     torch.testing.assert_close(model(**batch).logits, text(**batch).logits)
 
 
+def adem_vl_logits(model, bases, row):
+    """
+    Of the last token of one row: the formulas of Hao840/ADEM-VL at cec09b8 (adem/adapter.py, adem/model.py,
+    clip/model.py), with the values of its README, token by token on the stock bases.
+    """
+    weights = {name: parameter.double() for name, parameter in trained(model).items()}
+    silu, gelu = torch.nn.functional.silu, torch.nn.functional.gelu
+    vision, text = (
+        auto_class.from_pretrained(base, dtype=torch.float64)
+        for auto_class, base in zip((AutoModel, AutoModelForCausalLM), bases)
+    )
+
+    def project(name, inputs):
+        down, down_bias, up, up_bias = (
+            weights[f"{name}_projector.{part}"] for part in ("down.weight", "down.bias", "up.weight", "up.bias")
+        )
+        return silu(inputs @ down.T + down_bias) @ up.T + up_bias
+
+    def read(states, keys, values):
+        added = torch.zeros_like(states)
+        for position, state in enumerate(states[0]):
+            scores = torch.stack([silu(state) @ key for key in keys])
+            scores[scores < scores.sort().values[int(0.1 * len(scores))]] = 0
+            added[0, position] = 0.1 * scores @ values
+        return added
+
+    ids, image = row
+    embeds = text.get_input_embeddings()(torch.tensor(ids))
+    patch_embeds = 0
+    if image is not None:
+        for index, layer in enumerate(vision.encoder.layers[:-1]):
+            down, up = (weights[f"vision_adapters.{index}.{part}.weight"] for part in ("down", "up"))
+            layer.mlp.register_forward_hook(
+                lambda _, states, output, down=down, up=up: output + 0.1 * gelu(states[0] @ down.T) @ up.T
+            )
+        hidden_states = vision(image[None].double(), output_hidden_states=True).hidden_states
+        class_token, *patches = vision.post_layernorm(hidden_states[-2])[0]
+        coarse = [sum(patches[8 * i + 2 * j + k] for k in (0, 1, 4, 5)) / 4 for i in range(2) for j in range(2)]
+        patch_embeds = 0.01 * project("patch", torch.stack(patches + coarse))
+        embeds = torch.cat((embeds[:1], project("class", class_token)[None], embeds[1:]))
+    keys, values = silu(patch_embeds + weights["key_embedding"]), patch_embeds + weights["value_embedding"]
+    for layer in text.model.layers:
+        layer.mlp.register_forward_hook(lambda _, states, output: output + read(states[0], keys, values))
+    return text(inputs_embeds=embeds[None]).logits[0, -1]
+
+
+def test_adem_vl_is_what_its_authors_compute(make, bases):
+    model = make("adem-vl", dtype=torch.float64).double()
+    with torch.no_grad():
+        expected = torch.stack([adem_vl_logits(model, bases, row) for row in ROWS])
+    rows = [(ids, image if image is None else image.double()) for ids, image in ROWS]
+    torch.testing.assert_close(last_logits(model, rows), expected, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
-    ("values", "message"),
-    [({"adaption_prompt_layers": 5}, "1 to 4"), ({"adaption_image_layers": 7}, "1 to 6")],
+    ("method", "values", "message"),
+    [
+        ("llama-adapter", {"adaption_prompt_layers": 5}, "1 to 4"),
+        ("llama-adapter", {"adaption_image_layers": 7}, "1 to 6"),
+        ("adem-vl", {"adem_pool_sizes": [1, 3]}, "divisors of 4"),
+        ("adem-vl", {"adem_drop_ratio": 1.0}, "less than 1"),
+    ],
 )
-def test_more_layers_than_there_are_are_refused(make, values, message):
+def test_values_that_the_bases_do_not_allow_are_refused(make, method, values, message):
     with pytest.raises(ValueError, match=message):
-        make("llama-adapter", **values)
+        make(method, **values)
 
 
 def test_an_unknown_method_is_refused_by_name(make):
@@ -342,7 +403,12 @@ def test_mistral_can_be_adapted_and_gpt2_is_refused(method):
 
 @pytest.mark.parametrize(
     ("method", "count", "paper"),
-    [("llava-lora", 4_403_240, 4.4e6), ("lavin", 3_781_296, 3.8e6), ("llama-adapter", 1_757_278, 1.8e6)],
+    [
+        ("llava-lora", 4_403_240, 4.4e6),
+        ("lavin", 3_781_296, 3.8e6),
+        ("llama-adapter", 1_757_278, 1.8e6),
+        ("adem-vl", 4_530_432 - 2 * 12 * 1024, 4.53e6),  # its authors count an adapter that they never run
+    ],
 )
 def test_at_7b_as_many_parameters_are_trained_as_in_the_paper(method, count, paper):
     with torch.device("meta"):

@@ -130,7 +130,7 @@ def test_each_engine_gives_the_result_of_a_single_process(engine, single, train_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["llava-lora", "lavin", "llama-adapter"])
+@pytest.mark.parametrize("method", ["llava-lora", "lavin", "llama-adapter", "adem-vl"])
 def test_a_baseline_is_trained_and_evaluated_under_zero_2_where_one_process_has_no_image(method, train_on):
     seen, _, answers = train_on("ZeRO-2", 2, f"ZeRO-2 {method}", method=method, max_steps=1)
     assert [process["batch_has_image"] for process in seen] == [[True], [False]] and len(answers) == 4

@@ -65,7 +65,7 @@ class ModelArguments:
     """The method and the frozen bases."""
 
     method: Literal[(*DEHVF_METHODS, *BASELINES)] = field(
-        default="dehvf", metadata={"help": "What is trained: DEHVF, a setting of it, or a baseline of the paper."}
+        default="dehvf", metadata={"help": "What is trained: DEHVF, a setting of it, or a baseline."}
     )
     adapter: str | None = field(
         default=None,
