@@ -179,8 +179,7 @@ class Adapter:
         norm = vision_tower.get_submodule(layout.norm)
         if self.config.resolution != self.config.vision_config.image_size:
             kwargs |= layout.interpolation
-        adapters = [*self.vision_adapters, None]  # the last layer has none if it is not read
-        hidden_states = []
+        adapters, hidden_states = [*self.vision_adapters, None], []  # the last layer has none if it is not read
         outputs = run_extended(vision_tower, adapters, pixel_values, layer_outputs=hidden_states, **kwargs)
         class_features, patches = [], []
         for layer, hidden in enumerate(hidden_states):
