@@ -107,6 +107,7 @@ def test_a_method_sets_its_switch():
         (["--learning_rate", "1", "--base_learning_rate", "1"], "Remove one of them"),
         (["--early_stopping_patience", "2"], "needs `--load_best_model_at_end true`.*--eval_strategy"),
         (["--load_in_4bit", "true", "--method", "lavin"], "`--method lavin` does not support `--load_in_4bit`"),
+        (["--image_size", "112", "--method", "lavin"], "`--method lavin` does not support `--image_size`"),
         (["--load_in_4bit", "true", "--load_in_8bit", "true"], "only one can be used"),
         (["--method", "lavin", "--deepspeed", "launch/zero3.json"], "`--method lavin` does not .* ZeRO-3"),
         (["--num_train_epochs", "0", "--deepspeed", "ds_config.json"], "which DeepSpeed ZeRO-2 does not support"),
