@@ -311,7 +311,9 @@ class AdapterMixin:
         }
         revisions = map(known.get, bases)  # none for a base model that was taken from elsewhere
         try:
-            return DehvfProcessor.from_vision_text_pretrained(*bases, *revisions, **hub_arguments(source))
+            return DehvfProcessor.from_vision_text_pretrained(
+                *bases, *revisions, config.image_size, **hub_arguments(source)
+            )
         except (OSError, ValueError, ImportError) as error:
             logger.warning_once(
                 f"The adapter is saved without a processor, since none can be loaded from {' and '.join(bases)} "
@@ -370,12 +372,12 @@ class AdapterMixin:
 
     def _memory_origin(self) -> dict[str, str]:
         """What an image's memory, and the way to read it, depend on, beside the weights of the vision encoder."""
-        config, vision = self.config, self.config.vision_config
+        config = self.config
         # These change what is mixed, but no tensor of the adapter
         settings = ("num_groups", "layer_fusion", "layer_mapping", "layer_mapping_seed", "visual_prompts")
         return {
             "adapters": f"{digest(self.adapter_state_dict())} in {self.base_model.memory_slots.key.dtype}",
-            "image size": f"{vision.image_size} with patches of {vision.patch_size}",
+            "image size": f"{config.resolution} with patches of {config.vision_config.patch_size}",
             **{name: str(getattr(config, name)) for name in settings},
         }
 

@@ -40,13 +40,15 @@ class VisionLayout(NamedTuple):
     layers: str  # the list of layers
     norm: str  # the norm after the last layer
     has_class_token: bool  # at position 0
+    interpolation: dict  # arguments by which its forward takes images of another size than its own
 
 
+INTERPOLATE = {"interpolate_pos_encoding": True}
 # By the `model_type` of the vision encoder
 VISION_LAYOUTS = {
-    "clip_vision_model": VisionLayout("encoder.layers", "post_layernorm", has_class_token=True),
-    "siglip_vision_model": VisionLayout("encoder.layers", "post_layernorm", has_class_token=False),
-    "dinov2": VisionLayout("encoder.layer", "layernorm", has_class_token=True),
+    "clip_vision_model": VisionLayout("encoder.layers", "post_layernorm", True, INTERPOLATE),
+    "siglip_vision_model": VisionLayout("encoder.layers", "post_layernorm", False, INTERPOLATE),
+    "dinov2": VisionLayout("encoder.layer", "layernorm", True, {}),
 }
 
 BASE_NAMES = {"vision": "vision encoder", "text": "language model"}

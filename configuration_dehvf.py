@@ -89,6 +89,8 @@ class DehvfConfig(PreTrainedConfig):
             folder.
         merged_base (`bool`): whether the frozen weights lie beside the adapters, in `vision_model` and `text_model`,
             and are loaded from there.
+        image_size (`int`, *optional*): side in pixels of the square images that the vision encoder is given, any
+            multiple of its patch size, to which its position embeddings are interpolated. By default its own.
 
     The hierarchy and its fuser (method steps 2 to 5):
         num_groups (`int`, K): runs that the layers of both models are cut into, shallow with shallow and deep with
@@ -145,6 +147,7 @@ class DehvfConfig(PreTrainedConfig):
     vision_model_revision: str | None = None
     text_model_revision: str | None = None
     merged_base: bool = False
+    image_size: int | None = None
 
     num_groups: int = 4
     layer_fusion: Literal["adaptive", "mean", "penultimate"] = "adaptive"
@@ -212,9 +215,14 @@ class DehvfConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     @property
+    def resolution(self) -> int:
+        """Side of an image in pixels."""
+        return self.vision_config.image_size if self.image_size is None else self.image_size
+
+    @property
     def num_patches(self) -> int:
         """Patches per image (n)."""
-        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        return (self.resolution // self.vision_config.patch_size) ** 2
 
     @property
     def memory_positions(self) -> list[int]:
@@ -266,13 +274,23 @@ class DehvfConfig(PreTrainedConfig):
                     "model."
                 )
 
+    def validate_image_size(self):
+        """An image is a whole number of patches."""
+        patch_size = self.vision_config.patch_size
+        if self.image_size is not None and (self.image_size < 1 or self.image_size % patch_size):
+            nearest = max(round(self.image_size / patch_size), 1) * patch_size
+            raise ValueError(
+                f"`image_size` is {self.image_size}, but must be a positive multiple of the vision encoder's patch "
+                f"size, {patch_size}. The nearest is {nearest}."
+            )
+
     def validate_memory_slots(self):
         """Each patch has a slot."""
         if self.visual_prompts != "none" and self.num_memory_slots < self.num_patches:
             raise ValueError(
                 f"`num_memory_slots={self.num_memory_slots}` is less than the {self.num_patches} patches of an image "
-                f"(image_size {self.vision_config.image_size}, patch_size {self.vision_config.patch_size}). Raise "
-                f"`num_memory_slots` to at least {self.num_patches}."
+                f"(image_size {self.resolution}, patch_size {self.vision_config.patch_size}). Raise "
+                f"`num_memory_slots` to at least {self.num_patches}, or lower `image_size`."
             )
 
     def validate_fuser_heads(self):

@@ -11,9 +11,9 @@ IMAGE_ARGUMENTS = ("pixel_values", "image_mask", "visual_memory", "adapter_names
 
 
 def check_pixel_values(config: DehvfConfig, pixel_values: torch.Tensor):
-    """Raises `ValueError` if images do not have the shape that the vision encoder takes."""
-    vision = config.vision_config
-    _check_shape("pixel_values", pixel_values, (vision.num_channels, vision.image_size, vision.image_size))
+    """Raises `ValueError` if images do not have the shape that the adapter was made for."""
+    size = (config.vision_config.num_channels, config.resolution, config.resolution)
+    _check_shape("pixel_values", pixel_values, size)
 
 
 def check_visual_memory(config: DehvfConfig, visual_memory: torch.Tensor, batch_size: int | None = None):
@@ -54,8 +54,11 @@ def check_one_of(**given):
 
 def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]):
     if tuple(tensor.shape[1:]) != expected:
-        source = {"pixel_values": "processor", "visual_memory": "`get_image_features`"}[name]
+        advice = {
+            "pixel_values": "Make it with this model's own processor, or make the adapter with another `image_size`.",
+            "visual_memory": "Make it with this model's own `get_image_features`.",
+        }
         raise ValueError(
             f"`{name}` has the shape {tuple(tensor.shape)}, but this model takes (batch_size, "
-            f"{', '.join(map(str, expected))}). Make it with this model's own {source}."
+            f"{', '.join(map(str, expected))}). {advice[name]}"
         )

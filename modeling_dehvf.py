@@ -169,11 +169,13 @@ class Adapter:
         Method step 1, and `W_1`, `b_1` of step 6. Returns class features B N d, projected patches B N' n c of the
         layers that are read, and the encoder's own output.
         """
+        layout = VISION_LAYOUTS[self.config.vision_config.model_type]
+        norm = vision_tower.get_submodule(layout.norm)
+        if self.config.resolution != self.config.vision_config.image_size:
+            kwargs |= layout.interpolation
         adapters = [*self.vision_adapters, None]  # the last layer has none if it is not read
         hidden_states = []
         outputs = run_extended(vision_tower, adapters, pixel_values, layer_outputs=hidden_states, **kwargs)
-        layout = VISION_LAYOUTS[self.config.vision_config.model_type]
-        norm = vision_tower.get_submodule(layout.norm)
         class_features, patches = [], []
         for layer, hidden in enumerate(hidden_states):
             hidden = norm(hidden).to(self.projector.down.weight.dtype)  # B 1+n d
@@ -382,7 +384,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             `visual_prompts="none"`. Pass either as `visual_memory=` to `forward` or `generate`.
 
         Raises:
-            ValueError: if `pixel_values` does not have the encoder's shape, `image_mask` or `instruction` another
+            ValueError: if `pixel_values` does not have the adapter's image size, `image_mask` or `instruction` another
                 batch size, or an instruction is needed and missing.
         """
         return self._encode(self.active, pixel_values, image_mask, instruction, **kwargs)
@@ -542,8 +544,8 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         if pixel_values is None and visual_memory is None:
             if not self._needs_images:
                 return None
-            vision, num_texts = adapter.config.vision_config, inputs_embeds.shape[0]
-            blank = inputs_embeds.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+            config, num_texts = adapter.config, inputs_embeds.shape[0]
+            blank = inputs_embeds.new_zeros(1, config.vision_config.num_channels, config.resolution, config.resolution)
             pixel_values = blank.expand(num_texts, -1, -1, -1)
             image_mask = torch.zeros(num_texts, dtype=torch.bool, device=blank.device)
         if pixel_values is not None:

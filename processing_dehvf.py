@@ -51,6 +51,17 @@ CHAT_TEMPLATE = """\
 """
 
 
+def set_image_size(image_processor, image_size: int):
+    """Makes an image processor return square images of this side. One that crops them cuts off the same share."""
+    square = {"height": image_size, "width": image_size}
+    if getattr(image_processor, "do_center_crop", None):
+        scale = image_size / image_processor.crop_size["height"]
+        image_processor.size = {name: round(side * scale) for name, side in dict(image_processor.size).items()}
+        image_processor.crop_size = square
+    else:
+        image_processor.size = square
+
+
 class DehvfProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True}}
 
@@ -104,14 +115,18 @@ class DehvfProcessor(ProcessorMixin):
         text_model: str | os.PathLike,
         vision_model_revision: str | None = None,
         text_model_revision: str | None = None,
+        image_size: int | None = None,
         **kwargs,
     ):
-        """Loads the image processor of `vision_model` and the tokenizer of `text_model`, each a Hub id or folder."""
+        """
+        Loads the image processor of `vision_model` and the tokenizer of `text_model`, each a Hub id or folder.
+        `image_size` is that of [`DehvfConfig`].
+        """
         kwargs.setdefault("trust_remote_code", False)  # `None` asks in a terminal
-        return cls(
-            AutoImageProcessor.from_pretrained(vision_model, revision=vision_model_revision, **kwargs),
-            AutoTokenizer.from_pretrained(text_model, revision=text_model_revision, **kwargs),
-        )
+        image_processor = AutoImageProcessor.from_pretrained(vision_model, revision=vision_model_revision, **kwargs)
+        if image_size is not None:
+            set_image_size(image_processor, image_size)
+        return cls(image_processor, AutoTokenizer.from_pretrained(text_model, revision=text_model_revision, **kwargs))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -131,6 +146,7 @@ class DehvfProcessor(ProcessorMixin):
             config.text_model_id,
             vision_model_revision=config.vision_model_revision,
             text_model_revision=config.text_model_revision,
+            image_size=config.image_size,
             trust_remote_code=kwargs["trust_remote_code"],
             **hub_kwargs,
         )

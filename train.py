@@ -55,7 +55,7 @@ def main(arguments: list[str]):
     if training_args.run_name is None:  # for `report_to`: the same when the run resumes, and another for each run
         training_args.run_name = f"{folder.name}-{run['run'][:8]}"
 
-    processor = load_processor(model_args)
+    processor = load_processor(model_args, adapter_args)
     splits = load_splits(task, processor, data_args, training_args)  # before the model, so that errors come early
     model = load_model(model_args, adapter_args, baseline_args)
     trained, total = count_parameters(model)

@@ -80,8 +80,7 @@ def cached_tensors(causal_lm, tokens: int) -> list[torch.Tensor]:
 
 
 def encoded_image(model) -> torch.Tensor:
-    vision = model.config.vision_config
-    size = (1, vision.num_channels, vision.image_size, vision.image_size)
+    size = (1, model.config.vision_config.num_channels, model.config.resolution, model.config.resolution)
     with torch.no_grad():
         return model.get_image_features(torch.zeros(size, device=model.device)).pooler_output
 
@@ -255,7 +254,7 @@ def training_needs(shape: tuple, dtype: torch.dtype = torch.bfloat16) -> dict[st
         vision = AutoModel.from_config(config.vision_config, dtype=dtype)
         text = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
         model = speed.build(speed.DEHVF, config, vision, text).train()
-        size = config.vision_config.image_size
+        size = config.resolution
         ids = torch.zeros(ESTIMATE_BATCH, ESTIMATE_TOKENS, dtype=torch.long)
         # One that needs no look at its values
         mask = torch.ones(ESTIMATE_BATCH, 1, ESTIMATE_TOKENS, ESTIMATE_TOKENS, dtype=torch.bool)

@@ -170,7 +170,7 @@ def measure_seconds() -> dict:
     for name, row in TABLES["Methods (the paper's Tables 1 and 2)"].items():
         words = [*words_of(flags_of(row, 0)), "--max_samples", "100", "--output_dir", str(RUNS / "seconds")]
         _, data, model_args, adapter_args, baseline_args, training_args = parse_arguments(words)
-        task, processor = get_task(data.task), load_processor(model_args)
+        task, processor = get_task(data.task), load_processor(model_args, adapter_args)
         splits = load_splits(task, processor, data, training_args)
         model = load_model(model_args, adapter_args, baseline_args)
         reads = getattr(model.config, "reads_instruction", False)

@@ -11,11 +11,13 @@ from contextlib import suppress
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_train import scienceqa, tiny_flags  # noqa: F401
 from tiny import (
     DEHVF_SIZES,
     ROOT,
+    VISION_BACKBONES,
     DehvfForConditionalGeneration,
     save_tiny_bases,
     tiny_inputs,
@@ -372,6 +374,21 @@ def test_a_merged_folder_needs_no_other(tmp_path, values):
     given = {"vision_model": moved / "vision_model", "text_model": moved / "text_model"}
     third = AutoModel.from_pretrained(tmp_path / "adapter", trust_remote_code=True, **given)
     assert torch.equal(third(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
+
+
+@pytest.mark.parametrize("vision_type", VISION_BACKBONES)
+def test_the_image_size_is_saved_with_the_adapter_and_its_processor(tmp_path, vision_type):
+    bases = save_tiny_bases(tmp_path, vision_type=vision_type)
+    model = DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **DEHVF_SIZES, image_size=8)
+    model.save_pretrained(tmp_path / "adapter")
+    inputs = tiny_inputs(image_size=8)
+    again = AutoModel.from_pretrained(tmp_path / "adapter", trust_remote_code=True)
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    for _ in range(2):  # the saved processor, and one made of those of the bases
+        processor = AutoProcessor.from_pretrained(tmp_path / "adapter", trust_remote_code=True)
+        found = processor(images=[Image.new("RGB", (30, 20))], return_tensors="pt")
+        assert found["pixel_values"].shape == (1, 3, 8, 8)
+        (tmp_path / "adapter" / "processor_config.json").unlink(missing_ok=True)
 
 
 def test_offloaded_base_models_are_merged_into_shards(tmp_path):

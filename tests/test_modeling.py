@@ -8,6 +8,7 @@ import torch
 from tiny import (
     ABLATIONS,
     DEHVF_SIZES,
+    IMAGE_SIZE,
     NUM_PATCHES,
     NUM_TEXT_LAYERS,
     NUM_VISION_LAYERS,
@@ -102,7 +103,10 @@ def reference_vision_states(dehvf, pixel_values):
         layer.mlp.register_forward_hook(partial(add_adapter, adapter=adapter))
         for layer, adapter in zip(vision_parts(dehvf)[0], dehvf.vision_adapters)
     ]
-    states = dehvf.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    options = {"output_hidden_states": True}
+    if dehvf.config.vision_config.model_type != "dinov2":  # which always does
+        options["interpolate_pos_encoding"] = True
+    states = dehvf.vision_tower(pixel_values, **options).hidden_states
     for hook in hooks:
         hook.remove()
     return states
@@ -235,6 +239,7 @@ def test_each_ablation_equals_the_slow_reference(ablation):
         {"num_groups": 4, "num_hidden_layers": 26},
         {"num_groups": 1},
         *({"vision_type": name} for name in VISION_BACKBONES),
+        *({"vision_type": name, "image_size": 24, "num_memory_slots": 40} for name in VISION_BACKBONES),
     ],
     ids=str,
 )
@@ -243,8 +248,19 @@ def test_each_hierarchy_and_vision_encoder_equals_the_slow_reference(values):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("vision_type", VISION_BACKBONES)
+def test_the_encoders_own_image_size_can_be_given(vision_type):
+    model, same = (tiny_model(vision_type=vision_type, image_size=size) for size in (None, IMAGE_SIZE))
+    assert torch.equal(model(**tiny_inputs()).logits, same(**tiny_inputs()).logits)
+    smaller = tiny_model(vision_type=vision_type, image_size=8)
+    assert smaller.get_image_features(tiny_inputs(image_size=8)["pixel_values"]).pooler_output.shape[3] == 4
+    with pytest.raises(ValueError, match=r"\(2, 3, 16, 16\), but .*batch_size, 3, 8, 8\).* another `image_size`"):
+        smaller(**tiny_inputs())
+
+
+@torch.no_grad()
 def check_against_reference(model):
-    inputs = tiny_inputs(batch_size=3)
+    inputs = tiny_inputs(batch_size=3, image_size=model.config.resolution)
     image_mask = torch.tensor([True, False, True])
     logits = model(**inputs, image_mask=image_mask).logits
     for sample, has_image in enumerate(image_mask):

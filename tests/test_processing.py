@@ -28,6 +28,7 @@ from tiny import (
     tiny_processor,
     tiny_tokenizer,
 )
+from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from dehvf import processing
 
@@ -41,6 +42,24 @@ def image(color="red", size=(20, 30)):
 
 def pixels_of(image) -> torch.Tensor:
     return tiny_processor()(images=image, return_tensors="pt")["pixel_values"]
+
+
+@pytest.mark.parametrize(
+    "image_processor, size",
+    [
+        (BitImageProcessorPil(size={"shortest_edge": 256}), {"shortest_edge": 128}),
+        (CLIPImageProcessorPil(), {"shortest_edge": 112}),
+        (SiglipImageProcessorPil(), {"height": 112, "width": 112}),
+    ],
+    ids=["DINOv2", "CLIP", "SigLIP"],
+)
+def test_an_image_processor_is_set_to_another_size(image_processor, size):
+    before = image_processor(Image.new("RGB", (300, 200)), return_tensors="np")["pixel_values"]
+    assert before.shape == (1, 3, 224, 224)
+    processing.set_image_size(image_processor, 112)
+    assert dict(image_processor.size) == size
+    found = image_processor(Image.new("RGB", (300, 200)), return_tensors="np")["pixel_values"]
+    assert found.shape == (1, 3, 112, 112)
 
 
 # --- texts ---

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import DEHVF_SIZES, ROOT, DehvfConfig, run, save_tiny_bases, tiny_processor
+from tiny import DEHVF_SIZES, IMAGE_SIZE, ROOT, DehvfConfig, run, save_tiny_bases, tiny_processor
 from transformers import AutoModelForImageTextToText
 
 import train
@@ -105,6 +105,7 @@ def test_a_method_sets_its_switch():
         (["--learning_rate", "1", "--base_learning_rate", "1"], "Remove one of them"),
         (["--early_stopping_patience", "2"], "needs `--load_best_model_at_end true`.*--eval_strategy"),
         (["--load_in_4bit", "true", "--method", "lavin"], "`--method lavin` does not support `--load_in_4bit`"),
+        (["--image_size", "112", "--method", "lavin"], "`--method lavin` does not support `--image_size`"),
         (["--load_in_4bit", "true", "--load_in_8bit", "true"], "only one can be used"),
         (["--method", "lavin", "--deepspeed", "launch/zero3.json"], "`--method lavin` does not .* ZeRO-3"),
         (["--num_train_epochs", "0", "--deepspeed", "ds_config.json"], "which DeepSpeed ZeRO-2 does not support"),
@@ -479,10 +480,12 @@ def test_the_most_likely_option_is_that_of_the_models_logits(trained):
         assert record["choice"] == int(logits.argmax()) and logits[0] != logits[1]
 
 
-def test_a_setting_is_named_by_what_its_adapters_are(scienceqa, tmp_path):
-    train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "memvp", method="memvp"))
+def test_a_setting_and_its_image_size_are_those_of_the_adapters(scienceqa, tmp_path):
+    train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "memvp", method="memvp", image_size=8))
     train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "again", adapter=tmp_path / "memvp", num_train_epochs=0))
     assert json.loads((tmp_path / "again" / "results.json").read_text())["method"] == "memvp"
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (config["image_size"], config["vision_config"]["image_size"]) == (8, IMAGE_SIZE)
 
 
 def test_the_best_checkpoint_is_that_of_the_tasks_score(scienceqa, tmp_path):

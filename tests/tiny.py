@@ -105,10 +105,9 @@ def tiny_vision_config(vision_type: str, **values):
 
 def tiny_config(model_type: str = "llama", vision_type: str = "clip_vision_model", **values):
     text = {name: values.pop(name) for name in list(values) if name in TEXT_SIZES and name != "initializer_range"}
-    vision = {name: values.pop(name) for name in ("image_size", "patch_size") if name in values}
     return DehvfConfig(
         text_config=tiny_text_config(model_type, **text),
-        vision_config=tiny_vision_config(vision_type, **vision),
+        vision_config=tiny_vision_config(vision_type),
         **{**DEHVF_SIZES, **values},
     )
 
@@ -133,12 +132,14 @@ def vision_parts(dehvf) -> tuple[torch.nn.ModuleList, torch.nn.Module]:
     return tower.encoder.layers, tower.post_layernorm
 
 
-def tiny_inputs(batch_size: int = 2, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
+def tiny_inputs(
+    batch_size: int = 2, length: int = 7, seed: int = 0, image_size: int = IMAGE_SIZE
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
         "input_ids": torch.randint(3, VOCAB_SIZE, (batch_size, length), generator=generator),
         "attention_mask": torch.ones(batch_size, length, dtype=torch.long),
-        "pixel_values": torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
+        "pixel_values": torch.randn(batch_size, 3, image_size, image_size, generator=generator),
     }
 
 

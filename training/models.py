@@ -11,13 +11,15 @@ from dehvf import DehvfForConditionalGeneration, DehvfProcessor
 from training.arguments import BASES, DEHVF_METHODS
 
 
-def load_processor(model_args):
+def load_processor(model_args, adapter_args):
     """Raises `OSError` if there is no tokenizer or image processor."""
     bases = (model_args.vision_model, model_args.text_model)
     try:
         if model_args.adapter is not None:
             return DehvfProcessor.from_pretrained(model_args.adapter, revision=model_args.adapter_revision)
-        return DehvfProcessor.from_vision_text_pretrained(*bases, **base_revisions(model_args))
+        return DehvfProcessor.from_vision_text_pretrained(
+            *bases, **base_revisions(model_args), image_size=adapter_args.image_size
+        )
     except OSError as error:
         places = bases if model_args.adapter is None else (model_args.adapter,)
         raise OSError(
