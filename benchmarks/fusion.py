@@ -82,7 +82,7 @@ class Evaluation:
         processor = load_processor(model_args, adapter_args)
         self.split = load_splits(self.task, processor, data_args, training_args)["test"]
         self.model = load_model(model_args, adapter_args, baseline_args)
-        if self.model.model.fuser is None:
+        if getattr(self.model.base_model, "fuser", None) is None:
             raise ValueError(
                 f"{model_args.adapter} was trained with `layer_fusion={self.model.config.layer_fusion!r}` and "
                 f"`visual_prompts={self.model.config.visual_prompts!r}`, so it has no fuser. Give an adapter with "

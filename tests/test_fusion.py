@@ -144,3 +144,6 @@ def test_the_benchmark_scores_an_adapter_with_its_own_and_with_other_weights(tmp
     assert report["figures"] == results["fusion"]
     assert report["accuracy"]["the adapter's own"] == pytest.approx(results["scores"]["average"], abs=0.01)
     assert len(report["accuracy"]) == 7
+    train.main(tiny_flags(tmp_path, tmp_path / "data", output, layer_fusion="mean", max_steps=1))
+    with pytest.raises(ValueError, match="it has no fuser"):
+        fusion.measure([*data, *fixed])
