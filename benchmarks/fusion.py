@@ -11,6 +11,7 @@ If no replacement costs accuracy, the fuser is decoration.
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -140,7 +141,7 @@ def main():
     with TemporaryDirectory() as folder:
         fixed = ["--adapter", options.adapter, "--num_train_epochs", "0", "--output_dir", folder]
         report = measure([*data, *fixed, *flags])
-    report = {"machine": describe_machine(), "command": " ".join(sys.argv), "adapter": options.adapter, **report}
+    report = {"machine": describe_machine(), "command": shlex.join(["python", "-m", "benchmarks.fusion", *sys.argv[1:]]), "adapter": options.adapter, **report}
     print(describe_fusion(report["figures"]))
     print(f"\n| fusion weights | {report['score']} |\n|---|---|")
     for name, accuracy in report["accuracy"].items():
