@@ -141,7 +141,12 @@ def main():
     with TemporaryDirectory() as folder:
         fixed = ["--adapter", options.adapter, "--num_train_epochs", "0", "--output_dir", folder]
         report = measure([*data, *fixed, *flags])
-    report = {"machine": describe_machine(), "command": shlex.join(["python", "-m", "benchmarks.fusion", *sys.argv[1:]]), "adapter": options.adapter, **report}
+    report = {
+        "machine": describe_machine(),
+        "command": shlex.join(["python", "-m", "benchmarks.fusion", *sys.argv[1:]]),
+        "adapter": options.adapter,
+        **report,
+    }
     print(describe_fusion(report["figures"]))
     print(f"\n| fusion weights | {report['score']} |\n|---|---|")
     for name, accuracy in report["accuracy"].items():
