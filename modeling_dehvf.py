@@ -661,7 +661,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         """
         Args:
             labels: `(batch_size, sequence_length)` token ids, -100 where no loss is taken.
-            logits_to_keep: compute logits for the last so many positions only; 0 is all.
+            logits_to_keep: compute logits, and the loss, for the last so many positions only; 0 is all.
 
         All others as in [`DehvfModel.forward`]; with `labels`, the tokens without a loss are the user's by default.
         """
@@ -689,7 +689,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
             logits = softcap * torch.tanh(logits / softcap)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+            loss = self.loss_function(logits, labels[:, kept], vocab_size=text_config.vocab_size, **kwargs)
         # The cache among these is `past_key_values` or `cache`, depending on the release
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return DehvfCausalLMOutputWithPast(loss=loss, logits=logits, **rest)

@@ -701,6 +701,7 @@ def test_the_loss_is_that_of_the_labels():
     outputs = model(**inputs, labels=labels)
     expected = F.cross_entropy(outputs.logits[:, 3:-1].flatten(0, 1), labels[:, 4:].flatten())
     torch.testing.assert_close(outputs.loss, expected)
+    torch.testing.assert_close(model(**inputs, labels=labels, logits_to_keep=4).loss, expected)
 
 
 # --- bad input ---

@@ -14,16 +14,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import DEHVF_SIZES, IMAGE_SIZE, ROOT, DehvfConfig, run, save_tiny_bases, tiny_processor
+from tiny import DEHVF_SIZES, IMAGE_SIZE, ROOT, DehvfConfig, run, save_tiny_bases, tiny_model, tiny_processor
 from transformers import AutoModelForImageTextToText
 
 import train
 from tasks import get_task, score_folder
 from training import arguments
-from training.arguments import DataArguments, parse_arguments
+from training.arguments import DataArguments, DehvfTrainingArguments, parse_arguments
 from training.data import Collator, RowEncoder, Split, StreamedSplit, read_image, render, tokenize
 from training.flags import DEFAULT_RECIPE, argument_names, recipes
 from training.models import load_processor
+from training.trainer import AnswerTrainer
 
 
 def make_rows(size=6, hint="abc"):
@@ -223,6 +224,18 @@ def test_a_long_prompt_loses_context_and_nothing_else(scienceqa):
     assert shortened[0]["labels"].count(-100) == length - 10
     decode = tiny_processor().tokenizer.decode
     assert decode(shortened[0]["input_ids"]) == decode(whole[0]["input_ids"]).replace("r too long", "")
+
+
+def test_training_computes_the_logits_of_the_answers_alone(scienceqa, tmp_path):
+    model, collator = tiny_model(max_position_embeddings=512), Collator(tiny_processor())
+    batch = collator([make_split(scienceqa[0])[index] for index in range(4)])
+    arguments = DehvfTrainingArguments(str(tmp_path), use_cpu=True)
+    trainer = AnswerTrainer(model=model, args=arguments, data_collator=collator, max_new_tokens=1, run={})
+    widths = []
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: widths.append(logits.shape[1]))
+    loss = trainer.compute_loss(model, dict(batch))
+    torch.testing.assert_close(loss, model(**{name: batch[name] for name in batch if name != "index"}).loss)
+    assert widths == [len("The answer is A.") + 2, batch["input_ids"].shape[1]]  # with EOS, and one before them
 
 
 def test_a_chat_template_can_replace_that_of_the_tokenizer(tmp_path):

@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from dehvf import DehvfForConditionalGeneration
 from training.checkpoints import find_last_checkpoint, read_manifest, remove_older_checkpoints, write_manifest
 from training.engines import AdapterTrainer
 from training.fusion import FusionRecorder
@@ -183,6 +184,11 @@ class AnswerTrainer(AdapterTrainer):
                 together, before the step, and the adapters are in a complete checkpoint.
         """
         rows = inputs.pop("index")
+        own_loss = self.label_smoother is None and self.compute_loss_func is None
+        if own_loss and isinstance(self.model, DehvfForConditionalGeneration):
+            # Only an answer has a loss: logits of the prompt would cost time and memory for nothing
+            answers = (inputs["labels"] != -100).any(dim=0).int()
+            inputs["logits_to_keep"] = len(answers) - int(answers.argmax()) + 1
         self.speed.count(inputs, self.model, len(self.data_collator.image_tokens))
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         self.losses.append((loss.detach().isfinite().all(), rows))
