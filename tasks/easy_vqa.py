@@ -167,7 +167,7 @@ def context(row: dict) -> str:
 
 
 def prompt(row: dict, context: str) -> str:
-    return f"Question: {row['question']}"
+    return row["question"]
 
 
 def answer(row: dict) -> str:
