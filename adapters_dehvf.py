@@ -318,7 +318,7 @@ class AdapterMixin:
         revisions = map(known.get, bases)  # none for a base model that was taken from elsewhere
         try:
             return DehvfProcessor.from_vision_text_pretrained(
-                *bases, *revisions, config.image_size, **hub_arguments(source)
+                *bases, *revisions, image_size=config.image_size, **hub_arguments(source)
             )
         except (OSError, ValueError, ImportError) as error:
             logger.warning_once(

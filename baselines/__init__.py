@@ -23,12 +23,12 @@ from transformers import AutoModel, AutoModelForCausalLM, LlavaConfig, LlavaForC
 from transformers.activations import ACT2FN
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from dehvf import bases, injection
+from dehvf import DehvfConfig, bases, injection
 
 
 METHODS = {"llava-lora": "llava_lora", "lavin": "lavin", "llama-adapter": "llama_adapter", "adem-vl": "adem_vl"}
-# `model_type`s that all methods can adapt: their layers take further keyword arguments and hand them to `self_attn`
-VISION_TYPES, TEXT_TYPES = ("clip_vision_model",), ("llama", "mistral")
+# Language models that all methods can adapt: their layers take further keyword arguments and hand them to `self_attn`
+TEXT_TYPES = ("llama", "mistral")
 
 
 @dataclass
@@ -133,14 +133,27 @@ class Projector(nn.Module):
         return self.up(self.act(self.down(features.to(self.down.weight.dtype))))
 
 
+def class_features(hidden_states: torch.Tensor, has_class_token: bool) -> torch.Tensor:
+    """
+    The class tokens of hidden states, `(num_images, num_tokens, width)` to `(num_images, width)`; of a vision encoder
+    without one (SigLIP) the means over the patches, as in DEHVF.
+    """
+    return hidden_states[:, 0] if has_class_token else hidden_states.mean(dim=1)
+
+
 class ClassTokenProjector(Projector):
     """
     Takes the hidden states of several layers side by side, as LLaVA does with a list in `vision_feature_layer`, and
-    projects their class tokens: one token per `in_size` of their width.
+    projects their [`class_features`]: one token for every `layers_per_token` of them.
     """
 
+    def __init__(self, vision_config, layers_per_token: int, size: int, out_size: int, hidden_act: str):
+        super().__init__(layers_per_token * vision_config.hidden_size, size, out_size, hidden_act)
+        self.has_class_token = bases.VISION_LAYOUTS[vision_config.model_type].has_class_token
+
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return super().forward(features[:, 0].unflatten(-1, (-1, self.down.in_features)))
+        features = class_features(features, self.has_class_token)
+        return super().forward(features.unflatten(-1, (-1, self.down.in_features)))
 
 
 def spread_layers(num_layers: int, number: int) -> list[int]:
@@ -158,25 +171,25 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
     `transformers`' LLaVA on loaded bases, which it freezes. Subclasses add what is trained; only that is saved.
 
     Args:
-        vision_tower (`CLIPVisionModel`), causal_lm (`LlamaForCausalLM` or `MistralForCausalLM`): the bases.
+        vision_tower, causal_lm (`PreTrainedModel`): the bases, of a type in `VISION_LAYOUTS` and `TEXT_TYPES`.
         projector (`nn.Module`): takes the place of `multi_modal_projector`.
+        image_size (`int`, *optional*): side of the images in pixels, as in [`DehvfConfig`].
         config_values: fields of `LlavaConfig`, on how the vision tower is read.
 
     Raises:
-        ValueError: if a base is of another type.
+        ValueError: if `image_size` is not a positive multiple of the patch size.
     """
 
-    def __init__(self, vision_tower, causal_lm, projector: nn.Module, **config_values):
-        for base, known in ((vision_tower, VISION_TYPES), (causal_lm, TEXT_TYPES)):
-            if base.config.model_type not in known:
-                raise ValueError(f"The baselines take {' and '.join(known)}, not `{base.config.model_type}`.")
+    def __init__(self, vision_tower, causal_lm, projector: nn.Module, image_size: int | None, **config_values):
         config = LlavaConfig(
             vision_config=vision_tower.config,
             text_config=causal_lm.config,
             image_token_index=causal_lm.config.vocab_size,  # the first id that no token has; it gets no weights
             attn_implementation=causal_lm.config._attn_implementation,  # or the bases would lose theirs
+            image_size=image_size,
             **config_values,
         )
+        DehvfConfig.validate_image_size(config)  # it has the fields that the check reads
         with torch.device("meta"):  # all that LLaVA builds itself is replaced
             super().__init__(config)
         self.model.vision_tower = vision_tower
@@ -185,6 +198,20 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         self.generation_config = causal_lm.generation_config
         self.requires_grad_(False)
         self.model.multi_modal_projector = projector
+
+    @property
+    def vision_layout(self) -> bases.VisionLayout:
+        return bases.VISION_LAYOUTS[self.config.vision_config.model_type]
+
+    @property
+    def resolution(self) -> int:
+        """Side of an image in pixels."""
+        return self.config.image_size or self.config.vision_config.image_size
+
+    @property
+    def grid_size(self) -> int:
+        """Number of patches along the side of an image."""
+        return self.resolution // self.config.vision_config.patch_size
 
     def image_features(
         self, pixel_values: torch.Tensor | None = None, image_mask: torch.Tensor | None = None
@@ -197,13 +224,13 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         Returns:
             `torch.Tensor` of shape `(num_images, num_image_tokens, language_hidden_size)`.
         """
+        vision, size = self.config.vision_config, self.resolution
         if pixel_values is None:
-            vision = self.config.vision_config
-            size = (1, vision.num_channels, vision.image_size, vision.image_size)
-            pixel_values = torch.zeros(size, device=self.device)
+            pixel_values = torch.zeros(1, vision.num_channels, size, size, device=self.device)
         elif image_mask is not None:
             pixel_values = pixel_values[image_mask]
-        return torch.stack(self.model.get_image_features(pixel_values).pooler_output)
+        arguments = {} if size == vision.image_size else self.vision_layout.interpolation
+        return torch.stack(self.model.get_image_features(pixel_values, **arguments).pooler_output)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
         arguments = injection.checkpointing_arguments(activation_checkpointing_kwargs)
@@ -292,19 +319,22 @@ class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def assemble(method: str, vision_tower, causal_lm, arguments: BaselineArguments):
+def assemble(method: str, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
     """
     New trained modules, in fp32, on loaded bases.
 
     Args:
         method: one of `METHODS`.
-        vision_tower, causal_lm: see [`FrozenBasesForConditionalGeneration`].
+        vision_tower, causal_lm, image_size: see [`FrozenBasesForConditionalGeneration`].
 
     Raises:
-        ValueError: if the method is none of these, or does not fit the bases.
+        ValueError: if the method is none of these, a base is of another type, or a value does not fit the bases.
     """
+    for base, known in ((vision_tower, bases.VISION_LAYOUTS), (causal_lm, TEXT_TYPES)):
+        if base.config.model_type not in known:
+            raise ValueError(f"The baselines take {', '.join(known)}, not `{base.config.model_type}`.")
     with causal_lm.device:
-        return _method_module(method).assemble(vision_tower, causal_lm, arguments)
+        return _method_module(method).assemble(vision_tower, causal_lm, arguments, image_size)
 
 
 def _method_module(method: str):
@@ -322,6 +352,7 @@ def build(
     attn_implementation: str | None = None,
     vision_model_revision: str | None = None,
     text_model_revision: str | None = None,
+    image_size: int | None = None,
     **method_values,
 ) -> FrozenBasesForConditionalGeneration:
     """
@@ -331,6 +362,7 @@ def build(
         vision_model, text_model: Hub id or folder of the vision encoder and of the language model.
         dtype, attn_implementation: of the bases, as in `from_pretrained`.
         vision_model_revision, text_model_revision: commits of those repositories.
+        image_size: side of the images in pixels, by default the vision encoder's own.
         method_values: fields of [`BaselineArguments`].
 
     Raises:
@@ -341,7 +373,7 @@ def build(
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     vision_tower = _load_base(AutoModel, "vision", vision_model, vision_model_revision, **options)
     causal_lm = _load_base(AutoModelForCausalLM, "text", text_model, text_model_revision, **options)
-    model = assemble(method, vision_tower, causal_lm, arguments)
+    model = assemble(method, vision_tower, causal_lm, arguments, image_size)
     facts = {"method": method, **vars(arguments)}
     for key, location, base in (("vision", vision_model, vision_tower), ("text", text_model, causal_lm)):
         facts[f"{key}_model_id"] = os.path.abspath(location) if os.path.isdir(location) else location

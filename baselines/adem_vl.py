@@ -21,7 +21,9 @@ the patches are those of the 23rd. It is left out here. Two more differences:
 
 - There, sequences start with the words "Image:" or "Image: N/A". Here each method gets the same text.
 - There, the scales are numbers of patches, 256 and 64. Here they are the sides of the averaged squares, 1 and 2, so
-  that 16 x 16 patches give 16 x 16 and 8 x 8, and encoders with another number of patches can be used.
+  that 16 x 16 patches give 16 x 16 and 8 x 8, and encoders and images with another number of patches can be used.
+
+Where the vision encoder has no class token, the mean over the patches takes its place.
 """
 
 from functools import partial
@@ -32,7 +34,7 @@ from torch.nn import functional as F
 
 from dehvf import injection
 
-from . import BaselineArguments, FrozenBasesForConditionalGeneration, Projector
+from . import BaselineArguments, FrozenBasesForConditionalGeneration, Projector, class_features
 
 
 class VisionAdapter(nn.Module):
@@ -76,12 +78,13 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
         ValueError: if `adem_pool_sizes` do not divide the grid of patches or `adem_drop_ratio` is not in [0, 1).
     """
 
-    def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments):
+    def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
         vision, width, act = vision_tower.config, causal_lm.config.hidden_size, "silu"
         super().__init__(
             vision_tower,
             causal_lm,
             nn.Identity(),
+            image_size,
             vision_feature_layer=-2,
             vision_feature_select_strategy="full",
             image_seq_length=1,
@@ -90,10 +93,9 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
         self.drop_ratio, self.memory_scale = arguments.adem_drop_ratio, arguments.adem_memory_scale
         if not 0 <= self.drop_ratio < 1:
             raise ValueError(f"`adem_drop_ratio` is {self.drop_ratio}. Set it to at least 0 and less than 1.")
-        self.grid_size = vision.image_size // vision.patch_size
         if not self.pool_sizes or any(size < 1 or self.grid_size % size for size in self.pool_sizes):
             raise ValueError(
-                f"`adem_pool_sizes` are {self.pool_sizes}, but the vision encoder has {self.grid_size} x "
+                f"`adem_pool_sizes` are {self.pool_sizes}, but an image has {self.grid_size} x "
                 f"{self.grid_size} patches. Give one or more divisors of {self.grid_size}."
             )
         self.num_slots = sum((self.grid_size // size) ** 2 for size in self.pool_sizes)
@@ -105,7 +107,8 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
         self.class_projector = Projector(vision.hidden_size, arguments.adem_projector_size, width, act)
         self.key_embedding = nn.Parameter(0.02 * torch.randn(self.num_slots, width))
         self.value_embedding = nn.Parameter(torch.zeros(self.num_slots, width))
-        for layers in (vision_tower.encoder.layers, self.model.language_model.layers):
+        vision_layers = vision_tower.get_submodule(self.vision_layout.layers)
+        for layers in (vision_layers, self.model.language_model.layers):
             injection.extend_layers(layers, injection.AdaptedFFN)
 
     @property
@@ -126,12 +129,12 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
         """
         adapters = [*self.vision_adapters, None]
         features = injection.run_extended(super().image_features, adapters, pixel_values, image_mask)
-        features = self.model.vision_tower.post_layernorm(features).to(self.key_embedding.dtype)  # I 1+n c
-        grid = features[:, 1:].mT.unflatten(-1, (self.grid_size, self.grid_size))
+        layout, vision_tower = self.vision_layout, self.model.vision_tower
+        features = vision_tower.get_submodule(layout.norm)(features).to(self.key_embedding.dtype)  # I 1+n c, or I n c
+        class_token = class_features(features, layout.has_class_token)[:, None]  # I 1 c
+        grid = features[:, int(layout.has_class_token) :].mT.unflatten(-1, (self.grid_size, self.grid_size))
         patches = torch.cat([F.avg_pool2d(grid, size).flatten(2) for size in self.pool_sizes], dim=-1).mT  # I S c
-        return torch.cat(
-            (self.class_projector(features[:, :1]), self.image_scale * self.patch_projector(patches)), dim=1
-        )
+        return torch.cat((self.class_projector(class_token), self.image_scale * self.patch_projector(patches)), dim=1)
 
     def visual_embeds(
         self, input_ids: torch.LongTensor, pixel_values: torch.Tensor | None, image_mask: torch.Tensor | None

@@ -20,13 +20,20 @@ Three differences, of which the first changes no result:
   language model on their own, once per forward or per call of `generate`, and sequences and caches stay as they are.
 - There, the vision encoder's routers get sequences with the batch second, and so weigh each position by the first
   image of the batch. Here they look at each image's class token, and a sample does not depend on its neighbours.
+  Where the encoder has none, the mean over the patches takes its place, here and in the image tokens.
 - There, sequences start with the words "Image:" or "Image: N/A". Here each method gets the same text.
 """
 
 import torch
 from torch import nn
 
-from . import BaselineArguments, ClassTokenProjector, ImageTokensForConditionalGeneration, spread_layers
+from . import (
+    BaselineArguments,
+    ClassTokenProjector,
+    ImageTokensForConditionalGeneration,
+    class_features,
+    spread_layers,
+)
 
 
 class MixtureOfModalityAdapter(nn.Module):
@@ -38,15 +45,16 @@ class MixtureOfModalityAdapter(nn.Module):
         size: hidden width of the adapters.
         temperature: divides the router's scores.
         dropout: on the hidden activations in training.
+        has_class_token: whether the router reads the first token, or the mean over all.
     """
 
-    def __init__(self, width: int, size: int, temperature: float, dropout: float):
+    def __init__(self, width: int, size: int, temperature: float, dropout: float, has_class_token: bool):
         super().__init__()
         self.down = nn.Linear(width, size)
         self.up = nn.ModuleList(nn.Conv1d(size, width, kernel_size=1, groups=2) for _ in range(2))
         self.router = nn.Linear(width, 2)
         self.dropout = nn.Dropout(dropout)
-        self.temperature = temperature
+        self.temperature, self.has_class_token = temperature, has_class_token
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.zeros_(self.down.bias)
         for up in self.up:  # the bases start as they are
@@ -54,8 +62,9 @@ class MixtureOfModalityAdapter(nn.Module):
             nn.init.zeros_(up.bias)
 
     def route(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The weights of both adapters, `(batch_size, 2)`, from the first token of `(batch_size, length, width)`."""
-        return (self.router(hidden_states[:, 0].to(self.router.weight.dtype)) / self.temperature).softmax(dim=-1)
+        """The weights of both adapters, `(batch_size, 2)`, from hidden states `(batch_size, length, width)`."""
+        features = class_features(hidden_states, self.has_class_token).to(self.router.weight.dtype)
+        return (self.router(features) / self.temperature).softmax(dim=-1)
 
     def forward(self, hidden_states: torch.Tensor, routing: torch.Tensor | None = None) -> torch.Tensor:
         routing = self.route(hidden_states) if routing is None else routing
@@ -72,6 +81,8 @@ def adapt_input(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
     routing = kwargs.pop("routing", None)
     if routing is not None:
         routing = routing[:, attention.layer_idx]
+    if args:  # DINOv2 passes the hidden states by position
+        return (attention.adapter(args[0], routing), *args[1:]), kwargs
     kwargs["hidden_states"] = attention.adapter(kwargs["hidden_states"], routing)
     return args, kwargs
 
@@ -79,26 +90,31 @@ def adapt_input(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
 class LavinForConditionalGeneration(ImageTokensForConditionalGeneration):
     """LaVIN. Its image tokens are class tokens of layers that are evenly spread over the depth."""
 
-    def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments):
+    def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
         vision, width, act = vision_tower.config, causal_lm.config.hidden_size, "silu"
         super().__init__(
             vision_tower,
             causal_lm,
-            ClassTokenProjector(vision.hidden_size, arguments.lavin_projector_size, width, act),
+            ClassTokenProjector(vision, 1, arguments.lavin_projector_size, width, act),
+            image_size,
             projector_hidden_act=act,
             vision_feature_layer=spread_layers(vision.num_hidden_layers, arguments.lavin_image_tokens),
             vision_feature_select_strategy="full",
             image_seq_length=arguments.lavin_image_tokens,
         )
         self.modality_embedding = nn.Embedding(2, width)  # text alone, text with an image
-        for layer in (*vision_tower.encoder.layers, *self.model.language_model.layers):
-            layer.self_attn.adapter = MixtureOfModalityAdapter(
-                layer.self_attn.config.hidden_size,
+        layout = self.vision_layout
+        vision_layers = vision_tower.get_submodule(layout.layers)
+        for layer in (*vision_layers, *self.model.language_model.layers):
+            attention = layer.attention if hasattr(layer, "attention") else layer.self_attn  # the former in DINOv2
+            attention.adapter = MixtureOfModalityAdapter(
+                attention.config.hidden_size,
                 arguments.lavin_adapter_size,
                 arguments.lavin_temperature,
                 arguments.lavin_adapter_dropout,
+                has_class_token=layout.has_class_token or layer not in vision_layers,
             )
-            layer.self_attn.register_forward_pre_hook(adapt_input, with_kwargs=True)
+            attention.register_forward_pre_hook(adapt_input, with_kwargs=True)
 
     def routing(self, image_mask: torch.Tensor | None, batch_size: int) -> torch.Tensor:
         """

@@ -5,8 +5,9 @@ beside the sequence, through a gate that starts at zero (peft's adaption prompt)
 the prompts of all these layers; no token is added to the sequence.
 
 As in that paper the image feature is made of class tokens of several depths of the vision encoder, side by side, and
-projected by a small network. It names neither the depths nor the network. Ours are four, evenly spread, and 64 hidden
-units; trained parameters for LLaMA-7B and CLIP ViT-L/14, where the paper says 1.8 M:
+projected by a small network. Where the encoder has no class token, the mean over the patches takes its place. That
+paper names neither the depths nor the network. Ours are four, evenly spread, and 64 hidden units; trained parameters
+for LLaMA-7B and CLIP ViT-L/14, where the paper says 1.8 M:
 
     prompts of 30 layers          30 x 10 x 4096 = 1,228,800
     gates, one a layer as in peft                         30
@@ -71,13 +72,14 @@ class LlamaAdapterForConditionalGeneration(FrozenBasesForConditionalGeneration):
         ValueError: if `adaption_prompt_layers` is not between 1 and the number of language layers.
     """
 
-    def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments):
+    def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
         vision, act, number = vision_tower.config, "silu", arguments.adaption_image_layers
         width = causal_lm.config.hidden_size
         super().__init__(
             vision_tower,
             causal_lm,
-            ClassTokenProjector(number * vision.hidden_size, arguments.adaption_projector_size, width, act),
+            ClassTokenProjector(vision, number, arguments.adaption_projector_size, width, act),
+            image_size,
             projector_hidden_act=act,
             vision_feature_layer=spread_layers(vision.num_hidden_layers, number),
             vision_feature_select_strategy="full",

@@ -2,7 +2,7 @@
 """
 LLaVA-LoRA: each patch of the image becomes a token of the sequence, and LoRA (peft) adapts the language model.
 
-As in LLaVA 1.5 the patches are those of the penultimate vision layer without its class token, and the projector has
+As in LLaVA 1.5 the patches are those of the penultimate vision layer without a class token, and the projector has
 two layers and a GELU. The paper gives 4.4 M trained parameters for LLaMA-7B and CLIP ViT-L/14, and not where they are.
 Ours:
 
@@ -28,17 +28,18 @@ from . import BaselineArguments, ImageTokensForConditionalGeneration, Projector 
 class LlavaLoraForConditionalGeneration(ImageTokensForConditionalGeneration):
     """LLaVA with LoRA on the language model, `model.language_model`, which is a `peft.LoraModel`."""
 
-    def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments):
+    def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
         vision, act = vision_tower.config, "gelu"
         super().__init__(
             vision_tower,
             causal_lm,
             Projector(vision.hidden_size, arguments.lora_projector_size, causal_lm.config.hidden_size, act),
+            image_size,
             projector_hidden_act=act,
             vision_feature_layer=-2,
-            vision_feature_select_strategy="default",
-            image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         )
+        self.config.image_seq_length = self.grid_size**2
+        self.config.vision_feature_select_strategy = "default" if self.vision_layout.has_class_token else "full"
         lora = LoraConfig(
             r=arguments.lora_rank,
             lora_alpha=arguments.lora_alpha,

@@ -2,12 +2,22 @@
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import AdaptionPromptConfig, AdaptionPromptModel
 from safetensors.torch import load_file
-from tiny import IMAGE_SIZE, NUM_PATCHES, NUM_TEXT_LAYERS, VISION_SIZES, VOCAB_SIZE, save_tiny_bases
+from tiny import (
+    IMAGE_SIZE,
+    NUM_TEXT_LAYERS,
+    PATCH_SIZE,
+    VISION_BACKBONES,
+    VISION_SIZES,
+    VOCAB_SIZE,
+    save_tiny_bases,
+    vision_parts,
+)
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -25,21 +35,30 @@ from dehvf import DehvfConfig
 
 METHODS = ("llava-lora", "lavin", "llama-adapter", "adem-vl")
 all_methods = pytest.mark.parametrize("method", METHODS)
+all_encoders = pytest.mark.parametrize(
+    ("vision_type", "image_size"), [("clip_vision_model", None), *((name, 24) for name in VISION_BACKBONES)]
+)
 NO_DROPOUT = {"lora_dropout": 0.0, "lavin_adapter_dropout": 0.0, "adem_adapter_dropout": 0.0}
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    return save_tiny_bases(tmp_path_factory.mktemp("bases"))
+def bases_with(tmp_path_factory):
+    """The folders of tiny bases for each type of vision encoder."""
+    return {name: save_tiny_bases(tmp_path_factory.mktemp(name), vision_type=name) for name in VISION_BACKBONES}
 
 
 @pytest.fixture(scope="module")
-def make(bases):
+def bases(bases_with):
+    return bases_with["clip_vision_model"]
+
+
+@pytest.fixture(scope="module")
+def make(bases_with):
     """New baselines on tiny bases; `random=True` fills what starts at zero and would hide the rest."""
 
-    def make(method, random=True, seed=0, **values):
+    def make(method, random=True, seed=0, vision_type="clip_vision_model", **values):
         torch.manual_seed(seed)
-        model = build(method, *bases, **{**NO_DROPOUT, **values})
+        model = build(method, *bases_with[vision_type], **{**NO_DROPOUT, **values})
         for parameter in trained(model).values():
             if random and not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.5)
@@ -66,18 +85,25 @@ def make_batch(model, rows, labels=False):
     if labels:
         batch["labels"] = batch["input_ids"].clone()
         batch["labels"][:, :-2] = -100
-    if any(image is not None for _, image in rows):
-        blank = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
+    images = [image for _, image in rows if image is not None]
+    if images:
+        blank = torch.zeros_like(images[0])
         batch["pixel_values"] = torch.stack([blank if image is None else image for _, image in rows])
         batch["image_mask"] = torch.tensor([image is not None for _, image in rows])
     return batch
 
 
-def picture(seed=0):
-    return torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
+def picture(seed=0, image_size=None):
+    size = image_size or IMAGE_SIZE
+    return torch.randn(3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-ROWS = [([1, 5, 6, 7, 8, 9], None), ([1, 20, 21, 22], picture(1)), ([1, 30, 31, 32, 33], picture(2))]
+def rows_of(image_size):
+    pictures = (picture(seed, image_size) for seed in (1, 2))
+    return list(zip(([1, 5, 6, 7, 8, 9], [1, 20, 21, 22], [1, 30, 31, 32, 33]), (None, *pictures)))
+
+
+ROWS = rows_of(IMAGE_SIZE)
 generate = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
 
@@ -90,13 +116,16 @@ def last_logits(model, rows):
 
 
 @all_methods
-def test_steps_lower_the_loss_and_change_each_trained_parameter_and_nothing_frozen(make, method):
-    model = make(method, random=False).train()
+@all_encoders
+def test_steps_lower_the_loss_and_change_each_trained_parameter_and_nothing_frozen(
+    make, method, vision_type, image_size
+):
+    model = make(method, random=False, vision_type=vision_type, image_size=image_size).train()
     before, losses = copy.deepcopy(model.state_dict()), []
     optimizer = torch.optim.Adam(trained(model).values(), lr=1e-2)
     for _ in range(3):  # zeros hide what stands before them from the first step
         optimizer.zero_grad()
-        losses.append(model(**make_batch(model, ROWS, labels=True)).loss)
+        losses.append(model(**make_batch(model, rows_of(image_size), labels=True)).loss)
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < losses[0]
@@ -207,19 +236,34 @@ def test_placeholders_that_do_not_fit_the_images_are_an_error(make, method):
 
 
 def test_the_tokens_of_an_image_are_all_patches_or_six_or_one_or_none(make):
-    expected = {"llava-lora": NUM_PATCHES, "lavin": 6, "adem-vl": 1}
-    for method, number in expected.items():
-        assert make(method).image_tokens == [VOCAB_SIZE] * number
+    for size in (IMAGE_SIZE, 24):
+        expected = {"llava-lora": (size // PATCH_SIZE) ** 2, "lavin": 6, "adem-vl": 1}
+        for method, number in expected.items():
+            assert make(method, image_size=size).image_tokens == [VOCAB_SIZE] * number
     assert not hasattr(make("llama-adapter"), "image_tokens")
+
+
+@pytest.mark.parametrize("method", ["lavin", "llama-adapter"])
+@pytest.mark.parametrize("vision_type", VISION_BACKBONES)
+def test_the_class_tokens_of_an_image_are_means_over_patches_where_the_encoder_has_none(make, method, vision_type):
+    model, pixel_values = make(method, vision_type=vision_type), picture()[None]
+    projector = model.model.multi_modal_projector
+    states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    states = torch.cat([states[layer] for layer in model.config.vision_feature_layer], dim=-1)
+    features = states.mean(dim=1) if vision_type == "siglip_vision_model" else states[:, 0]
+    hidden = projector.down(features.view(1, -1, projector.down.in_features))
+    expected = projector.up(torch.nn.functional.silu(hidden))
+    torch.testing.assert_close(model.image_features(pixel_values), expected)
 
 
 # --- generation ---
 
 
 @all_methods
-def test_cached_generation_equals_uncached_and_encodes_once(make, method):
-    model = make(method)
-    batch, runs = make_batch(model, ROWS), []
+@all_encoders
+def test_cached_generation_equals_uncached_and_encodes_once(make, method, vision_type, image_size):
+    model = make(method, vision_type=vision_type, image_size=image_size)
+    batch, runs = make_batch(model, rows_of(image_size)), []
     model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
     cached = model.generate(**batch, **generate)
     assert len(runs) == 1
@@ -265,8 +309,8 @@ def test_trainer_saves_the_trained_tensors_alone_and_they_load_back(make, method
 
 @all_methods
 def test_the_config_says_what_was_built_from_what(make, bases, method, tmp_path):
-    values = make(method, lora_rank=4).config.to_diff_dict()
-    assert values["method"] == method and values["lora_rank"] == 4
+    values = make(method, lora_rank=4, image_size=24).config.to_diff_dict()
+    assert (values["method"], values["lora_rank"], values["image_size"]) == (method, 4, 24)
     assert [values["vision_model_id"], values["text_model_id"]] == [str(base) for base in bases]
 
 
@@ -299,6 +343,18 @@ def test_lavin_routes_text_and_images_differently(make):
     weights = make("lavin").routing(torch.tensor([True, False, True]), 3)
     assert weights.shape == (3, NUM_TEXT_LAYERS, 2)
     assert torch.equal(weights[0], weights[2]) and not torch.allclose(weights[0], weights[1])
+
+
+@pytest.mark.parametrize("vision_type", VISION_BACKBONES)
+def test_lavin_routes_an_image_by_its_class_token_or_the_mean_over_its_patches(make, vision_type):
+    model = make("lavin", vision_type=vision_type)
+    layer, inputs = vision_parts(model.model)[0][0], []
+    adapter = next(module.adapter for module in layer.children() if hasattr(module, "adapter"))
+    for module in (adapter, adapter.router):
+        module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model.image_features(picture()[None])
+    expected = inputs[0].mean(dim=1) if vision_type == "siglip_vision_model" else inputs[0][:, 0]
+    assert torch.equal(inputs[1], expected)
 
 
 def test_llama_adapter_without_images_is_the_adaption_prompt_of_peft(make, bases):
@@ -343,14 +399,22 @@ def adem_vl_logits(model, bases, row):
     embeds = text.get_input_embeddings()(torch.tensor(ids))
     patch_embeds = 0
     if image is not None:
-        for index, layer in enumerate(vision.encoder.layers[:-1]):
+        layers, norm = vision_parts(SimpleNamespace(vision_tower=vision))
+        for index, layer in enumerate(layers[:-1]):
             down, up = (weights[f"vision_adapters.{index}.{part}.weight"] for part in ("down", "up"))
             layer.mlp.register_forward_hook(
                 lambda _, states, output, down=down, up=up: output + 0.1 * gelu(states[0] @ down.T) @ up.T
             )
-        hidden_states = vision(image[None].double(), output_hidden_states=True).hidden_states
-        class_token, *patches = vision.post_layernorm(hidden_states[-2])[0]
-        coarse = [sum(patches[8 * i + 2 * j + k] for k in (0, 1, 4, 5)) / 4 for i in range(2) for j in range(2)]
+        arguments = {} if vision.config.model_type == "dinov2" else {"interpolate_pos_encoding": True}
+        hidden_states = vision(image[None].double(), output_hidden_states=True, **arguments).hidden_states
+        patches = norm(hidden_states[-2])[0]
+        if vision.config.model_type == "siglip_vision_model":
+            class_token, patches = patches.mean(dim=0), [*patches]
+        else:
+            class_token, *patches = patches
+        size = image.shape[-1] // PATCH_SIZE
+        corners = [2 * size * i + 2 * j for i in range(size // 2) for j in range(size // 2)]
+        coarse = [sum(patches[corner + k] for k in (0, 1, size, size + 1)) / 4 for corner in corners]
         patch_embeds = 0.01 * project("patch", torch.stack(patches + coarse))
         embeds = torch.cat((embeds[:1], project("class", class_token)[None], embeds[1:]))
     keys, values = silu(patch_embeds + weights["key_embedding"]), patch_embeds + weights["value_embedding"]
@@ -359,11 +423,13 @@ def adem_vl_logits(model, bases, row):
     return text(inputs_embeds=embeds[None]).logits[0, -1]
 
 
-def test_adem_vl_is_what_its_authors_compute(make, bases):
-    model = make("adem-vl", dtype=torch.float64).double()
+@all_encoders
+def test_adem_vl_is_what_its_authors_compute(make, bases_with, vision_type, image_size):
+    model = make("adem-vl", vision_type=vision_type, image_size=image_size, dtype=torch.float64).double()
+    rows = rows_of(image_size)
     with torch.no_grad():
-        expected = torch.stack([adem_vl_logits(model, bases, row) for row in ROWS])
-    rows = [(ids, image if image is None else image.double()) for ids, image in ROWS]
+        expected = torch.stack([adem_vl_logits(model, bases_with[vision_type], row) for row in rows])
+    rows = [(ids, image if image is None else image.double()) for ids, image in rows]
     torch.testing.assert_close(last_logits(model, rows), expected, atol=1e-6, rtol=1e-6)
 
 
@@ -373,6 +439,8 @@ def test_adem_vl_is_what_its_authors_compute(make, bases):
         ("llama-adapter", {"adaption_prompt_layers": 5}, "1 to 4"),
         ("llama-adapter", {"adaption_image_layers": 7}, "1 to 6"),
         ("adem-vl", {"adem_pool_sizes": [1, 3]}, "divisors of 4"),
+        ("adem-vl", {"image_size": 20}, "divisors of 5"),
+        ("lavin", {"image_size": 19}, "`image_size` is 19, .* The nearest is 20"),
         ("adem-vl", {"adem_drop_ratio": 1.0}, "less than 1"),
     ],
 )

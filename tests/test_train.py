@@ -18,6 +18,7 @@ from tiny import DEHVF_SIZES, IMAGE_SIZE, ROOT, DehvfConfig, run, save_tiny_base
 from transformers import AutoModelForImageTextToText
 
 import train
+from dehvf import DehvfProcessor
 from tasks import get_task, score_folder
 from training import arguments
 from training.arguments import DataArguments, DehvfTrainingArguments, parse_arguments
@@ -108,7 +109,6 @@ def test_a_method_sets_its_switch():
         (["--learning_rate", "1", "--base_learning_rate", "1"], "Remove one of them"),
         (["--early_stopping_patience", "2"], "needs `--load_best_model_at_end true`.*--eval_strategy"),
         (["--load_in_4bit", "true", "--method", "lavin"], "`--method lavin` does not support `--load_in_4bit`"),
-        (["--image_size", "112", "--method", "lavin"], "`--method lavin` does not support `--image_size`"),
         (["--load_in_4bit", "true", "--load_in_8bit", "true"], "only one can be used"),
         (["--method", "lavin", "--deepspeed", "launch/zero3.json"], "`--method lavin` does not .* ZeRO-3"),
         (["--num_train_epochs", "0", "--deepspeed", "ds_config.json"], "which DeepSpeed ZeRO-2 does not support"),
@@ -514,6 +514,13 @@ def test_a_setting_and_its_image_size_are_those_of_the_adapters(scienceqa, tmp_p
     assert json.loads((tmp_path / "again" / "results.json").read_text())["method"] == "memvp"
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert (config["image_size"], config["vision_config"]["image_size"]) == (8, IMAGE_SIZE)
+
+
+def test_a_baseline_and_its_processor_take_the_image_size(scienceqa, tmp_path):
+    train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "output", method="adem-vl", image_size=8))
+    assert json.loads((tmp_path / "output" / "config.json").read_text())["image_size"] == 8
+    pixel_values = DehvfProcessor.from_pretrained(tmp_path / "output")(Image.new("RGB", (9, 9)))["pixel_values"]
+    assert pixel_values.shape[2:] == (8, 8)
 
 
 def test_the_best_checkpoint_is_that_of_the_tasks_score(scienceqa, tmp_path):

@@ -266,11 +266,6 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
         raise ValueError(
             f"`--method {method}` does not support `--load_in_4bit` and `--load_in_8bit`. Remove one of them."
         )
-    if is_baseline and adapter_args.image_size is not None:
-        raise ValueError(
-            f"`--method {method}` does not support `--image_size`: the baselines take images of the vision encoder's "
-            "own size. Remove one of them."
-        )
     if model_args.adapter is not None:
         own = ["method"] if method != "dehvf" else sorted(given & {*vars(adapter_args), "chat_template"})
         if own:

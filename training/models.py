@@ -58,6 +58,7 @@ def load_model(model_args, adapter_args, baseline_args):
         )
     if model_args.method in BASELINES:
         options |= base_revisions(model_args) | dataclasses.asdict(baseline_args)
+        options["image_size"] = adapter_args.image_size
         return build(model_args.method, *bases, **options)
     if model_args.adapter is None:
         ids = {f"{base}_model_id": getattr(model_args, f"{base}_model_id") for base in BASES}
