@@ -94,7 +94,7 @@ class BaselineArguments:
         default_factory=lambda: [1, 2],
         metadata={
             "help": "adem-vl: for each scale the side of the squares of patches that are averaged. 1 and 2 make of "
-            "16 x 16 patches 16 x 16 and 8 x 8 (README there, --down_sample_num 256 64)."
+            "16 x 16 patches 16 x 16 and 8 x 8 (down_sample_num 256 64 in their README)."
         },
     )
     adem_image_scale: float = field(

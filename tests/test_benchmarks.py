@@ -66,6 +66,7 @@ def test_the_report_tells_means_spreads_and_orders_that_do_not_hold(runs):
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_a_second_start_trains_nothing_again(runs, monkeypatch, capsys):
     monkeypatch.setattr(paper_tables, "SMALL", {"max_samples": 32, "per_device_train_batch_size": 16})
     monkeypatch.setattr(paper_tables, "SEEDS", (0,))

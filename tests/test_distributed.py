@@ -109,7 +109,10 @@ def test_a_new_adapter_has_its_start_under_zero_3(train_on):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param(name, marks=[pytest.mark.extended] * (name in ("ZeRO-1", "ZeRO-3 offload"))) for name in ENGINES],
+)
 def test_each_engine_gives_the_result_of_a_single_process(engine, single, train_on):
     """The engine with gradient checkpointing, the single process without: that gives the same, too."""
     seen, adapters, answers = train_on(engine, 2, engine, activation_checkpointing="true")

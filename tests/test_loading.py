@@ -134,7 +134,8 @@ def test_a_fresh_process_gets_the_processor_and_a_pipeline_that_answers(saved):
         chat = answer([message], return_full_text=False, generate_kwargs=dict(options))
         plain = answer(image, text="what?\\nResponse:", return_full_text=False, generate_kwargs=dict(options))
         assert chat[0]["generated_text"] == plain[0]["generated_text"]
-        print(len(chat[0]["generated_text"]))
+        tokens = processor.tokenizer(chat[0]["generated_text"], add_special_tokens=False).input_ids
+        print(len(tokens))
         """,
         saved,
     )

@@ -266,7 +266,7 @@ def check_against_reference(model):
     for sample, has_image in enumerate(image_mask):
         pixel_values = inputs["pixel_values"][sample] if has_image else None
         expected = reference_logits(model, inputs["input_ids"][sample], pixel_values)
-        torch.testing.assert_close(logits[sample], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits[sample], expected, atol=3e-5, rtol=1e-5)
 
 
 @ablations

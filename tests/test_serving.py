@@ -246,9 +246,10 @@ def server(adapter, registered):
 
 
 def test_an_openai_client_is_answered_about_its_image(server):
-    answers = [server.ask(picture).choices[0].message.content for picture in (image(0), image(1), None)]
-    assert answers == [server.expected(picture) for picture in (image(0), image(1), None)]
-    assert len(set(answers)) == 3
+    pictures = (*map(image, range(6)), None)
+    answers = [server.ask(picture).choices[0].message.content for picture in pictures]
+    assert answers == [server.expected(picture) for picture in pictures]
+    assert len(set(answers)) >= 3
 
 
 def test_a_streamed_answer_comes_in_pieces(server):

@@ -467,7 +467,7 @@ def test_easy_vqa_validates_on_training_pictures_that_are_not_trained_on(tmp_pat
     again = easy_vqa.load("validation", str(tmp_path), streaming=True)
     assert isinstance(again, IterableDataset) and undecoded(again) == undecoded(splits["validation"])
     row = splits["test"][1]
-    assert easy_vqa.prompt(row, easy_vqa.context(row)) == "Question: what shape is present?"
+    assert easy_vqa.prompt(row, easy_vqa.context(row)) == "what shape is present?"
     assert (easy_vqa.answer(row), easy_vqa.options(row), row["image"].size) == ("triangle", None, (8, 8))
     with pytest.raises(ValueError, match="split is 'val'"):
         easy_vqa.load("val", str(tmp_path))

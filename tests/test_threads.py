@@ -91,7 +91,12 @@ def count_differences(requests, alone, num_requests: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "adapters_change, num_requests", [(False, 300), (True, 2000)], ids=["alone", "while adapters are switched"]
+    "adapters_change, num_requests",
+    [
+        pytest.param(False, 300, id="alone"),
+        pytest.param(True, 400, id="while adapters are switched"),
+        pytest.param(True, 2000, id="2,000 requests", marks=pytest.mark.extended),
+    ],
 )
 def test_no_request_meets_another_one(model, adapters_change, num_requests):
     requests = make_requests(model)
@@ -120,7 +125,7 @@ def test_no_request_meets_another_one(model, adapters_change, num_requests):
         stop.set()
         if thread:
             thread.join()
-            assert len(switches) > 100
+            assert len(switches) > 20
     assert model.active_adapters() == ["default"]
 
 

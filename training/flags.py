@@ -78,4 +78,5 @@ def check_place(name: str, place: str | None):
     # Some models on the Hub have no owner in their name (gpt2)
     on_hub = r"[\w.-]+/[\w.-]+(:[\w.-]+)?" if name == "data_path" else r"([\w.-]+/)?[\w.-]+"
     if not re.fullmatch(on_hub, place) or place.startswith("."):
-        raise ValueError(f"`--{name} {place}`: there is no such folder. Give a folder or a Hub id (`org/name`).")
+        hint = " `python -m assets.real_bases` makes it." if place.startswith("assets/real/") else ""
+        raise ValueError(f"`--{name} {place}`: there is no such folder. Give a folder or a Hub id (`org/name`).{hint}")
