@@ -18,9 +18,13 @@ def pytest_configure(config):
         os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
 
 
+# The files that take longest, so that with `-n` no worker is left with one of them at the end
+LONGEST = ("readme", "checkpoints", "train", "distributed", "threads", "citizen", "app", "loading", "hub", "speed")
+
+
 def pytest_collection_modifyitems(items):
-    """The main job first, since it takes as long as everything else."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    order = {f"test_{name}.py": index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture

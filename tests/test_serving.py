@@ -261,7 +261,7 @@ def test_a_streamed_answer_comes_in_pieces(server):
 
 def test_a_second_question_about_an_image_does_not_run_the_encoder(server):
     calls = count_encoder(server.model)
-    for picture, question, expected in ((4, "who?", 1), (5, "who?", 2), (4, "what?", 2), (5, "where?", 2)):
+    for picture, question, expected in ((8, "who?", 1), (9, "who?", 2), (8, "what?", 2), (9, "where?", 2)):
         answer = server.ask(image(picture), question).choices[0].message.content
         assert answer == server.expected(image(picture), question)
         assert len(calls) == expected

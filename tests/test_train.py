@@ -566,6 +566,7 @@ def test_answers_are_kept_when_scoring_fails_and_can_be_scored_alone(trained, tm
 
 
 @pytest.mark.slow
+@pytest.mark.extended  # test_distributed.py compares losses and adapters
 def test_two_processes_give_the_result_of_one(trained, tmp_path):
     flags, folder = trained
     # Not `accelerate launch`, which starts several processes on CPUs for DeepSpeed alone
