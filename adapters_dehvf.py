@@ -273,9 +273,11 @@ class AdapterMixin:
         os.makedirs(save_directory, exist_ok=True)
         config = copy.copy(self.config)
         config.merged_base = merge_base or self._are_bases_in(save_directory)
-        config.architectures = [type(self).__name__]
+        # FSDP2 replaces the class of a model by a subclass of its own
+        model_class = next(cls for cls in type(self).__mro__ if not cls.__module__.startswith("torch."))
+        config.architectures = [model_class.__name__]
         config.dtype = str(next(iter(own.values())).dtype).removeprefix("torch.")
-        custom_object_save(self, save_directory)
+        custom_object_save(model_class, save_directory)
         config.save_pretrained(save_directory)
         if self.can_generate():
             self.generation_config.save_pretrained(save_directory)

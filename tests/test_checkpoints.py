@@ -138,6 +138,9 @@ def test_a_checkpoint_of_fsdp2_holds_no_frozen_weight_and_goes_on(large_base, tm
     assert json.loads((tmp_path / "output" / "run.json").read_text())["engine"] == "FSDP"
     assert (tmp_path / "output" / "checkpoint-2" / "optimizer.bin").is_file(), "FSDP's own form"
     assert_no_frozen_weight(tmp_path / "output")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "output", trust_remote_code=True)
+    assert type(model).__name__ == model.config.architectures[0] == "DehvfForConditionalGeneration"
+    assert not list((tmp_path / "output").glob("_fsdp*.py"))
     shutil.copytree(tmp_path / "output", tmp_path / "killed", ignore=shutil.ignore_patterns("results.json", "*-2"))
     (printed, _) = finish(tmp_path, flags(tmp_path / "killed"), 2, fsdp2)
     assert f"resuming from {tmp_path / 'killed' / 'checkpoint-1'}" in printed
@@ -231,7 +234,7 @@ def test_a_run_killed_at_many_moments_ends_with_the_same_adapters(scienceqa, tmp
         cut_off += "is not complete" in output
     finish(tmp_path, flags(tmp_path / "killed"))
     assert steps == sorted(steps) and len(set(steps)) > moments / 4, steps
-    assert cut_off > moments / 8, "hardly a kill fell into the writing of a checkpoint"
+    assert cut_off > 3 * moments / 20, "hardly a kill fell into the writing of a checkpoint"
     assert_same_adapters(tmp_path / "whole", tmp_path / "killed")
     whole, killed = (
         json.loads((tmp_path / name / "checkpoint-24" / "trainer_state.json").read_text())["log_history"]
