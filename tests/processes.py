@@ -13,11 +13,13 @@ import multiprocessing
 import os
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
 from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import train
@@ -33,6 +35,17 @@ def fork_server():
     return context
 
 
+@cache
+def compile_deepspeed():
+    """
+    DeepSpeed compiles its communication on CPUs when it first starts, for minutes. A test that were stopped for that
+    would leave a lock behind, for which all later ones would wait.
+    """
+    code = "get_accelerator().create_op_builder('ShareMemCommBuilder').load()"
+    code = f"from deepspeed.accelerator import get_accelerator; {code}"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 def start(folder: Path, flags: list[str], processes: int = 1, prepare=None) -> tuple[list[int], list[str]]:
     """
     `train.py flags` in so many processes; when one ends badly the others are killed, as launchers do.
@@ -44,6 +57,8 @@ def start(folder: Path, flags: list[str], processes: int = 1, prepare=None) -> t
     Returns:
         Exit codes and outputs, by rank.
     """
+    if processes > 1:
+        compile_deepspeed()
     log, context = folder / "log", fork_server()
     environments = torchrun_environments(processes)
     running = [
@@ -68,6 +83,7 @@ def _train(rank: int, environment: dict, log: Path, prepare, flags: list[str]):
     with open(f"{log}.{rank}", "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # what was printed before a kill or `os._exit` is to be found
     os.environ.update(environment)
     if prepare is not None:
         prepare(rank)
@@ -87,6 +103,7 @@ def run_in_processes(job, environments: list[dict], *arguments, timeout: float =
     Raises:
         AssertionError: if a job failed, with its traceback, or did not end in `timeout` seconds, as when it hangs.
     """
+    compile_deepspeed()
     context = fork_server()
     results = context.SimpleQueue()
     processes = [
