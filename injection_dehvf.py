@@ -90,14 +90,27 @@ class ZeroLinear(nn.Linear):
 
 
 class VisionAdapter(nn.Module):
-    """What is added to one FFN of the vision encoder: `scale * up(GELU(down(x)))` (method step 10, from MemVP)."""
+    """
+    What is added to one FFN of the vision encoder: `scale * up(GELU(down(x)))` (method step 10, from MemVP).
 
-    def __init__(self, config: DehvfConfig):
+    Args:
+        width: hidden size of the vision encoder.
+        size: hidden width of the adapter.
+        scale: of what is added.
+        dropout: probability, on the hidden activations.
+    """
+
+    def __init__(self, width: int, size: int, scale: float, dropout: float):
         super().__init__()
-        self.down = nn.Linear(config.vision_config.hidden_size, config.vision_adapter_size, bias=False)
-        self.up = ZeroLinear(config.vision_adapter_size, config.vision_config.hidden_size, bias=False)
-        self.dropout = nn.Dropout(config.vision_adapter_dropout)
-        self.scale = config.vision_adapter_scale
+        self.down = nn.Linear(width, size, bias=False)
+        self.up = ZeroLinear(size, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.scale = scale
+
+    @classmethod
+    def from_config(cls, config: DehvfConfig) -> "VisionAdapter":
+        size, scale, dropout = config.vision_adapter_size, config.vision_adapter_scale, config.vision_adapter_dropout
+        return cls(config.vision_config.hidden_size, size, scale, dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden = self.down(hidden_states.to(self.down.weight.dtype))

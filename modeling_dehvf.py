@@ -159,7 +159,7 @@ class Adapter:
         adapter = replace(
             adapter,
             projector=VisualProjector(config),
-            vision_adapters=nn.ModuleList(VisionAdapter(config) for _ in range(num_layers_read)),
+            vision_adapters=nn.ModuleList(VisionAdapter.from_config(config) for _ in range(num_layers_read)),
         )
         if config.layer_fusion != "adaptive":
             return adapter

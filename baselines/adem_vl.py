@@ -37,22 +37,6 @@ from dehvf import injection
 from . import BaselineArguments, FrozenBasesForConditionalGeneration, Projector, class_features
 
 
-class VisionAdapter(nn.Module):
-    """What is added to the output of one vision FFN, from its input; shapes `(num_images, num_tokens, width)`."""
-
-    def __init__(self, width: int, arguments: BaselineArguments):
-        super().__init__()
-        self.down = nn.Linear(width, arguments.adem_adapter_size, bias=False)
-        self.up = nn.Linear(arguments.adem_adapter_size, width, bias=False)
-        self.dropout = nn.Dropout(arguments.adem_adapter_dropout)
-        self.scale = arguments.adem_adapter_scale
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden = self.dropout(F.gelu(self.down(hidden_states.to(self.down.weight.dtype))))
-        return (self.scale * self.up(hidden)).to(hidden_states.dtype)
-
-
 def read_memory(
     hidden_states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, drop_ratio: float, scale: float
 ) -> torch.Tensor:
@@ -100,9 +84,12 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
             )
         self.num_slots = sum((self.grid_size // size) ** 2 for size in self.pool_sizes)
         # The last vision layer comes after the features that are read
+        sizes = arguments.adem_adapter_size, arguments.adem_adapter_scale, arguments.adem_adapter_dropout
         self.vision_adapters = nn.ModuleList(
-            VisionAdapter(vision.hidden_size, arguments) for _ in range(vision.num_hidden_layers - 1)
+            injection.VisionAdapter(vision.hidden_size, *sizes) for _ in range(vision.num_hidden_layers - 1)
         )
+        for adapter in self.vision_adapters:
+            nn.init.zeros_(adapter.up.weight)
         self.patch_projector = Projector(vision.hidden_size, arguments.adem_projector_size, width, act)
         self.class_projector = Projector(vision.hidden_size, arguments.adem_projector_size, width, act)
         self.key_embedding = nn.Parameter(0.02 * torch.randn(self.num_slots, width))
