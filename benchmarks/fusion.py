@@ -6,7 +6,7 @@ with others in their place.
     python -m benchmarks.fusion outputs/digits                   # --max_samples and other flags of train.py may follow
     python -m benchmarks.fusion outputs/digits --output_file fusion-digits.json
 
-If no replacement costs accuracy, the fuser is decoration.
+If no replacement costs accuracy, adaptive fusion contributes nothing.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 from transformers import set_seed
 
 from benchmarks import describe_machine
-from tasks import get_task
+from tasks import get_task, require_files
 from training.arguments import complete_arguments, parse_arguments
 from training.checkpoints import RESULTS_FILE
 from training.data import Collator, load_splits
@@ -47,23 +47,23 @@ def shuffle_layers(weights: torch.Tensor, rows: list[list[int]]) -> torch.Tensor
 
 def replacements(weights: torch.Tensor, rows: list[list[int]]) -> dict[str, torch.Tensor]:
     """
-    The weights of a test split and what takes their place, by name.
+    What takes the place of the weights of a test split, by name.
 
     Args:
         weights: `(num_images, num_language_layers, num_positions, num_candidates)`.
-        rows: the candidates of each language layer.
+        rows: the candidates of each language layer; the weights beyond their number are those of fillers.
     """
     over_images = weights.mean(0, keepdim=True).expand_as(weights)
     constant = mean_over_layers(over_images, rows).mean(2, keepdim=True).expand_as(weights)
-    valid = (weights > 0).any(0, keepdim=True).expand_as(weights).to(weights)
+    lengths = torch.tensor([len(row) for row in rows], device=weights.device)[:, None]  # D 1
+    uniform = (torch.arange(weights.shape[-1], device=weights.device) < lengths) / lengths  # D M
     return {
-        "the adapter's own": weights,
         "mean over images": over_images,
         "mean over language layers of a group": mean_over_layers(weights, rows),
         "one constant for each group": constant,
         "another image's": weights.roll(len(weights) // 2, dims=0),
         "another layer's of the group": shuffle_layers(weights, rows),
-        "uniform": valid / valid.sum(-1, keepdim=True),
+        "uniform": uniform[:, None].expand_as(weights),
     }
 
 
@@ -122,11 +122,11 @@ def measure(arguments: list[str]) -> dict:
     evaluation = Evaluation(arguments)
     rows = evaluation.model.model.hierarchy.rows
     score = evaluation.task.CARD["score"]
-    _, weights = evaluation.answer(None)
-    report = {"figures": fusion_figures(weights, rows), "score": score, "accuracy": {}}
+    scores, weights = evaluation.answer(None)
+    accuracy = {"the adapter's own": round(scores[score], 2)}
     for name, replacement in replacements(weights, rows).items():
-        report["accuracy"][name] = round(evaluation.answer(replacement)[0][score], 2)
-    return report
+        accuracy[name] = round(evaluation.answer(replacement)[0][score], 2)
+    return {"figures": fusion_figures(weights, rows), "score": score, "accuracy": accuracy}
 
 
 def main():
@@ -134,7 +134,9 @@ def main():
     parser.add_argument("adapter", help="folder that train.py wrote")
     parser.add_argument("--output_file", type=Path, help="where to write the figures as JSON")
     options, flags = parser.parse_known_args()
-    results = json.loads((Path(options.adapter) / RESULTS_FILE).read_text(encoding="utf-8"))
+    results = Path(options.adapter) / RESULTS_FILE
+    require_files([results], "Give the `--output_dir` of a run of train.py that has ended.")
+    results = json.loads(results.read_text(encoding="utf-8"))
     data = ["--task", results["task"]]
     if results["data_path"] is not None:
         data += ["--data_path", results["data_path"]]
