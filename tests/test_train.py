@@ -79,6 +79,12 @@ def test_every_recipe_parses(recipe):
     assert parse_arguments([str(recipe), *bases])[-1].output_dir == f"outputs/{recipe.stem}"
 
 
+def test_the_default_recipe_finds_its_bases_from_any_folder(tmp_path, monkeypatch):
+    assert parse_arguments([])[2].vision_model == "assets/vision_model"
+    monkeypatch.chdir(tmp_path)
+    assert parse_arguments([])[2].vision_model == str(ROOT / "assets" / "vision_model")
+
+
 def test_a_recipe_changes_its_base_and_a_rate_overrides_the_rate_per_256(tmp_path):
     (tmp_path / "base.yaml").write_text("num_groups: 2\nseed: 5\nbase_learning_rate: 2e-2\noutput_dir: x\n")
     (tmp_path / "row.yaml").write_text("base: base.yaml\nnum_groups: 8\n")
@@ -249,7 +255,7 @@ def test_a_chat_template_can_replace_that_of_the_tokenizer(tmp_path):
         processor.save_pretrained(tmp_path / "saved")
         assert render(type(processor).from_pretrained(tmp_path / "saved"), "who?") == expected
     with pytest.raises(ValueError, match="there is no such file"):
-        load_processor(*parse_arguments([*command, "other.jinja"])[2:4])
+        parse_arguments([*command, "other.jinja"])
 
 
 def test_rows_are_encoded_once_for_all_processes_and_runs(scienceqa, monkeypatch):

@@ -24,12 +24,19 @@ def recipes() -> list[Path]:
 
 
 def read_recipe(recipe: Path) -> dict:
-    """The values of a recipe and of its `base`, a recipe in the same folder. A `null` removes a value of the base."""
+    """
+    The values of a recipe and of its `base`, a recipe in the same folder. A `null` removes a value of the base. A
+    folder of this repository is found from any working directory.
+    """
     if not recipe.is_file():
         raise ValueError(f"There is no recipe {recipe}. recipes/ has {', '.join(path.name for path in recipes())}.")
     values = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
     base = values.pop("base", None)
     values = values if base is None else read_recipe(recipe.parent / base) | values
+    for name in PLACES:
+        place = values.get(name)
+        if place is not None and not Path(place).exists() and (ROOT / place).exists():
+            values[name] = str(ROOT / place)
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -41,7 +48,8 @@ def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None
         The recipe, its values, and the first value of each flag by its name, `None` if it has none.
 
     Raises:
-        ValueError: if there is no such recipe, flag, key of a recipe or folder; the message suggests another.
+        ValueError: if there is no such recipe, flag, key of a recipe, folder or chat template; the message suggests
+            another.
     """
     has_recipe = arguments and not arguments[0].startswith("-")
     recipe = Path(arguments[0]) if has_recipe else DEFAULT_RECIPE
@@ -59,6 +67,9 @@ def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None
                 raise ValueError(f"{place}: unknown argument `{name}`. {hint}")
     for name in PLACES:
         check_place(name, flags.get(name, values.get(name)))
+    template = flags.get("chat_template", values.get("chat_template"))
+    if template not in (None, "plain") and not Path(template).is_file():
+        raise ValueError(f"`--chat_template {template}`: there is no such file. Give a Jinja file, or `plain`.")
     return recipe, values, flags
 
 

@@ -13,11 +13,7 @@ from training.arguments import BASES, DEHVF_METHODS
 
 
 def load_processor(model_args, adapter_args):
-    """
-    Raises:
-        OSError: if there is no tokenizer or image processor.
-        ValueError: if there is no file with the chat template.
-    """
+    """Raises `OSError` if there is no tokenizer or image processor."""
     bases = (model_args.vision_model, model_args.text_model)
     chat_template = read_chat_template(model_args.chat_template)
     try:
@@ -34,10 +30,10 @@ def load_processor(model_args, adapter_args):
 
 
 def read_chat_template(place: str | None) -> str | None:
-    if place is None or place == "plain":
-        return place and processing.CHAT_TEMPLATE
-    if not Path(place).is_file():
-        raise ValueError(f"`--chat_template` is {place!r}, but there is no such file. Give a Jinja file, or `plain`.")
+    if place is None:
+        return None
+    if place == "plain":
+        return processing.CHAT_TEMPLATE
     return Path(place).read_text(encoding="utf-8")
 
 
