@@ -82,7 +82,7 @@ def logits_of(model, **kwargs) -> torch.Tensor:
 
 
 def close(found: torch.Tensor, expected: torch.Tensor):
-    torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def train_two_steps(model, folder, **kwargs) -> torch.Tensor:
@@ -134,7 +134,7 @@ def test_training_compiled_by_inductor_is_as_without(tmp_path):
 
 @torch.no_grad()
 def test_an_exported_model_serves_any_number_of_samples_and_tokens():
-    model = shallow_model()
+    model = shallow_model().double()  # float32 rounds by as much as the tolerance
     model.model.language_model.config.use_cache = False
     samples, tokens = Dim("samples", max=16), Dim("tokens", min=2, max=100)
     shapes = {"input_ids": {0: samples, 1: tokens}, "pixel_values": {0: samples}, "image_mask": {0: samples}}
@@ -142,6 +142,7 @@ def test_an_exported_model_serves_any_number_of_samples_and_tokens():
 
     def inputs(batch_size, length):
         given = {**tiny_inputs(batch_size, length), "image_mask": torch.arange(batch_size) > 0}
+        given["pixel_values"] = given["pixel_values"].double()
         return {name: given[name] for name in shapes}
 
     exported = torch.export.export(model, (), inputs(2, 7), dynamic_shapes=shapes).module()

@@ -125,7 +125,7 @@ def test_no_request_meets_another_one(model, adapters_change, num_requests):
         stop.set()
         if thread:
             thread.join()
-            assert len(switches) > 20
+            assert len(switches) > num_requests / 20
     assert model.active_adapters() == ["default"]
 
 
