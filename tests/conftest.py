@@ -29,5 +29,5 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def nothing_compiled():
-    """Graphs of earlier tests are dropped: the forward of all models is one function, compiled eight times at most."""
+    """Drops the graphs of earlier tests. All models share one forward, which torch compiles eight times at most."""
     torch.compiler.reset()
