@@ -2,6 +2,7 @@
 """Images and text, or chat messages, to the tensors that DEHVF takes."""
 
 import os
+from itertools import takewhile
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -63,6 +64,12 @@ def set_image_size(image_processor, image_size: int):
         image_processor.size = square
 
 
+def num_appended_tokens(tokenizer) -> int:
+    """Number of special tokens that a tokenizer appends to each text, such as that of `add_eos_token`."""
+    is_special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    return len(list(takewhile(bool, reversed(is_special))))
+
+
 class DehvfProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True}}
 
@@ -77,7 +84,7 @@ class DehvfProcessor(ProcessorMixin):
     has an image, `pixel_values` of shape `(batch_size, num_channels, height, width)` and `image_mask` of shape
     `(batch_size,)`, which is false for samples without an image (their pixels are zero). One text gives a batch of
     one. A text that already begins with the beginning-of-sequence token, as rendered by the chat template, gets no
-    special tokens.
+    special tokens, and no text ends with an end-of-sequence token that the tokenizer would append.
 
     Args:
         image_processor: image processor of the vision encoder.
@@ -174,7 +181,14 @@ class DehvfProcessor(ProcessorMixin):
                 text = [bos + sample.removeprefix(bos) for sample in text]
                 if "add_special_tokens" not in kwargs.get("text_kwargs", {}):
                     kwargs.setdefault("add_special_tokens", False)
-        return super().__call__(images=images, text=text, **kwargs)
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        adds = kwargs.get("add_special_tokens", kwargs.get("text_kwargs", {}).get("add_special_tokens", True))
+        if text is not None and adds and (appended := num_appended_tokens(self.tokenizer)):
+            # An answer cannot follow a prompt that ends with EOS
+            for name in self.tokenizer.model_input_names:
+                rows = inputs[name]
+                inputs[name] = [row[:-appended] for row in rows] if isinstance(rows, list) else rows[:, :-appended]
+        return inputs
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         _, text, videos, audio = super().prepare_inputs_layout(text=text, **kwargs)

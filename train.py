@@ -70,7 +70,7 @@ def main(arguments: list[str]):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RUN_FILE, {**run, "recipe": recipe, "config": model.config.to_diff_dict()})
 
-    trainer = make_trainer(task, processor, splits, model, training_args, run)
+    trainer = make_trainer(task, processor, splits, model, data_args, training_args, run)
     if "train" in splits:
         facts |= train(trainer, checkpoint, streamed=data_args.streaming)
     if "train" not in splits or trainer.is_complete():
@@ -88,7 +88,7 @@ def main(arguments: list[str]):
         torch.distributed.destroy_process_group()
 
 
-def make_trainer(task, processor, splits: dict, model, training_args, run: dict) -> AnswerTrainer:
+def make_trainer(task, processor, splits: dict, model, data_args, training_args, run: dict) -> AnswerTrainer:
     def compute_metrics(output):
         records = make_records(task, processor, splits["validation"], output)
         return task.score(records, len(splits["validation"]))
@@ -103,7 +103,7 @@ def make_trainer(task, processor, splits: dict, model, training_args, run: dict)
         ),
         processing_class=processor,
         compute_metrics=compute_metrics,
-        max_new_tokens=task.MAX_NEW_TOKENS,
+        max_new_tokens=data_args.max_new_tokens,
         run=run,
     )
     if training_args.early_stopping_patience is not None:

@@ -94,7 +94,7 @@ class Evaluation:
             args=training_args,
             data_collator=Collator(processor, [], self.model.config.reads_instruction),
             processing_class=processor,
-            max_new_tokens=self.task.MAX_NEW_TOKENS,
+            max_new_tokens=data_args.max_new_tokens,
             run={},
         )
 

@@ -28,7 +28,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tasks import NAMES, get_task  # noqa: E402
-from training.data import Collator, RowEncoder, read_image  # noqa: E402
+from training.data import Collator, read_image  # noqa: E402
+from training.encoding import RowEncoder  # noqa: E402
 
 
 BATCH_SIZE = 32

@@ -15,8 +15,9 @@ One file a task. A task is a module with
     score(records, size)             -> dict of numbers, None where there is no such row
 
 A record is a line of `predictions.jsonl`: a row without its image, with `index`, `prediction` (the text after the
-prefix), `expected` (the row's answer), `has_image` and `choice` (the index of the most likely option, None where there
-is none). `size` is the number of rows in the split: another number of records is an error. A task may also have
+prefix), `cut` (whether it had not ended after the last token that it could have), `expected` (the row's answer),
+`has_image` and `choice` (the index of the most likely option, None where there is none). `size` is the number of rows
+in the split: another number of records is an error. A task may also have
 
     DATASET                          the Hub's id of its data, for the card
     check_scorer()                   raises before anything is generated if `score` would lack something

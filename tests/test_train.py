@@ -22,7 +22,8 @@ from dehvf import DehvfProcessor
 from tasks import get_task, score_folder
 from training import arguments
 from training.arguments import DataArguments, DehvfTrainingArguments, parse_arguments
-from training.data import Collator, RowEncoder, Split, StreamedSplit, read_image, render, tokenize
+from training.data import Collator, Split, StreamedSplit, read_image
+from training.encoding import ChatTokenizer, RowEncoder, render
 from training.flags import DEFAULT_RECIPE, argument_names, recipes
 from training.models import load_processor
 from training.trainer import AnswerTrainer
@@ -181,7 +182,8 @@ def test_the_loss_is_on_the_answer_and_eos_and_evaluation_sees_the_same_prompt(s
     assert prompt.startswith("<s>") and prompt.endswith("Response:")
     assert decode(evaluated["input_ids"]).endswith("answer is") and "labels" not in evaluated
     assert row["input_ids"][: len(evaluated["input_ids"])] == evaluated["input_ids"]
-    assert tiny_processor().tokenizer.convert_ids_to_tokens(evaluated["options"]) == [" A", " B"]
+    options = [option for (option,) in evaluated["options"]]
+    assert tiny_processor().tokenizer.convert_ids_to_tokens(options) == [" A", " B"]
 
 
 @pytest.mark.parametrize("with_bos", [True, False], ids=["BOS in the template", "BOS by the tokenizer"])
@@ -194,15 +196,15 @@ def test_a_prompt_has_the_tokens_that_the_chat_template_gives_with_bos_once(scie
     message = {"role": "user", "content": get_task("scienceqa").prompt(make_rows()[0], "abc")}
     tokens = processor.apply_chat_template([message], tokenize=True, add_generation_prompt=True)
     tokens = tokens[0] if isinstance(tokens[0], list) else tokens
-    assert row["input_ids"][: row["instruction_length"]] == tokens
+    assert row["input_ids"][: row["is_answer"].index(True)] == tokens
     assert tokens.count(processor.tokenizer.bos_token_id) == 1
-    assert tokenize(processor.tokenizer, render(processor, message["content"]))[0] == tokens
+    assert ChatTokenizer(processor).encode(render(processor, message["content"]))[0] == tokens
 
 
 def test_a_batch_is_padded_on_the_left_and_marks_images_and_instructions(scienceqa):
     split = make_split(scienceqa[0])
     rows = [split[0], split[1]]
-    rows[0] = {**rows[0], "input_ids": rows[0]["input_ids"][:-3], "labels": rows[0]["labels"][:-3]}
+    rows[0] |= {name: rows[0][name][:-3] for name in ("input_ids", "is_answer", "labels")}
     batch = Collator(tiny_processor(), instruction_mask=True)(rows)
     assert batch["image_mask"].tolist() == [False, True]
     assert batch["attention_mask"][0, :3].tolist() == [0, 0, 0] and batch["labels"][0, :3].tolist() == [-100] * 3
@@ -352,9 +354,9 @@ def test_workers_need_not_be_forked(scienceqa, monkeypatch, streaming):
         ),
         ({"answer": lambda row: ""}, {}, "Row 0 of the train split: it has no answer to learn"),
         (
-            {"options": lambda row: ["one", "on"]},
+            {"options": lambda row: ["one", "one"]},
             {"training": False},
-            "Row 0 of the train split: it has options that begin with the same token",
+            "Row 0 of the train split: it has options with the same tokens",
         ),
         ({}, {"max_prompt_length": 10}, "Row 0 of the train split.*`max_prompt_length=10`.*never shortened"),
     ],

@@ -49,6 +49,9 @@ class DataArguments:
         default=512,
         metadata={"help": "Longest prompt in tokens. Longer prompts lose the end of their context."},
     )
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Longest answer in tokens, in evaluation. Defaults to that of the task."}
+    )
     max_samples: int | None = field(
         default=None,
         metadata={"help": "Use only the first rows of each split (digits: make smaller splits), for a quick test."},
@@ -231,6 +234,8 @@ def complete_arguments(task, data_args, training_args):
         batches = training_args.gradient_accumulation_steps * training_args.world_size
         batch_size = training_args.per_device_train_batch_size * batches
         training_args.learning_rate = training_args.base_learning_rate * batch_size / 256
+    if data_args.max_new_tokens is None:
+        data_args.max_new_tokens = task.MAX_NEW_TOKENS
     if data_args.streaming:  # accelerate cannot split a batch without images like one with images
         training_args.accelerator_config.dispatch_batches = False
     if training_args.load_best_model_at_end and training_args.metric_for_best_model in (None, "loss"):

@@ -1,32 +1,26 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Rows -> token ids -> batches.
+Rows -> splits -> batches.
 
 Texts are encoded once, before training, into a memory-mapped file. Images are decoded when a batch needs them.
 """
 
 import inspect
 import itertools
-import json
 import multiprocessing
 from dataclasses import dataclass, field
-from importlib import import_module
-from pathlib import Path
 
-import datasets
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 from datasets import Image as ImageFeature
-from datasets.fingerprint import Hasher
 from datasets.utils.file_utils import xopen
 from PIL import Image
 from transformers.utils import logging
 
 import dehvf
-from training.flags import ROOT
+from training.encoding import RowEncoder
 
 
-ENCODED = {"input_ids": List(Value("int32")), "instruction_length": Value("int32"), "shortened": Value("bool")}
 logger = logging.get_logger("train")
 
 
@@ -73,130 +67,6 @@ def read_image(image) -> Image.Image | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Token ids
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def render(processor, prompt: str) -> str:
-    """The chat text with `prompt` as the user's message, up to where the answer begins."""
-    return processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
-
-
-def tokenize(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids, and where each begins and ends in the text. BOS occurs once, even if the chat template has it."""
-    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    encoded = tokenizer(text, add_special_tokens=not has_bos, return_offsets_mapping=True)
-    return encoded.input_ids, encoded.offset_mapping
-
-
-class RowEncoder:
-    """
-    A row's texts as token ids:
-
-        input_ids             to train: prompt, answer and EOS; to evaluate: prompt and answer prefix
-        instruction_length    number of tokens of the prompt
-        options               to evaluate: the first token of each option
-        shortened             whether the end of the context was removed
-
-    Raises:
-        ValueError: if a row has no answer, is too long without context, two options begin with the same token, or the
-            task refuses it. The message names the row and the split.
-    """
-
-    def __init__(self, task, split: str, processor, max_prompt_length: int, training: bool):
-        self.task_name, self.split, self.processor = task.__name__, split, processor
-        self.max_prompt_length, self.training = max_prompt_length, training
-        self.option_tokens = {}
-
-    @property
-    def task(self):
-        return import_module(self.task_name)  # modules cannot be pickled for the workers of a data loader
-
-    @property
-    def tokenizer(self):
-        return self.processor.tokenizer
-
-    def __call__(self, row: dict, index: int) -> dict:
-        try:
-            return self._encode(dict(row))
-        except ValueError as error:
-            raise ValueError(f"Row {index} of the {self.split} split: {error}") from error
-
-    def _encode(self, row: dict) -> dict:
-        answer = self.task.answer(row)  # also to evaluate, since the task checks the row here
-        following = f" {answer}" if self.training else self.task.ANSWER_PREFIX
-        text, tokens, length, shortened = self._fit(row, following)
-        encoded = {"input_ids": tokens, "instruction_length": length, "shortened": shortened}
-        if not self.training:
-            return {**encoded, "options": self._option_tokens(row, text, len(tokens))}
-        if not answer.strip() or length == len(tokens):
-            raise ValueError(f"it has no answer to learn: {row}")
-        return {**encoded, "input_ids": [*tokens, self.tokenizer.eos_token_id]}
-
-    def _fit(self, row: dict, following: str) -> tuple[str, list[int], int, bool]:
-        """
-        The text of prompt and `following`, its tokens, the number of tokens of the prompt, and whether the context was
-        shortened for it.
-        """
-        context, offsets, shortened = self.task.context(row), None, False
-        while True:
-            # Encoded in one piece, as the model will read it, and split where the prompt ends
-            prompt = render(self.processor, self.task.prompt(row, context))
-            tokens, places = tokenize(self.tokenizer, prompt + following)
-            length = next((number for number, (start, _) in enumerate(places) if start >= len(prompt)), len(tokens))
-            excess = length - self.max_prompt_length
-            if excess <= 0:
-                return prompt + following, tokens, length, shortened
-            if offsets is None:
-                offsets = self.tokenizer(context, return_offsets_mapping=True, add_special_tokens=False).offset_mapping
-            if not offsets:
-                raise ValueError(
-                    f"it has {length} tokens without any context, more than `max_prompt_length="
-                    f"{self.max_prompt_length}`. Raise the limit: question, options and answer are never shortened."
-                )
-            # A cut can split a word into more tokens than it had, so this may take several rounds
-            offsets, shortened = offsets[:-excess], True
-            context = context[: offsets[-1][1]] if offsets else ""
-
-    def _option_tokens(self, row: dict, text: str, length: int) -> list[int]:
-        options = self.task.options(row) or []
-        for option in options:
-            if option not in self.option_tokens:  # letters have the same tokens in every row
-                self.option_tokens[option] = tokenize(self.tokenizer, text + option)[0][length]
-        tokens = [self.option_tokens[option] for option in options]
-        if len(set(tokens)) < len(tokens):
-            raise ValueError(
-                f"it has options that begin with the same token: {options}. Their likelihood cannot be compared. Give "
-                "letters."
-            )
-        return tokens
-
-    def fingerprint(self, rows: Dataset) -> str:
-        """Of everything that the encoded rows depend on."""
-        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        tokenizer |= {"padding": None, "truncation": None, "eos": self.tokenizer.eos_token_id}
-        sources = [Path(__file__), *sorted((ROOT / "tasks").glob("*.py"))]
-        facts = (self.task_name, self.split, self.training, self.max_prompt_length, self.processor.chat_template)
-        code = [file.read_text(encoding="utf-8") for file in sources]
-        return Hasher.hash([rows._fingerprint, *facts, json.dumps(tokenizer), *code])
-
-    def encode(self, rows: Dataset) -> Dataset:
-        """Encodes all rows into a file in the cache of `datasets`, or reads what an earlier run has written there."""
-        fingerprint = self.fingerprint(rows)
-        folder = Path(datasets.config.HF_DATASETS_CACHE) / "dehvf"
-        folder.mkdir(parents=True, exist_ok=True)
-        return rows.map(
-            self,
-            with_indices=True,
-            remove_columns=rows.column_names,
-            features=Features(ENCODED if self.training else {**ENCODED, "options": List(Value("int32"))}),
-            cache_file_name=str(folder / f"{fingerprint}.arrow"),
-            new_fingerprint=fingerprint,
-            desc=f"Encoding the {self.split} split",
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Splits
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -216,9 +86,9 @@ class Counter:
 
 
 def add_labels(encoded: dict) -> dict:
-    """A training row with its labels: -100 on the prompt."""
-    tokens, length = encoded["input_ids"], encoded["instruction_length"]
-    return {**encoded, "labels": [-100] * length + tokens[length:]}
+    """A training row with its labels: -100 where there is no answer."""
+    pairs = zip(encoded["input_ids"], encoded["is_answer"])
+    return {**encoded, "labels": [token if is_answer else -100 for token, is_answer in pairs]}
 
 
 class Split(torch.utils.data.Dataset):
@@ -347,12 +217,12 @@ class Collator:
         pixel_values   (2, 3, 64, 64)  image_mask     [False, True]
 
     and `index` (2,), the indices of the rows. In training also `labels` (2, 3), -100 on padding and prompt; in
-    evaluation `options` (2, 4), the first tokens of the options, -1 where there is none.
+    evaluation `options` (2, 4, 1), the tokens of the options, -1 where there is none.
 
     Args:
         image_tokens: placeholders of an image, inserted after the first token. Baselines need them, DEHVF does not.
-        instruction_mask: whether to add `instruction_mask` (2, 3), 1 on the tokens of the prompt, for a fuser that
-            reads the instruction.
+        instruction_mask: whether to add `instruction_mask` (2, 3), 1 on the tokens that are no answer, for a fuser
+            that reads the instruction.
     """
 
     processor: object
@@ -371,14 +241,17 @@ class Collator:
             return torch.tensor([[filler] * (length - len(row)) + row for row in values])
 
         if self.instruction_mask:
-            lengths = [row["instruction_length"] for row in rows]
-            rest = [len(row["input_ids"]) - read for row, read in zip(rows, lengths)]
-            batch["instruction_mask"] = pad([[1] * read + [0] * left for read, left in zip(lengths, rest)], 0)
+            batch["instruction_mask"] = pad([[int(not answer) for answer in row["is_answer"]] for row in rows], 0)
         if "labels" in rows[0]:
             batch["labels"] = pad([[-100] * len(new) + row["labels"] for row, new in zip(rows, added)], -100)
         else:
             width = max(1, *(len(row["options"]) for row in rows))
-            batch["options"] = torch.tensor([row["options"] + [-1] * (width - len(row["options"])) for row in rows])
+            depth = max([1, *(len(option) for row in rows for option in row["options"])])
+            options = torch.full((len(rows), width, depth), -1)
+            for index, row in enumerate(rows):
+                for number, option in enumerate(row["options"]):
+                    options[index, number, : len(option)] = torch.tensor(option)
+            batch["options"] = options
         if any(image is not None for image in images):
             batch.update(self.processor(images=images, return_tensors="pt"))
         return batch

@@ -4,29 +4,73 @@
 import dataclasses
 from pathlib import Path
 
-from transformers import BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 
 from baselines import METHODS as BASELINES
 from baselines import build
-from dehvf import DehvfForConditionalGeneration, DehvfProcessor, processing
+from dehvf import DehvfConfig, DehvfForConditionalGeneration, DehvfProcessor, processing
 from training.arguments import BASES, DEHVF_METHODS
 
 
 def load_processor(model_args, adapter_args):
-    """Raises `OSError` if there is no tokenizer or image processor."""
+    """
+    The processor, whose tokenizer fits the language model, see [`check_tokenizer`].
+
+    Raises:
+        OSError: if there is no tokenizer or image processor.
+        ValueError: if the tokenizer does not fit the language model.
+    """
     bases = (model_args.vision_model, model_args.text_model)
     chat_template = read_chat_template(model_args.chat_template)
     try:
         if model_args.adapter is not None:
-            return DehvfProcessor.from_pretrained(model_args.adapter, revision=model_args.adapter_revision)
-        options = {"chat_template": chat_template, "image_size": adapter_args.image_size}
-        return DehvfProcessor.from_vision_text_pretrained(*bases, **base_revisions(model_args), **options)
+            source = {"revision": model_args.adapter_revision}
+            processor = DehvfProcessor.from_pretrained(model_args.adapter, **source)
+            config = DehvfConfig.from_pretrained(model_args.adapter, **source).text_config
+        else:
+            options = {"chat_template": chat_template, "image_size": adapter_args.image_size}
+            revisions = base_revisions(model_args)
+            processor = DehvfProcessor.from_vision_text_pretrained(*bases, **revisions, **options)
+            config = AutoConfig.from_pretrained(bases[1], revision=revisions["text_model_revision"]).get_text_config()
     except OSError as error:
         places = bases if model_args.adapter is None else (model_args.adapter,)
         raise OSError(
             f"No tokenizer and image processor could be loaded from {' and '.join(places)}. Each must be a folder "
             f"that exists, or a repository on the Hub.\n{error}"
         ) from error
+    check_tokenizer(processor.tokenizer, config)
+    return processor
+
+
+def check_tokenizer(tokenizer, config):
+    """
+    Sets the length that the language model reads, which some tokenizers do not state.
+
+    Args:
+        config: that of the language model.
+
+    Raises:
+        ValueError: if the tokenizer has no end-of-sequence token, or a token beyond the embeddings.
+    """
+    tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path} has no end-of-sequence token, with which each answer ends. Set "
+            "`eos_token` in its tokenizer_config.json."
+        )
+    if tokenizer.pad_token_id >= config.vocab_size:  # a pad token that was added: any other does as well
+        tokenizer.pad_token = tokenizer.eos_token
+    ends = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
+    spare = {
+        token.content for token in tokenizer.added_tokens_decoder.values()
+    } - ends  # such as <image>, not used here
+    beyond = [token for token, index in tokenizer.get_vocab().items() if index >= config.vocab_size]
+    if needed := sorted(set(beyond) - spare):
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path} has {len(needed)} tokens, such as {needed[0]!r}, beyond the "
+            f"{config.vocab_size} embeddings of the language model. Use the tokenizer of the model, or call "
+            "`resize_token_embeddings` and save the model."
+        )
 
 
 def read_chat_template(place: str | None) -> str | None:

@@ -14,7 +14,8 @@ from dehvf import hub
 from tasks import get_task, print_scores, score_folder
 from training.arguments import BASES, DEHVF_METHODS
 from training.checkpoints import RESULTS_FILE, describe_code, digest, write_json
-from training.data import Split, render
+from training.data import Split
+from training.encoding import render
 from training.flags import ROOT
 from training.fusion import describe_fusion
 
@@ -46,6 +47,8 @@ def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, mo
         lines = [json.dumps(record, default=str) + "\n" for record in records]
         (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
         facts |= {"shortened_prompts": {name: split.num_shortened for name, split in splits.items()}}
+        if data_args.max_new_tokens > 1:
+            facts["cut_answers"] = sum(record["cut"] for record in records)
         facts |= describe_run(task, processor, trainer.model, split, data_args, model_args, training_args)
         write_json(folder / RESULTS_FILE, facts)
         report(folder, task, processor, split)
@@ -57,18 +60,20 @@ def make_records(task, processor, split: Split, output) -> list[dict]:
     tokens = torch.as_tensor(tokens)
     tokens = tokens.masked_fill(tokens == -100, processor.tokenizer.pad_token_id)
     texts = processor.batch_decode(tokens, skip_special_tokens=True)
-    answers = dict(sorted(zip(output.label_ids.tolist(), zip(texts, choices.tolist()))))
+    ended = torch.isin(tokens, torch.tensor(processor.tokenizer.all_special_ids)).any(dim=1)
+    answers = dict(sorted(zip(output.label_ids.tolist(), zip(texts, choices.tolist(), ended.tolist()))))
     if list(answers) != list(range(len(split))):
         raise ValueError(f"There are {len(answers)} answers for the {len(split)} rows of the {split.name} split.")
     records = []
     for index, (row, encoded) in enumerate(zip(split.rows, split.encoded)):
         has_image = row.pop("image") is not None
-        prediction, choice = answers[index]
+        prediction, choice, has_ended = answers[index]
         records.append(
             {
                 **row,
                 "index": index,
                 "prediction": prediction,
+                "cut": not has_ended,
                 "choice": choice if encoded["options"] else None,
                 "expected": task.answer(row),
                 "has_image": has_image,
@@ -86,7 +91,7 @@ def describe_run(task, processor, model, split: Split, data_args, model_args, tr
         "split": split.name,
         "size": len(split),
         "template": render(processor, task.prompt(split.rows[0], "{context}")) + task.ANSWER_PREFIX,
-        "decoding": f"greedy, max_new_tokens={task.MAX_NEW_TOKENS}",
+        "decoding": f"greedy, max_new_tokens={data_args.max_new_tokens}",
         "seed": training_args.seed,
         "data_seed": training_args.data_seed,
         "learning_rate": training_args.learning_rate,
@@ -196,6 +201,8 @@ def report(folder: Path, task, processor, split: Split):
     """Scores the predictions in a folder, writes its card and prints how to use the adapters."""
     results = score_folder(folder)
     print_scores(results)
+    if results.get("cut_answers"):
+        print(f"{results['cut_answers']} of {results['size']} answers were cut off. `--max_new_tokens` allows more.")
     if results["fusion"]:
         print(describe_fusion(results["fusion"]))
     usable = results["method"] in DEHVF_METHODS and write_example(folder, task, processor, split)

@@ -81,10 +81,39 @@ class AnswerTrainer(AdapterTrainer):
             return_dict_in_generate=True,
             output_logits=True,
         )
-        # Options begin with different tokens, so the logits of the first new token order them by likelihood
-        scores = generated.logits[0].float().gather(1, options.clamp(min=0)).masked_fill(options < 0, float("-inf"))
-        choice = scores.argmax(dim=1).masked_fill(options[:, 0] < 0, -1)
+        first = generated.logits[0].float().log_softmax(dim=-1)
+        likelihoods = self.option_likelihoods(model, inputs, options, first)
+        choice = likelihoods.argmax(dim=1).masked_fill(options[:, 0, 0] < 0, -1)
         return None, (generated.sequences[:, inputs["input_ids"].shape[1] :], choice), index
+
+    def option_likelihoods(self, model, inputs: dict, options: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """
+        The log-likelihood of each option after its prompt, `-inf` for a filler.
+
+        Args:
+            options: tokens of the options, of shape `(batch_size, num_options, num_tokens)`, padded with -1.
+            first: log-probabilities of the first new token, of shape `(batch_size, vocab_size)`.
+        """
+        batch_size, num_options, _ = options.shape
+        is_token = options >= 0
+        # All processes call the model equally often, as ZeRO-3 and FSDP need
+        sizes = torch.tensor([list(options.shape[1:])], device=options.device)
+        num_calls, num_tokens = self.accelerator.gather(sizes).amax(dim=0).tolist()
+        if num_tokens == 1:
+            likelihoods = first.gather(1, options[..., 0].clamp(min=0))
+            return likelihoods.masked_fill(~is_token[..., 0], float("-inf"))
+        likelihoods = torch.full((batch_size, num_options), float("-inf"), device=options.device)
+        for number in range(num_calls):
+            option, is_own = options[:, min(number, num_options - 1)], is_token[:, min(number, num_options - 1)]
+            added = {"input_ids": option.clamp(min=0), "attention_mask": is_own.long()}
+            added["instruction_mask"] = torch.zeros_like(option)
+            longer = {name: torch.cat([inputs[name], added[name]], dim=1) for name in added if name in inputs}
+            logits = model(**{**inputs, **longer}, logits_to_keep=option.shape[1] + 1).logits[:, :-1].float()
+            each = logits.log_softmax(dim=-1).gather(2, option.clamp(min=0)[..., None])[..., 0]
+            if number < num_options:
+                total = each.masked_fill(~is_own, 0).sum(dim=1)
+                likelihoods[:, number] = total.masked_fill(~is_own[:, 0], float("-inf"))
+        return likelihoods
 
     # --- complete checkpoints ---
 

@@ -1,0 +1,249 @@
+"""Texts as token ids, with tokenizers and chat templates of each kind."""
+
+import types
+
+import pytest
+import torch
+from tiny import ROOT, tiny_image_processor, tiny_inputs, tiny_model, tiny_processor, tiny_text_config
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from dehvf import DehvfProcessor
+from training.arguments import DehvfTrainingArguments
+from training.data import Collator
+from training.encoding import RowEncoder
+from training.models import check_tokenizer
+from training.trainer import AnswerTrainer
+
+
+TURN = "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>\\n' }}"
+CHATML = (
+    f"{{% for message in messages %}}{TURN}{{% endfor %}}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+STRICT = (  # as LLaMA-2: no end of a user's turn, and no role but these two
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + ' ' + eos_token }}"
+    "{% else %}{{ raise_exception('no role but user and assistant') }}{% endif %}{% endfor %}"
+)
+# Earlier answers are left out, as reasoning is by some templates
+FORGETFUL = (
+    "{% for message in messages %}{% if message['role'] == 'user' or loop.last %}"
+    "{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+TEXTS = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+IM_END = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}
+
+
+def train(kind: str) -> Tokenizer:
+    """A tokenizer with 400 tokens, split into words as GPT-2, Qwen or LLaMA do."""
+    tokenizer, letters = Tokenizer(models.BPE()), ["\n", *map(chr, range(32, 127))]
+    if kind == "llama":
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    else:
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "gpt2")
+        digits = pre_tokenizers.Split(Regex(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
+        tokenizer.pre_tokenizer = words if kind == "gpt2" else pre_tokenizers.Sequence([digits, words])
+        tokenizer.decoder, letters = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=letters)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return tokenizer
+
+
+def make_processor(kind: str, bos=False, appends_eos=False, template=None, **special) -> DehvfProcessor:
+    tokenizer, added = train(kind), [("<s>", 0), ("</s>", 1)]
+    single = f"{'<s> ' if bos else ''}$A{' </s>' if appends_eos else ''}"
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=added)
+    special = {"eos_token": "</s>", **({"bos_token": "<s>"} if bos else {}), **special}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    tokenizer.chat_template = template
+    return DehvfProcessor(tiny_image_processor(), tokenizer)
+
+
+KINDS = {
+    "LLaMA, plain template": {"kind": "llama", "bos": True},
+    "LLaMA-2 chat": {"kind": "llama", "bos": True, "template": STRICT},
+    "GPT-2, without BOS and pad": {"kind": "gpt2"},
+    "Qwen, ChatML": {"kind": "qwen", "template": CHATML, **IM_END},
+    "appends EOS": {"kind": "llama", "bos": True, "appends_eos": True},
+    "appends EOS, no BOS": {"kind": "gpt2", "appends_eos": True},
+}
+
+
+@pytest.fixture(params=KINDS)
+def processor(request) -> DehvfProcessor:
+    return make_processor(**KINDS[request.param])
+
+
+def smollm2() -> DehvfProcessor:
+    folder = ROOT / "assets" / "real" / "smollm2-135m-instruct"
+    if not folder.is_dir():
+        pytest.skip("`python -m assets.real_bases` makes SmolLM2")
+    return DehvfProcessor(tiny_image_processor(), AutoTokenizer.from_pretrained(folder))
+
+
+def make_task(**values):
+    """A task in which a row is `(question, answer)`, or a list of messages."""
+    task = types.SimpleNamespace(
+        __name__="a task",
+        ANSWER_PREFIX="",
+        context=lambda row: "",
+        prompt=lambda row, context: row["question"],
+        answer=lambda row: row["answer"],
+        options=lambda row: row.get("options"),
+    )
+    return types.SimpleNamespace(**{**vars(task), **values})
+
+
+def encode(processor, row: dict, training: bool = True, **values) -> dict:
+    class Encoder(RowEncoder):
+        task = make_task(**values)
+
+    return Encoder(make_task(), "test", processor, max_prompt_length=200, training=training)(row, 0)
+
+
+def answers_of(processor, encoded: dict) -> list[str]:
+    """The texts of the runs of tokens that are answers."""
+    texts, run = [], []
+    for token, is_answer in [*zip(encoded["input_ids"], encoded["is_answer"]), (None, False)]:
+        if is_answer:
+            run.append(token)
+        elif run:
+            texts.append(processor.tokenizer.decode(run))
+            run = []
+    return texts
+
+
+# --- answers ---
+
+
+def test_an_answer_follows_its_prompt_as_the_chat_template_renders_it(processor):
+    row = {"question": "Which digit is it?", "answer": "a 7 or 12"}
+    trained, evaluated = encode(processor, row), encode(processor, row, training=False)
+    tokenizer, messages = processor.tokenizer, [{"role": "user", "content": row["question"]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    whole = processor.apply_chat_template([*messages, {"role": "assistant", "content": row["answer"]}])
+    eos, decode = tokenizer.eos_token_id, tokenizer.decode
+    assert decode(evaluated["input_ids"]).replace("<s>", "").strip() == prompt.replace("<s>", "").strip()
+    assert trained["input_ids"].count(eos) == whole.count(tokenizer.eos_token) and trained["input_ids"][-1] == eos
+    assert evaluated["input_ids"].count(eos) == prompt.count(tokenizer.eos_token)
+    (answer,) = answers_of(processor, trained)
+    assert answer.replace(" ", "") == f"{row['answer']}{tokenizer.eos_token}".replace(" ", "")
+    # What a user sends to be answered begins in the same way
+    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert inputs["input_ids"][0] == evaluated["input_ids"] == trained["input_ids"][: len(evaluated["input_ids"])]
+    assert len(inputs["attention_mask"][0]) == len(inputs["input_ids"][0])
+    assert processor(text=[prompt], return_tensors="pt")["input_ids"][0].tolist() == evaluated["input_ids"]
+
+
+def test_each_answer_of_a_chat_is_learned_and_nothing_else(processor):
+    turns = [("user", "What is red?"), ("assistant", "the circle"), ("user", "And blue?"), ("assistant", "a square")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    row = {"answer": "a square"}
+    encoded = encode(processor, row, messages=lambda row: messages)
+    eos = processor.tokenizer.eos_token
+    learned = [answer.replace(eos, "").strip() for answer in answers_of(processor, encoded)]
+    assert learned == ["the circle", "a square"]
+    assert all(answer.endswith(eos) for answer in answers_of(processor, encoded))
+    evaluated = encode(processor, row, training=False, messages=lambda row: messages)
+    assert evaluated["input_ids"] == encoded["input_ids"][: len(evaluated["input_ids"])]
+    rest = processor.tokenizer.decode(encoded["input_ids"][len(evaluated["input_ids"]) :])
+    assert rest.replace(eos, "").strip() == "a square"
+
+
+@pytest.mark.parametrize("text", ["</s> is how HTML ends a line", "one <s> more", "<|im_end|>", "a</s></s>b"])
+def test_special_tokens_in_data_are_text(processor, text):
+    without = encode(processor, {"question": "Q", "answer": "A"})["input_ids"]
+    encoded = encode(processor, {"question": f"Q {text}", "answer": f"A {text}"})["input_ids"]
+    count = sum(without.count(index) for index in processor.tokenizer.all_special_ids)
+    assert sum(encoded.count(index) for index in processor.tokenizer.all_special_ids) == count
+    # The tokenizers of LLaMA put a space before each piece that is encoded alone
+    decoded, before = (processor.tokenizer.decode(ids).replace(" ", "") for ids in (encoded, without))
+    assert decoded.count(text.replace(" ", "")) == 2 + before.count(text)
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (STRICT, "refuses .*no role but user and assistant"),
+        (FORGETFUL, "does not render message 2 .*`--chat_template"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_with_is_refused(template, message):
+    processor = make_processor("llama", bos=True, template=template)
+    roles = ("system", "user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": role} for role in roles]
+    with pytest.raises(ValueError, match=f"Row 0 of the test split: the chat template of the tokenizer {message}"):
+        encode(processor, {"answer": "assistant"}, messages=lambda row: messages)
+
+
+def test_smollm2_answers_in_its_own_template():
+    processor = smollm2()
+    encoded = encode(processor, {"question": "Is it <|im_end|> red?", "answer": "yes"})
+    assert answers_of(processor, encoded) == ["yes<|im_end|>"]
+    text = processor.tokenizer.decode(encoded["input_ids"])
+    assert text.endswith("<|im_start|>user\nIs it <|im_end|> red?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>")
+    assert encoded["input_ids"].count(processor.tokenizer.eos_token_id) == text.count("<|im_end|>") - 1
+
+
+# --- options ---
+
+
+def test_options_are_compared_by_their_whole_likelihood(tmp_path):
+    """Also those that begin with the same token, against the logits of prompt and option in one piece."""
+    processor, model = tiny_processor(), tiny_model(max_position_embeddings=256)
+    prompts = ["how many?", "which one is it?", "say it."]
+    options = [[" 1", " 2", " 12"], [" one", " on"], None]
+    rows = [
+        {
+            "index": index,
+            "image": None,
+            **encode(processor, {"question": prompt, "answer": "x", "options": own}, False),
+        }
+        for index, (prompt, own) in enumerate(zip(prompts, options))
+    ]
+    collator = Collator(processor)
+    trainer = AnswerTrainer(
+        model=model,
+        args=DehvfTrainingArguments(str(tmp_path), use_cpu=True),
+        data_collator=collator,
+        processing_class=processor,
+        max_new_tokens=2,
+        run={},
+    )
+    batch, pixels = collator(rows), tiny_inputs(3)["pixel_values"]
+    batch |= {"pixel_values": pixels, "image_mask": torch.tensor([True, True, False])}
+    _, (_, choices), index = trainer.prediction_step(model, dict(batch), False)
+    for row, own, has_image, choice in zip(rows, options, (True, True, False), choices.tolist()):
+        likelihoods = []
+        for option in row["options"]:
+            tokens = torch.tensor([row["input_ids"] + option])
+            given = {"pixel_values": pixels[row["index"]][None]} if has_image else {}
+            with torch.no_grad():
+                logits = model(input_ids=tokens, **given).logits[0].log_softmax(-1)
+            begin = len(row["input_ids"])
+            likelihoods.append(sum(logits[begin - 1 + place, token] for place, token in enumerate(option)))
+        assert choice == (torch.stack(likelihoods).argmax() if own else -1)
+    assert index.tolist() == [0, 1, 2]
+
+
+# --- a tokenizer and its model ---
+
+
+def test_a_tokenizer_is_checked_against_its_model():
+    tokenizer, size = make_processor("gpt2").tokenizer, 400
+    check_tokenizer(tokenizer, tiny_text_config(vocab_size=size, max_position_embeddings=77))
+    assert tokenizer.model_max_length == 77
+    with pytest.raises(ValueError, match="it has .* tokens, more than the 77 that the language model reads"):
+        encode(DehvfProcessor(tiny_image_processor(), tokenizer), {"question": "word " * 25, "answer": "A"})
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == size
+    check_tokenizer(tokenizer, tiny_text_config(vocab_size=size))
+    assert tokenizer.pad_token == tokenizer.eos_token, "padding is masked, so that any token does"
+    with pytest.raises(ValueError, match="has 10 tokens, such as .* beyond the 390 embeddings"):
+        check_tokenizer(tokenizer, tiny_text_config(vocab_size=size - 10))
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end-of-sequence token.*Set `eos_token`"):
+        check_tokenizer(tokenizer, tiny_text_config(vocab_size=size))

@@ -1,0 +1,234 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""A row's texts -> token ids, as the chat template of the tokenizer means them."""
+
+import json
+import re
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import Hasher
+from jinja2 import TemplateError
+
+from dehvf import processing
+from training.flags import ROOT
+
+
+ENCODED = {"input_ids": List(Value("int32")), "is_answer": List(Value("bool")), "shortened": Value("bool")}
+OPTIONS = {"options": List(List(Value("int32")))}
+# One character for each special token that occurs in data, so that the chat template passes it on and the tokenizer
+# does not take it for a control token: Supplementary Private Use Area-B
+STAND_INS = 0x100000
+
+
+def render(processor, prompt: str) -> str:
+    """The chat text with `prompt` as the user's message, up to where the answer begins."""
+    return processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+
+
+class ChatTokenizer:
+    """
+    Renders chats by the chat template and encodes them. A special token that occurs in a message is encoded as the
+    text that it is, and a tokenizer that appends an end-of-sequence token to every text does not end a prompt.
+    """
+
+    def __init__(self, processor):
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self.special_tokens = sorted({*added, *self.tokenizer.all_special_tokens}, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, self.special_tokens)) or r"(?!)")
+        self.num_appended = processing.num_appended_tokens(self.tokenizer)
+
+    def protect(self, text: str) -> str:
+        """Puts a stand-in in the place of each special token."""
+        return self.pattern.sub(lambda found: chr(STAND_INS + self.special_tokens.index(found[0])), text)
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        messages = [{**message, "content": self.protect(message["content"])} for message in messages]
+        try:
+            return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+        except TemplateError as error:  # as for a role that it does not know
+            raise ValueError(f"the chat template of the tokenizer refuses {messages}: {error}") from error
+
+    def render_answers(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+        """
+        The text of a chat up to the end of its last message, and where the assistant's messages begin and end in it:
+        from the end of the generation prompt to the token that ends the turn, which is learned with them.
+
+        Raises:
+            ValueError: if the chat template refuses the messages, does not render one as it was, or renders the
+                messages before it in another way than alone.
+        """
+        text, spans, end = self.render(messages), [], 0
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.render(messages[:index], add_generation_prompt=True)
+            through = self.render(messages[: index + 1])
+            answer = self.protect(message["content"]).strip()
+            place = through.find(answer, len(before))
+            end = place + len(answer)
+            if found := re.match(rf"\s*(?:{self.pattern.pattern})", through[end:]):
+                end += found.end()
+            if place < 0 or not (text.startswith(through[:end]) and through.startswith(before)):
+                raise ValueError(
+                    f"the chat template of the tokenizer does not render message {index} ({message}) after the "
+                    "messages before it, as training needs. Give another template: `--chat_template plain`."
+                )
+            spans.append((len(before), end))
+        return text[:end], spans
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """
+        Token ids of a rendered chat, and where each begins and ends in it. The beginning-of-sequence token occurs
+        once, even if the chat template has it.
+        """
+        stand_in = re.compile(f"([{chr(STAND_INS)}-{chr(STAND_INS + len(self.special_tokens))}])")
+        has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        tokens, places, begin = [], [], 0
+        for piece in stand_in.split(text):
+            if stand_in.fullmatch(piece):
+                word = self.special_tokens[ord(piece) - STAND_INS]
+                new = self.tokenizer(word, add_special_tokens=False, split_special_tokens=True).input_ids
+                tokens, places = [*tokens, *new], [*places, *[(begin, begin + 1)] * len(new)]
+            elif piece or not begin:
+                adds = not has_bos and not begin
+                encoded = self.tokenizer(piece, add_special_tokens=adds, return_offsets_mapping=True)
+                kept = len(encoded.input_ids) - (self.num_appended if adds else 0)
+                tokens += encoded.input_ids[:kept]
+                places += [(begin + start, begin + stop) for start, stop in encoded.offset_mapping[:kept]]
+            begin += len(piece)
+        return tokens, places
+
+
+class RowEncoder:
+    """
+    A row's texts as token ids:
+
+        input_ids    to train: prompt, answer and EOS; to evaluate: prompt and answer prefix
+        is_answer    which of them are the answer, or the prefix
+        options      to evaluate: the tokens of each option
+        shortened    whether the end of the context was removed
+
+    In a chat, all messages of the assistant are answers to train on, and the last one is the answer to evaluate.
+
+    Raises:
+        ValueError: if a row has no answer, is too long without context or too long for the language model, two options
+            have the same tokens, or the task refuses it. The message names the row and the split.
+    """
+
+    def __init__(self, task, split: str, processor, max_prompt_length: int, training: bool):
+        self.task_name, self.split, self.processor = task.__name__, split, processor
+        self.max_prompt_length, self.training = max_prompt_length, training
+        self.option_tokens = {}
+
+    @property
+    def task(self):
+        return import_module(self.task_name)  # modules cannot be pickled for the workers of a data loader
+
+    @cached_property
+    def chat(self) -> ChatTokenizer:
+        return ChatTokenizer(self.processor)
+
+    def __call__(self, row: dict, index: int) -> dict:
+        try:
+            return self._encode(dict(row))
+        except ValueError as error:
+            raise ValueError(f"Row {index} of the {self.split} split: {error}") from error
+
+    def _encode(self, row: dict) -> dict:
+        answer = self.task.answer(row).strip()  # also to evaluate, since the task checks the row here
+        if self.training and not answer:
+            raise ValueError(f"it has no answer to learn: {row}")
+        answer = answer if self.training else self.task.ANSWER_PREFIX.strip()
+        text, tokens, is_answer, shortened = self._fit(row, answer)
+        if len(tokens) > self.processor.tokenizer.model_max_length:
+            raise ValueError(
+                f"it has {len(tokens)} tokens, more than the {self.processor.tokenizer.model_max_length} that the "
+                "language model reads. Shorten it or leave it out."
+            )
+        encoded = {"input_ids": tokens, "is_answer": is_answer, "shortened": shortened}
+        return encoded if self.training else {**encoded, "options": self._option_tokens(row, text, len(tokens))}
+
+    def _fit(self, row: dict, answer: str) -> tuple[str, list[int], list[bool], bool]:
+        """
+        The text of prompt and answer, its tokens, which of them are answers, and whether the context was shortened for
+        it.
+        """
+        context, offsets, shortened = self.task.context(row), None, False
+        while True:
+            # Encoded in one piece, as the model will read it, and split where the prompt ends
+            text, spans = self._render(row, context, answer)
+            tokens, places = self.chat.encode(text)
+            is_answer = [any(begin <= start < end for begin, end in spans) for start, _ in places]
+            if self.training and tokens[-1] not in self.processor.tokenizer.all_special_ids:
+                # A template that does not end a turn by a token
+                tokens, is_answer = [*tokens, self.processor.tokenizer.eos_token_id], [*is_answer, True]
+            length = sum(start < spans[-1][0] for start, _ in places)
+            excess = length - self.max_prompt_length
+            if excess <= 0:
+                return text, tokens, is_answer, shortened
+            if offsets is None:
+                tokenizer = self.processor.tokenizer
+                offsets = tokenizer(context, return_offsets_mapping=True, add_special_tokens=False).offset_mapping
+            if not offsets:
+                raise ValueError(
+                    f"it has {length} tokens without any context, more than `max_prompt_length="
+                    f"{self.max_prompt_length}`. Raise the limit: question, options and answer are never shortened."
+                )
+            # A cut can split a word into more tokens than it had, so this may take several rounds
+            offsets, shortened = offsets[:-excess], True
+            context = context[: offsets[-1][1]] if offsets else ""
+
+    def _render(self, row: dict, context: str, answer: str) -> tuple[str, list[tuple[int, int]]]:
+        if hasattr(self.task, "messages"):
+            *messages, _ = turns = self.task.messages(row)
+        else:
+            messages = [{"role": "user", "content": self.task.prompt(row, context)}]
+            turns = [*messages, {"role": "assistant", "content": answer}]
+        if self.training:
+            return self.chat.render_answers(turns)
+        prompt = self.chat.render(messages, add_generation_prompt=True)
+        if not answer:
+            return prompt, [(len(prompt), len(prompt))]
+        # Without what ends the turn
+        text, (*_, (begin, _)) = self.chat.render_answers([*messages, {"role": "assistant", "content": answer}])
+        text = text[: text.index(answer, begin) + len(answer)]
+        return text, [(begin, len(text))]
+
+    def _option_tokens(self, row: dict, text: str, length: int) -> list[list[int]]:
+        options = self.task.options(row) or []
+        for option in options:
+            if option not in self.option_tokens:  # letters have the same tokens in every row
+                self.option_tokens[option] = self.chat.encode(text + self.chat.protect(option))[0][length:]
+        tokens = [self.option_tokens[option] for option in options]
+        if len(set(map(tuple, tokens))) < len(tokens):
+            raise ValueError(f"it has options with the same tokens: {options}. Give each option once.")
+        return tokens
+
+    def fingerprint(self, rows: Dataset) -> str:
+        """Of everything that the encoded rows depend on."""
+        tokenizer = json.loads(self.processor.tokenizer.backend_tokenizer.to_str())
+        limits = (self.processor.tokenizer.eos_token_id, self.processor.tokenizer.model_max_length)
+        tokenizer |= {"padding": None, "truncation": None, "limits": limits}
+        sources = [Path(__file__), *sorted((ROOT / "tasks").glob("*.py"))]
+        facts = (self.task_name, self.split, self.training, self.max_prompt_length, self.processor.chat_template)
+        code = [file.read_text(encoding="utf-8") for file in sources]
+        return Hasher.hash([rows._fingerprint, *facts, json.dumps(tokenizer), *code])
+
+    def encode(self, rows: Dataset) -> Dataset:
+        """Encodes all rows into a file in the cache of `datasets`, or reads what an earlier run has written there."""
+        fingerprint = self.fingerprint(rows)
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "dehvf"
+        folder.mkdir(parents=True, exist_ok=True)
+        return rows.map(
+            self,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=Features(ENCODED if self.training else {**ENCODED, **OPTIONS}),
+            cache_file_name=str(folder / f"{fingerprint}.arrow"),
+            new_fingerprint=fingerprint,
+            desc=f"Encoding the {self.split} split",
+        )
