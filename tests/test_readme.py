@@ -143,6 +143,19 @@ def test_the_blocks_of_the_usage_page_run_in_its_order(tmp_path):
     assert (tmp_path / "outputs" / "everything" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_the_block_of_the_trl_page_trains_and_saves_an_adapter(tmp_path):
+    for name in ("assets", "dehvf.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (code,) = blocks("trl.md", "python")
+    run("python", "-c", code, folder=tmp_path)
+    model = DehvfForConditionalGeneration.from_pretrained(
+        tmp_path / "outputs" / "trl", vision_model=ROOT / "assets/vision_model", text_model=ROOT / "assets/language_model"
+    )
+    assert model.config.num_memory_slots == 32
+    assert DehvfProcessor.from_pretrained(tmp_path / "outputs" / "trl").tokenizer.padding_side == "left"
+
+
 # --- the pages themselves ---
 
 
@@ -162,8 +175,8 @@ def test_links_recipes_and_the_front_matter_name_files_that_exist():
     assert (ROOT / card["app_file"]).is_file() and card["sdk_version"] in (ROOT / "requirements-app.txt").read_text()
 
 
-def test_the_map_of_the_readme_names_what_is_there():
-    (tree,) = re.findall(r"```\n(config\.json.*?)```", README, re.DOTALL)
+def test_the_map_names_what_is_there():
+    (tree,) = re.findall(r"```\n(config\.json.*?)```", PAGES["map.md"], re.DOTALL)
     named = {name.rstrip("/") for line in tree.splitlines() for name in line[:26].replace(",", " ").split()}
     there = {path.name for path in ROOT.iterdir()}
     assert named <= there
