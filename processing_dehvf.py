@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from huggingface_hub import CommitInfo, upload_folder
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoTokenizer
 from transformers.image_utils import ImageInput
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top it may need torchvision
@@ -64,6 +64,20 @@ def set_image_size(image_processor, image_size: int):
         image_processor.size = square
 
 
+def fit_image(image: Image.Image, image_fit: str, image_processor) -> Image.Image:
+    """Makes an image as large as the image processor's results, so that it neither resizes nor crops it further."""
+    side = dict(
+        image_processor.crop_size if getattr(image_processor, "do_center_crop", None) else image_processor.size
+    )
+    size = (side["width"], side["height"]) if "width" in side else (side["shortest_edge"],) * 2
+    if image_fit == "squash":
+        return image.resize(size, image_processor.resample)
+    if image_fit == "crop":
+        return ImageOps.fit(image, size, image_processor.resample)
+    colour = tuple(round(255 * mean) for mean in image_processor.image_mean)
+    return ImageOps.pad(image, size, image_processor.resample, colour)
+
+
 def num_appended_tokens(tokenizer) -> int:
     """Number of special tokens that a tokenizer appends to each text, such as that of `add_eos_token`."""
     is_special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
@@ -92,10 +106,13 @@ class DehvfProcessor(ProcessorMixin):
             padding token it pads with the unknown token or else the end-of-sequence token.
         chat_template (`str`, *optional*): Jinja template. Defaults to that of the tokenizer. If it has none, each
             message is a line of its own, and the answer follows `Response:`.
+        image_fit (`str`, *optional*): how an image that is not square becomes so: `crop` (its centre), `squash`
+            (other proportions), or `pad` (with the mean colour of `image_processor`). Defaults to what
+            `image_processor` does.
 
     Raises:
-        ValueError: if a sample has more than one image, the numbers of images and texts differ, or [`read_image`]
-            cannot read an image.
+        ValueError: if `image_fit` has another value, a sample has more than one image, the numbers of images and
+            texts differ, or [`read_image`] cannot read an image.
 
     Example:
 
@@ -108,7 +125,17 @@ class DehvfProcessor(ProcessorMixin):
 
     valid_processor_kwargs = DehvfProcessorKwargs
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template: str | None = None, **kwargs):
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template: str | None = None,
+        image_fit: str | None = None,
+        **kwargs,
+    ):
+        if image_fit not in (None, "crop", "squash", "pad"):
+            raise ValueError(f"`image_fit` is {image_fit!r}. Give `crop`, `squash` or `pad`.")
+        self.image_fit = image_fit
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -125,19 +152,21 @@ class DehvfProcessor(ProcessorMixin):
         text_model_revision: str | None = None,
         chat_template: str | None = None,
         image_size: int | None = None,
+        image_fit: str | None = None,
         **kwargs,
     ):
         """
         Loads the image processor of `vision_model` and the tokenizer of `text_model`, each a Hub id or folder.
         `chat_template` replaces that of the tokenizer and reads each message's `content` as a string; `image_size` is
-        that of [`DehvfConfig`].
+        that of [`DehvfConfig`]; `image_fit` as above.
         """
         kwargs.setdefault("trust_remote_code", False)  # `None` asks in a terminal
         image_processor = AutoImageProcessor.from_pretrained(vision_model, revision=vision_model_revision, **kwargs)
         if image_size is not None:
             set_image_size(image_processor, image_size)
         tokenizer = AutoTokenizer.from_pretrained(text_model, revision=text_model_revision, **kwargs)
-        return cls(image_processor, tokenizer, chat_template=chat_template and KEEP_TEXT + chat_template)
+        chat_template = chat_template and KEEP_TEXT + chat_template
+        return cls(image_processor, tokenizer, chat_template=chat_template, image_fit=image_fit)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -220,7 +249,10 @@ class DehvfProcessor(ProcessorMixin):
         present = [index for index, image in enumerate(images) if image is not None]
         if not present:
             return {}, []
-        processed = self.image_processor([images[index] for index in present], **{**kwargs, "return_tensors": "np"})
+        fitted = [images[index] for index in present]
+        if self.image_fit is not None:
+            fitted = [fit_image(image, self.image_fit, self.image_processor) for image in fitted]
+        processed = self.image_processor(fitted, **{**kwargs, "return_tensors": "np"})
         pixels = np.asarray(processed["pixel_values"])
         # One row per sample, so that batches can be sliced, gathered and repeated like every other input
         pixel_values = np.zeros((len(images), *pixels.shape[1:]), dtype=pixels.dtype)

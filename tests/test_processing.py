@@ -374,3 +374,31 @@ def test_the_limit_of_pixels_can_be_raised_or_removed(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert read_image(image(size=(8000, 1))).size == (8000, 1)
     assert read_image(image(size=(1, 1))).size == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "image_fit, columns, rows",
+    [
+        (None, [1] * 8 + [0] * 8, [0.5] * 16),
+        ("crop", [1] * 8 + [0] * 8, [0.5] * 16),
+        ("squash", [1] * 4 + [0] * 12, [0.25] * 16),
+        ("pad", [1] * 4 + [0] * 12, [0.5] * 4 + [0.25] * 8 + [0.5] * 4),
+    ],
+)
+def test_an_image_that_is_not_square_is_fitted_as_asked_also_after_saving(image_fit, columns, rows, tmp_path):
+    """A picture of 64 x 32 pixels, white up to a quarter of its width or, where the sides are cut off, to a half."""
+    white = 32 if image_fit in (None, "crop") else 16
+    pixels = np.zeros((32, 64, 3), dtype=np.uint8)
+    pixels[:, :white] = 255
+    image_processor = tiny_image_processor()
+    image_processor.image_mean, image_processor.image_std = [0.5] * 3, [1.0] * 3
+    DehvfProcessor(image_processor, tiny_tokenizer(), image_fit=image_fit).save_pretrained(tmp_path)
+    processor = DehvfProcessor.from_pretrained(tmp_path)
+    values = processor(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0, 0] + 0.5
+    torch.testing.assert_close(values[8], torch.tensor(columns, dtype=torch.float32), atol=0.15, rtol=0)
+    torch.testing.assert_close(values.mean(dim=1), torch.tensor(rows, dtype=torch.float32), atol=0.03, rtol=0)
+
+
+def test_another_image_fit_is_refused():
+    with pytest.raises(ValueError, match="`image_fit` is 'stretch'. Give `crop`, `squash` or `pad`"):
+        DehvfProcessor(tiny_image_processor(), tiny_tokenizer(), image_fit="stretch")

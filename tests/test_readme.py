@@ -150,7 +150,9 @@ def test_the_block_of_the_trl_page_trains_and_saves_an_adapter(tmp_path):
     (code,) = blocks("trl.md", "python")
     run("python", "-c", code, folder=tmp_path)
     model = DehvfForConditionalGeneration.from_pretrained(
-        tmp_path / "outputs" / "trl", vision_model=ROOT / "assets/vision_model", text_model=ROOT / "assets/language_model"
+        tmp_path / "outputs" / "trl",
+        vision_model=ROOT / "assets/vision_model",
+        text_model=ROOT / "assets/language_model",
     )
     assert model.config.num_memory_slots == 32
     assert DehvfProcessor.from_pretrained(tmp_path / "outputs" / "trl").tokenizer.padding_side == "left"

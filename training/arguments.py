@@ -99,6 +99,13 @@ class ModelArguments:
             "`Response:` on a line of its own, without a system message. It is saved with the processor."
         },
     )
+    image_fit: Literal["crop", "squash", "pad"] | None = field(
+        default=None,
+        metadata={
+            "help": "How an image becomes square: `crop` its centre, `squash` it, or `pad` it with the mean colour. "
+            "Defaults to what the image processor of the encoder does. It is saved with the processor."
+        },
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "dtype of the frozen bases. Adapters are float32."}
     )
@@ -272,7 +279,7 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
             f"`--method {method}` does not support `--load_in_4bit` and `--load_in_8bit`. Remove one of them."
         )
     if model_args.adapter is not None:
-        own = ["method"] if method != "dehvf" else sorted(given & {*vars(adapter_args), "chat_template"})
+        own = ["method"] if method != "dehvf" else sorted(given & {*vars(adapter_args), "chat_template", "image_fit"})
         if own:
             raise ValueError(
                 f"`--{own[0]}` was given with `--adapter {model_args.adapter}`, which defines it itself. Remove one."
