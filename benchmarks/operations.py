@@ -1,7 +1,7 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 Operations of one answer's first token, part by part, of DEHVF and of LLaVA-1.5: in closed form, and as torch counts
-them in a forward of the real models (the paper's Figure 2, and its 6 % at 576 visual tokens).
+them in a forward of the real models (the paper's Figure 2, and the 6 % that it names).
 
     python -m benchmarks.operations
 

@@ -141,7 +141,7 @@ def position_names(model) -> list[str]:
 
 def encoder_view(processor, image) -> np.ndarray:
     """The image as the vision encoder gets it, without normalisation: `(height, width, 3)` from 0 to 1."""
-    pixels = processor.image_processor(image, do_normalize=False, return_tensors="np")["pixel_values"][0]
+    pixels = processor(images=image, do_normalize=False, return_tensors="np")["pixel_values"][0]
     return pixels.transpose(1, 2, 0).clip(0, 1)
 
 
