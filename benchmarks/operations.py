@@ -271,7 +271,7 @@ def markdown(report: dict) -> str:
         side = [shares["language side"][key] for key in ("text alone", "DEHVF", "DEHVF, materialised")]
         numbers = [*side, shares["all but the vision encoder"], shares["all"]]
         lines.append(f"| {name} | {' | '.join(f'{number:.2f}' for number in numbers)} |")
-    lines += ["", f"The paper: {PAPER_SHARE} % at 576 visual tokens."]
+    lines += ["", f"The paper says {PAPER_SHARE} % at a text length of 32, without a number of visual tokens."]
     lines += ["", "## Memory lookup, factored or materialised", ""]
     lines += [f"10⁹ operations at {NUM_TEXT_TOKENS} text tokens, and the text tokens per image from which the"]
     lines += ["materialised form has fewer.", "", "| | factored | materialised | break-even |", "|---|---|---|---|"]
