@@ -10,12 +10,12 @@ paper names neither the depths nor the network. Ours are four, evenly spread, an
 for LLaMA-7B and CLIP ViT-L/14, where the paper says 1.8 M:
 
     prompts of 30 layers          30 x 10 x 4096 = 1,228,800
-    gates, one a layer as in peft                         30
+    gates, one for each head of these layers             960
     projector 4 x 1024 -> 64 -> 4096                 528,448
-    sum                                            1,757,278
+    sum                                            1,758,208
 
-There 30 of 32 layers have prompts, the lowest two do not; so by default here, whatever the depth. peft's gate is one
-number a layer, and the authors' code has one for each head.
+There 30 of 32 layers have prompts, the lowest two do not; so by default here, whatever the depth. The gate is that of
+the authors' code, `tanh(gate)` for each head; peft has one number a layer, and no tanh.
 """
 
 import torch
@@ -40,14 +40,15 @@ class ImageAdaptedAttention(AdaptedAttention):
     """
     peft's adapted attention, whose prompts are those of all samples, with prompts for each sample, and in fp32.
 
-    It takes from peft the parameters `adaption_prompt` of shape `(1, prompt_length, hidden_size)` and `adaption_gate`,
-    their initialisation, the wrapped attention, `model`, and the query with its rotary embedding.
+    It takes from peft the parameter `adaption_prompt` of shape `(1, prompt_length, hidden_size)` and its
+    initialisation, the wrapped attention, `model`, and the query with its rotary embedding. `adaption_gate`, of shape
+    `(num_heads, 1, 1)`, is that of the authors.
     """
 
     def __init__(self, attention, prompt_length: int):
         super().__init__(attention.config.model_type, prompt_length, attention)
         self.adaption_prompt.data = self.adaption_prompt.data.float()  # peft has them in the dtype of the base
-        self.adaption_gate.data = self.adaption_gate.data.float()
+        self.adaption_gate = torch.nn.Parameter(torch.zeros(attention.config.num_attention_heads, 1, 1))
 
     def forward(self, visual_prompt: torch.Tensor | None = None, **kwargs):
         """visual_prompt: `(batch_size or 1, 1, hidden_size)`, added to all prompts. Others: those of the attention."""
@@ -60,7 +61,7 @@ class ImageAdaptedAttention(AdaptedAttention):
             for projection in (self.model.k_proj, self.model.v_proj)
         )
         attended = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-        attended = (self.adaption_gate * attended).to(query.dtype).transpose(1, 2).flatten(2)
+        attended = (self.adaption_gate.tanh() * attended).to(query.dtype).transpose(1, 2).flatten(2)
         return output + self.model.o_proj(attended), *rest
 
 
