@@ -66,7 +66,7 @@ class ChatTokenizer:
             if message["role"] != "assistant":
                 continue
             before = self.render(messages[:index], add_generation_prompt=True)
-            through = self.render(messages[: index + 1])
+            through = text if index == len(messages) - 1 else self.render(messages[: index + 1])
             answer = self.protect(message["content"]).strip()
             place = through.find(answer, len(before))
             end = place + len(answer)

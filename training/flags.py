@@ -33,7 +33,7 @@ def read_recipe(recipe: Path) -> dict:
     values = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
     base = values.pop("base", None)
     values = values if base is None else read_recipe(recipe.parent / base) | values
-    for name in PLACES:
+    for name in (*PLACES, "chat_template"):
         place = values.get(name)
         if place is not None and not Path(place).exists() and (ROOT / place).exists():
             values[name] = str(ROOT / place)
