@@ -374,11 +374,10 @@ def check_training_arguments(given: Collection[str], training_args):
             f"`--warmup_steps {values['warmup_steps']}` was given. Give a whole number of steps, or a part of all "
             "steps below 1."
         )
-    strategies = ("random", "sequential", "group_by_length")
-    if values["train_sampling_strategy"] not in strategies:
+    if values["train_sampling_strategy"] == "batch_rebalance":
         raise ValueError(
-            f"`--train_sampling_strategy {values['train_sampling_strategy']}` is not supported. Use one of "
-            f"{', '.join(strategies)}."
+            "`--train_sampling_strategy batch_rebalance` is not supported: it does not read `--seed`. Use "
+            "`group_by_length`."
         )
     if "do_eval" in given or values["do_eval"] != (values["eval_strategy"] != "no"):
         raise ValueError(
