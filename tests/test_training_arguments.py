@@ -194,6 +194,8 @@ def test_each_field_is_in_one_class():
     assert sorted(itertools.chain(*classes)) == sorted(names), "none is missing, none is in two"
     for name, file in ELSEWHERE.items():
         assert name in (ROOT / "tests" / file).read_text(), name
+    documented = (ROOT / "docs" / "training.md").read_text()
+    assert [name for name in REFUSED if f"`{name}" not in documented] == []
 
 
 # --- what works ---
@@ -373,6 +375,7 @@ def test_a_field_that_must_keep_its_value_is_refused_with_the_reason(name):
         ("--max_grad_norm=-1", "`--max_grad_norm -1.0` was given"),
         ("--per_device_train_batch_size 0", "`--per_device_train_batch_size 0` was given.* at least 1"),
         ("--label_smoothing_factor 1", "must be below 1"),
+        ("--adam_beta2 1.5", "`--adam_beta2 1.5` was given. It must be below 1"),
         ("--max_steps 0", "`--max_steps 0` was given. Give a positive number"),
         ("--num_train_epochs 0 --max_steps 4", "`--max_steps` has no effect"),
         ("--warmup_steps 1.5", "`--warmup_steps 1.5` was given"),
@@ -381,6 +384,7 @@ def test_a_field_that_must_keep_its_value_is_refused_with_the_reason(name):
         ("--streaming true --max_steps 1 --data_seed 1", "does not read `--data_seed`"),
         ("--optim galore_adamw", "`--optim galore_adamw` is not supported: .*Use one of adamw_torch"),
         ("--optim sgd --optim_args momentun=0.9", "`--optim sgd` does not read `momentun`.* It reads momentum"),
+        ("--optim sgd --optim_args momentum", "`--optim_args momentum` was given. Write it as `name=value"),
         ("--optim_args fused=true", "`--optim adamw_torch_fused` does not read `fused`.* It reads nothing"),
         ("--eval_steps 2", "`--eval_steps` has no effect without `--eval_strategy steps`"),
         ("--save_steps 2", "`--save_steps` has no effect without `--save_strategy steps`"),

@@ -246,8 +246,10 @@ def complete_arguments(task, data_args, training_args):
         training_args.accelerator_config.dispatch_batches = False
     follows_score = training_args.lr_scheduler_type in SCORE_SCHEDULES
     if training_args.metric_for_best_model == "score":
-        is_read = training_args.load_best_model_at_end or training_args.save_strategy == "best" or follows_score
-        training_args.metric_for_best_model = task.CARD["score"] if is_read else None
+        if training_args.load_best_model_at_end or training_args.save_strategy == "best" or follows_score:
+            training_args.metric_for_best_model = task.CARD["score"]
+        else:
+            training_args.metric_for_best_model = training_args.greater_is_better = None
     if follows_score:  # these two would take a higher score for a worse one
         mode = {"mode": "max" if training_args.greater_is_better else "min"}
         training_args.lr_scheduler_kwargs = mode | (training_args.lr_scheduler_kwargs or {})
@@ -294,7 +296,7 @@ KEPT = {
 LOWEST = {
     **dict.fromkeys(("learning_rate", "base_learning_rate", "fuser_lr_ratio", "weight_decay", "max_grad_norm"), 0),
     **dict.fromkeys(("num_train_epochs", "warmup_steps", "eval_delay", "label_smoothing_factor"), 0),
-    **dict.fromkeys(("neftune_noise_alpha", "dataloader_num_workers", "adam_epsilon"), 0),
+    **dict.fromkeys(("neftune_noise_alpha", "dataloader_num_workers", "adam_beta1", "adam_beta2", "adam_epsilon"), 0),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("save_total_limit", "eval_accumulation_steps", "early_stopping_patience"), 1),
 }
@@ -358,10 +360,9 @@ def check_training_arguments(given: Collection[str], training_args):
     for name, lowest in LOWEST.items():
         if values[name] is not None and not lowest <= values[name] < math.inf:
             raise ValueError(f"`--{name} {values[name]}` was given. It must be a finite number of at least {lowest}.")
-    if values["label_smoothing_factor"] >= 1:
-        raise ValueError(
-            f"`--label_smoothing_factor {values['label_smoothing_factor']}` was given. It must be below 1."
-        )
+    for name in ("label_smoothing_factor", "adam_beta1", "adam_beta2"):
+        if values[name] >= 1:
+            raise ValueError(f"`--{name} {values[name]}` was given. It must be below 1.")
     if values["max_steps"] < 1 and values["max_steps"] != -1:
         raise ValueError(
             f"`--max_steps {values['max_steps']}` was given. Give a positive number, or `--num_train_epochs 0` to "
@@ -398,10 +399,15 @@ def check_optimizer(training_args):
             f"`--optim {name}` is not supported: it is not tested, and would save little with so few trained "
             f"parameters. Use one of {', '.join(OPTIMIZERS)}."
         )
-    keys = [part.partition("=")[0].strip() for part in (training_args.optim_args or "").split(",") if part]
-    if unread := [key for key in keys if key not in OPTIMIZERS[name]]:
-        known = ", ".join(OPTIMIZERS[name]) or "nothing"
-        raise ValueError(f"`--optim {name}` does not read `{unread[0]}` of `--optim_args`. It reads {known}.")
+    for pair in training_args.optim_args.split(",") if training_args.optim_args else ():
+        key, equals, _ = pair.partition("=")
+        if not equals:
+            raise ValueError(
+                f"`--optim_args {training_args.optim_args}` was given. Write it as `name=value,name=value`."
+            )
+        if key.strip() not in OPTIMIZERS[name]:
+            known = ", ".join(OPTIMIZERS[name]) or "nothing"
+            raise ValueError(f"`--optim {name}` does not read `{key}` of `--optim_args`. It reads {known}.")
 
 
 def check_needs(given: Collection[str], training_args):
