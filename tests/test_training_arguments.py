@@ -426,10 +426,18 @@ def test_a_value_of_a_recipes_task_is_not_that_of_another_task(tmp_path):
     own, digits = parse_arguments(["--task", "vqa", "--data_path", "x/y"]), parse_arguments(["--task", "digits"])
     assert (own[-1].train_sampling_strategy, digits[-1].train_sampling_strategy) == ("random", "sequential")
     assert own[2] == digits[2], "the bases stay"
-    (tmp_path / "base.yaml").write_text("task: digits\ndata_path: x/y\ntrain_sampling_strategy: sequential\nseed: 5\n")
+    values = "data_path: x/y\ntrain_sampling_strategy: sequential\nseed: 5\n"
+    (tmp_path / "base.yaml").write_text(f"task: digits\n{values}")
     (tmp_path / "row.yaml").write_text("base: base.yaml\ntask: vqa\n")
-    _, data, *_, training = parse_arguments([str(tmp_path / "row.yaml")])
-    assert (data.data_path, training.train_sampling_strategy, training.seed) == (None, "random", 5)
+    (tmp_path / "any.yaml").write_text(values)
+    for words, kept in (
+        (["row.yaml"], (None, "random", 5)),
+        (["base.yaml", "--task", "vqa"], (None, "random", 5)),
+        (["base.yaml"], ("x/y", "sequential", 5)),
+        (["any.yaml", "--task", "vqa"], ("x/y", "sequential", 5)),
+    ):
+        _, data, *_, training = parse_arguments([str(tmp_path / words[0]), *words[1:]])
+        assert (data.data_path, training.train_sampling_strategy, training.seed) == kept, words
 
 
 def test_a_number_of_epochs_overrides_a_recipes_number_of_steps(tmp_path):

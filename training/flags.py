@@ -43,8 +43,8 @@ def read_recipe(recipe: Path) -> dict:
 
 
 def keep_values(values: dict, task: str | None) -> dict:
-    """The values of a recipe that hold for `task` too; `None` is the recipe's own."""
-    is_other = task not in (None, values.get("task"))
+    """The values of a recipe that hold for `task` too. `None`, also as the recipe's task, is the same one."""
+    is_other = None not in (task, values.get("task")) and task != values["task"]
     return {name: value for name, value in values.items() if not (is_other and name in TASK_VALUES)}
 
 
