@@ -36,7 +36,7 @@ from training.checkpoints import RUN_FILE, choose_start, write_json  # noqa: E40
 from training.data import Collator, load_splits  # noqa: E402
 from training.engines import start_engine  # noqa: E402
 from training.models import load_model, load_processor, method_of  # noqa: E402
-from training.results import command_of, evaluate, make_records, open_repository, push  # noqa: E402
+from training.results import check_metric, command_of, evaluate, make_records, open_repository, push  # noqa: E402
 from training.trainer import AnswerTrainer  # noqa: E402
 
 
@@ -58,6 +58,8 @@ def main(arguments: list[str]):
 
     processor = load_processor(model_args, adapter_args)
     splits = load_splits(task, processor, data_args, training_args)  # before the model, so that errors come early
+    if "validation" in splits and training_args.metric_for_best_model not in (None, task.CARD["score"]):
+        check_metric(task, processor, splits["validation"], training_args.metric_for_best_model)
     model = load_model(model_args, adapter_args, baseline_args)
     trained, total = adapters.count_parameters(model)
     facts = {"run": run["run"], "method": method_of(model.config, model_args.method), "trained_parameters": trained}

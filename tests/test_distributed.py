@@ -29,7 +29,7 @@ ENGINES = {
 FLAGS = {
     **{"max_steps": 3, "learning_rate": 0.01, "adam_epsilon": 1e-4, "lr_scheduler_type": "constant"},
     **{"warmup_steps": 0, "memory_dropout": 0.0, "vision_adapter_dropout": 0.0},
-    **{"logging_steps": 1, "save_strategy": "no", "disable_tqdm": "true"},
+    **{"logging_steps": 1, "save_strategy": "no", "disable_tqdm": "true", "train_sampling_strategy": "sequential"},
 }
 
 

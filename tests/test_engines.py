@@ -14,6 +14,7 @@ OVERRIDDEN = {
     "_save_optimizer_and_scheduler": "self output_dir",
     "_load_from_checkpoint": "self resume_from_checkpoint model",
     "_load_best_model": "self",
+    "_get_train_sampler": "self train_dataset",
     "_prepare_for_training": "self max_steps train_dataloader resume_from_checkpoint",
 }
 # Parameters in DeepSpeed 0.19

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Literal
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from baselines import METHODS as BASELINES
 from baselines import BaselineArguments
@@ -28,6 +30,8 @@ DEHVF_METHODS = {
     "igva": {"fuser_query": "instruction"},
     "layer+instruction": {"fuser_query": "layer+instruction"},
 }
+# Schedules whose rate follows a score of the validation split
+SCORE_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,6 +129,7 @@ class DehvfTrainingArguments(TrainingArguments):
     """
     `transformers.TrainingArguments` with three more fields and other defaults: the collator makes the model's inputs,
     so no column is removed; every adapter gets a gradient at every step; a run resumes exactly; a NaN loss stops it.
+    [`check_training_arguments`] refuses what would have no effect or a wrong one.
     """
 
     base_learning_rate: float | None = field(
@@ -139,6 +144,11 @@ class DehvfTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Stop after so many evaluations in a row without a better score. Keeps the best adapters."},
     )
+    metric_for_best_model: str | None = field(
+        default="score", metadata={"help": "score: the one that the model card states; or another score of the task."}
+    )
+    do_train: bool = field(default=True, metadata={"help": "Keep true: `--num_train_epochs 0` only evaluates."})
+    do_predict: bool = field(default=True, metadata={"help": "Keep true: the test split is always evaluated."})
     resume_from_checkpoint: str | None = field(
         default="auto",
         metadata={
@@ -149,7 +159,7 @@ class DehvfTrainingArguments(TrainingArguments):
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "Keep true, so that early stopping resumes."}
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not used."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Keep false: such a loss stops a run."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep false: all columns are needed."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Not used."})
     hub_strategy: str = field(default="end", metadata={"help": "Keep: adapters are pushed once, with their results."})
@@ -207,8 +217,9 @@ def parse_arguments(arguments: list[str]):
         allow_abbrev=False,
     )
     recipe, values, flags = read_command(arguments)
-    if "learning_rate" in flags:
-        values.pop("base_learning_rate", None)
+    for name, other in (("learning_rate", "base_learning_rate"), ("num_train_epochs", "max_steps")):
+        if name in flags:  # the other one, in the recipe, would decide
+            values.pop(other, None)
     words = [f"--output_dir=outputs/{recipe.stem}"]
     for name, value in values.items():
         elements = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
@@ -245,13 +256,62 @@ def complete_arguments(task, data_args, training_args):
         data_args.max_new_tokens = task.MAX_NEW_TOKENS
     if data_args.streaming:  # accelerate cannot split a batch without images like one with images
         training_args.accelerator_config.dispatch_batches = False
-    if training_args.load_best_model_at_end and training_args.metric_for_best_model in (None, "loss"):
-        training_args.metric_for_best_model, training_args.greater_is_better = task.CARD["score"], True
+    follows_score = training_args.lr_scheduler_type in SCORE_SCHEDULES
+    if training_args.metric_for_best_model == "score":
+        if training_args.load_best_model_at_end or training_args.save_strategy == "best" or follows_score:
+            training_args.metric_for_best_model = task.CARD["score"]
+        else:
+            training_args.metric_for_best_model = training_args.greater_is_better = None
+    if follows_score:  # these two would take a higher score for a worse one
+        mode = {"mode": "max" if training_args.greater_is_better else "min"}
+        training_args.lr_scheduler_kwargs = mode | (training_args.lr_scheduler_kwargs or {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks
 # ---------------------------------------------------------------------------------------------------------------------
+
+# Optimizers, and what each of them reads from `--optim_args`
+OPTIMIZERS = {
+    **{"adamw_torch": (), "adamw_torch_fused": (), "adafactor": (), "sgd": ("momentum", "dampening", "nesterov")},
+    **{"adagrad": ("lr_decay", "eps"), "rmsprop": ("momentum", "alpha", "eps", "centered")},
+}
+# Fields of `TrainingArguments` that must keep a value, and why
+KEPT = {
+    "accelerator_config": (AcceleratorConfig(), "the learning rate and resuming depend on how rows are dealt out"),
+    "auto_find_batch_size": (False, "the learning rate and the checkpoints are those of one batch size"),
+    "batch_eval_metrics": (False, "the task scores the whole split at once"),
+    "bf16_full_eval": (False, "it would cast the adapters too; `--dtype bfloat16` casts the frozen bases alone"),
+    "dataloader_in_order": (True, "a run whose rows come in another order each time cannot be resumed"),
+    "debug": ([], "a loss or gradient that is NaN or Inf stops the run anyway, and names the rows"),
+    "do_predict": (True, "the test split is always evaluated"),
+    "do_train": (True, "`--num_train_epochs 0` evaluates without training"),
+    "eval_do_concat_batches": (True, "the task scores the whole split at once"),
+    "eval_use_gather_object": (False, "answers are gathered as tensors"),
+    "fp16_full_eval": (False, "it would cast the adapters too; `--dtype float16` casts the frozen bases alone"),
+    "hub_always_push": (False, "adapters are pushed once, with their results"),
+    "hub_strategy": ("end", "adapters are pushed once, with their results"),
+    "include_for_metrics": ([], "the scores of a task read answers alone"),
+    "label_names": (None, "the labels are always `labels`"),
+    "length_column_name": ("length", "lengths are counted in tokens"),
+    "liger_kernel_config": (None, "Liger kernels replace layers of model types that they know, and `dehvf` is none"),
+    "logging_nan_inf_filter": (False, "a loss that is NaN or Inf stops the run"),
+    "optim_target_modules": (None, "no optimizer of this script reads it"),
+    "parallelism_config": (None, "frozen bases are sharded by DeepSpeed ZeRO-3 or FSDP2"),
+    "prediction_loss_only": (False, "evaluation generates answers and computes no loss"),
+    "remove_unused_columns": (False, "the collator needs all columns"),
+    "restore_callback_states_from_checkpoint": (True, "a resumed run would forget when its score last improved"),
+    "use_cache": (False, "training reads whole rows, and generation has a cache anyway"),
+    "use_liger_kernel": (False, "Liger kernels replace layers of model types that they know, and `dehvf` is none"),
+}
+# The lowest value of a number, where another one fails late or means something else than it says
+LOWEST = {
+    **dict.fromkeys(("learning_rate", "base_learning_rate", "fuser_lr_ratio", "weight_decay", "max_grad_norm"), 0),
+    **dict.fromkeys(("num_train_epochs", "warmup_steps", "eval_delay", "label_smoothing_factor"), 0),
+    **dict.fromkeys(("neftune_noise_alpha", "dataloader_num_workers", "adam_beta1", "adam_beta2", "adam_epsilon"), 0),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("save_total_limit", "eval_accumulation_steps", "early_stopping_patience"), 1),
+}
 
 
 def check_arguments(flags: list[str], data_args, model_args, adapter_args, training_args):
@@ -263,6 +323,7 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
     """
     given = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in flags if word.startswith("--")}
     method, is_baseline = model_args.method, model_args.method in BASELINES
+    check_training_arguments(given, training_args)
     if {"learning_rate", "base_learning_rate"} <= given:
         raise ValueError("`--learning_rate` and `--base_learning_rate` were both given. Remove one of them.")
     if training_args.early_stopping_patience is not None and not training_args.load_best_model_at_end:
@@ -274,6 +335,13 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
         raise ValueError(
             "`--streaming` needs `--max_steps`, since the number of rows is unknown: rows x epochs / total batch size."
         )
+    if data_args.streaming and training_args.train_sampling_strategy == "group_by_length":
+        raise ValueError(
+            "`--train_sampling_strategy group_by_length` needs the lengths of all rows, and `--streaming` reads one "
+            "row after another. Remove one of them."
+        )
+    if data_args.streaming and training_args.data_seed is not None:
+        raise ValueError("`--streaming` mixes rows by `--seed` and does not read `--data_seed`. Remove one of them.")
     if is_baseline and (model_args.load_in_4bit or model_args.load_in_8bit):
         raise ValueError(
             f"`--method {method}` does not support `--load_in_4bit` and `--load_in_8bit`. Remove one of them."
@@ -287,6 +355,96 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
     check_engine(is_baseline, method, training_args)
     if training_args.push_to_hub:
         check_push(model_args, training_args)
+
+
+def check_training_arguments(given: Collection[str], training_args):
+    """
+    Raises `ValueError` for values of `TrainingArguments` that would have no effect or a wrong one, or fail late.
+
+    Args:
+        given: the names of the flags of the command.
+    """
+    values = vars(training_args)
+    for name, (kept, reason) in KEPT.items():
+        if values[name] != kept:
+            value = getattr(values[name], "value", values[name])
+            raise ValueError(f"`--{name} {value}` is not supported: {reason}. Remove it.")
+    for name, lowest in LOWEST.items():
+        if values[name] is not None and not lowest <= values[name] < math.inf:
+            raise ValueError(f"`--{name} {values[name]}` was given. It must be a finite number of at least {lowest}.")
+    for name in ("label_smoothing_factor", "adam_beta1", "adam_beta2"):
+        if values[name] >= 1:
+            raise ValueError(f"`--{name} {values[name]}` was given. It must be below 1.")
+    if values["max_steps"] < 1 and values["max_steps"] != -1:
+        raise ValueError(
+            f"`--max_steps {values['max_steps']}` was given. Give a positive number, or `--num_train_epochs 0` to "
+            "evaluate without training."
+        )
+    if {"max_steps", "num_train_epochs"} <= given and values["num_train_epochs"] == 0:
+        raise ValueError("`--num_train_epochs 0` does not train, so `--max_steps` has no effect. Remove one of them.")
+    if values["warmup_steps"] > 1 and values["warmup_steps"] % 1:
+        raise ValueError(
+            f"`--warmup_steps {values['warmup_steps']}` was given. Give a whole number of steps, or a part of all "
+            "steps below 1."
+        )
+    if values["train_sampling_strategy"] == "batch_rebalance":
+        raise ValueError(
+            "`--train_sampling_strategy batch_rebalance` is not supported: it does not read `--seed`. Use "
+            "`group_by_length`."
+        )
+    if "do_eval" in given or values["do_eval"] != (values["eval_strategy"] != "no"):
+        raise ValueError(
+            "`--do_eval` is not supported: the validation split is evaluated if `--eval_strategy` is `steps` or "
+            "`epoch`. Remove it."
+        )
+    if values["fp16"] and training_args.device.type == "cpu":
+        raise ValueError("`--fp16` has no effect on a CPU. Remove it, or use `--bf16 true`.")
+    check_optimizer(training_args)
+    check_needs(given, training_args)
+
+
+def check_optimizer(training_args):
+    """Raises `ValueError` for an optimizer that is not supported, or does not read what `optim_args` gives it."""
+    name = training_args.optim.value
+    if name not in OPTIMIZERS:
+        raise ValueError(
+            f"`--optim {name}` is not supported: it is not tested, and would save little with so few trained "
+            f"parameters. Use one of {', '.join(OPTIMIZERS)}."
+        )
+    for pair in training_args.optim_args.split(",") if training_args.optim_args else ():
+        key, equals, _ = pair.partition("=")
+        if not equals:
+            raise ValueError(
+                f"`--optim_args {training_args.optim_args}` was given. Write it as `name=value,name=value`."
+            )
+        if key.strip() not in OPTIMIZERS[name]:
+            known = ", ".join(OPTIMIZERS[name]) or "nothing"
+            raise ValueError(f"`--optim {name}` does not read `{key}` of `--optim_args`. It reads {known}.")
+
+
+def check_needs(given: Collection[str], training_args):
+    """Raises `ValueError` for flags that have no effect, or fail late, without another one."""
+    values, kinds = vars(training_args), ("logging", "eval", "save")
+    by_steps = {kind: values[f"{kind}_strategy"] == "steps" for kind in kinds}
+    for kind in kinds:
+        if by_steps[kind] and not 0 < values[f"{kind}_steps"] < math.inf:
+            raise ValueError(
+                f"`--{kind}_steps {values[f'{kind}_steps']}` was given. Give a positive number of steps, or a part of "
+                "all steps below 1."
+            )
+    evaluates = ("--eval_strategy steps` or `epoch", values["eval_strategy"] != "no")
+    has_workers = ("--dataloader_num_workers 1` or more", values["dataloader_num_workers"] > 0)
+    pushes = ("--push_to_hub true", values["push_to_hub"])
+    needs = {
+        **{f"{kind}_steps": (f"--{kind}_strategy steps", by_steps[kind]) for kind in kinds},
+        **dict.fromkeys(("eval_delay", "eval_on_start", "greater_is_better", "metric_for_best_model"), evaluates),
+        **dict.fromkeys(("dataloader_multiprocessing_context", "dataloader_persistent_workers"), has_workers),
+        **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), pushes),
+        **({"save_strategy": evaluates} if values["save_strategy"] == "best" else {}),
+    }
+    for name, (needed, is_met) in needs.items():
+        if name in given and not is_met:
+            raise ValueError(f"`--{name}` has no effect without `{needed}`. Add that, or remove `--{name}`.")
 
 
 def check_engine(is_baseline: bool, method: str, training_args):
@@ -313,11 +471,6 @@ def check_engine(is_baseline: bool, method: str, training_args):
 
 def check_push(model_args, training_args):
     """Raises `ValueError` for adapters that others could not load from the Hub."""
-    if training_args.hub_strategy != "end":
-        raise ValueError(
-            f"`--hub_strategy {training_args.hub_strategy.value}` is not supported: adapters are pushed once, with "
-            "their results. Remove it."
-        )
     if model_args.method in BASELINES:
         raise ValueError(
             f"`--push_to_hub` does not support `--method {model_args.method}`, which `from_pretrained` cannot load. "

@@ -11,9 +11,11 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import pyarrow.compute as pc
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from accelerate.utils.other import get_free_port
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
@@ -69,6 +71,8 @@ class AdapterTrainer(Trainer):
     adapters alone, and read from its `model.safetensors`; DeepSpeed and FSDP2 save and load nothing but the optimizer.
     """
 
+    order: torch.Generator | None = None  # that of `group_by_length`, seeded when an epoch begins
+
     @property
     def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -121,6 +125,19 @@ class AdapterTrainer(Trainer):
         self.load_adapters(self.state.best_model_checkpoint)
 
     # --- overrides of private methods ---
+
+    def _get_train_sampler(self, train_dataset=None):
+        """
+        `group_by_length` by the tokens of the encoded rows, which the Trainer cannot find. The order of each epoch is
+        drawn from a seed, so that all processes and a resumed run have the same.
+        """
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        encoded = (train_dataset or self.train_dataset).encoded.with_format("arrow")
+        lengths = pc.list_value_length(encoded["input_ids"][:])
+        sampler = super()._get_train_sampler(Dataset.from_dict({self.args.length_column_name: lengths.to_pylist()}))
+        sampler.generator = self.order = torch.Generator()
+        return sampler
 
     def _save_checkpoint(self, model, trial):
         self.write_checkpoint(partial(super()._save_checkpoint, model, trial))

@@ -15,6 +15,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_RECIPE = ROOT / "recipes" / "digits.yaml"
+# Values of a recipe that belong to its task: another task does not take them over
+TASK_VALUES = ("data_path", "train_sampling_strategy")
 # Flags that name a folder or a repository on the Hub
 PLACES = ("data_path", "adapter", "vision_model", "text_model")
 
@@ -25,14 +27,14 @@ def recipes() -> list[Path]:
 
 def read_recipe(recipe: Path) -> dict:
     """
-    The values of a recipe and of its `base`, a recipe in the same folder. A `null` removes a value of the base. A
-    folder of this repository is found from any working directory.
+    The values of a recipe and of its `base`, a recipe in the same folder. A `null` removes a value of the base, and so
+    does another task for those that belong to a task. A folder of this repository is found from any working directory.
     """
     if not recipe.is_file():
         raise ValueError(f"There is no recipe {recipe}. recipes/ has {', '.join(path.name for path in recipes())}.")
     values = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
     base = values.pop("base", None)
-    values = values if base is None else read_recipe(recipe.parent / base) | values
+    values = values if base is None else keep_values(read_recipe(recipe.parent / base), values.get("task")) | values
     for name in (*PLACES, "chat_template"):
         place = values.get(name)
         if place is not None and not Path(place).exists() and (ROOT / place).exists():
@@ -40,12 +42,19 @@ def read_recipe(recipe: Path) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def keep_values(values: dict, task: str | None) -> dict:
+    """The values of a recipe that hold for `task` too. `None`, also as the recipe's task, is the same one."""
+    is_other = None not in (task, values.get("task")) and task != values["task"]
+    return {name: value for name, value in values.items() if not (is_other and name in TASK_VALUES)}
+
+
 def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None]]:
     """
     Splits `[recipe.yaml] [--flag value ...]`.
 
     Returns:
-        The recipe, its values, and the first value of each flag by its name, `None` if it has none.
+        The recipe, its values that hold for `--task`, and the first value of each flag by its name, `None` if it has
+        none.
 
     Raises:
         ValueError: if there is no such recipe, flag, key of a recipe, folder or chat template; the message suggests
@@ -65,6 +74,7 @@ def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"Did you mean `{close[0]}`?" if close else "`train.py --help` lists all."
                 raise ValueError(f"{place}: unknown argument `{name}`. {hint}")
+    values = keep_values(values, flags.get("task"))
     for name in PLACES:
         check_place(name, flags.get(name, values.get(name)))
     template = flags.get("chat_template", values.get("chat_template"))

@@ -6,8 +6,10 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub import EvalResult, upload_folder
+from transformers.trainer_utils import PredictionOutput
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, extract_commit_hash
 
 from dehvf import hub
@@ -24,6 +26,8 @@ from training.fusion import describe_fusion
 PUSHED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*_dehvf.py", "README.md"]
 PUSHED_FILES += [".eval_results/*.yaml"]
 KEPT_FILES = ["[!.]*/*", "run.json", "example.txt"]  # the first: folders whose names do not begin with a dot
+# What is in the scores of a task and is not better if it is higher
+NO_SCORES = ("count", "scale", "unparsed")
 
 
 def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, model_args):
@@ -80,6 +84,20 @@ def make_records(task, processor, split: Split, output) -> list[dict]:
             }
         )
     return records
+
+
+def check_metric(task, processor, split: Split, metric: str):
+    """Raises `ValueError` if `metric_for_best_model` is no score of the task on this split."""
+    zeros = np.zeros(len(split), dtype=int)
+    output = PredictionOutput((zeros[:, None], zeros), np.arange(len(split)), {})
+    records = [{**record, "prediction": record["expected"]} for record in make_records(task, processor, split, output)]
+    scores = task.score(records, len(split))
+    known = [name for name, value in scores.items() if value is not None and name not in NO_SCORES]
+    if metric.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"`--metric_for_best_model {metric}` is no score of the {split.name} split, whose rows are answered and "
+            f"have no loss. There are: {', '.join(known)}."
+        )
 
 
 def describe_run(task, processor, model, split: Split, data_args, model_args, training_args) -> dict:

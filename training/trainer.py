@@ -1,6 +1,7 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """The Trainer of `train.py`: it evaluates by generating answers, writes complete checkpoints and stops at NaN."""
 
+import copy
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dehvf import DehvfForConditionalGeneration
@@ -42,6 +44,8 @@ class AnswerTrainer(AdapterTrainer):
                 "FSDP 1 does not keep adapters apart from frozen weights. Set `fsdp_version: 2` in the accelerate "
                 "config."
             )
+        if self.label_smoother is not None:
+            self.label_smoother = ShiftedLabelSmoother(self.args.label_smoothing_factor)
         self.max_new_tokens, self.run = max_new_tokens, run
         self.losses = []  # of the current optimizer step: whether the loss of each batch is finite, its rows
         self.speed = Speed()
@@ -67,6 +71,34 @@ class AnswerTrainer(AdapterTrainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         self.resumed_from = resume_from_checkpoint
         return super().train(resume_from_checkpoint, **kwargs)
+
+    # --- rows ---
+
+    def get_train_dataloader(self):
+        """Raises `ValueError` if there are fewer rows than `dataloader_drop_last` drops: no step would be taken."""
+        loader = super().get_train_dataloader()
+        if isinstance(loader.dataset, torch.utils.data.IterableDataset) or len(loader):
+            return loader
+        raise ValueError(
+            f"The train split has {len(self.train_dataset)} rows, fewer than a batch on each process "
+            f"({self.args.train_batch_size} x {self.args.world_size}), and `--dataloader_drop_last true` drops them: "
+            "nothing would be trained. Remove it, or give a smaller `--per_device_train_batch_size`."
+        )
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return self.make_whole(super().get_eval_dataloader, eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        return self.make_whole(super().get_test_dataloader, test_dataset)
+
+    def make_whole(self, make, dataset):
+        """A data loader to evaluate: all rows in their order, whatever the arguments of training say."""
+        training_args, self.args = self.args, copy.copy(self.args)
+        self.args.dataloader_drop_last, self.args.train_sampling_strategy = False, "sequential"
+        try:
+            return make(dataset)
+        finally:
+            self.args = training_args
 
     # --- evaluation ---
 
@@ -274,8 +306,18 @@ ADVICE = (
 )
 
 
+class ShiftedLabelSmoother(LabelSmoother):
+    """
+    Label smoothing of the next token. The Trainer shifts the labels only for the models of transformers that it knows,
+    and would have others learn the token that they have just read.
+    """
+
+    def __call__(self, model_output, labels, shift_labels=False, num_items_in_batch=None):
+        return super().__call__(model_output, labels, shift_labels=True, num_items_in_batch=num_items_in_batch)
+
+
 class StepChecks(TrainerCallback):
-    """What `AnswerTrainer` checks when training begins and before each optimizer step."""
+    """What `AnswerTrainer` sets or checks when training or an epoch begins and before each optimizer step."""
 
     def __init__(self, trainer: AnswerTrainer):
         self.trainer = trainer
@@ -284,6 +326,11 @@ class StepChecks(TrainerCallback):
         if self.trainer.resumed_from is not None and args.load_best_model_at_end:
             state.best_model_checkpoint = find_best_checkpoint(Path(self.trainer.resumed_from))
         self.resumed_at_end = control.should_training_stop = self.trainer.is_complete()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer.order is not None:
+            seed = args.seed if args.data_seed is None else args.data_seed
+            self.trainer.order.manual_seed(seed + int(state.epoch or 0))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.check_gradient()
