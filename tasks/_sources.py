@@ -94,8 +94,8 @@ def choose_split(splits: dict, split: str, path: str, advice: str = ""):
 
 def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
     """
-    The files of each split, as their names or the folders that they are in say. Without such names all are the train
-    split; otherwise files without one are not read. Those in subfolders are read if the folder itself has none. A
+    The files of each split, as their names or the folders that they are in say. Files with another name are the train
+    split if no name says so, and are not read otherwise. Those in subfolders are read if the folder itself has none. A
     `path` that is a file is the train split.
     """
     if path.is_file():
@@ -107,9 +107,10 @@ def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
         if not any(part.startswith(".") for part in parts):
             split = next((split_of(part) for part in reversed(parts) if split_of(part)), None)
             splits.setdefault(split, []).append(file)
-    unnamed = splits.pop(None, [])
-    splits = {str(split): splits[split] for split in SPLIT_KEYWORDS if split in splits}
-    return splits or ({"train": unnamed} if unnamed else {})
+    others = splits.pop(None, [])
+    if others and "train" not in splits:
+        splits["train"] = others
+    return {str(split): splits[split] for split in SPLIT_KEYWORDS if split in splits}
 
 
 def is_saved(folder: Path) -> bool:
@@ -189,10 +190,13 @@ def read_lines(file: Path) -> Iterator[Record]:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                faults = [f"no JSON: {error.msg} at character {error.pos + 1}. Write one whole object on each line."]
+                form = "one list of objects" if file.suffix == ".json" else "one whole object on each line"
+                faults = [f"no JSON: {error.msg} at character {error.pos + 1}. Write {form}."]
             except UnicodeDecodeError as error:
                 faults = [f"no UTF-8 text: {error.reason} at byte {error.start + 1}. Save the file as UTF-8."]
             yield f"{file}:{number}", *check_record(record, faults)
+            if faults and file.suffix == ".json":  # rather one value over many lines than many bad lines
+                return
 
 
 def read_list(file: Path) -> Iterator[Record]:
@@ -218,10 +222,12 @@ def read_csv(file: Path) -> Iterator[Record]:
     with open(file, encoding="utf-8-sig", newline="") as lines:
         reader, line = csv.DictReader(lines, strict=True), 2
         for cells in reader:
-            faults, expected = [], len(reader.fieldnames)
             if None in cells or None in cells.values():
-                faults = [f"it has not {expected} cells, as the first line has. Put texts with a comma into quotes."]
-            yield f"{file}:{line}", {name: cell or None for name, cell in cells.items()}, faults
+                expected = len(reader.fieldnames)
+                fault = f"it has not {expected} cells, as the first line has. Put texts with a comma into quotes."
+                yield f"{file}:{line}", None, [fault]
+            else:
+                yield f"{file}:{line}", {name: cell or None for name, cell in cells.items()}, []
             line = reader.line_num + 1
 
 
@@ -439,11 +445,13 @@ class Source:
         if faults := self.find_missing(split, self.find_absent(split)):
             raise ValueError(faults[0])
         rows = self._read_files(split, part) if self.has_files else self._read_rows(split, part)
-        if isinstance(rows, Dataset):
-            absent = [name for name in self.fields if name in rows.column_names and not has_values(rows, name)]
-        else:
+        if not self.streaming:
+            absent = [
+                name for name in rows.column_names if len(rows) and rows.data.column(name).null_count == len(rows)
+            ]
+        elif absent := [name for name in self.fields if self.find_missing(split, [name])]:
             first = list(rows.cast_column("image", Image(decode=False)).take(100))
-            absent = [name for name in self.fields if first and all(row.get(name) is None for row in first)]
+            absent = [name for name in absent if all(row.get(name) is None for row in first)]
         if faults := self.find_missing(split, absent):
             raise ValueError(faults[0])
         return rows
@@ -457,9 +465,9 @@ class Source:
         return list(dict.fromkeys(name for record in records for name in record or ()))
 
     def find_absent(self, split: str) -> list[str]:
-        """The fields that are needed, but have no column."""
+        """The fields that are needed, but have no column. None if nothing could be read."""
         names = set(self.names(split))
-        return [name for name, columns in self.fields.items() if self._is_needed(name) and not names & {*columns}]
+        return [name for name in self.fields if names and self._is_needed(name) and not names & {*self.fields[name]}]
 
     def find_missing(self, split: str, absent: list[str]) -> list[str]:
         """
@@ -481,8 +489,9 @@ class Source:
                 advice += f", or `--columns {name}=none` to do without"
             elif {"messages", "conversations"} & set(unread):
                 advice += ", or `--task chat` to train on messages"
+            given = f" (`{columns[0]}`)" if columns != self.task.FIELDS[name] else ""
             faults.append(
-                f"{self.label(split)}: no row has {'an' if name == 'image' else 'a'} `{name}`. The columns are "
+                f"{self.label(split)}: no row has {'an' if name == 'image' else 'a'} `{name}`{given}. The columns are "
                 f"{', '.join(names)}. {advice}."
             )
         return faults
@@ -539,7 +548,7 @@ class Source:
         if column is None:
             return self._map(rows, reader.row, features)
         images, texts = rows.select_columns(column), rows.remove_columns(column)
-        if images.features[column] == Image(decode=False):
+        if isinstance(images.features[column], Image):
             images = images.rename_columns({column: "image"} if column != "image" else {})
         else:
             images = self._map(images, reader.image, Features({"image": Image(decode=False)}))
@@ -558,9 +567,9 @@ class Source:
         read = [column for columns in self.fields.values() for column in columns if column in names]
         rows = rows.select_columns(list(dict.fromkeys(read)))
         for column, feature in (rows.features or {}).items():
-            if feature == Image():
+            if isinstance(feature, Image):
                 rows = rows.cast_column(column, Image(decode=False))
-            if feature == List(Image()):
+            elif isinstance(feature, List) and isinstance(feature.feature, Image):
                 rows = rows.cast_column(column, List(Image(decode=False)))
         return rows
 
@@ -582,10 +591,6 @@ class Source:
         """Of rows that are made of `facts` by the code of the tasks."""
         code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
         return Hasher.hash([facts, self.task.__name__, self.fields, *code])
-
-
-def has_values(rows: Dataset, column: str) -> bool:
-    return rows.data.column(column).null_count < len(rows) or not len(rows)
 
 
 def load(

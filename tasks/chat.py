@@ -48,7 +48,8 @@ def load(
 def find_images(record: dict) -> list:
     """The images in parts of the messages, for a row that has none in a column."""
     turns = _sources.as_list(record["messages"])
-    contents = [turn.get("content") for turn in turns or () if isinstance(turn, dict)]
+    turns = turns if isinstance(turns, list) else []
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
     images = [
         next((part[key] for key in ("image", "image_url", "url", "path") if part.get(key)), None) for part in parts
@@ -67,6 +68,7 @@ def parse(record: dict, has_image: bool) -> tuple[dict, list[str]]:
     messages, faults, num_markers = [], [], 0
     for number, turn in enumerate(turns, 1):
         role, content = (next((turn[key] for key in keys if turn.get(key) is not None), None) for keys in KEYS)
+        role = role if isinstance(role, str) else repr(role)
         text, markers = read_content(content)
         name = f"text in message {number} ({role})"
         if role not in ROLES:
@@ -106,7 +108,10 @@ def read_content(content) -> tuple[str | None, int]:
         if not isinstance(part, dict) or part.get("type") not in ("text", "image", "image_url"):
             return content, 0
         if part["type"] == "text":
-            text, markers = _sources.remove_markers(part.get("text") or part.get("content") or "")
+            text = part.get("text") or part.get("content") or ""
+            if not isinstance(text, str):
+                return content, 0
+            text, markers = _sources.remove_markers(text)
             texts.append(text)
             num_images += markers
         else:
