@@ -34,7 +34,7 @@ def check(path: str, task: str | None = None, columns: str | None = None) -> boo
         task = task or guess_task(path)
         source = Source(get_task(task), path, columns)
         print(f"{path}: {source.format}, read with --task {task}")
-        splits = {split_of(name) or name: name for name in source.splits}
+        splits = {split_of(name): name for name in source.splits} | {name: name for name in source.splits}
         order = [split for split in ("train", "validation", "test") if split in splits]
         trained = set()
         num_faults = sum(check_split(source, splits[split], split, trained) for split in order)

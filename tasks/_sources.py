@@ -17,7 +17,7 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from itertools import islice
@@ -298,8 +298,9 @@ def find_image(value, folders: tuple[Path, ...]) -> tuple[dict | None, list[str]
             f"`image` is {value!r}, a file beside the data, which is not downloaded. Download the repository (`hf "
             "download --repo-type dataset`) and give its folder."
         ]
-    places = [folder / name / value for folder in folders for name in IMAGE_FOLDERS]
-    return {"bytes": None, "path": str(next((place for place in places if os.path.isfile(place)), places[0]))}, []
+    places = (os.path.normpath(os.path.join(folder, name, value)) for folder in folders for name in IMAGE_FOLDERS)
+    first = next(places)
+    return {"bytes": None, "path": next(filter(os.path.isfile, (first, *places)), first)}, []
 
 
 def find_reading_faults(image: dict) -> list[str]:
@@ -357,12 +358,9 @@ class Reader:
 
     def _pick(self, record: dict) -> dict:
         """A record with the fields of the task. Class labels have their names; -1 is none."""
-        numbers = {column: record[column] for column in self.labels}
-        names = {
-            column: None if number is None or number < 0 else self.labels[column].int2str(number)
-            for column, number in numbers.items()
-        }
-        record = {**record, **names}
+        for column, label in self.labels.items():
+            if isinstance(number := record.get(column), int):
+                record = {**record, column: label.int2str(number) if number >= 0 else None}
         return {
             name: next((record[column] for column in columns if record.get(column) is not None), None)
             for name, columns in self.fields.items()
@@ -371,7 +369,7 @@ class Reader:
 
 def generate_rows(files: list[Path], reader: Reader) -> Iterator[dict]:
     for file in files:
-        reader_of_file = replace(reader, folders=(file.parent, *reader.folders))
+        reader_of_file = replace(reader, folders=tuple(dict.fromkeys((file.parent, *reader.folders))))
         for where, record, faults in read_records(file):
             yield reader.check(where, *((record, faults) if faults else reader_of_file.read(record)))
 
@@ -398,6 +396,7 @@ class Source:
                 break
         else:
             self.format = "save_to_disk" if folder.exists() else "the Hub"
+        self._names = {}
         self.has_files = bool(self.splits) and self.format != "Parquet"
         self.files = self.splits
         if not self.has_files:
@@ -446,9 +445,7 @@ class Source:
             raise ValueError(faults[0])
         rows = self._read_files(split, part) if self.has_files else self._read_rows(split, part)
         if not self.streaming:
-            absent = [
-                name for name in rows.column_names if len(rows) and rows.data.column(name).null_count == len(rows)
-            ]
+            absent = [name for name in rows.column_names if rows.data.column(name).null_count == len(rows) > 0]
         elif absent := [name for name in self.fields if self.find_missing(split, [name])]:
             first = list(rows.cast_column("image", Image(decode=False)).take(100))
             absent = [name for name in absent if all(row.get(name) is None for row in first)]
@@ -459,10 +456,12 @@ class Source:
     def names(self, split: str) -> list[str]:
         """The columns of a split; of files with records, the keys of the first 1,000."""
         part = self._part(split)
-        if not self.has_files:
-            return list(part.features or next(iter(part)))
-        records = islice((record for file in part for _, record, _ in read_records(file)), 1000)
-        return list(dict.fromkeys(name for record in records for name in record or ()))
+        if split not in self._names and not self.has_files:
+            self._names[split] = list(part.features or next(iter(part)))
+        elif split not in self._names:
+            records = islice((record for file in part for _, record, _ in read_records(file)), 1000)
+            self._names[split] = list(dict.fromkeys(name for record in records for name in record or ()))
+        return self._names[split]
 
     def find_absent(self, split: str) -> list[str]:
         """The fields that are needed, but have no column. None if nothing could be read."""
@@ -525,17 +524,13 @@ class Source:
         return Reader(task, self.fields, folders, self.label(split), command, labels)
 
     def _read_files(self, split: str, files: list[Path]) -> Rows:
-        arguments, features = {"files": files, "reader": self._reader(split)}, self.task.FEATURES
+        reader, features = self._reader(split), self.task.FEATURES
+        arguments = {"files": files, "reader": reader}
         if self.streaming:
             return IterableDataset.from_generator(generate_rows, features, arguments)
-        # Where an image is found depends on what is in the folders
-        folders = {*arguments["reader"].folders, *(file.parent for file in files)}
-        places = [*files, *(folder / name for folder in sorted(folders) for name in IMAGE_FOLDERS)]
-        stamps = [(str(place), place.stat().st_mtime_ns, place.stat().st_size) for place in places if place.exists()]
+        fingerprint = self._fingerprint([*files, *(file.parent for file in files), *reader.folders])
         try:
-            return Dataset.from_generator(
-                generate_rows, features, gen_kwargs=arguments, fingerprint=self._fingerprint(stamps)
-            )
+            return Dataset.from_generator(generate_rows, features, gen_kwargs=arguments, fingerprint=fingerprint)
         except DatasetGenerationError as error:
             raise error.__cause__ or error from None
 
@@ -575,7 +570,7 @@ class Source:
 
     def _map(self, rows: Dataset, function, features: Features) -> Dataset:
         """`Dataset.map` row by row, into the cache even if the data are in a folder that cannot be written to."""
-        fingerprint = self._fingerprint([rows._fingerprint, function.__name__])
+        fingerprint = self._fingerprint(function.__self__.folders, rows._fingerprint, function.__name__)
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "dehvf"
         folder.mkdir(parents=True, exist_ok=True)
         return rows.map(
@@ -587,10 +582,12 @@ class Source:
             new_fingerprint=fingerprint,
         )
 
-    def _fingerprint(self, facts) -> str:
-        """Of rows that are made of `facts` by the code of the tasks."""
+    def _fingerprint(self, places: Iterable[Path], *facts) -> str:
+        """Of rows that the code of the tasks makes of files, of which some are in one of `places`, and of `facts`."""
+        paths = dict.fromkeys(place / name for place in places for name in IMAGE_FOLDERS)
+        stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists()]
         code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
-        return Hasher.hash([facts, self.task.__name__, self.fields, *code])
+        return Hasher.hash([stamps, *facts, self.task.__name__, self.fields, *code])
 
 
 def load(
@@ -613,8 +610,8 @@ def load(
     source = Source(task, path, columns, streaming)
     if holdout is None:
         return source.rows(split)
-    known = {name: split_of(name) or name for name in source.splits}
-    missing = [name for name in ("test", "validation") if name not in known.values()]
+    known = {split_of(name) for name in source.splits}
+    missing = [name for name in ("test", "validation") if name not in known]
     if not 0 < holdout < 0.5:
         raise ValueError(f"`--holdout {holdout}` is no share of the rows between 0 and 0.5. Give one, such as 0.05.")
     if not missing:

@@ -208,13 +208,16 @@ def test_answers_may_be_numbers_and_lists(layout, columns, learned, right, tmp_p
 
 
 def test_class_labels_are_learned_by_their_names_and_any_answer_of_a_list_is_right(tmp_path):
-    rows = Dataset.from_dict({"prompt": ["Which?", "Who?"], "label": [1, 0], "opts": [["cat", "dog"]] * 2})
-    rows = rows.cast_column("label", ClassLabel(names=["cat", "dog"]))
+    write_image(tmp_path / "a.png")
+    columns = {"prompt": ["Which?", "Who?"], "label": [1, 0], "opts": [["cat", "dog"]] * 2, "source": [0, -1]}
+    rows = Dataset.from_dict({**columns, "image": ["a.png"] * 2})
+    for column, names in (("label", ["cat", "dog"]), ("source", ["book"])):
+        rows = rows.cast_column(column, ClassLabel(names=names))
     rows.to_parquet(tmp_path / "train.parquet")
-    loaded = read(vqa, tmp_path, columns="question=prompt, answer=label,choices=opts,image=none")
-    assert [(row["question"], row["answer"], row["choices"]) for row in loaded] == [
-        ("Which?", "dog", ["cat", "dog"]),
-        ("Who?", "cat", ["cat", "dog"]),
+    loaded = read(vqa, tmp_path, columns="question=prompt, answer=label,choices=opts")
+    assert [[row[name] for name in ("question", "answer", "choices", "image")] for row in loaded] == [
+        ["Which?", "dog", ["cat", "dog"], "red"],
+        ["Who?", "cat", ["cat", "dog"], "red"],
     ]
     record = {"answer": "red", "answers": ["red", "Crimson"], "prediction": " crimson.", "has_image": True}
     assert vqa.score([record, {**record, "prediction": " pink"}], 2)["image"] == 50
