@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 
 from tasks import easy_vqa, get_task, print_scores, score_folder
-from tasks._sources import Source, find_reading_faults, split_of
+from tasks._formats import split_of
+from tasks._sources import Source, find_reading_faults
 
 
 # Tokens that control language models. In the texts of data they are read as letters.

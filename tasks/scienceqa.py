@@ -12,7 +12,7 @@ from pathlib import Path
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 
 from tasks import require_files
-from tasks._sources import choose_split, open_dataset
+from tasks._formats import choose_split, open_dataset
 
 
 COLUMNS = ("image", "question", "choices", "answer", "hint", "subject", "grade")

@@ -74,7 +74,9 @@ def parse(record: dict, has_image: bool) -> tuple[dict, list[str]]:
         faults.append("`question` has `<image>`, but there is no image. Add it, or remove `<image>`.")
     if markers > 1:
         faults.append(f"`question` has `<image>` {markers} times. A row has at most one image.")
-    if context is not None and context != "":
+    if isinstance(context, str) and not context.strip():
+        context = None
+    if context is not None:
         faults += _sources.find_text_faults("`context`", context)
     if not all(map(_sources.is_text, answers or ())):
         faults.append(f"`answers` is {reprlib.repr(answers)}. Make it a list of texts, none of them blank.")

@@ -13,9 +13,10 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_from_disk
 from PIL import Image as PILImage
 from test_train import tiny_flags
+from tiny import ROOT
 
 import train
-from tasks import _sources, chat, digits, vqa
+from tasks import _formats, chat, digits, get_task, vqa
 from tasks.__main__ import check, main
 from training.arguments import DataArguments
 from training.data import load_rows, read_image
@@ -174,7 +175,7 @@ def test_a_data_set_on_the_hub_may_name_its_splits_differently(tmp_path, monkeyp
     rows = make_dataset(tmp_path, "train")
     splits = {"train_sft": rows, "dev": rows, "paths": Dataset.from_list([{**ROWS["train"][0]}])}
     calls = []
-    monkeypatch.setattr(_sources, "load_dataset", lambda *words, **_: calls.append(words) or splits)
+    monkeypatch.setattr(_formats, "load_dataset", lambda *words, **_: calls.append(words) or splits)
     for split in ("train", "validation"):
         assert [row["image"] is None for row in vqa.load(split, "org/data:small")] == [False, True]
     assert calls[0] == ("org/data", "small")
@@ -464,7 +465,14 @@ def test_a_run_records_what_it_took_from_the_train_split(tmp_path):
     assert results["scores"].keys() == {"image", "no image", "average", "count"}
 
 
-# --- files ---
+# --- the page and files ---
+
+
+@pytest.mark.parametrize("name, number", [("vqa", 2), ("chat", 2)])
+def test_the_rows_in_the_documentation_are_read(name, number, tmp_path):
+    page = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8").partition(f"`--task {name}`\n")[2]
+    (tmp_path / "x.jsonl").write_text(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1])
+    assert len(get_task(name).load("train", str(tmp_path))) == number
 
 
 FILES = [
