@@ -60,6 +60,9 @@ def check_easy_vqa(file: Path) -> int:
 
 def check_split(source: Source, name: str, split: str, trained: set[int]) -> int:
     """Prints what there is to say about a split. Adds its rows to `trained`. Returns the number of faults."""
+    if faults := source.find_missing(name, source.find_absent(name)):
+        print(*faults, sep="\n")
+        return len(faults)
     num_faults, num_rows, present, longest, notes = 0, 0, {}, {}, {}
     read_once = cache(lambda path: find_reading_faults({"bytes": None, "path": path}))
 
@@ -88,9 +91,7 @@ def check_split(source: Source, name: str, split: str, trained: set[int]) -> int
             note("a row that is also in the train split" if split != "train" else "a row that is repeated", where)
         if split == "train":
             trained.add(row_hash)
-    absent = source.find_absent(name)
-    if num_rows:
-        absent += [field for field in source.fields if present.get(field) == 0]
+    absent = [field for field in source.fields if present.get(field) == 0]
     for fault in source.find_missing(name, absent):
         num_faults += 1
         print(fault)

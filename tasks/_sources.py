@@ -305,7 +305,8 @@ class Source:
             similar = [column for column in unread if column.lower() in SYNONYMS.get(name, "").split()]
             similar += difflib.get_close_matches(name, unread, n=1, cutoff=0.75)
             is_needed = self._is_needed(name) or name == "image" and self._needs_image(split)
-            if not columns or not similar and not is_needed:
+            is_known = name != "image" and bool({*columns} & {*names})  # the column is there, but empty
+            if not columns or is_known or not similar and not is_needed:
                 continue
             advice = f"Give `--columns {name}={similar[0] if similar else 'COLUMN'}`"
             if name not in self.task.REQUIRED:
@@ -313,10 +314,8 @@ class Source:
             elif {"messages", "conversations"} & set(unread):
                 advice += ", or `--task chat` to train on messages"
             given = f" (`{columns[0]}`)" if columns != self.task.FIELDS[name] else ""
-            faults.append(
-                f"{self.label(split)}: no row has {'an' if name == 'image' else 'a'} `{name}`{given}. The columns are "
-                f"{', '.join(names)}. {advice}."
-            )
+            what = f"{'an' if name[0] in 'aeiou' else 'a'} `{name}`{given}"
+            faults.append(f"{self.label(split)}: no row has {what}. The columns are {', '.join(names)}. {advice}.")
         return faults
 
     def _needs_image(self, split: str) -> bool:

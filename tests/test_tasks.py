@@ -610,7 +610,9 @@ def test_the_check_command_names_every_bad_row_and_no_other(command, tmp_path):
 
 
 def test_the_check_command_names_all_faults_of_one_row(command, tmp_path):
-    write_lines(tmp_path / "test.jsonl", [{"choices": ["a"], "context": 3, "image": "lost.png"}])
+    write_image(tmp_path / "good.png")
+    bad = {"choices": ["a"], "context": 3, "image": "lost.png"}
+    write_lines(tmp_path / "test.jsonl", [bad, {**FREE, "image": "good.png"}])
     _, output = command("check", tmp_path)
     for text in ("no `question`", "no `answer`", "`context` is 3", "has 1 texts", "lost.png cannot be read"):
         assert text in output
