@@ -22,6 +22,11 @@ in the split: another number of records is an error. A task may also have
     DATASET                          the Hub's id of its data, for the card
     check_scorer()                   raises before anything is generated if `score` would lack something
     load(..., max_samples=None)      to make a smaller split, where its first rows would not do
+    load(..., columns=None, holdout=None)
+                                     for data of any origin: which column is read as what, and the share of the train
+                                     split that becomes a split that is missing; see tasks/_sources.py
+    messages(row)                    -> list of {"role": ..., "content": ...}, the last one the answer, for rows that
+                                     are conversations; `prompt` and `context` are not used then
 """
 
 import json
@@ -30,8 +35,6 @@ from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 
 
 NAMES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py")))
@@ -78,35 +81,6 @@ def print_scores(results: dict):
         if kind in results:
             scores = {name: value for name, value in results[kind].items() if value is not None}
             print(f"{kind}:", *(f"{name} {value:.2f}" for name, value in scores.items()))
-
-
-def open_dataset(path: str, split: str, streaming: bool) -> Dataset | IterableDataset:
-    """
-    A split of a data set on the Hub (`org/name`, or `org/name:config`), of a folder that `DatasetDict.save_to_disk`
-    wrote, or of a folder with Parquet files, such as a clone of the Hub's repository. Folders need no network.
-
-    Raises:
-        OSError: if there is no such folder, and no such data set on the Hub or no network.
-        ValueError: if `path` is a file or a folder of another kind, or there is no such split.
-    """
-    folder = Path(path)
-    if (folder / "dataset_dict.json").is_file():
-        splits = load_from_disk(path)
-        if split not in splits:
-            raise ValueError(f"{path} has no split `{split}`. It has: {', '.join(splits)}.")
-        return splits[split].to_iterable_dataset() if streaming else splits[split]
-    if folder.exists() and not any(folder.rglob("*.parquet")):
-        raise ValueError(
-            f"{path} holds no data set that this task reads: no `dataset_dict.json` (`DatasetDict.save_to_disk` "
-            "writes it), no Parquet file, and none of the files that the task's docstring in tasks/ names."
-        )
-    if folder.exists():
-        return load_dataset(path, split=split, streaming=streaming)
-    name, _, config = path.partition(":")
-    try:
-        return load_dataset(name, config or None, split=split, streaming=streaming)
-    except OSError as error:
-        raise OSError(f"There is no folder {path}, and the Hub gave no data set of this name: {error}") from error
 
 
 def require_files(paths: Iterable[Path], layout: str):

@@ -1,43 +1,122 @@
 """
 Work on data and answers that needs no model.
 
-    python -m tasks check examples/vqa       # names each bad row of a folder or file that tasks/vqa.py or
-                                             # tasks/easy_vqa.py reads
+    python -m tasks check examples/vqa       # names each bad row of your own data, and what may be a mistake
     python -m tasks score outputs/digits     # scores the answers of a run again and writes its results.json
 """
 
 import argparse
+import re
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-from tasks import easy_vqa, print_scores, score_folder, vqa
+from tasks import easy_vqa, get_task, print_scores, score_folder
+from tasks._formats import split_of
+from tasks._sources import Source, find_reading_faults
 
 
-def check(path: Path) -> bool:
+# Tokens that control language models. In the texts of data they are read as letters.
+CONTROL_TOKENS = re.compile(
+    r"</?s>|<\|[\w ]+\|>|<(?:bos|eos|pad|unk|image|video|audio|start_of_turn|end_of_turn)>|\[/?INST\]"
+)
+
+
+def check(path: str, task: str | None = None, columns: str | None = None) -> bool:
     """
-    Prints what is wrong with JSON Lines in the format of `tasks/vqa.py`, or with `questions.json` in the format of
-    `tasks/easy_vqa.py`. Returns whether nothing is.
+    Reads all rows of your own data as training does, and opens their images. Prints each fault, the number of rows,
+    and notes on what may be a mistake. Returns whether there is no fault.
     """
-    files = sorted([*path.glob("*.jsonl"), *path.glob("data/*/questions.json")]) if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(
-            f"{path} has no .jsonl file and no data/*/questions.json. Give a folder that has, or one file."
-        )
-    all_faults = []
-    for file in files:
-        task = easy_vqa if file.name == "questions.json" else vqa
-        rows, faults = task.read(file, with_images=True)
-        all_faults += faults
-        images, choices = (sum(bool(row.get(name)) for row in rows) for name in ("image", "choices"))
-        print(*faults, f"{file}: {len(rows)} good rows, {images} with an image, {choices} with choices", sep="\n")
-    if all_faults:
-        print(f"{len(all_faults)} faults")
-    return not all_faults
+    folder = Path(path)
+    if files := [folder] if folder.name == "questions.json" else sorted(folder.glob("data/*/questions.json")):
+        num_faults = sum(map(check_easy_vqa, files))
+    else:
+        task = task or guess_task(path)
+        source = Source(get_task(task), path, columns)
+        print(f"{path}: {source.format}, read with --task {task}")
+        splits = {split_of(name): name for name in source.splits} | {name: name for name in source.splits}
+        order = [split for split in ("train", "validation", "test") if split in splits]
+        trained = set()
+        num_faults = sum(check_split(source, splits[split], split, trained) for split in order)
+        if "test" not in order:
+            print("note: there is no test split. `train.py --holdout 0.05` takes one from the train split.")
+    if num_faults:
+        print(f"{num_faults} faults")
+    return not num_faults
 
 
-def score(folder: Path) -> bool:
+def guess_task(path: str) -> str:
+    source = Source(get_task("chat"), path)
+    names = source.names(next(iter(source.splits)))
+    return "chat" if {"messages", "conversations"} & set(names) else "vqa"
+
+
+def check_easy_vqa(file: Path) -> int:
+    rows, faults = easy_vqa.read(file, with_images=True)
+    print(*faults, f"{file}: {len(rows)} good rows, {len(rows)} with an image", sep="\n")
+    return len(faults)
+
+
+def check_split(source: Source, name: str, split: str, trained: set[int]) -> int:
+    """Prints what there is to say about a split. Adds its rows to `trained`. Returns the number of faults."""
+    if faults := source.find_missing(name, source.find_absent(name)):
+        print(*faults, sep="\n")
+        return len(faults)
+    num_faults, num_rows, present, longest, notes = 0, 0, {}, {}, {}
+    read_once = cache(lambda path: find_reading_faults({"bytes": None, "path": path}))
+
+    def note(kind: str, where: str):
+        count, first = notes.get(kind, (0, where))
+        notes[kind] = count + 1, first
+
+    for where, row, faults in source.records(name):
+        image = row and row["image"]
+        if image is not None:
+            faults = [*faults, *(find_reading_faults(image) if image["bytes"] else read_once(image["path"]))]
+        for fault in faults:
+            print(f"{where}: {fault}")
+        num_faults += len(faults)
+        if faults:
+            continue
+        num_rows += 1
+        for column, value in row.items():
+            present[column] = present.get(column, 0) + (value is not None)
+        for column, text in find_texts(row):
+            longest[column] = max(longest.get(column, 0), len(text))
+            for token in set(CONTROL_TOKENS.findall(text)):
+                note(f"`{token}` in `{column}`, which is read as letters and controls nothing", where)
+        row_hash = hash(repr({**row, "image": image and (hash(image["bytes"]) if image["bytes"] else image["path"])}))
+        if row_hash in trained:
+            note("a row that is also in the train split" if split != "train" else "a row that is repeated", where)
+        if split == "train":
+            trained.add(row_hash)
+    absent = [field for field in source.fields if present.get(field) == 0]
+    for fault in source.find_missing(name, absent):
+        num_faults += 1
+        print(fault)
+    print(f"{source.label(name)}: {num_rows} good rows, {present.get('image', 0)} with an image", end="")
+    print(f", {present['choices']} with choices" if "choices" in present else "")
+    if longest:
+        lengths = ", ".join(f"{column} {length}" for column, length in longest.items())
+        print(f"longest texts in characters: {lengths}")
+    for kind, (count, first) in notes.items():
+        print(f"note: {count} times {kind}, the first at {first}")
+    return num_faults
+
+
+def find_texts(row: dict) -> Iterator[tuple[str, str]]:
+    """The texts of a row and their columns."""
+    for column, value in row.items():
+        for text in value if isinstance(value, list) else [value]:
+            text = text.get("content") if isinstance(text, dict) and column != "image" else text
+            if isinstance(text, str):
+                yield column, text
+
+
+def score(path: str) -> bool:
     """Scores a run's answers again and prints the scores."""
-    print_scores(score_folder(folder))
+    print_scores(score_folder(path))
     return True
 
 
@@ -48,11 +127,17 @@ def main():
     commands = parser.add_subparsers(required=True)
     for command in (check, score):
         subparser = commands.add_parser(command.__name__, description=command.__doc__)
-        subparser.add_argument("path", type=Path)
+        subparser.add_argument("path", help="file, folder or Hub id" if command is check else "--output_dir of a run")
         subparser.set_defaults(command=command)
-    arguments = parser.parse_args()
+        if command is check:
+            subparser.add_argument(
+                "--task", choices=["vqa", "chat"], help="what reads the data, if not as its columns say"
+            )
+            subparser.add_argument("--columns", help="names of columns, as for train.py: question=prompt,answer=label")
+    arguments = vars(parser.parse_args())
+    sys.stdout.reconfigure(errors="backslashreplace")  # what is wrong with a text may be that it cannot be printed
     try:
-        is_right = arguments.command(arguments.path)
+        is_right = arguments.pop("command")(**arguments)
     except (ImportError, OSError, RuntimeError, ValueError) as error:  # not a fault of this program
         sys.exit(str(error))
     sys.exit(0 if is_right else 1)

@@ -26,7 +26,7 @@ from zipfile import ZipFile
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from filelock import FileLock
 
-from tasks import _wheels, require_files, vqa
+from tasks import _sources, _wheels, require_files, vqa
 
 
 COLUMNS = ("image", "question", "answer")
@@ -130,7 +130,8 @@ def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
 
     @cache  # several questions are about the same picture
     def find_image_faults(name: str) -> list[str]:
-        return vqa.find_image_faults({"image": name}, file.parent, with_images)
+        image = {"bytes": None, "path": str(file.parent / name)}
+        return _sources.find_reading_faults(image) if with_images else []
 
     rows, faults = [], []
     for index, entry in enumerate(entries):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 
-from tasks import open_dataset, require_files
+from tasks import require_files
+from tasks._formats import choose_split, open_dataset
 
 
 COLUMNS = ("image", "question", "choices", "answer", "hint", "subject", "grade")
@@ -36,7 +37,7 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
     if path is not None and any((Path(path) / name).exists() for name in ("problems.json", "pid_splits.json")):
         rows = load_original(Path(path), split)
         return rows.to_iterable_dataset() if streaming else rows
-    return open_dataset(path or DATASET, split, streaming)
+    return choose_split(open_dataset(path or DATASET, streaming), split, path or DATASET)
 
 
 def load_original(folder: Path, split: str) -> Dataset:

@@ -46,6 +46,12 @@ def test_the_nine_columns_count_their_own_questions():
     }
 
 
+def test_another_grade_counts_in_neither_column_of_grades():
+    references = [reference(0, grade=grade) for grade in ("kindergarten", "grade13", "grade6")]
+    scores = metric("scienceqa").compute(predictions=[" A", " A", " B"], references=references)
+    assert (scores["G1-6"], scores["G7-12"], scores["average"]) == (0, None, pytest.approx(200 / 3))
+
+
 @pytest.mark.parametrize(
     "text, choice",
     [

@@ -47,7 +47,21 @@ class DataArguments:
         default="digits", metadata={"help": "The file in tasks/ that reads and scores the data."}
     )
     data_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the data, where the task does not know it."}
+        default=None, metadata={"help": "Hub id, folder or file of the data, where the task does not know it."}
+    )
+    columns: str | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of your own data with other names: question=prompt,answer=label. `image=none` for data "
+            "without images."
+        },
+    )
+    holdout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the rows of your own train split, such as 0.05, to take as the test split if there is "
+            "none, and once more as the validation split. They are the same rows in every run."
+        },
     )
     max_prompt_length: int = field(
         default=512,

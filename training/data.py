@@ -34,12 +34,16 @@ def load_rows(task, name: str, arguments):
     The rows of a split as the task gives them, with undecoded images.
 
     Raises:
-        ValueError: if the split is empty or lacks a column.
+        ValueError: if the split is empty or lacks a column, or if the task does not read `columns` or `holdout`.
     """
-    limit = arguments.max_samples
-    makes_any_size = "max_samples" in inspect.signature(task.load).parameters
+    limit, taken = arguments.max_samples, inspect.signature(task.load).parameters
+    makes_any_size = "max_samples" in taken
+    given = {option: getattr(arguments, option) for option in ("columns", "holdout")}
+    given = {option: value for option, value in given.items() if value is not None}
+    for option in given.keys() - taken:
+        raise ValueError(f"`--task {arguments.task}` does not read `--{option}`. Remove it, or use `vqa` or `chat`.")
     sizes = {"max_samples": limit} if makes_any_size else {}
-    rows = task.load(name, arguments.data_path, streaming=arguments.streaming, **sizes)
+    rows = task.load(name, arguments.data_path, streaming=arguments.streaming, **given, **sizes)
     if limit is not None and not makes_any_size:
         rows = rows.take(limit if arguments.streaming else min(limit, len(rows)))
     if missing := [column for column in task.COLUMNS if column not in rows.column_names]:

@@ -7,6 +7,7 @@ import evaluate
 
 
 SUBJECTS = {"NAT": "natural science", "SOC": "social science", "LAN": "language science"}
+GRADES = [f"grade{number}" for number in range(1, 13)]
 
 
 class ScienceQA(evaluate.Metric):
@@ -16,8 +17,9 @@ class ScienceQA(evaluate.Metric):
     size: the number of questions in the split, if another number of predictions is to be refused.
 
     Returns accuracies in per cent, `None` where the split has no such question: NAT, SOC, LAN by subject; TXT with a
-    hint, IMG with an image, NO with neither; G1-6 and G7-12 by grade; `average` over all questions. `unparsed` is the
-    share of predictions that name no option, also in per cent; they count as wrong. `count` is the number scored.
+    hint, IMG with an image, NO with neither; G1-6 and G7-12 by grade; `average` over all questions, also those of
+    another grade. `unparsed` is the share of predictions that name no option, also in per cent; they count as wrong.
+    `count` is the number scored.
     """
 
     def _info(self):
@@ -52,9 +54,6 @@ class ScienceQA(evaluate.Metric):
             hits = [hit for hit, row in zip(correct, references) if belongs(row)]
             return 100 * sum(hits) / len(hits) if hits else None
 
-        def grade(row):
-            return int(row["grade"].removeprefix("grade"))
-
         scores = {
             name: accuracy(lambda row, subject=subject: row["subject"] == subject)
             for name, subject in SUBJECTS.items()
@@ -62,8 +61,8 @@ class ScienceQA(evaluate.Metric):
         scores["TXT"] = accuracy(lambda row: row["has_hint"])
         scores["IMG"] = accuracy(lambda row: row["has_image"])
         scores["NO"] = accuracy(lambda row: not row["has_hint"] and not row["has_image"])
-        scores["G1-6"] = accuracy(lambda row: grade(row) <= 6)
-        scores["G7-12"] = accuracy(lambda row: grade(row) > 6)
+        scores["G1-6"] = accuracy(lambda row: row["grade"] in GRADES[:6])
+        scores["G7-12"] = accuracy(lambda row: row["grade"] in GRADES[6:])
         scores["average"] = accuracy(lambda row: True)
         scores["unparsed"] = 100 * sum(choice is None for choice in chosen) / len(chosen)
         scores["count"] = len(chosen)

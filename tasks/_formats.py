@@ -1,0 +1,187 @@
+"""
+Formats of data: finds the splits of a file, a folder or a Hub id, and reads them as records or as `datasets`.
+"""
+
+import csv
+import json
+import re
+import reprlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets.data_files import SPLIT_KEYWORDS
+
+
+Rows = Dataset | IterableDataset
+
+FORMATS = {"*.jsonl": "JSON Lines", "*.csv": "CSV", "*.parquet": "Parquet", "*.json": "JSON"}  # in this order
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def split_of(name: str) -> str | None:
+    """The split that a name speaks of ("val2014" -> "validation"), `None` if it speaks of none."""
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    return next((str(split) for split, keywords in SPLIT_KEYWORDS.items() if words & set(keywords)), None)
+
+
+def choose_split(splits: dict, split: str, path: str, advice: str = ""):
+    """
+    The value of a split, under its own name or, if only one other name speaks of it, under that (`dev`, `train_sft`).
+
+    Raises:
+        ValueError: if there is none, with `advice`.
+    """
+    names = [split] if split in splits else [name for name in splits if split_of(name) == split]
+    if len(names) != 1:
+        raise ValueError(f"{path} has no split `{split}`. It has: {', '.join(splits)}.{advice}")
+    return splits[names[0]]
+
+
+def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
+    """
+    The files of each split, as their names or the folders that they are in say. Files with another name are the train
+    split if no name says so, and are not read otherwise. Those in subfolders are read if the folder itself has none. A
+    `path` that is a file is the train split.
+    """
+    if path.is_file():
+        return {"train": [path]} if path.match(pattern) else {}
+    files = sorted(path.glob(pattern)) or sorted(path.rglob(pattern))
+    splits = {}
+    for file in files:
+        parts = file.relative_to(path).with_suffix("").parts
+        if not any(part.startswith(".") for part in parts):
+            split = next((split_of(part) for part in reversed(parts) if split_of(part)), None)
+            splits.setdefault(split, []).append(file)
+    others = splits.pop(None, [])
+    if others and "train" not in splits:
+        splits["train"] = others
+    return {str(split): splits[split] for split in SPLIT_KEYWORDS if split in splits}
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of a `DatasetDict` or a `Dataset` wrote it."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
+    """
+    The splits of a data set on the Hub (`org/name`, or `org/name:config`), of a folder that `save_to_disk` wrote, of a
+    Parquet file, or of a folder with Parquet files, such as a clone of the Hub's repository. Files and folders need no
+    network.
+
+    Raises:
+        OSError: if there is no such folder, and no such data set on the Hub or no network.
+        ValueError: if `path` is a file or a folder of another kind.
+    """
+    folder = Path(path)
+    if is_saved(folder):
+        rows = load_from_disk(path)
+        splits = {"train": rows} if isinstance(rows, Dataset) else rows
+        return {name: rows.to_iterable_dataset() if streaming else rows for name, rows in splits.items()}
+    if files := find_files(folder, "*.parquet"):
+        readme = folder / "README.md"
+        if readme.is_file() and re.search(r"^configs:", readme.read_text(encoding="utf-8"), re.MULTILINE):
+            return load_dataset(path, streaming=streaming)
+        # `load_dataset(path)` would take a folder with more images than Parquet files for an `imagefolder`
+        names = {split: [str(file) for file in paths] for split, paths in files.items()}
+        return load_dataset("parquet", data_files=names, streaming=streaming)
+    if folder.exists():
+        raise ValueError(
+            f"{path} holds no data set that this task reads: no `dataset_dict.json` or `state.json` (`save_to_disk` "
+            "writes them), no Parquet file, and none of the files that the task's docstring in tasks/ names."
+        )
+    name, _, config = path.partition(":")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or f"*{folder.suffix}" in FORMATS:
+        raise FileNotFoundError(f"There is no file or folder {path}, and no data set on the Hub can have this name.")
+    try:
+        return load_dataset(name, config or None, streaming=streaming)
+    except OSError as error:
+        raise OSError(f"There is no folder {path}, and the Hub gave no data set of this name: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records of JSON and CSV
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A record is what is written in a file; it becomes a row. Faults are texts that say what is wrong and what to do.
+Record = tuple[str, dict | None, list[str]]  # where it is, the record, its faults
+
+
+def read_records(file: Path) -> Iterator[Record]:
+    """The records of a file. A leading byte order mark of UTF-8 is skipped."""
+    is_empty = True
+    with open(file, "rb") as lines:
+        start = lines.read(100).removeprefix(b"\xef\xbb\xbf").lstrip()
+    reader = read_csv if file.suffix == ".csv" else read_list if start.startswith(b"[") else read_lines
+    try:
+        for record in reader(file):
+            is_empty = False
+            yield record
+    except UnicodeDecodeError as error:
+        yield str(file), None, [f"no UTF-8 text: {error.reason} at byte {error.start + 1}. Save the file as UTF-8."]
+    except csv.Error as error:
+        yield str(file), None, [f"no CSV: {error}. Write a comma between cells, and quotes around one with a comma."]
+    else:
+        if is_empty:
+            yield str(file), None, ["no rows. Write one JSON object on each line, one list of them, or CSV."]
+
+
+def read_lines(file: Path) -> Iterator[Record]:
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            record, faults = None, []
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                form = "one list of objects" if file.suffix == ".json" else "one whole object on each line"
+                faults = [f"no JSON: {error.msg} at character {error.pos + 1}. Write {form}."]
+            except UnicodeDecodeError as error:
+                faults = [f"no UTF-8 text: {error.reason} at byte {error.start + 1}. Save the file as UTF-8."]
+            yield f"{file}:{number}", *check_record(record, faults)
+            if faults and file.suffix == ".json":  # rather one value over many lines than many bad lines
+                return
+
+
+def read_list(file: Path) -> Iterator[Record]:
+    """One list of records, decoded one by one, since Python objects take many times the memory of the text."""
+    text, decoder, separator = file.read_text(encoding="utf-8-sig"), json.JSONDecoder(), re.compile(r"[\s,]*")
+    place, number = separator.match(text, text.index("[") + 1).end(), 0
+    while place < len(text) and text[place] != "]":
+        try:
+            record, place = decoder.raw_decode(text, place)
+        except json.JSONDecodeError as error:
+            fault = f"no JSON: {error.msg} at line {error.lineno}, column {error.colno}. Write one list of objects."
+            yield f"{file}: row {number}", None, [fault]
+            return
+        yield f"{file}: row {number}", *check_record(record, [])
+        place, number = separator.match(text, place).end(), number + 1
+    if place >= len(text):
+        yield f"{file}: row {number}", None, ["the list is not closed. Write `]` at its end."]
+
+
+def read_csv(file: Path) -> Iterator[Record]:
+    """A line with the names of the columns, then one record a line. An empty cell is none."""
+    csv.field_size_limit(1 << 30)
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        reader, line = csv.DictReader(lines, strict=True), 2
+        for cells in reader:
+            if None in cells or None in cells.values():
+                expected = len(reader.fieldnames)
+                fault = f"it has not {expected} cells, as the first line has. Put texts with a comma into quotes."
+                yield f"{file}:{line}", None, [fault]
+            else:
+                yield f"{file}:{line}", {name: cell or None for name, cell in cells.items()}, []
+            line = reader.line_num + 1
+
+
+def check_record(record, faults: list[str]) -> tuple[dict | None, list[str]]:
+    if faults or isinstance(record, dict):
+        return record, faults
+    return None, [f'{reprlib.repr(record)} is no row. Write an object: {{"name": value, ...}}.']

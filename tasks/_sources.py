@@ -1,0 +1,458 @@
+"""
+Data of your own: makes a task's rows of a file, a folder or a Hub id in any of the formats in `tasks/_formats.py`.
+
+A task that reads such data (`tasks/vqa.py`, `tasks/chat.py`) has, besides the interface in `tasks/__init__.py`,
+
+    FEATURES                  of its rows; one is `image`
+    FIELDS                    what it reads: each field with the columns that it may be in, the first one that has it
+    REQUIRED                  the fields that every row must have
+    parse(record, has_image)  -> the row without its image, and what is wrong with it. The record has all fields, None
+                              where there is nothing.
+    find_images(record)       optional: the images of a row that has none in a column
+"""
+
+import difflib
+import json
+import os
+import re
+import reprlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+
+import datasets
+import pyarrow as pa
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    List,
+    concatenate_datasets,
+)
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+
+from tasks._formats import (
+    FORMATS,
+    Record,
+    Rows,
+    choose_split,
+    find_files,
+    is_saved,
+    open_dataset,
+    read_records,
+    split_of,
+)
+
+
+IMAGE_FOLDERS = ("", "images", "image", "imgs")  # in the folder of the file
+# Names of other data sets for what a task reads
+SYNONYMS = {
+    "image": "images img imgs picture pictures photo image_path image_file image_url image_name filename filepath",
+    "question": "prompt query instruction problem input text",
+    "answer": "label labels caption captions response output target solution completion",
+    "choices": "options candidates alternatives",
+    "messages": "conversation dialog dialogue chat turns",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What tasks need to parse records
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_text(value) -> bool:
+    """Whether it is a text that is not blank and can be written as UTF-8."""
+    return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
+
+
+def find_text_faults(name: str, value) -> list[str]:
+    """What is wrong with a value that must be a text."""
+    if is_text(value):
+        return []
+    if value is None:
+        return [f"there is no {name}. Add it, as a text."]
+    if isinstance(value, str) and value.strip():
+        return [f"{name} is {reprlib.repr(value)}, with half of a surrogate pair. Write the whole character."]
+    return [f"{name} is {reprlib.repr(value)}. Make it a text in quotes that is not blank."]
+
+
+def as_list(value):
+    """A list that is written as JSON in one cell of CSV or Parquet as a list, other values as they are."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def remove_markers(text: str) -> tuple[str, int]:
+    """A text without the `<image>` of LLaVA, since an image is no token here, and how often it was there."""
+    text, count = re.subn(r"\s*<image>\s*", lambda found: "\n" if "\n" in found[0] else " ", text)
+    return (text.strip() if count else text), count
+
+
+def find_image(value, folders: tuple[Path, ...]) -> tuple[dict | None, list[str]]:
+    """An undecoded image as `datasets.Image` has it, and what is wrong with it. A list of one image is that image."""
+    if isinstance(value, list):
+        value = [image for image in value if image is not None]
+        if len(value) > 1:
+            return None, [f"it has {len(value)} images. A row has at most one: make a row for each, or leave it out."]
+        value = value[0] if value else None
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}, []
+    if isinstance(value, dict):
+        if value.get("bytes") is not None:
+            return {"bytes": value["bytes"], "path": value.get("path")}, []
+        value = value.get("path")
+    if value is None:
+        return None, []
+    if not is_text(value):
+        return None, [f"`image` is {reprlib.repr(value)}. Make it a file's name in quotes, or null."]
+    if re.match(r"[A-Za-z][\w+.-]*:", value) or os.path.isabs(value):  # a URL
+        return {"bytes": None, "path": value}, []
+    if not folders:
+        return None, [
+            f"`image` is {value!r}, a file beside the data, which is not downloaded. Download the repository (`hf "
+            "download --repo-type dataset`) and give its folder."
+        ]
+    places = (os.path.normpath(os.path.join(folder, name, value)) for folder in folders for name in IMAGE_FOLDERS)
+    first = next(places)
+    return {"bytes": None, "path": next(filter(os.path.isfile, (first, *places)), first)}, []
+
+
+def find_reading_faults(image: dict) -> list[str]:
+    from dehvf import images  # takes seconds
+
+    try:
+        images.read_image(image)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Makes rows of records. It can be pickled, for the workers of a data loader."""
+
+    task_name: str
+    fields: dict[str, tuple[str, ...]]
+    folders: tuple[Path, ...]  # in which images are looked for
+    place: str  # for messages
+    command: str  # which names all faults
+    labels: dict[str, ClassLabel] = field(default_factory=dict)
+
+    def read(self, record: dict) -> tuple[dict, list[str]]:
+        """The row of a record, and what is wrong with it."""
+        record, task = self._pick(record), import_module(self.task_name)
+        images = record["image"]
+        if images in (None, []) and hasattr(task, "find_images"):
+            images = task.find_images(record)
+        image, faults = find_image(images, self.folders)
+        row, more = task.parse(record, image is not None or bool(faults))
+        return {"image": image, **row}, faults + more
+
+    def row(self, record: dict, index: int) -> dict:
+        return self.check(f"{self.place}, row {index}", *self.read(record))
+
+    def image(self, record: dict, index: int) -> dict:
+        image, faults = find_image(self._pick(record)["image"], self.folders)
+        return self.check(f"{self.place}, row {index}", {"image": image}, faults)
+
+    def texts(self, record: dict, index: int) -> dict:
+        """A row without its image, of a record that has `has_image` in place of it."""
+        row, faults = import_module(self.task_name).parse(self._pick(record), record["has_image"])
+        return self.check(f"{self.place}, row {index}", row, faults)
+
+    def check(self, where: str, row: dict | None, faults: list[str]) -> dict:
+        if faults:
+            raise ValueError(f"{where}: {faults[0]}\n`{self.command}` names all such rows.")
+        return row
+
+    def _pick(self, record: dict) -> dict:
+        """A record with the fields of the task. Class labels have their names; -1 is none."""
+        for column, label in self.labels.items():
+            if isinstance(number := record.get(column), int):
+                record = {**record, column: label.int2str(number) if number >= 0 else None}
+        return {
+            name: next((record[column] for column in columns if record.get(column) is not None), None)
+            for name, columns in self.fields.items()
+        }
+
+
+def generate_rows(files: list[Path], reader: Reader) -> Iterator[dict]:
+    for file in files:
+        reader_of_file = replace(reader, folders=tuple(dict.fromkeys((file.parent, *reader.folders))))
+        for where, record, faults in read_records(file):
+            yield reader.check(where, *((record, faults) if faults else reader_of_file.read(record)))
+
+
+class Source:
+    """
+    The data of a file, a folder or a Hub id as a task reads it. `splits` has the files of each split or its rows.
+
+    Args:
+        columns: which column to read as which field, "question=prompt,image=none".
+
+    Raises:
+        OSError: if there is nothing of this name.
+        ValueError: if it is of another kind, or if `columns` has another form.
+    """
+
+    def __init__(self, task: ModuleType, path: str, columns: str | None = None, streaming: bool = False):
+        self.task, self.path, self.columns, self.streaming = task, path, columns, streaming
+        self.fields = self._choose_columns()
+        folder = Path(path)
+        for pattern, self.format in FORMATS.items():
+            self.splits = {} if is_saved(folder) else find_files(folder, pattern)
+            if self.splits:
+                break
+        else:
+            self.format = "save_to_disk" if folder.exists() else "the Hub"
+        self._names = {}
+        self.has_files = bool(self.splits) and self.format != "Parquet"
+        self.files = self.splits
+        if not self.has_files:
+            self.splits = open_dataset(path, streaming)
+
+    def _choose_columns(self) -> dict[str, tuple[str, ...]]:
+        fields = dict(self.task.FIELDS)
+        for pair in self.columns.split(",") if self.columns else ():
+            name, _, column = (part.strip() for part in pair.partition("="))
+            if name not in fields or not column:
+                raise ValueError(
+                    f"`--columns {self.columns}`: {pair!r} is not of the form FIELD=COLUMN, where FIELD is one of "
+                    f"{', '.join(fields)}."
+                )
+            fields[name] = () if column == "none" else (column,)
+        return fields
+
+    def label(self, split: str) -> str:
+        """The split in messages."""
+        files = self.files.get(split, ())
+        return str(files[0]) if len(files) == 1 else f"{self.path}, {split} split"
+
+    def records(self, split: str) -> Iterator[Record]:
+        """Where each record is, the row that it becomes, and what is wrong with it."""
+        part = self._part(split)
+        if self.has_files:
+            for file in part:
+                reader = self._reader(split, file.parent)
+                for where, record, faults in read_records(file):
+                    yield where, *((record, faults) if faults else reader.read(record))
+            return
+        rows, reader = self._undecoded(part), self._reader(split)
+        for index, record in enumerate(rows):
+            yield f"{reader.place}, row {index}", *reader.read(record)
+
+    def rows(self, split: str) -> Rows:
+        """
+        The rows of a split, with the task's `FEATURES`. Unless streamed, they are in the cache of `datasets`; images
+        that a Parquet file or `save_to_disk` has are not copied there.
+
+        Raises:
+            ValueError: if there is no such split, if a row is not as it should be, or as [`find_missing`].
+        """
+        part = self._part(split)
+        if faults := self.find_missing(split, self.find_absent(split)):
+            raise ValueError(faults[0])
+        rows = self._read_files(split, part) if self.has_files else self._read_rows(split, part)
+        if not self.streaming:
+            absent = [name for name in rows.column_names if rows.data.column(name).null_count == len(rows) > 0]
+        elif absent := [name for name in self.fields if self.find_missing(split, [name])]:
+            first = list(rows.cast_column("image", Image(decode=False)).take(100))
+            absent = [name for name in absent if all(row.get(name) is None for row in first)]
+        if faults := self.find_missing(split, absent):
+            raise ValueError(faults[0])
+        return rows
+
+    def names(self, split: str) -> list[str]:
+        """The columns of a split; of files with records, the keys of the first 1,000."""
+        part = self._part(split)
+        if split not in self._names and not self.has_files:
+            self._names[split] = list(part.features or next(iter(part)))
+        elif split not in self._names:
+            records = islice((record for file in part for _, record, _ in read_records(file)), 1000)
+            self._names[split] = list(dict.fromkeys(name for record in records for name in record or ()))
+        return self._names[split]
+
+    def find_absent(self, split: str) -> list[str]:
+        """The fields that are needed, but have no column. None if nothing could be read."""
+        names = set(self.names(split))
+        return [name for name in self.fields if names and self._is_needed(name) and not names & {*self.fields[name]}]
+
+    def find_missing(self, split: str, absent: list[str]) -> list[str]:
+        """
+        What to do about fields that no row has, if they are required, if there is a column of a similar name that is
+        not read, or if it is the image. A stream may have images in later rows.
+        """
+        names, faults = self.names(split), []
+        read = {column for name, columns in self.fields.items() for column in columns if name not in absent}
+        for name in absent:
+            columns = self.fields[name]
+            unread = [column for column in names if column not in {*read, *columns}]
+            similar = [column for column in unread if column.lower() in SYNONYMS.get(name, "").split()]
+            similar += difflib.get_close_matches(name, unread, n=1, cutoff=0.75)
+            is_needed = self._is_needed(name) or name == "image" and self._needs_image(split)
+            is_known = name != "image" and bool({*columns} & {*names})  # the column is there, but empty
+            if not columns or is_known or not similar and not is_needed:
+                continue
+            advice = f"Give `--columns {name}={similar[0] if similar else 'COLUMN'}`"
+            if name not in self.task.REQUIRED:
+                advice += f", or `--columns {name}=none` to do without"
+            elif {"messages", "conversations"} & set(unread):
+                advice += ", or `--task chat` to train on messages"
+            given = f" (`{columns[0]}`)" if columns != self.task.FIELDS[name] else ""
+            what = f"{'an' if name[0] in 'aeiou' else 'a'} `{name}`{given}"
+            faults.append(f"{self.label(split)}: no row has {what}. The columns are {', '.join(names)}. {advice}.")
+        return faults
+
+    def _needs_image(self, split: str) -> bool:
+        """Whether it is a fault that a split has no image. A stream may have one in later rows."""
+        others = [] if split_of(split) == "train" else self.splits
+        return not self.streaming and not any(
+            row and row["image"] for name in others for _, row, _ in self.records(name)
+        )
+
+    def _is_needed(self, name: str) -> bool:
+        return name in self.task.REQUIRED or self.fields[name] != self.task.FIELDS[name]
+
+    def _part(self, split: str) -> list[Path] | Rows:
+        takes = " Add it, or take one from the train split: `--holdout 0.05` takes 5 % of the rows."
+        return choose_split(self.splits, split, self.path, takes if split != "train" else "")
+
+    def _reader(self, split: str, *folders: Path) -> Reader:
+        """Images are looked for beside the file, and then in the folder of the data set."""
+        task, path = self.task.__name__, Path(self.path)
+        parents = [file.parent for file in self.files.get(split, ())] if not self.has_files else []
+        folders = dict.fromkeys([*folders, *parents, path.parent if path.is_file() else path])
+        command = f"python -m tasks check {self.path} --task {task.rpartition('.')[2]}"
+        command += f" --columns {self.columns}" if self.columns else ""
+        labels = {}
+        if not self.has_files:
+            features = self._part(split).features or {}
+            labels = {name: feature for name, feature in features.items() if isinstance(feature, ClassLabel)}
+        folders = tuple(folders) if path.exists() else ()
+        return Reader(task, self.fields, folders, self.label(split), command, labels)
+
+    def _read_files(self, split: str, files: list[Path]) -> Rows:
+        reader, features = self._reader(split), self.task.FEATURES
+        arguments = {"files": files, "reader": reader}
+        if self.streaming:
+            return IterableDataset.from_generator(generate_rows, features, arguments)
+        fingerprint = self._fingerprint([*files, *(file.parent for file in files), *reader.folders])
+        try:
+            return Dataset.from_generator(generate_rows, features, gen_kwargs=arguments, fingerprint=fingerprint)
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None
+
+    def _read_rows(self, split: str, rows: Rows) -> Rows:
+        rows, reader, features = self._undecoded(rows), self._reader(split), self.task.FEATURES
+        if self.streaming:
+            names = list(rows.features or next(iter(rows)))
+            return rows.map(reader.row, with_indices=True, remove_columns=names, features=features)
+        column = next((column for column in self.fields["image"] if column in rows.column_names), None)
+        if column is None:
+            return self._map(rows, reader.row, features)
+        images, texts = rows.select_columns(column), rows.remove_columns(column)
+        if isinstance(images.features[column], Image):
+            images = images.rename_columns({column: "image"} if column != "image" else {})
+        else:
+            images = self._map(images, reader.image, Features({"image": Image(decode=False)}))
+        has_image = Dataset(pa.table({"has_image": images.with_format("arrow")["image"].is_valid()}))
+        texts = concatenate_datasets([texts, has_image], axis=1)
+        texts = self._map(
+            texts, reader.texts, Features({name: features[name] for name in features if name != "image"})
+        )
+        return (
+            concatenate_datasets([images, texts], axis=1).cast_column("image", Image()).select_columns(list(features))
+        )
+
+    def _undecoded(self, rows: Rows) -> Rows:
+        """The columns that are read, with undecoded images."""
+        names = list(rows.features or next(iter(rows)))
+        read = [column for columns in self.fields.values() for column in columns if column in names]
+        rows = rows.select_columns(list(dict.fromkeys(read)))
+        for column, feature in (rows.features or {}).items():
+            if isinstance(feature, Image):
+                rows = rows.cast_column(column, Image(decode=False))
+            elif isinstance(feature, List) and isinstance(feature.feature, Image):
+                rows = rows.cast_column(column, List(Image(decode=False)))
+        return rows
+
+    def _map(self, rows: Dataset, function, features: Features) -> Dataset:
+        """`Dataset.map` row by row, into the cache even if the data are in a folder that cannot be written to."""
+        fingerprint = self._fingerprint(function.__self__.folders, rows._fingerprint, function.__name__)
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "dehvf"
+        folder.mkdir(parents=True, exist_ok=True)
+        return rows.map(
+            function,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=features,
+            cache_file_name=str(folder / f"{fingerprint}.arrow"),
+            new_fingerprint=fingerprint,
+        )
+
+    def _fingerprint(self, places: Iterable[Path], *facts) -> str:
+        """Of rows that the code of the tasks makes of files, of which some are in one of `places`, and of `facts`."""
+        paths = dict.fromkeys(place / name for place in places for name in IMAGE_FOLDERS)
+        stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists()]
+        code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
+        return Hasher.hash([stamps, *facts, self.task.__name__, self.fields, *code])
+
+
+def load(
+    task: ModuleType, split: str, path: str | None, streaming: bool, columns: str | None, holdout: float | None
+) -> Rows:
+    """
+    The rows of a split.
+
+    Args:
+        holdout: share of the train split that becomes the test split, if there is none, and another such part the
+            validation split. They are always the same rows.
+
+    Raises:
+        OSError: if there is no such folder, and no such data set on the Hub or no network.
+        ValueError: without a path, if `holdout` is no share or cannot be used, or as [`Source`] and [`Source.rows`].
+    """
+    name = task.__name__.rpartition(".")[2]
+    if path is None:
+        raise ValueError(f"path is None, but `{name}` reads your own data: give a folder or a Hub id (--data_path).")
+    source = Source(task, path, columns, streaming)
+    if holdout is None:
+        return source.rows(split)
+    known = {split_of(name) for name in source.splits}
+    missing = [name for name in ("test", "validation") if name not in known]
+    if not 0 < holdout < 0.5:
+        raise ValueError(f"`--holdout {holdout}` is no share of the rows between 0 and 0.5. Give one, such as 0.05.")
+    if not missing:
+        raise ValueError(f"`--holdout` was given, but {path} has a test and a validation split. Remove the flag.")
+    if split not in ("train", *missing):
+        return source.rows(split)
+    if streaming:
+        raise ValueError("`--holdout` needs the number of rows, which a stream has not. Remove `--streaming`.")
+    rows = source.rows("train")
+    size = max(1, round(holdout * len(rows)))
+    if len(rows) <= size * len(missing):
+        raise ValueError(
+            f"The train split of {path} has {len(rows)} rows. `--holdout {holdout}` takes {size * len(missing)} of them, "
+            f"for {' and '.join(missing)}, and leaves none to train on. Add rows, or give a smaller share."
+        )
+    for name in missing:
+        parts = rows.train_test_split(size, seed=0)
+        if name == split:
+            return parts["test"]
+        rows = parts["train"]
+    return rows

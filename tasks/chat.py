@@ -1,0 +1,150 @@
+"""
+Conversations about an image or none, with a system message or without, of one turn or several. Read from JSON Lines,
+JSON, CSV or Parquet, from a folder that `save_to_disk` wrote, or from the Hub, see docs/own-data.md:
+
+    {"messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A hen."}],
+     "images": ["hen.png"]}
+    {"conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A hen."}],
+     "image": "hen.png"}
+
+The first is the format of TRL, where a content may also be a list of parts, {"type": "text", "text": "..."} and
+{"type": "image"}, perhaps with the image itself as `image`; the second is that of LLaVA and ShareGPT. A row has at
+most one image. Its place among the messages (`<image>`, or a part of type "image") is removed from the text, since an
+image is no token here. Other columns are not read. `python -m tasks check FOLDER --task chat` names every row that is
+not like this.
+"""
+
+import reprlib
+import sys
+
+from datasets import Features, Image, List, Value
+
+from tasks import _sources, vqa
+
+
+COLUMNS = ("image", "messages")
+ANSWER_PREFIX = ""
+MAX_NEW_TOKENS = 128
+CARD = {"task_type": "image-text-to-text", "metric_type": "accuracy", "score": "average"}
+
+FEATURES = Features({"image": Image(), "messages": List({"role": Value("string"), "content": Value("string")})})
+FIELDS = {"image": ("image", "images", "file_name"), "messages": ("messages", "conversations")}
+REQUIRED = ("messages",)
+KEYS = ("role", "from"), ("content", "value")
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+
+def load(
+    split: str,
+    path: str | None = None,
+    streaming: bool = False,
+    columns: str | None = None,
+    holdout: float | None = None,
+) -> _sources.Rows:
+    """Loads and raises as [`_sources.load`]."""
+    return _sources.load(sys.modules[__name__], split, path, streaming, columns, holdout)
+
+
+def find_images(record: dict) -> list:
+    """The images in parts of the messages, for a row that has none in a column."""
+    turns = _sources.as_list(record["messages"])
+    turns = turns if isinstance(turns, list) else []
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    images = [
+        next((part[key] for key in ("image", "image_url", "url", "path") if part.get(key)), None) for part in parts
+    ]
+    return [image.get("url", image) if isinstance(image, dict) else image for image in images]
+
+
+def parse(record: dict, has_image: bool) -> tuple[dict, list[str]]:
+    """A row without its image, and what is wrong with its messages."""
+    turns = _sources.as_list(record["messages"])
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        return {}, [
+            f'`messages` is {reprlib.repr(turns)}. Make it a list of {{"role": "user", "content": "..."}}, or, as '
+            '`conversations`, of {"from": "human", "value": "..."}.'
+        ]
+    messages, faults, num_markers = [], [], 0
+    for number, turn in enumerate(turns, 1):
+        role, content = (next((turn[key] for key in keys if turn.get(key) is not None), None) for keys in KEYS)
+        role = role if isinstance(role, str) else repr(role)
+        text, markers = read_content(content)
+        name = f"text in message {number} ({role})"
+        if role not in ROLES:
+            faults.append(
+                f"message {number} has the role {role!r}. Use system, user and assistant, or system, human and gpt."
+            )
+        faults += _sources.find_text_faults(name, text)
+        if markers and ROLES.get(role) != "user":
+            faults.append(f"message {number} ({role}) has `<image>`, which only a user's message may have. Remove it.")
+        num_markers += markers
+        messages.append({"role": ROLES.get(role), "content": text})
+    roles = [message["role"] for message in messages]
+    spoken = roles[roles[0] == "system" :]
+    if None not in roles and (len(spoken) < 2 or spoken != ["user", "assistant"] * (len(spoken) // 2)):
+        faults.append(
+            f"the roles are {reprlib.repr(roles)}. After at most one system message, user and assistant must "
+            "alternate, and the last message must be the assistant's."
+        )
+    if num_markers and not has_image:
+        faults.append(
+            f"the messages have {num_markers} `<image>` (or parts of type 'image'), but there is no image. Add it to "
+            "the row, or remove them."
+        )
+    if num_markers > 1 and has_image:
+        faults.append(
+            f"the messages have {num_markers} `<image>`, but a row has at most one image. Make a row for each."
+        )
+    return {"messages": messages}, faults
+
+
+def read_content(content) -> tuple[str | None, int]:
+    """The text of a content, a text or a list of parts, and how many images it has a place for."""
+    if not isinstance(content, list):
+        return _sources.remove_markers(content) if isinstance(content, str) else (content, 0)
+    texts, num_images = [], 0
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") not in ("text", "image", "image_url"):
+            return content, 0
+        if part["type"] == "text":
+            text = part.get("text") or part.get("content") or ""
+            if not isinstance(text, str):
+                return content, 0
+            text, markers = _sources.remove_markers(text)
+            texts.append(text)
+            num_images += markers
+        else:
+            num_images += 1
+    return "\n".join(text for text in texts if text.strip()), num_images
+
+
+def messages(row: dict) -> list[dict[str, str]]:
+    """All messages. The last one is the assistant's, which evaluation predicts."""
+    return row["messages"]
+
+
+def context(row: dict) -> str:
+    return ""
+
+
+def prompt(row: dict, context: str) -> str:
+    """The user's last message, for whoever shows one. Training and evaluation use `messages`."""
+    return row["messages"][-2]["content"]
+
+
+def answer(row: dict) -> str:
+    return row["messages"][-1]["content"]
+
+
+def options(row: dict) -> None:
+    return None
+
+
+def score(records: list[dict], size: int) -> dict[str, float | None]:
+    """
+    Accuracy in per cent of the last answers with and without an image, and of all (`average`). They are compared as
+    `tasks.vqa.normalise` leaves them, so this is of use for short answers.
+    """
+    scores = vqa.score([{**record, "answer": record["expected"]} for record in records], size)
+    return {name: scores[name] for name in ("image", "no image", "average", "count")}

@@ -1,0 +1,562 @@
+"""Data of your own: every format gives the same rows, loaded, streamed or checked, and every fault is named."""
+
+import csv
+import io
+import json
+import os
+import re
+import sys
+
+import datasets
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_from_disk
+from PIL import Image as PILImage
+from test_train import tiny_flags
+from tiny import ROOT
+
+import train
+from tasks import _formats, chat, digits, get_task, vqa
+from tasks.__main__ import check, main
+from training.arguments import DataArguments
+from training.data import load_rows, read_image
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder
+
+
+def write_image(file, colour="red"):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    PILImage.new("RGB", (8, 8), colour).save(file)
+
+
+def write_lines(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_list(file, rows):
+    file.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8-sig")
+
+
+def write_csv(file, rows):
+    with open(file, "w", encoding="utf-8-sig", newline="") as lines:
+        writer = csv.DictWriter(lines, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(task, path, split="train", **arguments):
+    """The rows of a split with the colour of their image in its place, the same whether they are streamed or not."""
+    rows, streamed = (
+        task.load(split, str(path), streaming=streaming, **arguments).cast_column("image", Image(decode=False))
+        for streaming in (False, True)
+    )
+    assert rows.features == streamed.features == {**task.FEATURES, "image": Image(decode=False)}
+    read_rows = [[{**row, "image": colour_of(read_image(row["image"]))} for row in part] for part in (rows, streamed)]
+    assert read_rows[0] == read_rows[1]
+    return read_rows[0]
+
+
+def colour_of(image):
+    return image and {(255, 0, 0): "red", (0, 0, 255): "blue"}[image.getpixel((4, 4))]
+
+
+# --- vqa ---
+
+
+QUESTION = 'What, "exactly",\nis it, Zoë?'
+ROWS = {
+    "train": [{"question": QUESTION, "answer": "A", "image": "a.png"}, {"question": "Why?", "answer": "so"}],
+    "test": [{"question": "Which?", "answer": "B", "image": "b.png"}],
+}
+COLOURS = {"a.png": "red", "b.png": "blue", None: None}
+
+
+def make_dataset(folder, split, make_image=PILImage.open, feature=None):
+    names = [row.get("image") for row in ROWS[split]]
+    columns = {name: [row[name] for row in ROWS[split]] for name in ("question", "answer")}
+    rows = Dataset.from_dict({**columns, "image": [name and make_image(folder / name) for name in names]})
+    return rows.cast_column("image", feature or Image())
+
+
+def save_files(folder, name, write):
+    for split, rows in ROWS.items():
+        write(folder / name.format(split), [{"question": "", "answer": "", "image": None, **row} for row in rows])
+
+
+def save_image_folders(folder, write, name):
+    """Images of the same name in the folders of all splits."""
+    for split, rows in ROWS.items():
+        for row in rows:
+            write_image(folder / split / "it.png", COLOURS[row.get("image")] or "red")
+        rows = [{"file_name": row.get("image") and "it.png", **row} for row in rows]
+        write(folder / split / name, [{name: row[name] for name in row if name != "image"} for row in rows])
+
+
+def save_parquet(folder, name="{}-0.parquet", **arguments):
+    for split in ROWS:
+        make_dataset(folder, split, **arguments).to_parquet(folder / name.format(split))
+
+
+def save_parquet_of_paths(folder):
+    save_parquet(folder, make_image=lambda file: file.name, feature=Value("string"))
+    for number in range(9):  # more images than Parquet files
+        write_image(folder / f"{number}.png")
+
+
+def save_to_disk(folder):
+    DatasetDict({split: make_dataset(folder, split) for split in ROWS}).save_to_disk(folder)
+
+
+LAYOUTS = {
+    "JSON Lines": lambda folder: save_files(folder, "{}.jsonl", write_lines),
+    "JSON": lambda folder: save_files(folder, "my_{}_set.json", write_list),
+    "CSV": lambda folder: save_files(folder, "{}.csv", write_csv),
+    "JSON Lines of an image folder": lambda folder: save_image_folders(folder, write_lines, "metadata.jsonl"),
+    "CSV of an image folder": lambda folder: save_image_folders(folder, write_csv, "metadata.csv"),
+    "Parquet": save_parquet,
+    "Parquet with lists": lambda folder: save_parquet(
+        folder, make_image=lambda file: [PILImage.open(file)], feature=List(Image())
+    ),
+    "Parquet with bytes": lambda folder: save_parquet(
+        folder, make_image=lambda file: file.read_bytes(), feature=Value("binary")
+    ),
+    "Parquet with paths": save_parquet_of_paths,
+    "save_to_disk": save_to_disk,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_rows(layout, tmp_path, capsys):
+    for name, colour in COLOURS.items():
+        if name:
+            write_image(tmp_path / name, colour)
+    LAYOUTS[layout](tmp_path)
+    for split, rows in ROWS.items():
+        expected = [(row["question"], row["answer"], COLOURS[row.get("image")]) for row in rows]
+        assert [(row["question"], row["answer"], row["image"]) for row in read(vqa, tmp_path, split)] == expected
+    assert check(str(tmp_path))
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        f"{tmp_path}: {layout.partition(' of')[0].partition(' with')[0]}, read with --task vqa\n"
+    )
+    assert "2 good rows, 1 with an image" in printed and "1 good rows, 1 with an image" in printed
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "test.json", "x.csv", "x.parquet", "saved"])
+def test_one_file_or_data_set_is_the_train_split(name, tmp_path):
+    write_image(tmp_path / "images" / "a.png")  # found, though not named
+    rows = [{"question": "Why?", "answer": "so", "image": "a.png"}]
+    match name.partition(".")[2]:
+        case "jsonl":
+            write_lines(tmp_path / name, rows)
+        case "json":
+            write_list(tmp_path / name, rows)
+        case "csv":
+            write_csv(tmp_path / name, rows)
+        case "parquet":
+            Dataset.from_list(rows).to_parquet(tmp_path / name)
+        case _:
+            write_image(tmp_path / name / "a.png")
+            Dataset.from_list(rows).save_to_disk(tmp_path / name)
+    (row,) = read(vqa, tmp_path / name)
+    assert (row["question"], row["image"]) == ("Why?", "red")
+    with pytest.raises(ValueError, match="has no split `test`. It has: train. .*`--holdout 0.05`"):
+        vqa.load("test", str(tmp_path / name))
+
+
+def test_a_data_set_on_the_hub_may_name_its_splits_differently(tmp_path, monkeypatch):
+    write_image(tmp_path / "a.png")
+    rows = make_dataset(tmp_path, "train")
+    splits = {"train_sft": rows, "dev": rows, "paths": Dataset.from_list([{**ROWS["train"][0]}])}
+    calls = []
+    monkeypatch.setattr(_formats, "load_dataset", lambda *words, **_: calls.append(words) or splits)
+    for split in ("train", "validation"):
+        assert [row["image"] is None for row in vqa.load(split, "org/data:small")] == [False, True]
+    assert calls[0] == ("org/data", "small")
+    with pytest.raises(ValueError, match="org/data, paths split, row 0: `image` is 'a.png'.*hf download"):
+        vqa.load("paths", "org/data")
+    with pytest.raises(ValueError, match="no split `test`. It has: train_sft, dev, paths"):
+        vqa.load("test", "org/data")
+
+
+ANSWERS = [
+    ({"answer": [8, 9]}, ["8", "9"], None),
+    ({"answer": [2.0, 0.5]}, ["2", "0.5"], None),
+    ({"answer": [["red", "crimson"], ["blue"]]}, ["red", "blue"], [["red", "crimson"], ["blue"]]),
+    ({"answers": [["red", "crimson"], ["blue"]]}, ["red", "blue"], [["red", "crimson"], ["blue"]]),
+    (
+        {"answer": ["red", "blue"], "answers": [["red"], ["blue", "teal"]]},
+        ["red", "blue"],
+        [["red"], ["blue", "teal"]],
+    ),
+]
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "parquet"])
+@pytest.mark.parametrize("columns, learned, right", ANSWERS, ids=map(str, range(len(ANSWERS))))
+def test_answers_may_be_numbers_and_lists(layout, columns, learned, right, tmp_path):
+    rows = Dataset.from_dict({"question": ["Why?", "Who?"], **columns})
+    rows.to_json(tmp_path / "x.jsonl") if layout == "jsonl" else rows.to_parquet(tmp_path / "x.parquet")
+    loaded = read(vqa, tmp_path, columns="image=none")
+    assert [vqa.answer(row) for row in loaded] == [f"The answer is {answer}." for answer in learned]
+    assert [row["answers"] for row in loaded] == (right or [None, None])
+
+
+def test_class_labels_are_learned_by_their_names_and_any_answer_of_a_list_is_right(tmp_path):
+    write_image(tmp_path / "a.png")
+    columns = {"prompt": ["Which?", "Who?"], "label": [1, 0], "opts": [["cat", "dog"]] * 2, "source": [0, -1]}
+    rows = Dataset.from_dict({**columns, "image": ["a.png"] * 2})
+    for column, names in (("label", ["cat", "dog"]), ("source", ["book"])):
+        rows = rows.cast_column(column, ClassLabel(names=names))
+    rows.to_parquet(tmp_path / "train.parquet")
+    loaded = read(vqa, tmp_path, columns="question=prompt, answer=label,choices=opts")
+    assert [[row[name] for name in ("question", "answer", "choices", "image")] for row in loaded] == [
+        ["Which?", "dog", ["cat", "dog"], "red"],
+        ["Who?", "cat", ["cat", "dog"], "red"],
+    ]
+    record = {"answer": "red", "answers": ["red", "Crimson"], "prediction": " crimson.", "has_image": True}
+    assert vqa.score([record, {**record, "prediction": " pink"}], 2)["image"] == 50
+
+
+def test_lists_in_a_cell_of_csv_are_json(tmp_path):
+    write_csv(tmp_path / "x.csv", [{"question": "Why?", "answer": "[1, 2]", "choices": '["[1, 2]", "[0]"]'}])
+    (row,) = read(vqa, tmp_path, columns="image=none")
+    assert (row["choices"], row["answer"]) == (["[1, 2]", "[0]"], "[1, 2]")
+
+
+# --- chat ---
+
+
+CONVERSATION = [("system", "Be brief."), ("user", "What is it?"), ("assistant", "A hen."), ("user", "And the cup?")]
+CONVERSATION += [("assistant", "It is blue.")]
+MESSAGES = [{"role": role, "content": text} for role, text in CONVERSATION]
+
+
+def parts(text, *more):
+    return [*more, {"type": "text", "text": text}]
+
+
+def in_parts(*image):
+    """The messages with contents that are lists of parts, and a place for an image in the first question."""
+    messages = [{**message, "content": parts(message["content"])} for message in MESSAGES]
+    messages[1]["content"] = parts("What is it?", *image)
+    return messages
+
+
+def in_llava(marker="<image>\n"):
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [{"from": names[role], "value": text} for role, text in CONVERSATION]
+    turns[1]["value"] = marker + turns[1]["value"]
+    return turns
+
+
+CHATS = {
+    "messages": {"messages": MESSAGES, "images": ["a.png"]},
+    "one image": {"messages": MESSAGES, "image": "a.png"},
+    "parts": {"messages": in_parts({"type": "image"}), "images": ["a.png"]},
+    "image in a part": {"messages": in_parts({"type": "image", "image": "a.png"})},
+    "image of OpenAI": {"messages": in_parts({"type": "image_url", "image_url": {"url": "a.png"}})},
+    "LLaVA": {"id": 7, "image": "a.png", "conversations": in_llava()},
+    "LLaVA, at the end": {"image": "a.png", "conversations": in_llava("  <image> ")},
+    "ShareGPT": {"id": "x", "conversations": in_llava("")},
+    "messages without image": {"messages": MESSAGES, "images": []},
+}
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "json", "parquet", "csv"])
+def test_every_format_of_chats_gives_the_same_messages(layout, tmp_path, capsys):
+    write_image(tmp_path / "a.png")
+    expected = ["red"] * 7 + [None] * 2
+    match layout:
+        case "jsonl":  # formats may be mixed
+            write_lines(tmp_path / "x.jsonl", CHATS.values())
+        case "json":
+            write_list(tmp_path / "x.json", list(CHATS.values()))
+        case "parquet":  # a column has one type
+            rows = [CHATS[name] for name in ("messages", "messages without image")]
+            Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+            expected = ["red", None]
+        case "csv":
+            cells = [("messages", "images"), ("parts", "images")]
+            rows = [{name: json.dumps(CHATS[kind][name]) for name in ("messages", key)} for kind, key in cells]
+            rows = [{"messages": row["messages"], "image": "a.png"} for row in rows]
+            write_csv(tmp_path / "x.csv", rows)
+            expected = ["red", "red"]
+    rows = read(chat, tmp_path)
+    assert [row["image"] for row in rows] == expected
+    for row in rows:
+        assert chat.messages(row) == MESSAGES
+        assert (chat.answer(row), chat.context(row), chat.options(row)) == ("It is blue.", "", None)
+    assert check(str(tmp_path)) and "read with --task chat" in capsys.readouterr().out
+
+
+def test_parts_in_parquet_have_all_keys(tmp_path):
+    """As Arrow saves them: what another part has is None."""
+    write_image(tmp_path / "a.png")
+    image = PILImage.open(tmp_path / "a.png")
+    messages = [
+        {"role": "user", "content": [{"index": 0, "text": None, "type": "image"}, *parts("What is it?")]},
+        {"role": "assistant", "content": parts("A hen.")},
+    ]
+    rows = Dataset.from_list([{"messages": messages, "images": [image]}]).cast_column("images", List(Image()))
+    rows.to_parquet(tmp_path / "train.parquet")
+    (row,) = read(chat, tmp_path)
+    assert (row["image"], [message["content"] for message in row["messages"]]) == ("red", ["What is it?", "A hen."])
+
+
+USER, ASSISTANT = MESSAGES[1:3]
+CHAT_FAULTS = [
+    ({"messages": []}, "`messages` is []"),
+    ({"messages": "Hello"}, "`messages` is 'Hello'"),
+    ({"messages": [USER]}, "the roles are ['user']. .*the last message must be the assistant's"),
+    ({"messages": [USER, USER, ASSISTANT]}, "the roles are ['user', 'user', 'assistant']"),
+    ({"messages": [ASSISTANT, USER]}, "the roles are ['assistant', 'user']"),
+    ({"messages": [{"role": "tool", "content": "x"}, ASSISTANT]}, "message 1 has the role 'tool'"),
+    ({"messages": [{"role": ["user"], "content": "x"}, ASSISTANT]}, "message 1 has the role \"['user']\""),
+    ({"messages": [USER, {"role": "assistant", "content": " "}]}, "text in message 2 (assistant) is ' '"),
+    ({"messages": [USER, {"role": "assistant", "content": None}]}, "there is no text in message 2 (assistant)"),
+    ({"messages": [USER, {"role": "assistant", "content": "\ud83d"}]}, "half of a surrogate pair"),
+    ({"messages": [USER, {"role": "assistant", "content": [{"type": "audio"}]}]}, "is [{'type': 'audio'}]"),
+    ({"messages": [{"role": "user", "content": parts("")}, ASSISTANT]}, "text in message 1 (user) is ''"),
+    ({"conversations": in_llava()}, "have 1 `<image>`"),
+    ({"conversations": in_llava("<image><image>"), "image": "a.png"}, "have 2 `<image>`"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": "<image> x"}], "image": "a.png"},
+        "message 2 (assistant) has",
+    ),
+    ({"messages": MESSAGES, "images": ["a.png", "a.png"]}, "it has 2 images"),
+    ({"messages": MESSAGES, "images": ["lost.png"]}, "lost.png cannot be read"),
+    ([MESSAGES], "is no row"),
+]
+
+
+def test_every_fault_of_a_chat_is_named_with_its_row(tmp_path, capsys):
+    write_image(tmp_path / "a.png")
+    rows = [fault for fault, _ in CHAT_FAULTS]
+    write_list(tmp_path / "x.json", [{"messages": MESSAGES, "image": "a.png"}])
+    (tmp_path / "x.json").write_text(json.dumps([{"messages": MESSAGES, "image": "a.png"}, *rows]))
+    assert not check(str(tmp_path), task="chat")
+    printed = capsys.readouterr().out.splitlines()
+    for number, (row, message) in enumerate(CHAT_FAULTS, 1):
+        faults = [line for line in printed if line.startswith(f"{tmp_path / 'x.json'}: row {number}: ")]
+        text, _, more = message.partition(" .*")
+        assert any(text in fault and more in fault for fault in faults), (row, faults)
+        if "lost.png" not in message:  # which training skips
+            (tmp_path / "x.json").write_text(json.dumps([{"messages": MESSAGES, "image": "a.png"}, row]))
+            with pytest.raises(
+                ValueError, match="x.json: row 1: .*\n`python -m tasks check .* --task chat` names all"
+            ):
+                chat.load("train", str(tmp_path))
+
+
+def test_the_last_answers_of_chats_are_scored():
+    records = [
+        {"prediction": " the Hen", "expected": "A hen.", "has_image": True},
+        {"prediction": " a cow", "expected": "A hen.", "has_image": False},
+    ]
+    assert chat.score(records, 2) == {"image": 100, "no image": 0, "average": 50, "count": 2}
+    assert chat.CARD["score"] in chat.score(records, 2)
+
+
+# --- what may be meant and is not read ---
+
+
+UNREAD = [
+    (vqa, {"question": "?", "answer": "x", "images": ["a.png"]}, "image=images"),
+    (vqa, {"question": "?", "answer": "x", "img": "a.png"}, "image=img"),
+    (vqa, {"question": "?", "answer": "x", "Picture": "a.png"}, "image=Picture"),
+    (vqa, {"question": "?", "answer": "x", "imgae": "a.png"}, "image=imgae"),
+    (vqa, {"question": "?", "answer": "x", "image": "a.png", "options": ["x", "y"]}, "choices=options"),
+    (vqa, {"question": "?", "label": "x", "image": "a.png"}, "answer=label"),
+    (vqa, {"question": "?", "caption": "x", "image": "a.png"}, "answer=caption"),
+    (vqa, {"prompt": "?", "answer": "x", "image": "a.png"}, "question=prompt"),
+    (chat, {"messages": MESSAGES[1:3], "picture": "a.png"}, "image=picture"),
+    (chat, {"dialog": MESSAGES[1:3], "image": "a.png"}, "messages=dialog"),
+]
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "parquet"])
+@pytest.mark.parametrize("task, row, columns", UNREAD, ids=[columns for *_, columns in UNREAD])
+def test_a_column_that_is_probably_meant_is_named(task, row, columns, layout, tmp_path, capsys):
+    write_image(tmp_path / "a.png")
+    if layout == "jsonl":
+        write_lines(tmp_path / "train.jsonl", [row])
+    else:
+        Dataset.from_list([row]).to_parquet(tmp_path / "train.parquet")
+    name = task.__name__.partition(".")[2]
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=f"no row has an? `{columns.partition('=')[0]}`.*`--columns {columns}`"):
+            task.load("train", str(tmp_path), streaming=streaming)
+    assert not check(str(tmp_path), task=name)
+    assert f"`--columns {columns}`" in capsys.readouterr().out
+    assert read(task, tmp_path, columns=columns)[0]["image"] == "red" or "image" not in columns
+    assert check(str(tmp_path), task=name, columns=columns)
+
+
+def test_a_split_without_any_image_must_be_meant(tmp_path):
+    text = {"question": "Why?", "answer": "so", "image": None}
+    write_lines(tmp_path / "train.jsonl", [text])
+    write_lines(tmp_path / "test.jsonl", [text])
+    for split in ("train", "test"):
+        with pytest.raises(ValueError, match=rf"{split}.jsonl: no row has an `image`.*`--columns image=none`"):
+            vqa.load(split, str(tmp_path))
+        assert read(vqa, tmp_path, split, columns="image=none")[0]["image"] is None
+    write_image(tmp_path / "a.png")
+    write_lines(tmp_path / "train.jsonl", [text, {**text, "image": "a.png"}])
+    assert len(vqa.load("test", str(tmp_path))) == 1, "the data set has images"
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ("question", "'question' is not of the form FIELD=COLUMN.*image, question"),
+        ("qestion=prompt", "'qestion=prompt' is not of the form"),
+        ("question=prompts", r"no row has a `question` \(`prompts`\). The columns are question, answer, image\."),
+        ("choices=opts", r"no row has a `choices` \(`opts`\).*choices=none"),
+    ],
+)
+def test_columns_that_are_not_there_are_named(columns, message, tmp_path):
+    write_lines(tmp_path / "train.jsonl", [{"question": "Why?", "answer": "so", "image": "a.png"}])
+    with pytest.raises(ValueError, match=message):
+        vqa.load("train", str(tmp_path), columns=columns)
+
+
+# --- a test split from the train split ---
+
+
+def test_a_split_that_is_missing_is_taken_from_the_train_split(tmp_path):
+    write_lines(tmp_path / "x.jsonl", [{"question": str(n), "answer": "so", "image": "a.png"} for n in range(40)])
+
+    def load(split, **values):
+        return load_rows(vqa, split, DataArguments(task="vqa", data_path=str(tmp_path), **values))
+
+    splits = {split: load(split, holdout=0.1)["question"] for split in ("train", "validation", "test")}
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 32, "validation": 4, "test": 4}
+    assert sorted(sum(map(list, splits.values()), []), key=int) == [str(n) for n in range(40)]
+    assert list(load("test", holdout=0.1)["question"]) == list(splits["test"]), "the same rows in every run"
+    faults = [({}, "no split `test`.*--holdout"), ({"holdout": 0.0}, "is no share"), ({"holdout": 5.0}, "is no share")]
+    faults += [({"holdout": 0.1, "streaming": True}, "a stream has not")]
+    for values, message in faults:
+        with pytest.raises(ValueError, match=message):
+            load("test", **values)
+    write_lines(tmp_path / "test.jsonl", [{"question": "?", "answer": "so", "image": "a.png"}])
+    assert (len(load("train", holdout=0.1)), len(load("test", holdout=0.1))) == (36, 1)
+    write_lines(tmp_path / "validation.jsonl", [{"question": "?", "answer": "so", "image": "a.png"}])
+    with pytest.raises(ValueError, match="has a test and a validation split"):
+        load("test", holdout=0.1)
+    write_lines(tmp_path / "few" / "x.jsonl", [{"question": "?", "answer": "so", "image": "a.png"}] * 2)
+    with pytest.raises(ValueError, match="has 2 rows. `--holdout 0.1` takes 2 of them, for test and validation"):
+        vqa.load("train", str(tmp_path / "few"), holdout=0.1)
+    with pytest.raises(ValueError, match="`--task digits` does not read `--holdout`"):
+        load_rows(digits, "train", DataArguments(task="digits", holdout=0.1))
+
+
+def test_a_run_records_what_it_took_from_the_train_split(tmp_path):
+    write_image(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>ab?"}, {"from": "gpt", "value": "cd"}]
+    write_list(tmp_path / "x.json", [{"turns": turns, "image": "a.png"}] * 6)
+    values = {"task": "chat", "columns": "messages=turns", "holdout": 0.3, "max_steps": 1}
+    train.main(tiny_flags(tmp_path, tmp_path / "x.json", tmp_path / "output", **values))
+    results = json.loads((tmp_path / "output" / "results.json").read_text())
+    assert (results["columns"], results["holdout"], results["size"]) == ("messages=turns", 0.3, 2)
+    assert results["scores"].keys() == {"image", "no image", "average", "count"}
+
+
+# --- the page and files ---
+
+
+@pytest.mark.parametrize("name, number", [("vqa", 2), ("chat", 2)])
+def test_the_rows_in_the_documentation_are_read(name, number, tmp_path):
+    page = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8").partition(f"`--task {name}`\n")[2]
+    (tmp_path / "x.jsonl").write_text(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1])
+    assert len(get_task(name).load("train", str(tmp_path))) == number
+
+
+FILES = [
+    ("train.jsonl", b'{"question": "?"', "train.jsonl:1: no JSON.*Write one whole object on each line"),
+    ("train.json", b'{\n "data": [\n 1\n]}', "train.json:1: no JSON.*Write one list of objects"),
+    ("train.json", b'[{"question": }]', "train.json: row 0: no JSON: Expecting value at line 1, column 15"),
+    ("train.json", b'[{"question": "?", "answer": "x"}', "train.json: row 1: the list is not closed"),
+    ("train.json", b'[{"question": "\xe4"}]', "train.json: no UTF-8 text"),
+    ("train.json", b"[]", "train.json: no rows"),
+    ("train.csv", b"question,answer\n?,x\n", None),
+    ("train.csv", b'question,answer\n"a\nb",x\n?,x,y\n', "train.csv:4: it has not 2 cells"),
+    ("train.csv", b"question,answer\n?\n", "train.csv:2: it has not 2 cells"),
+    ("train.csv", b"question,answer\n?,\n", "train.csv:2: there is no `answer`"),
+    ("train.csv", b'question,answer\n"?,x\n', "train.csv: no CSV"),
+    ("train.csv", b"question,answer\n\xe4,x\n", "train.csv: no UTF-8 text"),
+    ("train.csv", b"", "train.csv: no rows"),
+    ("train.txt", b"question", "holds no data set"),
+]
+
+
+@pytest.mark.parametrize("name, content, message", FILES, ids=[f"{name} {message}" for name, _, message in FILES])
+def test_a_file_that_cannot_be_read_is_named_with_the_place(name, content, message, tmp_path, capsys):
+    (tmp_path / name).write_bytes(content)
+    if message is None:
+        assert len(read(vqa, tmp_path, columns="image=none")) == 1
+        return
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=message):
+            list(vqa.load("train", str(tmp_path), streaming=streaming, columns="image=none"))
+    if name != "train.txt":
+        assert not check(str(tmp_path), columns="image=none")
+        assert re.search(message, capsys.readouterr().out)
+
+
+def test_data_that_were_changed_are_read_again_and_images_that_were_moved_are_found(tmp_path):
+    file, row = tmp_path / "train.jsonl", {"question": "Why?", "answer": "so", "image": "a.png"}
+    write_lines(file, [row])
+    assert not os.path.exists(undecoded(vqa.load("train", str(tmp_path)))[0]["path"])
+    write_image(tmp_path / "images" / "a.png")
+    assert os.path.exists(undecoded(vqa.load("train", str(tmp_path)))[0]["path"])
+    write_lines(file, [{**row, "answer": "no"}])
+    assert vqa.load("train", str(tmp_path))["answer"][:] == ["no"]
+
+
+def undecoded(rows):
+    return [row["image"] for row in rows.cast_column("image", Image(decode=False))]
+
+
+def test_images_inside_the_data_are_not_copied_into_the_cache(tmp_path, cache):
+    noise = PILImage.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8))
+    rows = Dataset.from_dict({"question": ["Why?"] * 4, "answer": [1] * 4, "image": [noise] * 3 + [None]})
+    rows.save_to_disk(tmp_path / "saved")
+    loaded = vqa.load("train", str(tmp_path / "saved"))
+    assert [image is None for image in undecoded(loaded)] == [False] * 3 + [True]
+    assert undecoded(loaded) == undecoded(load_from_disk(tmp_path / "saved"))
+    assert 0 < sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) < 10_000
+    assert not list((tmp_path / "saved").rglob("cache-*")), "the data may be in a folder that cannot be written to"
+
+
+def test_the_check_command_notes_what_may_be_a_mistake(tmp_path, capsys):
+    write_image(tmp_path / "a.png")
+    row = {"question": "<image>\nWhat?", "answer": "red</s>", "image": "a.png"}
+    write_lines(tmp_path / "train.jsonl", [row, row, {**row, "answer": "Zoë"}])
+    write_lines(tmp_path / "test.jsonl", [{**row, "question": "What?"}])
+    assert check(str(tmp_path))
+    printed = capsys.readouterr().out
+    for note in (
+        f"note: 2 times `</s>` in `answer`, which is read as letters and controls nothing, the first at {tmp_path}",
+        f"note: 1 times a row that is repeated, the first at {tmp_path / 'train.jsonl'}:2",
+        f"note: 1 times a row that is also in the train split, the first at {tmp_path / 'test.jsonl'}:1",
+        "longest texts in characters: question 5, answer 7",
+    ):
+        assert note in printed, printed
+
+
+def test_the_check_command_prints_any_text_in_any_locale(tmp_path, monkeypatch):
+    write_lines(tmp_path / "train.jsonl", [{"question": "Zoë \ud83d", "answer": "Zoë", "choices": ["ë", "é"]}])
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(sys, "argv", ["tasks", "check", str(tmp_path), "--columns", "image=none"])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    output.flush()
+    assert b"`answer` is 'Zo\\xeb', which is none of" in output.buffer.getvalue()
