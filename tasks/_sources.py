@@ -444,10 +444,14 @@ def load(
     if streaming:
         raise ValueError("`--holdout` needs the number of rows, which a stream has not. Remove `--streaming`.")
     rows = source.rows("train")
-    if len(rows) <= len(missing):
-        raise ValueError(f"The train split of {path} has {len(rows)} rows, too few to take others from it.")
+    size = max(1, round(holdout * len(rows)))
+    if len(rows) <= size * len(missing):
+        raise ValueError(
+            f"The train split of {path} has {len(rows)} rows. `--holdout {holdout}` takes {size * len(missing)} of "
+            f"them, for {' and '.join(missing)}, and leaves none to train on. Add rows, or give a smaller share."
+        )
     for name in missing:
-        parts = rows.train_test_split(holdout, seed=0)
+        parts = rows.train_test_split(size, seed=0)
         if name == split:
             return parts["test"]
         rows = parts["train"]
