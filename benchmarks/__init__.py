@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 def describe_machine() -> dict:
     """What figures depend on: processor, memory in 10^9 bytes, threads, GPU, versions, commit of this repository."""
     cpus = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpus.read_text()) if cpus.exists() else None
+    found = re.search(r"model name\s*: (.*)", cpus.read_text(encoding="utf-8")) if cpus.exists() else None
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS, capture_output=True, text=True)
     packages = ("torch", "transformers", "peft")
     return {
@@ -51,7 +51,7 @@ def save_report(folder: Path, name: str, report: dict, markdown: Callable, draw:
     folder.mkdir(exist_ok=True)
     report = {"machine": describe_machine(), **report}
     text = markdown(report)
-    (folder / f"{name}.json").write_text(json.dumps(report, indent=1))
-    (folder / f"{name}.md").write_text(text)
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
     draw(report, folder / f"{name}.png")
     print(text)

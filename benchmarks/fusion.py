@@ -154,7 +154,7 @@ def main():
     for name, accuracy in report["accuracy"].items():
         print(f"| {name} | {accuracy:.2f} |")
     if options.output_file:
-        options.output_file.write_text(json.dumps(report, indent=1))
+        options.output_file.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def measure(shape: tuple) -> dict:
 
 def resident_set(field: str) -> int:
     """Bytes: `VmRSS` now, `VmHWM` at most since the last reset."""
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", (PROC / "status").read_text())[1])
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", (PROC / "status").read_text(encoding="utf-8"))[1])
 
 
 def growth_at_peak(job: Callable) -> int:

@@ -110,7 +110,7 @@ def read_run(row: dict, seed: int) -> dict | None:
     files = folder / "flags.json", folder / "results.json"
     if not all(file.is_file() for file in files):
         return None
-    flags, results = (json.loads(file.read_text()) for file in files)
+    flags, results = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     return results if flags == flags_of(row, seed) and "scores" in results else None
 
 
@@ -296,7 +296,7 @@ def write_report():
     seconds_file = RUNS / "seconds.json"
     if not seconds_file.is_file():
         seconds_file.write_text(json.dumps(measure_seconds()))
-    tables, seconds = collect(), json.loads(seconds_file.read_text())
+    tables, seconds = collect(), json.loads(seconds_file.read_text(encoding="utf-8"))
     report = {
         "command": "python -m benchmarks.paper_tables",
         "note": (

@@ -447,8 +447,8 @@ def load(
     size = max(1, round(holdout * len(rows)))
     if len(rows) <= size * len(missing):
         raise ValueError(
-            f"The train split of {path} has {len(rows)} rows. `--holdout {holdout}` takes {size * len(missing)} of them, "
-            f"for {' and '.join(missing)}, and leaves none to train on. Add rows, or give a smaller share."
+            f"The train split of {path} has {len(rows)} rows. `--holdout {holdout}` takes {size * len(missing)} of "
+            f"them, for {' and '.join(missing)}, and leaves none to train on. Add rows, or give a smaller share."
         )
     for name in missing:
         parts = rows.train_test_split(size, seed=0)

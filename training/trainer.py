@@ -347,7 +347,7 @@ def find_best_checkpoint(checkpoint: Path) -> str | None:
     Raises:
         ValueError: if it is missing or damaged.
     """
-    best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["best_model_checkpoint"]
+    best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["best_model_checkpoint"]
     if best is None:
         return None
     best = checkpoint.parent / Path(best).name
