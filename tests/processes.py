@@ -22,6 +22,8 @@ from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
+from tiny import ROOT
+
 import train
 from training.trainer import AnswerTrainer
 
@@ -37,13 +39,9 @@ def fork_server():
 
 @cache
 def compile_deepspeed():
-    """
-    DeepSpeed compiles its communication on CPUs when it first starts, for minutes. A test that were stopped for that
-    would leave a lock behind, for which all later ones would wait.
-    """
-    code = "get_accelerator().create_op_builder('ShareMemCommBuilder').load()"
-    code = f"from deepspeed.accelerator import get_accelerator; {code}"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    """DeepSpeed's first start on a machine takes minutes, which are not to count as those of a test."""
+    code = "from training.engines import compile_communication; compile_communication()"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
 
 
 def start(folder: Path, flags: list[str], processes: int = 1, prepare=None) -> tuple[list[int], list[str]]:

@@ -1,6 +1,8 @@
 """The private methods of transformers and DeepSpeed that training/engines.py overrides are what they were."""
 
 import inspect
+import os
+import time
 
 from transformers import Trainer
 
@@ -45,3 +47,21 @@ def test_no_other_private_name_of_the_trainer_is_overridden():
     private = {(cls, name) for cls in ours for name in vars(cls) if name[0] == "_" and name[:2] != "__"}
     taken = {(cls, name) for cls, name in private if hasattr(Trainer, name)}
     assert taken == {(engines.AdapterTrainer, name) for name in OVERRIDDEN}
+
+
+def test_the_lock_of_a_process_that_was_killed_while_it_compiled_is_removed(tmp_path, monkeypatch):
+    """Not that of one that compiles: it is waited for."""
+    from deepspeed.accelerator import get_accelerator
+
+    builder, loads = get_accelerator().create_op_builder("ShareMemCommBuilder"), []
+    lock = tmp_path / "py311_cpu" / builder.NAME / "lock"
+    lock.parent.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(type(builder), "load", lambda self: loads.append(lock.exists()))
+    lock.touch()
+    os.utime(lock, (time.time() - 61,) * 2)
+    engines.compile_communication()
+    lock.touch()
+    monkeypatch.setattr(engines.time, "sleep", lambda seconds: lock.unlink())
+    engines.compile_communication()
+    assert loads == [False, False]

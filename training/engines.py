@@ -7,7 +7,8 @@ transformers 5.23 and 5.24, accelerate 1.15 and DeepSpeed 0.19; `tests/test_engi
 """
 
 import os
-from contextlib import nullcontext
+import time
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from accelerate.utils.other import get_free_port
 from datasets import Dataset
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
@@ -43,7 +45,7 @@ def start_engine(training_args):
             # `accelerate launch` sets these only for several processes. Without them DeepSpeed asks for MPI
             addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", **addresses)
-        warn_of_compiler_locks()
+        compile_communication()
         # On CPUs accelerate does not do this. ZeRO-3 needs it before it loads and shards the bases
         deepspeed.init_distributed(auto_mpi_discovery=False)
     if training_args.use_cpu:  # `accelerate launch` sets one thread
@@ -51,11 +53,26 @@ def start_engine(training_args):
         torch.set_num_threads(max(1, cores // training_args.world_size))
 
 
-def warn_of_compiler_locks():
-    """A killed process leaves its lock behind, and torch would wait for it silently and forever."""
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
-    for lock in Path(folder).glob("**/lock"):
-        logger.warning(f"{lock} means that another process compiles DeepSpeed. If there is none, delete the file.")
+def compile_communication():
+    """
+    Lets DeepSpeed compile its communication on CPUs, if it needs that, in one process at a time. A process that is
+    killed meanwhile leaves torch's lock behind, for which all later ones would wait silently and forever.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible():
+        return
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "dehvf.lock"):
+        for lock in folder.glob(f"**/{builder.NAME}/lock"):
+            with suppress(FileNotFoundError):  # whoever compiled is ready
+                while time.time() - lock.stat().st_mtime < 60:  # perhaps a program that does not take our lock
+                    logger.warning_once(f"Waiting for the process that compiles DeepSpeed, see {lock}.")
+                    time.sleep(1)
+                lock.unlink()
+        builder.load()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
