@@ -288,7 +288,12 @@ def test_the_best_adapters_are_those_of_the_score_that_is_named(
     monkeypatch.setattr(
         get_task("scienceqa"), "score", lambda records, size: {**score(records, size), metric: next(values, 0)}
     )
-    flags |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "load_best_model_at_end": True}
+    flags = flags | {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "best",
+        "load_best_model_at_end": True,
+    }
     made = run(folder, **flags)
     state = made.trainer.state
     assert (state.best_metric, state.best_global_step) == (best, step)

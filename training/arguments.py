@@ -450,7 +450,10 @@ def check_needs(given: Collection[str], training_args):
     has_workers = ("--dataloader_num_workers 1` or more", values["dataloader_num_workers"] > 0)
     pushes = ("--push_to_hub true", values["push_to_hub"])
     needs = {
-        **{f"{kind}_steps": (f"--{kind}_strategy steps", by_steps[kind]) for kind in kinds},
+        **{  # whoever gives another strategy beside it knows
+            f"{kind}_steps": (f"--{kind}_strategy steps", by_steps[kind] or f"{kind}_strategy" in given)
+            for kind in kinds
+        },
         **dict.fromkeys(("eval_delay", "eval_on_start", "greater_is_better", "metric_for_best_model"), evaluates),
         **dict.fromkeys(("dataloader_multiprocessing_context", "dataloader_persistent_workers"), has_workers),
         **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), pushes),
