@@ -198,6 +198,24 @@ def generate_rows(files: list[Path], reader: Reader) -> Iterator[dict]:
             yield reader.check(where, *((record, faults) if faults else reader_of_file.read(record)))
 
 
+def map_rows(rows: Dataset, function, features: Features, fingerprint: str, desc: str | None = None) -> Dataset:
+    """
+    `Dataset.map` row by row, into the cache even if the data are in a folder that cannot be written to. What an
+    earlier run has written there under this fingerprint is read.
+    """
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dehvf"
+    folder.mkdir(parents=True, exist_ok=True)
+    return rows.map(
+        function,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=features,
+        cache_file_name=str(folder / f"{fingerprint}.arrow"),
+        new_fingerprint=fingerprint,
+        desc=desc,
+    )
+
+
 class Source:
     """
     The data of a file, a folder or a Hub id as a task reads it. `splits` has the files of each split or its rows.
@@ -392,18 +410,8 @@ class Source:
         return rows
 
     def _map(self, rows: Dataset, function, features: Features) -> Dataset:
-        """`Dataset.map` row by row, into the cache even if the data are in a folder that cannot be written to."""
         fingerprint = self._fingerprint(function.__self__.folders, rows._fingerprint, function.__name__)
-        folder = Path(datasets.config.HF_DATASETS_CACHE) / "dehvf"
-        folder.mkdir(parents=True, exist_ok=True)
-        return rows.map(
-            function,
-            with_indices=True,
-            remove_columns=rows.column_names,
-            features=features,
-            cache_file_name=str(folder / f"{fingerprint}.arrow"),
-            new_fingerprint=fingerprint,
-        )
+        return map_rows(rows, function, features, fingerprint)
 
     def _fingerprint(self, places: Iterable[Path], *facts) -> str:
         """Of rows that the code of the tasks makes of files, of which some are in one of `places`, and of `facts`."""
@@ -414,10 +422,15 @@ class Source:
 
 
 def load(
-    task: ModuleType, split: str, path: str | None, streaming: bool, columns: str | None, holdout: float | None
+    task: ModuleType,
+    split: str,
+    path: str | None = None,
+    streaming: bool = False,
+    columns: str | None = None,
+    holdout: float | None = None,
 ) -> Rows:
     """
-    The rows of a split.
+    The rows of a split. With its first argument, this is the `load` of a task.
 
     Args:
         holdout: share of the train split that becomes the test split, if there is none, and another such part the

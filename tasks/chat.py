@@ -16,6 +16,7 @@ not like this.
 
 import reprlib
 import sys
+from functools import partial
 
 from datasets import Features, Image, List, Value
 
@@ -34,15 +35,7 @@ KEYS = ("role", "from"), ("content", "value")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
-def load(
-    split: str,
-    path: str | None = None,
-    streaming: bool = False,
-    columns: str | None = None,
-    holdout: float | None = None,
-) -> _sources.Rows:
-    """Loads and raises as [`_sources.load`]."""
-    return _sources.load(sys.modules[__name__], split, path, streaming, columns, holdout)
+load = partial(_sources.load, sys.modules[__name__])
 
 
 def find_images(record: dict) -> list:

@@ -16,6 +16,7 @@ import re
 import reprlib
 import sys
 import unicodedata
+from functools import partial
 
 from datasets import Features, Image, List, Value
 
@@ -42,15 +43,7 @@ FIELDS = {
 REQUIRED = ("question", "answer")
 
 
-def load(
-    split: str,
-    path: str | None = None,
-    streaming: bool = False,
-    columns: str | None = None,
-    holdout: float | None = None,
-) -> _sources.Rows:
-    """Loads and raises as [`_sources.load`]."""
-    return _sources.load(sys.modules[__name__], split, path, streaming, columns, holdout)
+load = partial(_sources.load, sys.modules[__name__])
 
 
 def parse(record: dict, has_image: bool) -> tuple[dict, list[str]]:

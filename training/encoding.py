@@ -7,12 +7,12 @@ from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 
-import datasets
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 
 from dehvf import processing
+from tasks._sources import map_rows
 from training.flags import ROOT
 
 
@@ -220,15 +220,5 @@ class RowEncoder:
 
     def encode(self, rows: Dataset) -> Dataset:
         """Encodes all rows into a file in the cache of `datasets`, or reads what an earlier run has written there."""
-        fingerprint = self.fingerprint(rows)
-        folder = Path(datasets.config.HF_DATASETS_CACHE) / "dehvf"
-        folder.mkdir(parents=True, exist_ok=True)
-        return rows.map(
-            self,
-            with_indices=True,
-            remove_columns=rows.column_names,
-            features=Features(ENCODED if self.training else {**ENCODED, **OPTIONS}),
-            cache_file_name=str(folder / f"{fingerprint}.arrow"),
-            new_fingerprint=fingerprint,
-            desc=f"Encoding the {self.split} split",
-        )
+        features = Features(ENCODED if self.training else {**ENCODED, **OPTIONS})
+        return map_rows(rows, self, features, self.fingerprint(rows), f"Encoding the {self.split} split")
