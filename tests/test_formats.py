@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_from_disk
 from PIL import Image as PILImage
+from test_tasks import write_image, write_lines
 from test_train import tiny_flags
 from tiny import ROOT
 
@@ -27,16 +28,6 @@ def cache(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
     return folder
-
-
-def write_image(file, colour="red"):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    PILImage.new("RGB", (8, 8), colour).save(file)
-
-
-def write_lines(file, rows):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_list(file, rows):
