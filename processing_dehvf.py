@@ -66,9 +66,8 @@ def set_image_size(image_processor, image_size: int):
 
 def fit_image(image: Image.Image, image_fit: str, image_processor) -> Image.Image:
     """Makes an image as large as the image processor's results, so that it neither resizes nor crops it further."""
-    side = dict(
-        image_processor.crop_size if getattr(image_processor, "do_center_crop", None) else image_processor.size
-    )
+    crops = getattr(image_processor, "do_center_crop", None)
+    side = dict(image_processor.crop_size if crops else image_processor.size)
     size = (side["width"], side["height"]) if "width" in side else (side["shortest_edge"],) * 2
     if image_fit == "squash":
         return image.resize(size, image_processor.resample)

@@ -62,9 +62,8 @@ def check_tokenizer(tokenizer, config):
     if tokenizer.pad_token_id >= config.vocab_size:  # a pad token that was added: any other does as well
         tokenizer.pad_token = tokenizer.eos_token
     ends = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
-    spare = {
-        token.content for token in tokenizer.added_tokens_decoder.values()
-    } - ends  # such as <image>, not used here
+    # Such as <image>, which has no meaning here
+    spare = {token.content for token in tokenizer.added_tokens_decoder.values()} - ends
     beyond = [token for token, index in tokenizer.get_vocab().items() if index >= config.vocab_size]
     if needed := sorted(set(beyond) - spare):
         raise ValueError(

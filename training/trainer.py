@@ -113,18 +113,17 @@ class AnswerTrainer(AdapterTrainer):
             return_dict_in_generate=True,
             output_logits=True,
         )
-        first = generated.logits[0].float().log_softmax(dim=-1)
-        likelihoods = self.option_likelihoods(model, inputs, options, first)
+        likelihoods = self.option_likelihoods(model, inputs, options, generated.logits[0])
         choice = likelihoods.argmax(dim=1).masked_fill(options[:, 0, 0] < 0, -1)
         return None, (generated.sequences[:, inputs["input_ids"].shape[1] :], choice), index
 
-    def option_likelihoods(self, model, inputs: dict, options: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    def option_likelihoods(self, model, inputs: dict, options: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """
         The log-likelihood of each option after its prompt, `-inf` for a filler.
 
         Args:
             options: tokens of the options, of shape `(batch_size, num_options, num_tokens)`, padded with -1.
-            first: log-probabilities of the first new token, of shape `(batch_size, vocab_size)`.
+            logits: those of the first new token, of shape `(batch_size, vocab_size)`.
         """
         batch_size, num_options, _ = options.shape
         is_token = options >= 0
@@ -132,7 +131,7 @@ class AnswerTrainer(AdapterTrainer):
         sizes = torch.tensor([list(options.shape[1:])], device=options.device)
         num_calls, num_tokens = self.accelerator.gather(sizes).amax(dim=0).tolist()
         if num_tokens == 1:
-            likelihoods = first.gather(1, options[..., 0].clamp(min=0))
+            likelihoods = logits.float().log_softmax(dim=-1).gather(1, options[..., 0].clamp(min=0))
             return likelihoods.masked_fill(~is_token[..., 0], float("-inf"))
         likelihoods = torch.full((batch_size, num_options), float("-inf"), device=options.device)
         for number in range(num_calls):
