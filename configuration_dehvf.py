@@ -180,6 +180,9 @@ class DehvfConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.vision_config = _base_config(self.vision_config, "clip_vision_model", CLIP_VIT_L_14)
         self.text_config = _base_config(self.text_config, "llama", {})
+        # By default each base keeps its own: `None` would be set on the configs of loaded bases as well, whose layers
+        # would then attend without a causal mask
+        kwargs.setdefault("attn_implementation", {})
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))

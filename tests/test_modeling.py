@@ -15,12 +15,15 @@ from tiny import (
     ROOT,
     TEXT_BACKBONES,
     VISION_BACKBONES,
+    VOCAB_SIZE,
     DehvfConfig,
     DehvfForConditionalGeneration,
     relative_error,
     tiny_config,
     tiny_inputs,
     tiny_model,
+    tiny_text_config,
+    tiny_vision_config,
     vision_parts,
 )
 from torch.nn import functional as F
@@ -685,6 +688,20 @@ def test_attention_implementations_agree(attn_implementation):
     expected = model(**inputs).logits
     model.set_attn_implementation(attn_implementation)
     torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_on_loaded_bases_keeps_their_attention():
+    """Without it, each token would attend to the ones after it, and training would read the answers."""
+    text = AutoModelForCausalLM.from_config(tiny_text_config())
+    vision = AutoModel.from_config(tiny_vision_config("dinov2"))
+    vision.set_attn_implementation("eager")
+    config = DehvfConfig(vision_config=vision.config, text_config=text.config, **DEHVF_SIZES)
+    model = DehvfForConditionalGeneration(config, vision, text).eval()
+    assert [base.config._attn_implementation for base in (vision, text)] == ["eager", "sdpa"]
+    inputs = tiny_inputs()
+    before = model(**inputs).logits
+    inputs["input_ids"][:, -1] = 3 + (inputs["input_ids"][:, -1] - 2) % (VOCAB_SIZE - 3)
+    assert torch.equal(model(**inputs).logits[:, :-1], before[:, :-1])
 
 
 def test_hidden_states_and_tuples_are_returned_as_in_transformers():
