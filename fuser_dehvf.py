@@ -21,7 +21,8 @@ class LayerHierarchy(nn.Module):
     Which vision layers each language layer may draw from (method step 2, [`candidate_layers`]).
 
     `candidates` and `valid`, both of shape `(num_language_layers, num_candidates)`: the layers, where short rows are
-    filled up with layer 0; and booleans, false where there is such a filler. `layers_read` lists all N' of them.
+    filled up with layer 0; and booleans, false where there is such a filler. `layers_read` lists all N' of them, and
+    `read_index` is the same as a tensor: a list as an index would be copied to the device in each call.
     """
 
     def __init__(self, config: DehvfConfig):
@@ -32,10 +33,12 @@ class LayerHierarchy(nn.Module):
         shape = len(self.rows), max(map(len, self.rows))
         self.candidates = nn.Buffer(torch.empty(shape, dtype=torch.long), persistent=False)  # D M
         self.valid = nn.Buffer(torch.empty(shape, dtype=torch.bool), persistent=False)  # D M
+        self.read_index = nn.Buffer(torch.empty(len(self.layers_read), dtype=torch.long), persistent=False)  # N'
         self.reset_parameters()
 
     def reset_parameters(self):
         width = self.candidates.shape[1]
+        init.copy_(self.read_index, torch.tensor(self.layers_read))
         init.copy_(self.candidates, torch.tensor([row + [0] * (width - len(row)) for row in self.rows]))
         init.copy_(self.valid, torch.arange(width) < torch.tensor([[len(row)] for row in self.rows]))
 
@@ -110,7 +113,8 @@ class InputEmbeddingNetwork(nn.Module):
             parts.append(instruction[:, None].expand(-1, self.num_layers, -1))  # B D e
         embedding = sum(parts).unsqueeze(2).expand(-1, -1, len(self.positions), -1)  # B D P e
         if self.position_embedding is not None:
-            position_embedding = self.position_embedding[self.positions].expand_as(embedding)
+            first, last = self.positions[0], self.positions[-1]
+            position_embedding = self.position_embedding[first : last + 1].expand_as(embedding)
             embedding = torch.cat((embedding, position_embedding), dim=-1)  # B D P 2e
         return self.linear_2(self.act(self.linear_1(embedding)))  # B D P r
 

@@ -202,7 +202,7 @@ class Adapter:
     def encode(self, vision_tower, pixel_values: torch.Tensor, instruction: torch.Tensor | None, **kwargs):
         """Method steps 1 to 6: the visual memory of images, B D P n c+1, and the encoder's output."""
         class_features, patches, outputs = self.hierarchical_features(vision_tower, pixel_values, **kwargs)
-        weights = self.fusion_weights(class_features, instruction)[..., self.hierarchy.layers_read]  # B D P N'
+        weights = self.fusion_weights(class_features, instruction).index_select(-1, self.hierarchy.read_index)
         memory = F.silu(torch.einsum("bdpj,bjnc->bdpnc", weights.to(patches.dtype), patches))
         return torch.cat((memory, memory.new_ones(*memory.shape[:-1], 1)), dim=-1), outputs
 
