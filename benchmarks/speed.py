@@ -110,8 +110,8 @@ PRESETS = {
         **ON_CPU,
     ),
     "small": Preset(SMALL_BASES, inference_batch=4, sweep_batch=1, **ON_CPU),  # 32 would take an hour
-    "llama-7b": Preset(operations.LLAMA_7B),
-    "llama-13b": Preset(operations.LLAMA_13B, num_memory_slots=400),
+    "llama-7b": Preset(operations.LLAMA_7B, text_tokens=(64, 256), extra_seconds=1),
+    "llama-13b": Preset(operations.LLAMA_13B, text_tokens=(64, 256), num_memory_slots=400, extra_seconds=1),
 }
 
 

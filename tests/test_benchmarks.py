@@ -3,8 +3,12 @@
 import json
 
 import pytest
+import torch
+from test_tasks import save_easy_vqa
+from tiny import IMAGE_SIZE, NUM_PATCHES, save_tiny_bases, tiny_processor
 
-from benchmarks import RESULTS, memory, operations, paper_tables, speed
+from benchmarks import RESULTS, memory, operations, paper_tables, pretrained, speed
+from tasks import easy_vqa
 from training.arguments import parse_arguments
 
 
@@ -77,7 +81,58 @@ def test_a_second_start_trains_nothing_again(runs, monkeypatch, capsys):
     assert "0 runs are there, 2 are missing" in printed and "2 runs are there, 0 are missing" in printed
 
 
-@pytest.mark.parametrize("module", [memory, operations, paper_tables, speed], ids=lambda module: module.__name__)
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    vision, text = save_tiny_bases(tmp_path)
+    save_easy_vqa(tmp_path / "easy_vqa")
+    monkeypatch.setattr(easy_vqa, "download", lambda: tmp_path / "easy_vqa")
+    sizes = {"image_size": IMAGE_SIZE, "num_memory_slots": NUM_PATCHES}
+    for name, value in {
+        **{"VISION_MODEL": vision, "TEXT_MODEL": text, "RUNS": tmp_path / "runs", "RESULTS": tmp_path / "results"},
+        **{"SETTING": {**pretrained.SETTING, **sizes}, "BATCH_SIZE": 4},
+    }.items():
+        monkeypatch.setattr(pretrained, name, value)
+    processor = tiny_processor()
+    return pretrained.Bench({split: pretrained.load_questions(split, processor) for split in ("train", "test")}, "cpu")
+
+
+@pytest.mark.parametrize("name", pretrained.ROWS)
+def test_rows_on_pretrained_bases_train_and_do_not_read_the_answer(name, bench):
+    row = pretrained.ROWS[name]
+    run = pretrained.Run(row, 0, 2, bench)
+    batch = next(run.batches())
+    run.model.eval()
+    logits, labels = run.logits(batch)
+    assert (labels != -100).any(dim=1).all()
+    is_first = (labels != -100).cumsum(dim=1) <= 1  # the logits of the prompt and of the first answer token
+    batch["input_ids"] = torch.where(batch["labels"] != -100, 3, batch["input_ids"])
+    torch.testing.assert_close(run.logits(batch)[0][is_first], logits[is_first])
+    file = pretrained.file_of(name, 0)
+    file.parent.mkdir(parents=True)
+    before = [parameter.detach().clone() for parameter in run.parameters]
+    run.train(file)
+    assert not all(map(torch.equal, before, run.parameters))
+    found = pretrained.read_run(name, 0, 2)
+    assert [point["step"] for point in found["curve"]] == [1, 2] and 0 <= found["scores"]["average"] <= 100
+    assert ("replaced" in found) == (getattr(run.model.model, "fuser", None) is not None)
+    assert pretrained.read_run(name, 0, 3) is None
+
+
+def test_the_report_on_pretrained_bases_takes_runs_that_were_stopped(bench):
+    for name, average in (("DEHVF", 96.0), ("MemVP", 80.0)):
+        point = {"step": 5, "loss": 0.1, **dict.fromkeys(easy_vqa.ANSWERS, average), "average": average}
+        run = {"row": pretrained.dataclasses.asdict(pretrained.ROWS[name]), "seed": 0, "steps": 9, "curve": [point]}
+        pretrained.file_of(name, 0).parent.mkdir(parents=True)
+        pretrained.file_of(name, 0).write_text(json.dumps({**run, "trained_parameters": 1234}))
+    pretrained.write_report(["DEHVF", "MemVP"], [0], 9)
+    table = (pretrained.RESULTS / "pretrained.md").read_text()
+    assert "| DEHVF | 1,234 | 0 | 96.0 | 96.0 | 96.0 | 96.0 | 20 (1 of 1) |" in table
+    assert "| MemVP | 1,234 | 0 | 80.0 | 80.0 | 80.0 | 80.0 | – (0 of 1) |" in table
+
+
+@pytest.mark.parametrize(
+    "module", [memory, operations, paper_tables, pretrained, speed], ids=lambda module: module.__name__
+)
 def test_the_reports_that_lie_here_are_written_from_their_numbers(module):
     name = module.__name__.removeprefix("benchmarks.")
     report = json.loads((RESULTS / f"{name}.json").read_text())
