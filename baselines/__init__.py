@@ -1,11 +1,12 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-The baselines of the paper's tables, and ADEM-VL, on the same frozen bases and rows as DEHVF, for `train.py`:
+The baselines of the paper's tables, ADEM-VL and IGVA, on the same frozen bases and rows as DEHVF, for `train.py`:
 
     model = build("llava-lora", "openai/clip-vit-large-patch14", "huggyllama/llama-7b", lora_rank=8)
 
 Each method is `transformers`' LLaVA, whose vision tower and language model are the loaded bases, and has its trained
-modules in a file of its own: `llava_lora.py`, `lavin.py`, `llama_adapter.py`, `adem_vl.py`. What all share is here.
+modules in a file of its own: `llava_lora.py`, `lavin.py`, `llama_adapter.py`, `adem_vl.py`, `igva.py`. What all share
+is here.
 
 Letters at the end of a line give shapes: B samples, I images, n tokens per image, T tokens, L language layers,
 A prompt length, h language width.
@@ -26,7 +27,10 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from dehvf import DehvfConfig, bases, injection
 
 
-METHODS = {"llava-lora": "llava_lora", "lavin": "lavin", "llama-adapter": "llama_adapter", "adem-vl": "adem_vl"}
+METHODS = {
+    **{"llava-lora": "llava_lora", "lavin": "lavin", "llama-adapter": "llama_adapter"},
+    **{"adem-vl": "adem_vl", "igva": "igva"},
+}
 # Language models that all methods can adapt: their layers take further keyword arguments and hand them to `self_attn`
 TEXT_TYPES = ("llama", "mistral")
 
@@ -36,7 +40,7 @@ class BaselineArguments:
     """
     Sizes of the baselines. The defaults are those of the 7B rows of the paper's tables, whose trained parameters they
     meet: 4.4 M (LLaVA-LoRA), 3.8 M (LaVIN), 1.8 M (LLaMA-Adapter), and for ADEM-VL those of its authors for ScienceQA
-    at 7B, 4.5 M. "ours" marks what no source gives.
+    at 7B, 4.5 M. IGVA's are those of its authors as well. "ours" marks what no source gives.
     """
 
     lora_rank: int = field(default=8, metadata={"help": "llava-lora: rank (ours, meets the paper's count)."})
@@ -106,6 +110,18 @@ class BaselineArguments:
     adem_drop_ratio: float = field(
         default=0.1,
         metadata={"help": "adem-vl: share of a token's scores, the lowest, set to zero (README there, --drop_ratio)."},
+    )
+    igva_num_groups: int = field(
+        default=4, metadata={"help": "igva: groups of vision layers (scripts/v1_5/finetune_balance.sh)."}
+    )
+    igva_hidden_size: int = field(
+        default=1024, metadata={"help": "igva: width of the aggregator (same script, --aggregator_hidden_dim)."}
+    )
+    igva_num_layers: int = field(
+        default=4, metadata={"help": "igva: blocks of the aggregator (same script, --aggregator_num_transformers)."}
+    )
+    igva_num_heads: int = field(
+        default=4, metadata={"help": "igva: attention heads of the aggregator (same script, --aggregator_num_heads)."}
     )
 
 
@@ -209,6 +225,11 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         return self.config.image_size or self.config.vision_config.image_size
 
     @property
+    def interpolation(self) -> dict:
+        """Arguments of the vision encoder for images of another size than its own."""
+        return {} if self.resolution == self.config.vision_config.image_size else self.vision_layout.interpolation
+
+    @property
     def grid_size(self) -> int:
         """Number of patches along the side of an image."""
         return self.resolution // self.config.vision_config.patch_size
@@ -224,13 +245,15 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         Returns:
             `torch.Tensor` of shape `(num_images, num_image_tokens, language_hidden_size)`.
         """
-        vision, size = self.config.vision_config, self.resolution
+        images = self.select_images(pixel_values, image_mask)
+        return torch.stack(self.model.get_image_features(images, **self.interpolation).pooler_output)
+
+    def select_images(self, pixel_values: torch.Tensor | None, image_mask: torch.Tensor | None) -> torch.Tensor:
+        """The images among the rows, or one blank image if there are none."""
         if pixel_values is None:
-            pixel_values = torch.zeros(1, vision.num_channels, size, size, device=self.device)
-        elif image_mask is not None:
-            pixel_values = pixel_values[image_mask]
-        arguments = {} if size == vision.image_size else self.vision_layout.interpolation
-        return torch.stack(self.model.get_image_features(pixel_values, **arguments).pooler_output)
+            size, channels = self.resolution, self.config.vision_config.num_channels
+            return torch.zeros(1, channels, size, size, device=self.device)
+        return pixel_values if image_mask is None else pixel_values[image_mask]
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
         arguments = injection.checkpointing_arguments(activation_checkpointing_kwargs)
@@ -282,12 +305,14 @@ class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        features: torch.Tensor | None = None,
         **kwargs,
     ):
         """
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`, if any sample has an image.
             image_mask: `(batch_size,)` booleans, which samples have one. By default all.
+            features: the result of `image_features`, if it is there.
 
         All others, and the output, are those of `LlavaForConditionalGeneration`.
 
@@ -302,7 +327,9 @@ class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
                 inputs_embeds = inputs_embeds + (0 * self.image_features().sum()).to(inputs_embeds.dtype)
         else:
             inputs_embeds = embed(input_ids.masked_fill(input_ids == self.config.image_token_id, 0))
-            features = self.image_features(pixel_values, image_mask).to(inputs_embeds.dtype)  # I n h
+            if features is None:
+                features = self.image_features(pixel_values, image_mask)
+            features = features.to(inputs_embeds.dtype)  # I n h
             placeholders = self.model.get_placeholder_mask(input_ids, inputs_embeds, features)
             inputs_embeds = inputs_embeds.masked_scatter(placeholders, features)
         return super().forward(

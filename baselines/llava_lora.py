@@ -18,11 +18,26 @@ For inference without LoRA's extra products:
 from transformers.utils.versions import require_version
 
 
-require_version("peft>=0.21", "The baseline llava-lora needs it: pip install peft")
+require_version("peft>=0.21", "The baselines llava-lora and igva need it: pip install peft")
 
 from peft import LoraConfig, LoraModel  # noqa: E402
 
 from . import BaselineArguments, ImageTokensForConditionalGeneration, Projector  # noqa: E402
+
+
+def add_lora(model, arguments: BaselineArguments):
+    """Makes the language model of a baseline a `peft.LoraModel`."""
+    lora = LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=arguments.lora_target_modules,
+    )
+    # Not `get_peft_model`, whose `PeftModel` asks transformers 5 by a deprecated name
+    model.model.language_model = LoraModel(model.model.language_model, lora, "default")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # peft makes them in the dtype of the base
 
 
 class LlavaLoraForConditionalGeneration(ImageTokensForConditionalGeneration):
@@ -40,17 +55,7 @@ class LlavaLoraForConditionalGeneration(ImageTokensForConditionalGeneration):
         )
         self.config.image_seq_length = self.grid_size**2
         self.config.vision_feature_select_strategy = "default" if self.vision_layout.has_class_token else "full"
-        lora = LoraConfig(
-            r=arguments.lora_rank,
-            lora_alpha=arguments.lora_alpha,
-            lora_dropout=arguments.lora_dropout,
-            target_modules=arguments.lora_target_modules,
-        )
-        # Not `get_peft_model`, whose `PeftModel` asks transformers 5 by a deprecated name
-        self.model.language_model = LoraModel(self.model.language_model, lora, "default")
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()  # peft makes them in the dtype of the base
+        add_lora(self, arguments)
 
 
 assemble = LlavaLoraForConditionalGeneration

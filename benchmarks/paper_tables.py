@@ -47,7 +47,7 @@ TABLES = {
         "LLaVA-LoRA": {"method": "llava-lora", "lora_rank": 16, "lora_target_modules": ALL_LINEAR},
         "LaVIN": {"method": "lavin", "lavin_adapter_size": 56},
         "LLaMA-Adapter": {"method": "llama-adapter", "adaption_prompt_length": 64, "adaption_projector_size": 384},
-        "IGVA's query (instruction)": {"method": "igva"},
+        "instruction in place of the layer": {"method": "dehvf-instruction"},
         "layer + instruction": {"method": "layer+instruction"},
     },
     "Ablations (Table 4)": {

@@ -33,7 +33,7 @@ from baselines import BaselineArguments, assemble, build
 from dehvf import DehvfConfig
 
 
-METHODS = ("llava-lora", "lavin", "llama-adapter", "adem-vl")
+METHODS = ("llava-lora", "lavin", "llama-adapter", "adem-vl", "igva")
 all_methods = pytest.mark.parametrize("method", METHODS)
 all_encoders = pytest.mark.parametrize(
     ("vision_type", "image_size"), [("clip_vision_model", None), *((name, 24) for name in VISION_BACKBONES)]
@@ -226,7 +226,7 @@ def test_without_a_mask_all_samples_have_images(make, method):
     assert torch.equal(model(**batch).logits, expected)
 
 
-@pytest.mark.parametrize("method", ["llava-lora", "lavin", "adem-vl"])
+@pytest.mark.parametrize("method", ["llava-lora", "lavin", "adem-vl", "igva"])
 def test_placeholders_that_do_not_fit_the_images_are_an_error(make, method):
     model = make(method)
     batch = make_batch(model, ROWS)
@@ -237,7 +237,8 @@ def test_placeholders_that_do_not_fit_the_images_are_an_error(make, method):
 
 def test_the_tokens_of_an_image_are_all_patches_or_six_or_one_or_none(make):
     for size in (IMAGE_SIZE, 24):
-        expected = {"llava-lora": (size // PATCH_SIZE) ** 2, "lavin": 6, "adem-vl": 1}
+        num_patches = (size // PATCH_SIZE) ** 2
+        expected = {"llava-lora": num_patches, "lavin": 6, "adem-vl": 1, "igva": num_patches}
         for method, number in expected.items():
             assert make(method, image_size=size).image_tokens == [VOCAB_SIZE] * number
     assert not hasattr(make("llama-adapter"), "image_tokens")
@@ -445,6 +446,52 @@ def test_adem_vl_is_what_its_authors_compute(make, bases_with, vision_type, imag
     torch.testing.assert_close(last_logits(model, rows), expected, atol=1e-6, rtol=1e-6)
 
 
+@all_encoders
+def test_igva_makes_image_tokens_as_its_authors_do(make, bases_with, vision_type, image_size):
+    """Their `encode_images` and `Aggregator`, whose `QueryTransformer` has PyTorch's own attention."""
+    model = make("igva", vision_type=vision_type, image_size=image_size, igva_hidden_size=8)
+    aggregator, (ids, image) = model.aggregator, rows_of(image_size)[1]
+    vision = AutoModel.from_pretrained(bases_with[vision_type][0])
+    arguments = {} if vision_type == "dinov2" else {"interpolate_pos_encoding": True}
+    states = vision(image[None], output_hidden_states=True, **arguments).hidden_states
+    groups = [torch.stack([states[layer] for layer in group]).mean(0)[0] for group in ([1, 2], [3, 4], [5], [6])]
+    base, first = states[-2][0], int(vision_type != "siglip_vision_model")
+    class_tokens = torch.stack([group[0] if first else group.mean(dim=0) for group in groups])
+    query = model.get_input_embeddings()(torch.tensor(ids)).mean(dim=0) @ aggregator.instruction_proj.weight.T
+    query = (query + aggregator.instruction_proj.bias)[None]
+    features = class_tokens @ aggregator.class_proj.weight.T + aggregator.class_proj.bias
+    for block in aggregator.blocks:
+        attention = torch.nn.MultiheadAttention(8, 4)
+        projections = (block.q_proj, block.k_proj, block.v_proj)
+        with torch.no_grad():
+            attention.in_proj_weight.copy_(torch.cat([linear.weight for linear in projections]))
+            attention.in_proj_bias.copy_(torch.cat([linear.bias for linear in projections]))
+            attention.out_proj.load_state_dict(block.out_proj.state_dict())
+        query = block.attention_norm(query + attention(query, features, features)[0])
+        query = block.ffn_norm(query + block.linear_2(block.linear_1(query).relu()))
+    weights = aggregator.head(query)[0].softmax(dim=-1)
+    fused = sum(weight * group[first:] for weight, group in zip(weights, groups))
+    projector = model.model.multi_modal_projector
+    hidden = torch.cat((base[first:], fused), dim=-1) @ projector.down.weight.T + projector.down.bias
+    expected = torch.nn.functional.gelu(hidden) @ projector.up.weight.T + projector.up.bias
+    batch = make_batch(model, [(ids, image)])
+    instruction = model.instruction(batch["input_ids"], batch["attention_mask"], None)
+    found = model.image_features(batch["pixel_values"], batch["image_mask"], instruction)
+    torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_igva_reads_the_question_and_neither_the_image_nor_the_answer(make):
+    model = make("igva")
+    batch = make_batch(model, ROWS, labels=True)
+    seen = []
+    model.image_features = lambda pixels, mask, instruction: seen.append(instruction) or torch.zeros(2, 16, 32)
+    model(**batch)
+    embeddings = model.get_input_embeddings()
+    questions = [ids[: len(ids) - 2] for ids, _ in ROWS]  # `make_batch` takes two tokens for the answer
+    expected = torch.stack([embeddings(torch.tensor(ids)).mean(dim=0) for ids in questions])
+    torch.testing.assert_close(seen[0], expected)
+
+
 @pytest.mark.parametrize(
     ("method", "values", "message"),
     [
@@ -454,6 +501,8 @@ def test_adem_vl_is_what_its_authors_compute(make, bases_with, vision_type, imag
         ("adem-vl", {"image_size": 20}, "divisors of 5"),
         ("lavin", {"image_size": 19}, "`image_size` is 19, .* The nearest is 20"),
         ("adem-vl", {"adem_drop_ratio": 1.0}, "less than 1"),
+        ("igva", {"igva_num_heads": 3}, "no multiple of `igva_num_heads`, 3"),
+        ("igva", {"igva_num_groups": 7}, "`igva_num_groups` is 7, .* Give 1 to 6"),
     ],
 )
 def test_values_that_the_bases_do_not_allow_are_refused(make, method, values, message):
@@ -488,6 +537,7 @@ def test_mistral_can_be_adapted_and_gpt2_is_refused(method):
         ("lavin", 3_781_296, 3.8e6),
         ("llama-adapter", 1_758_208, 1.8e6),
         ("adem-vl", 4_530_432 - 2 * 12 * 1024, 4.53e6),  # its authors count an adapter that they never run
+        ("igva", 4_194_304 + 30_455_812 + 25_174_016, 59.8e6),  # LoRA, aggregator, projector: no count is given
     ],
 )
 def test_at_7b_as_many_parameters_are_trained_as_in_the_paper(method, count, paper):

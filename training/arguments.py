@@ -27,7 +27,7 @@ BASES = ("vision", "text")
 DEHVF_METHODS = {
     "dehvf": {},
     "memvp": {"layer_fusion": "penultimate"},
-    "igva": {"fuser_query": "instruction"},
+    "dehvf-instruction": {"fuser_query": "instruction"},
     "layer+instruction": {"fuser_query": "layer+instruction"},
 }
 # Schedules whose rate follows a score of the validation split

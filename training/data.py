@@ -225,8 +225,8 @@ class Collator:
 
     Args:
         image_tokens: placeholders of an image, inserted after the first token. Baselines need them, DEHVF does not.
-        instruction_mask: whether to add `instruction_mask` (2, 3), 1 on the tokens that are no answer, for a fuser
-            that reads the instruction.
+        instruction_mask: whether to add `instruction_mask` (2, 3), 1 on the tokens that are neither an answer nor a
+            placeholder, for methods that read the instruction.
     """
 
     processor: object
@@ -245,7 +245,9 @@ class Collator:
             return torch.tensor([[filler] * (length - len(row)) + row for row in values])
 
         if self.instruction_mask:
-            batch["instruction_mask"] = pad([[int(not answer) for answer in row["is_answer"]] for row in rows], 0)
+            masks = [[int(not answer) for answer in row["is_answer"]] for row in rows]
+            masks = [[*mask[:1], *[0] * len(new), *mask[1:]] for mask, new in zip(masks, added)]
+            batch["instruction_mask"] = pad(masks, 0)
         if "labels" in rows[0]:
             batch["labels"] = pad([[-100] * len(new) + row["labels"] for row, new in zip(rows, added)], -100)
         else:
