@@ -108,12 +108,12 @@ def slot_activations(model, inputs, position: int = -1) -> np.ndarray:
         ValueError: if the model has no visual prompts, or a row has no image.
     """
     check_images(model, inputs)
-    num_patches, activations, thread = model.config.num_patches, [], threading.get_ident()
+    activations, thread = [], threading.get_ident()
 
     def keep(mlp, args):
         if threading.get_ident() == thread:  # others may use the model at the same time
-            slots = mlp.slot_activations(args[0][:, [position]], mlp.memory)  # (batch_size, 1, num_memory_slots)
-            activations.append(slots[:, 0, :num_patches].float())
+            patches, _ = mlp.slot_activations(args[0][:, [position]], mlp.memory)  # (batch_size, 1, num_patches)
+            activations.append(patches[:, 0].float())
 
     mlps = [layer.mlp for layer in model.model.language_model.layers]
     hooks = [mlp.register_forward_pre_hook(keep) for mlp in mlps]
