@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tasks import NAMES, get_task  # noqa: E402
-from training.data import Collator, read_image  # noqa: E402
+from training.data import Collator, load_rows, read_image  # noqa: E402
 from training.encoding import RowEncoder  # noqa: E402
 
 
@@ -430,12 +430,17 @@ def parse_arguments(arguments=None):
     parser.add_argument("adapter", help="folder or Hub id of trained adapters")
     parser.add_argument("--task", choices=NAMES, default="digits", help="file in tasks/ that reads the data")
     parser.add_argument("--data_path", help="Hub id or folder of the data, if not the task's own")
+    parser.add_argument("--columns", help="columns with other names, as in train.py: question=prompt,answer=label")
+    parser.add_argument(
+        "--holdout", type=float, help="share of the train split that is the test split, as in train.py"
+    )
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
     parser.add_argument("--num_samples", type=int, default=200, help="largest number of images in the mean weights")
     parser.add_argument("--row", type=int, help="row to draw; by default the first with an image")
     parser.add_argument("--token", type=int, default=0, help="token of the answer to draw")
     parser.add_argument("--layers", type=int, nargs="+", help=f"language layers; by default up to {MAX_LAYERS}")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/pictures"))
+    parser.set_defaults(max_samples=None, streaming=False, only_images=False)  # which `load_rows` reads as well
     options = parser.parse_args(arguments)
     if options.num_samples < 1:
         parser.error(f"--num_samples is {options.num_samples}, but a mean needs at least 1.")
@@ -443,12 +448,10 @@ def parse_arguments(arguments=None):
 
 
 def main(arguments=None):
-    from datasets import Image
-
     options = parse_arguments(arguments)
     new_figure(1, 1)  # fails before anything is loaded if matplotlib is missing
     task = get_task(options.task)
-    dataset = task.load(options.split, options.data_path).cast_column("image", Image(decode=False))
+    dataset = load_rows(task, options.split, options)
     row = choose_row(dataset, options.split, options.row)
     check_config(AutoConfig.from_pretrained(options.adapter, trust_remote_code=True))
     model = AutoModelForImageTextToText.from_pretrained(options.adapter, trust_remote_code=True)

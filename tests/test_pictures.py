@@ -1,5 +1,6 @@
 """Figures of a trained adapter: the arrays, what is drawn of them, and the command."""
 
+import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -244,6 +245,17 @@ def test_the_command_writes_three_figures(folder, capsys):
     assert [file.name for file in files] == ["fusion_curves.png", "fusion_weights.png", "slot_activations.png"]
     assert not any(is_blank(file) for file in files)
     assert str(folder / "figures") in capsys.readouterr().out
+
+
+def test_own_data_is_read_with_the_columns_and_the_held_out_rows_of_training(folder, capsys):
+    rows = [{"prompt": f"what {number}?", "label": "red", "image": "red.png"} for number in range(4)]
+    (folder / "own").mkdir()
+    Image.new("RGB", (20, 20), "red").save(folder / "own" / "red.png")
+    (folder / "own" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--task", "vqa", "--data_path", folder / "own", "--columns", "question=prompt,answer=label"]
+    flags += ["--holdout", "0.25", "--output_dir", folder / "own-figures"]
+    pictures.main([str(argument) for argument in (folder / "dehvf", *flags)])
+    assert len(list((folder / "own-figures").iterdir())) == 3
 
 
 @pytest.mark.parametrize("values", [{}, INSTRUCTION], ids=["network", "instruction"])
