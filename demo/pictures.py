@@ -431,9 +431,7 @@ def parse_arguments(arguments=None):
     parser.add_argument("--task", choices=NAMES, default="digits", help="file in tasks/ that reads the data")
     parser.add_argument("--data_path", help="Hub id or folder of the data, if not the task's own")
     parser.add_argument("--columns", help="columns with other names, as in train.py: question=prompt,answer=label")
-    parser.add_argument(
-        "--holdout", type=float, help="share of the train split to test on, as in train.py"
-    )
+    parser.add_argument("--holdout", type=float, help="share of the train split to test on, as in train.py")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
     parser.add_argument("--num_samples", type=int, default=200, help="largest number of images in the mean weights")
     parser.add_argument("--row", type=int, help="row to draw; by default the first with an image")
