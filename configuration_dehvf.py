@@ -35,6 +35,11 @@ CLIP_VIT_L_14 = {
     "patch_size": 14,
 }
 
+# What is read from the configs of the base models
+BASE_SIZES = {
+    "vision_config": ("hidden_size", "num_hidden_layers", "image_size", "patch_size", "num_channels"),
+    "text_config": ("hidden_size", "num_hidden_layers", "vocab_size"),
+}
 # Far more than any model has. A larger number means a damaged config, and to build so many layers would take forever.
 MAX_LAYERS = 1000
 
@@ -44,6 +49,17 @@ def _base_config(given: dict | PreTrainedConfig | None, model_type: str, default
         return given
     values = dict(defaults if given is None else given)
     return AutoConfig.for_model(values.pop("model_type", model_type), **values)
+
+
+def _check_sizes(base_config: PreTrainedConfig, key: str):
+    """Raises `ValueError` if a base model does not say how large it is, as one whose layers differ in width."""
+    for name in BASE_SIZES[key]:
+        if not isinstance(size := getattr(base_config, name, None), int):
+            raise ValueError(
+                f"DEHVF cannot extend `{base_config.model_type}` (`{key}`): its config has `{name}={size}`, but a "
+                f"whole number is needed, for all layers and square images. Give another `{key[:-7]}_model`; "
+                "docs/bases.md lists the types that work."
+            )
 
 
 def disable_dropout(base_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -180,6 +196,8 @@ class DehvfConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.vision_config = _base_config(self.vision_config, "clip_vision_model", CLIP_VIT_L_14)
         self.text_config = _base_config(self.text_config, "llama", {})
+        for key in BASE_SIZES:
+            _check_sizes(getattr(self, key), key)
         # By default each base keeps its own: `None` would be set on the configs of loaded bases as well, whose layers
         # would then attend without a causal mask
         kwargs.setdefault("attn_implementation", {})

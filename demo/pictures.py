@@ -110,13 +110,13 @@ def slot_activations(model, inputs, position: int = -1) -> np.ndarray:
     check_images(model, inputs)
     num_patches, activations, thread = model.config.num_patches, [], threading.get_ident()
 
-    def keep(mlp, args):
+    def keep(ffn, args):
         if threading.get_ident() == thread:  # others may use the model at the same time
-            slots = mlp.slot_activations(args[0][:, [position]], mlp.memory)  # (batch_size, 1, num_memory_slots)
+            slots = ffn.slot_activations(args[0][:, [position]], ffn.memory)  # (batch_size, 1, num_memory_slots)
             activations.append(slots[:, 0, :num_patches].float())
 
-    mlps = [layer.mlp for layer in model.model.language_model.layers]
-    hooks = [mlp.register_forward_pre_hook(keep) for mlp in mlps]
+    ffns = model.model.text_layout.ffns(model.model.language_model)
+    hooks = [ffn.register_forward_pre_hook(keep) for ffn in ffns]
     try:
         model(**inputs)
     finally:
