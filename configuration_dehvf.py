@@ -113,8 +113,10 @@ class DehvfConfig(PreTrainedConfig):
             deep (paper: 4).
         layer_fusion (`str`): how a language layer weighs the candidates of its group. `"adaptive"`: the fuser decides
             for each image; `"mean"`: all alike; `"penultimate"`: the penultimate vision layer alone, which is MemVP.
-        layer_mapping (`str`): which group a language layer reads. `"hierarchical"`: shallow with shallow, deep with
-            deep; `"random"`: each group is read as often as there, but by layers drawn at random.
+        layer_mapping (`str` or `list[list[int]]`): which group a language layer reads. `"hierarchical"`: shallow with
+            shallow, deep with deep; `"random"`: each group is read as often as there, but by layers drawn at random.
+            Or in place of groups the candidates themselves: for each language layer a list of vision layers, counted
+            from 0, to which no penultimate layer is added.
         layer_mapping_seed (`int`): of that draw.
         fuser_query (`str`): what asks the fuser. `"network"`: the input embedding network, for each language layer
             and position; `"tokens"`: one learned vector for each of them; `"instruction"`: the same network with
@@ -168,7 +170,7 @@ class DehvfConfig(PreTrainedConfig):
 
     num_groups: int = 4
     layer_fusion: Literal["adaptive", "mean", "penultimate"] = "adaptive"
-    layer_mapping: Literal["hierarchical", "random"] = "hierarchical"
+    layer_mapping: Literal["hierarchical", "random"] | list[list[int]] = "hierarchical"
     layer_mapping_seed: int = 0
     fuser_query: Literal["network", "tokens", "instruction", "layer+instruction"] = "network"
     layer_embedding_size: int = 64
@@ -287,6 +289,8 @@ class DehvfConfig(PreTrainedConfig):
 
     def validate_groups(self):
         """Each group gets at least one layer of both models."""
+        if isinstance(self.layer_mapping, list):
+            return  # in place of groups
         for key in ("vision_config", "text_config"):
             num_layers = getattr(self, key).num_hidden_layers
             if num_layers < max(self.num_groups, 2):
@@ -294,6 +298,28 @@ class DehvfConfig(PreTrainedConfig):
                     f"`{key}` has {num_layers} layers, too few for `num_groups={self.num_groups}`: each group needs "
                     "at least one layer, and the penultimate layer must exist. Lower `num_groups` or take a deeper "
                     "model."
+                )
+
+    def validate_layer_mapping(self):
+        """An explicit mapping has vision layers that there are for each language layer."""
+        if not isinstance(self.layer_mapping, list):
+            return
+        num_text_layers, num_vision_layers = self.text_config.num_hidden_layers, self.vision_config.num_hidden_layers
+        if self.layer_fusion == "penultimate":
+            raise ValueError(
+                '`layer_mapping` lists vision layers, but `layer_fusion="penultimate"` reads the penultimate alone. '
+                'Remove `layer_mapping`, or set `layer_fusion` to "adaptive" or "mean".'
+            )
+        if len(self.layer_mapping) != num_text_layers:
+            raise ValueError(
+                f"`layer_mapping` has {len(self.layer_mapping)} lists, but the language model has {num_text_layers} "
+                "layers. Give one list of vision layers for each."
+            )
+        for layer, candidates in enumerate(self.layer_mapping):
+            if not candidates or not all(0 <= candidate < num_vision_layers for candidate in candidates):
+                raise ValueError(
+                    f"`layer_mapping` has {candidates} for language layer {layer}, but each needs one or more of the "
+                    f"vision layers 0 to {num_vision_layers - 1}."
                 )
 
     def validate_image_size(self):
@@ -334,8 +360,10 @@ def split_into_runs(num_layers: int, num_groups: int) -> list[range]:
 def candidate_layers(config: DehvfConfig) -> list[list[int]]:
     """
     The vision layers, counted from 0, that each language layer may draw from (method step 2): those of its own group,
-    then the penultimate one.
+    then the penultimate one; or those that `layer_mapping` lists.
     """
+    if isinstance(config.layer_mapping, list):
+        return [list(candidates) for candidates in config.layer_mapping]
     num_vision_layers = config.vision_config.num_hidden_layers
     penultimate = num_vision_layers - 2
     if config.layer_fusion == "penultimate":

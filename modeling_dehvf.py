@@ -129,7 +129,7 @@ class Adapter:
         adapter = cls(config, layout, LayerHierarchy(config), MemorySlots(config))
         if config.visual_prompts == "none":
             return adapter
-        num_layers_read = config.vision_config.num_hidden_layers - (config.layer_fusion == "penultimate")
+        num_layers_read = max(adapter.hierarchy.layers_read) + 1
         adapter = replace(
             adapter,
             projector=VisualProjector(config),
@@ -153,7 +153,9 @@ class Adapter:
         norm = nn.Identity() if layout.norm is None else vision_tower.get_submodule(layout.norm)
         if self.config.resolution != self.config.vision_config.image_size:
             kwargs |= layout.interpolation
-        adapters, hidden_states = [*self.vision_adapters, None], []  # the last layer has none if it is not read
+        # Layers above the last one that is read have none
+        adapters = [*self.vision_adapters, *[None] * (self.hierarchy.num_vision_layers - len(self.vision_adapters))]
+        hidden_states = []
         outputs = run_extended(vision_tower, adapters, pixel_values, layer_outputs=hidden_states, **kwargs)
         class_features, patches = [], []
         for layer, hidden in enumerate(hidden_states):
