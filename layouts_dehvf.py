@@ -134,17 +134,17 @@ def find_text_layout(text_config: PreTrainedConfig) -> TextLayout:
         raise Refusal("it has no cache of earlier tokens for `generate`")
     layout = TextLayout(layers, ffn, activation)
     states = torch.empty(2, 3, text_config.hidden_size, device="meta")
+    # With a cache, since without one the making of masks looks at numbers
+    arguments = {"inputs_embeds": states, "use_cache": True}
     with _recorded(layout.ffns(base)) as calls:
-        outputs = _run(base, inputs_embeds=states, use_cache=True)  # without a cache it would look at numbers
+        outputs = _run(base, "`inputs_embeds`", **arguments)
     if outputs.last_hidden_state.shape != states.shape:
         raise Refusal(f"its hidden states have the width {outputs.last_hidden_state.shape[-1]}, not `hidden_size`")
     _check_calls(calls, text_config.num_hidden_layers, tuple(states.shape))
     return layout
 
 
-@_explained(
-    "vision", "It takes stacks of layers, each with an FFN, that run on `pixel_values` of square images alone."
-)
+@_explained("vision", "It takes stacks of layers, each with an FFN, that run on the pixels of square images alone.")
 def find_vision_layout(vision_config: PreTrainedConfig, image_size: int | None = None) -> VisionLayout:
     """
     Finds the places in a vision encoder.
@@ -169,13 +169,13 @@ def find_vision_layout(vision_config: PreTrainedConfig, image_size: int | None =
         ffn, _ = _find_ffns(stack, needs_activation=False)
     interpolation = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in names else {}
     own_size, width = vision_config.image_size, vision_config.hidden_size
-    lengths = {}
-    for side, arguments in {own_size: {}, image_size or own_size: interpolation}.items():
-        arguments = {} if side == own_size else arguments
+    first = ffn if isinstance(ffn, str) else ffn[0]
+    lengths = {}  # tokens that are no patches, by the side of the image
+    for side in {own_size, image_size or own_size}:
         pixel_values = torch.empty(2, vision_config.num_channels, side, side, device="meta")
-        first = ffn if isinstance(ffn, str) else ffn[0]
+        arguments = {} if side == own_size else interpolation
         with _recorded(stack) as states, _recorded(layer.get_submodule(first) for layer in stack) as calls:
-            _run(tower, pixel_values, **arguments)
+            _run(tower, f"images of {side} pixels", pixel_values, **arguments)
         shape = states[0][-1] if states else None
         if shape is None or len(shape) != 3 or shape[::2] != (2, width):
             raise Refusal(f"its layers give hidden states of shape {shape}, not (batch, tokens, {width})")
@@ -283,13 +283,12 @@ def _recorded(modules: Iterable[nn.Module]):
             hook.remove()
 
 
-def _run(base: nn.Module, *args, **kwargs):
+def _run(base: nn.Module, what: str, *args, **kwargs):
     try:
         with torch.no_grad():
             return base(*args, **kwargs)
     except Exception as error:  # whatever the model does with inputs that it does not expect
-        given = "`pixel_values`" if args else "`inputs_embeds`"
-        raise Refusal(f"it does not run on {given} alone ({_first_line(error)})") from error
+        raise Refusal(f"it does not run on {what} alone ({_first_line(error)})") from error
 
 
 def _check_calls(calls: list[tuple], num_layers: int, shape: tuple[int, ...], checks_output: bool = True):

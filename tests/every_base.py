@@ -112,7 +112,7 @@ REASONS = {
     "tokens first": "hidden states with the tokens first and the batch second",
     "whole number": "layers of several widths, or images that are not square",
     "hidden states of shape": "hidden states that are no sequence of tokens",
-    "`pixel_values` alone": "needs more than an image, or shapes that depend on numbers",
+    "pixels alone": "needs more than an image, or shapes that depend on numbers",
     "random patches": "drops random patches",
 }
 

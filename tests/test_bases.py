@@ -48,6 +48,13 @@ def fill(model):
     return model
 
 
+def model_on(text_type: str, vision_type: str) -> DehvfForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {**DEHVF_SIZES, "num_memory_slots": 40}
+    config = DehvfConfig(vision_config=vision_config(vision_type), text_config=text_config(text_type), **sizes)
+    return fill(DehvfForConditionalGeneration(config).eval())
+
+
 def test_enough_types_work():
     assert len(WORKING_TEXT) >= 40
     assert len(WORKING_VISION) >= 8
@@ -136,16 +143,13 @@ def logits_of_wider_ffns(model, inputs, visual_memory) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", WORKING_VISION)
-def test_a_vision_encoder_is_extended(model_type, tmp_path):
-    torch.manual_seed(0)
-    sizes = {**DEHVF_SIZES, "num_memory_slots": 40}
-    config = DehvfConfig(vision_config=vision_config(model_type), text_config=text_config("llama"), **sizes)
-    model = fill(DehvfForConditionalGeneration(config).eval())
+def test_a_vision_encoder_is_extended(model_type):
+    model = model_on("llama", model_type)
     tower, layout, adapter = model.model.vision_tower, model.model.active.vision_layout, model.model.active
     pixel_values = tiny_inputs()["pixel_values"]
     layers = tower.get_submodule(layout.layers)
 
-    alone = AutoModel.from_config(config.vision_config).eval()
+    alone = AutoModel.from_config(model.config.vision_config).eval()
     alone.load_state_dict(tower.state_dict())
     assert torch.equal(tower(pixel_values).last_hidden_state, alone(pixel_values).last_hidden_state)
 
@@ -204,3 +208,48 @@ def assert_tokens_are_patches(tower, layers, prefix: int, pixel_values):
     for patch, tokens in zip((0, 6, 15), embedded[1:]):
         differing = (tokens - embedded[0]).abs().amax(dim=(0, 2)).nonzero().flatten().tolist()
         assert differing == [prefix + patch]
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize(
+    ("text_type", "vision_type"), [("gpt2", "data2vec-vision"), ("mpt", "dinov3_vit"), ("granite", "vit")]
+)
+def test_layers_of_other_layouts_are_traced_in_one_graph(text_type, vision_type):
+    model, inputs = model_on(text_type, vision_type), tiny_inputs()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vision_type", ["dpt", "dinov2_with_registers"])
+def test_checkpointing_gives_the_same_gradients_on_other_layouts(vision_type):
+    gradients = []
+    for checkpoints in (False, True):
+        model, inputs = model_on("gpt2", vision_type).train(), tiny_inputs()
+        if checkpoints:
+            model.activation_checkpointing_enable()
+        torch.manual_seed(0)
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append({name: part.grad for name, part in model.named_parameters() if part.requires_grad})
+    assert all(gradient.any() for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("vision_type", ["aimv2_vision_model"])
+def test_an_encoder_that_does_not_interpolate_takes_its_own_image_size_alone(vision_type):
+    values = {"text_config": text_config("llama"), **DEHVF_SIZES, "num_memory_slots": 40}
+    config = DehvfConfig(vision_config=vision_config(vision_type), image_size=24, **values)
+    with pytest.raises(ValueError, match=f"`{vision_type}` .`vision_config`.*does not run on images of 24 pixels"):
+        DehvfForConditionalGeneration(config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "vision_type", ["beit", "data2vec-vision", "dinov2_with_registers", "dinov3_vit", "ijepa", "vit"]
+)
+def test_encoders_take_images_of_another_size(vision_type):
+    values = {"text_config": text_config("llama"), **DEHVF_SIZES, "num_memory_slots": 40}
+    config = DehvfConfig(vision_config=vision_config(vision_type), image_size=24, **values)
+    memory = DehvfForConditionalGeneration(config).get_image_features(tiny_inputs(image_size=24)["pixel_values"])
+    assert memory.pooler_output.shape[3] == 36
