@@ -20,7 +20,6 @@ from transformers.utils import (
 
 from .bases_dehvf import (
     assemble_causal_lm,
-    check_layouts,
     fetch_merged_bases,
     find_changes,
     has_file,
@@ -34,6 +33,7 @@ from .bases_dehvf import (
 from .configuration_dehvf import DehvfConfig
 from .files_dehvf import digest, read_tensors, write_tensors
 from .inputs_dehvf import check_visual_memory
+from .layouts_dehvf import check_layouts
 from .processing_dehvf import DehvfProcessor
 
 
@@ -122,7 +122,9 @@ class AdapterMixin:
             fields[f"{key}_model_id"] = fields.get(f"{key}_model_id") or places[key]
             revision = fields.get(f"{key}_model_revision")
             fields[f"{key}_config"] = load_base_config(places[key], key, revision, **hub_arguments(kwargs))
-        return cls._from_places(DehvfConfig(**fields), places, hub_arguments(kwargs), kwargs)
+        config = DehvfConfig(**fields)
+        check_layouts(config)  # before the base models are loaded, which may be many GB
+        return cls._from_places(config, places, hub_arguments(kwargs), kwargs)
 
     @classmethod
     def from_pretrained(

@@ -1,11 +1,10 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""The frozen base models: which are supported, and how they are found, checked, loaded and saved."""
+"""The frozen base models: how they are found, checked, loaded and saved."""
 
 import os
 import shutil
 from collections.abc import Iterable
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,37 +19,6 @@ from transformers.utils.hub import extract_commit_hash
 from .configuration_dehvf import DehvfConfig, disable_dropout
 
 
-# `model_type` of the language models whose FFNs DEHVF can extend -> name of the activation inside `layer.mlp`.
-TEXT_LAYOUTS = {
-    "llama": "act_fn",
-    "mistral": "act_fn",
-    "qwen2": "act_fn",
-    "qwen3": "act_fn",
-    "gemma": "act_fn",
-    "gemma2": "act_fn",
-    "gemma3_text": "act_fn",
-    "phi": "activation_fn",
-    "starcoder2": "act",
-}
-
-
-class VisionLayout(NamedTuple):
-    """Where a vision encoder has what DEHVF reads. The FFN of every layer is `layer.mlp`."""
-
-    layers: str  # the list of layers
-    norm: str  # the norm after the last layer
-    has_class_token: bool  # at position 0
-    interpolation: dict  # arguments by which its forward takes images of another size than its own
-
-
-INTERPOLATE = {"interpolate_pos_encoding": True}
-# By the `model_type` of the vision encoder
-VISION_LAYOUTS = {
-    "clip_vision_model": VisionLayout("encoder.layers", "post_layernorm", True, INTERPOLATE),
-    "siglip_vision_model": VisionLayout("encoder.layers", "post_layernorm", False, INTERPOLATE),
-    "dinov2": VisionLayout("encoder.layer", "layernorm", True, {}),
-}
-
 BASE_NAMES = {"vision": "vision encoder", "text": "language model"}
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 # What `transformers` sets on a quantized model, and what it and `peft` look for on the outer one
@@ -58,15 +26,6 @@ QUANTIZATION_ATTRIBUTES = (
     *("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"),
     *("is_4bit_serializable", "is_8bit_serializable"),
 )
-
-
-def check_layouts(config: DehvfConfig):
-    """Raises `ValueError` if DEHVF does not know how the layers of a base model are built."""
-    for key, layouts in (("text_config", TEXT_LAYOUTS), ("vision_config", VISION_LAYOUTS)):
-        if (model_type := getattr(config, key).model_type) not in layouts:
-            raise ValueError(
-                f"The layers of `{model_type}` (`{key}`) are not supported. Supported are: {', '.join(layouts)}."
-            )
 
 
 def hub_arguments(arguments: dict) -> dict:
@@ -185,7 +144,7 @@ def _explain_base_errors(location, key: str):
             raise
         raise ValueError(
             f"The {BASE_NAMES[key]} {location} is a model with remote code, which DEHVF cannot extend. Take one whose "
-            f"class is part of transformers: {', '.join(TEXT_LAYOUTS if key == 'text' else VISION_LAYOUTS)}."
+            "class is part of transformers; docs/bases.md lists the types that work."
         ) from error
 
 

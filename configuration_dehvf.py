@@ -35,6 +35,11 @@ CLIP_VIT_L_14 = {
     "patch_size": 14,
 }
 
+# What is read from the configs of the base models
+BASE_SIZES = {
+    "vision_config": ("hidden_size", "num_hidden_layers", "image_size", "patch_size", "num_channels"),
+    "text_config": ("hidden_size", "num_hidden_layers", "vocab_size"),
+}
 # Far more than any model has. A larger number means a damaged config, and to build so many layers would take forever.
 MAX_LAYERS = 1000
 
@@ -44,6 +49,17 @@ def _base_config(given: dict | PreTrainedConfig | None, model_type: str, default
         return given
     values = dict(defaults if given is None else given)
     return AutoConfig.for_model(values.pop("model_type", model_type), **values)
+
+
+def _check_sizes(base_config: PreTrainedConfig, key: str):
+    """Raises `ValueError` if a base model does not say how large it is, as one whose layers differ in width."""
+    for name in BASE_SIZES[key]:
+        if not isinstance(size := getattr(base_config, name, None), int):
+            raise ValueError(
+                f"DEHVF cannot extend `{base_config.model_type}` (`{key}`): its config has `{name}={size}`, but a "
+                f"whole number is needed, for all layers and square images. Give another `{key[:-7]}_model`; "
+                "docs/bases.md lists the types that work."
+            )
 
 
 def disable_dropout(base_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -97,8 +113,10 @@ class DehvfConfig(PreTrainedConfig):
             deep (paper: 4).
         layer_fusion (`str`): how a language layer weighs the candidates of its group. `"adaptive"`: the fuser decides
             for each image; `"mean"`: all alike; `"penultimate"`: the penultimate vision layer alone, which is MemVP.
-        layer_mapping (`str`): which group a language layer reads. `"hierarchical"`: shallow with shallow, deep with
-            deep; `"random"`: each group is read as often as there, but by layers drawn at random.
+        layer_mapping (`str` or `list[list[int]]`): which group a language layer reads. `"hierarchical"`: shallow with
+            shallow, deep with deep; `"random"`: each group is read as often as there, but by layers drawn at random.
+            Or in place of groups the candidates themselves: for each language layer a list of vision layers, counted
+            from 0, to which no penultimate layer is added.
         layer_mapping_seed (`int`): of that draw.
         fuser_query (`str`): what asks the fuser. `"network"`: the input embedding network, for each language layer
             and position; `"tokens"`: one learned vector for each of them; `"instruction"`: the same network with
@@ -152,7 +170,7 @@ class DehvfConfig(PreTrainedConfig):
 
     num_groups: int = 4
     layer_fusion: Literal["adaptive", "mean", "penultimate"] = "adaptive"
-    layer_mapping: Literal["hierarchical", "random"] = "hierarchical"
+    layer_mapping: Literal["hierarchical", "random"] | list[list[int]] = "hierarchical"
     layer_mapping_seed: int = 0
     fuser_query: Literal["network", "tokens", "instruction", "layer+instruction"] = "network"
     layer_embedding_size: int = 64
@@ -180,6 +198,8 @@ class DehvfConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.vision_config = _base_config(self.vision_config, "clip_vision_model", CLIP_VIT_L_14)
         self.text_config = _base_config(self.text_config, "llama", {})
+        for key in BASE_SIZES:
+            _check_sizes(getattr(self, key), key)
         # By default each base keeps its own: `None` would be set on the configs of loaded bases as well, whose layers
         # would then attend without a causal mask
         kwargs.setdefault("attn_implementation", {})
@@ -269,6 +289,8 @@ class DehvfConfig(PreTrainedConfig):
 
     def validate_groups(self):
         """Each group gets at least one layer of both models."""
+        if isinstance(self.layer_mapping, list):
+            return  # in place of groups
         for key in ("vision_config", "text_config"):
             num_layers = getattr(self, key).num_hidden_layers
             if num_layers < max(self.num_groups, 2):
@@ -276,6 +298,28 @@ class DehvfConfig(PreTrainedConfig):
                     f"`{key}` has {num_layers} layers, too few for `num_groups={self.num_groups}`: each group needs "
                     "at least one layer, and the penultimate layer must exist. Lower `num_groups` or take a deeper "
                     "model."
+                )
+
+    def validate_layer_mapping(self):
+        """An explicit mapping has vision layers that there are for each language layer."""
+        if not isinstance(self.layer_mapping, list):
+            return
+        num_text_layers, num_vision_layers = self.text_config.num_hidden_layers, self.vision_config.num_hidden_layers
+        if self.layer_fusion == "penultimate":
+            raise ValueError(
+                '`layer_mapping` lists vision layers, but `layer_fusion="penultimate"` reads the penultimate alone. '
+                'Remove `layer_mapping`, or set `layer_fusion` to "adaptive" or "mean".'
+            )
+        if len(self.layer_mapping) != num_text_layers:
+            raise ValueError(
+                f"`layer_mapping` has {len(self.layer_mapping)} lists, but the language model has {num_text_layers} "
+                "layers. Give one list of vision layers for each."
+            )
+        for layer, candidates in enumerate(self.layer_mapping):
+            if not candidates or not all(0 <= candidate < num_vision_layers for candidate in candidates):
+                raise ValueError(
+                    f"`layer_mapping` has {candidates} for language layer {layer}, but each needs one or more of the "
+                    f"vision layers 0 to {num_vision_layers - 1}."
                 )
 
     def validate_image_size(self):
@@ -316,8 +360,10 @@ def split_into_runs(num_layers: int, num_groups: int) -> list[range]:
 def candidate_layers(config: DehvfConfig) -> list[list[int]]:
     """
     The vision layers, counted from 0, that each language layer may draw from (method step 2): those of its own group,
-    then the penultimate one.
+    then the penultimate one; or those that `layer_mapping` lists.
     """
+    if isinstance(config.layer_mapping, list):
+        return [list(candidates) for candidates in config.layer_mapping]
     num_vision_layers = config.vision_config.num_hidden_layers
     penultimate = num_vision_layers - 2
     if config.layer_fusion == "penultimate":

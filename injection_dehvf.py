@@ -12,6 +12,7 @@ along, in whichever thread that happens.
 """
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from types import MethodType
@@ -74,7 +75,7 @@ class ExtendedLayer(_Extended):
             kwargs["extension"] = _RUNNING.extensions[self.extension_index]
         output = super().__call__(*args, **kwargs)
         if _RUNNING.layer_outputs is not None:
-            _RUNNING.layer_outputs.append(output)
+            _RUNNING.layer_outputs.append(output[0] if isinstance(output, tuple) else output)
         return output
 
     def forward(self, *args, extension=None, **kwargs):
@@ -123,9 +124,26 @@ class AdaptedFFN(_Extended):
     sum by its layer scale.
     """
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        output, adapter = super().forward(hidden_states), current_extension()
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        output, adapter = super().forward(hidden_states, *args, **kwargs), current_extension()
         return output if adapter is None else output + adapter(hidden_states)
+
+
+class AdaptedFFNStart(_Extended):
+    """Put in front of the class of the first half of a vision FFN that is two modules: runs the adapter."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if (adapter := current_extension()) is not None:
+            _RUNNING.extension = adapter(hidden_states)
+        return super().forward(hidden_states)
+
+
+class AdaptedFFNEnd(_Extended):
+    """Put in front of the class of the second half: adds what the adapter gave in the first."""
+
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        output, adapted = super().forward(*args, **kwargs), current_extension()
+        return output if adapted is None else output + adapted
 
 
 @dataclass
@@ -199,8 +217,8 @@ class MemoryFFN(_Extended):
         """What this FFN reads in the call that runs in this thread."""
         return current_extension()
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        output, memory = super().forward(hidden_states), self.memory
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        output, memory = super().forward(hidden_states, *args, **kwargs), self.memory
         if memory is None:
             return output
         if isinstance(memory, MixedLayerMemory):
@@ -258,17 +276,22 @@ def _split(tensor: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]
     return tensor.split((size, tensor.shape[-1] - size), dim=-1)
 
 
-def extend_layers(layers, ffn_class: type, **attributes):
+def extend_layers(layers: Iterable[nn.Module], ffn: str | tuple[str, str], ffn_class: type, **attributes):
     """
-    Extends the layers of a base model, whose FFN is `layer.mlp`.
+    Extends the layers of a base model.
 
     Args:
+        ffn: the name of the FFN in each layer; or of its two halves, which only vision adapters extend.
         ffn_class: [`AdaptedFFN`] or [`MemoryFFN`].
         attributes: set on each FFN.
     """
     for index, layer in enumerate(layers):
         _extend(layer, ExtendedLayer, extension_index=index)
-        _extend(layer.mlp, ffn_class, **attributes)
+        if isinstance(ffn, str):
+            _extend(layer.get_submodule(ffn), ffn_class, **attributes)
+        else:
+            _extend(layer.get_submodule(ffn[0]), AdaptedFFNStart)
+            _extend(layer.get_submodule(ffn[1]), AdaptedFFNEnd)
 
 
 def _extend(module: nn.Module, behaviour: type, **attributes):

@@ -20,12 +20,11 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .adapters_dehvf import AdapterMixin, as_visual_memory, is_adapter_name
-from .bases_dehvf import TEXT_LAYOUTS, VISION_LAYOUTS, check_layouts
 from .configuration_dehvf import DehvfConfig
 from .fuser_dehvf import (
     FuserLinear,
@@ -48,36 +47,9 @@ from .injection_dehvf import (
     run_extended,
 )
 from .inputs_dehvf import check_image_mask, check_instruction, check_one_of, check_pixel_values, check_visual_memory
+from .layouts_dehvf import VisionLayout, find_text_layout, find_vision_layout
+from .outputs_dehvf import DehvfCausalLMOutputWithPast, DehvfModelOutputWithPast, compute_logits
 from .switching_dehvf import BASE_MODEL, AdapterSet, SwitchingMixin
-
-
-class VisualMemoryOutput:
-    """For outputs with a field `image_outputs`."""
-
-    @property
-    def visual_memory(self) -> torch.Tensor | None:
-        """
-        What the images were encoded to, `(batch_size, num_language_layers, num_positions, num_patches,
-        projector_hidden_size + 1)`. Pass it back as `visual_memory=` to ask again without encoding again.
-        """
-        return as_visual_memory(self.image_outputs)
-
-
-@dataclass
-class DehvfModelOutputWithPast(VisualMemoryOutput, BaseModelOutputWithPast):
-    """
-    Adds to the language model's output:
-        image_outputs (`BaseModelOutputWithPooling`, *optional*): of the images, as `get_image_features` returns them.
-    """
-
-    image_outputs: BaseModelOutputWithPooling | None = None
-
-
-@dataclass
-class DehvfCausalLMOutputWithPast(VisualMemoryOutput, CausalLMOutputWithPast):
-    """Adds `image_outputs`, as in [`DehvfModelOutputWithPast`]."""
-
-    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,6 +115,7 @@ class Adapter:
     """
 
     config: DehvfConfig
+    vision_layout: VisionLayout
     hierarchy: LayerHierarchy
     memory_slots: MemorySlots
     projector: VisualProjector | None = None
@@ -152,10 +125,11 @@ class Adapter:
 
     @classmethod
     def build(cls, config: DehvfConfig) -> "Adapter":
-        adapter = cls(config, LayerHierarchy(config), MemorySlots(config))
+        layout = find_vision_layout(config.vision_config, config.image_size)
+        adapter = cls(config, layout, LayerHierarchy(config), MemorySlots(config))
         if config.visual_prompts == "none":
             return adapter
-        num_layers_read = config.vision_config.num_hidden_layers - (config.layer_fusion == "penultimate")
+        num_layers_read = max(adapter.hierarchy.layers_read) + 1
         adapter = replace(
             adapter,
             projector=VisualProjector(config),
@@ -175,18 +149,20 @@ class Adapter:
         Method step 1, and `W_1`, `b_1` of step 6. Returns class features B N d, projected patches B N' n c of the
         layers that are read, and the encoder's own output.
         """
-        layout = VISION_LAYOUTS[self.config.vision_config.model_type]
-        norm = vision_tower.get_submodule(layout.norm)
+        layout = self.vision_layout
+        norm = nn.Identity() if layout.norm is None else vision_tower.get_submodule(layout.norm)
         if self.config.resolution != self.config.vision_config.image_size:
             kwargs |= layout.interpolation
-        adapters, hidden_states = [*self.vision_adapters, None], []  # the last layer has none if it is not read
+        # Layers above the last one that is read have none
+        adapters = [*self.vision_adapters, *[None] * (self.hierarchy.num_vision_layers - len(self.vision_adapters))]
+        hidden_states = []
         outputs = run_extended(vision_tower, adapters, pixel_values, layer_outputs=hidden_states, **kwargs)
         class_features, patches = [], []
         for layer, hidden in enumerate(hidden_states):
-            hidden = norm(hidden).to(self.projector.down.weight.dtype)  # B 1+n d
+            hidden = norm(hidden).to(self.projector.down.weight.dtype)  # B 1+registers+n d
             class_features.append(hidden[:, 0] if layout.has_class_token else hidden.mean(dim=1))
             if layer in self.hierarchy.layers_read:
-                patches.append(self.projector.down(hidden[:, 1:] if layout.has_class_token else hidden))
+                patches.append(self.projector.down(hidden[:, layout.num_prefix_tokens :]))
         return torch.stack(class_features, dim=1), torch.stack(patches, dim=1), outputs
 
     def fusion_weights(self, class_features: torch.Tensor, instruction: torch.Tensor | None) -> torch.Tensor:
@@ -298,19 +274,19 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         vision_tower, language_model (`PreTrainedModel`, *optional*): loaded base models; built at random if not given.
 
     Raises:
-        ValueError: if DEHVF does not know the layout of a base model.
+        ValueError: if a base model cannot be extended.
     """
 
     def __init__(self, config: DehvfConfig, vision_tower=None, language_model=None):
         super().__init__(config)
-        check_layouts(config)
+        text, adapter = find_text_layout(config.text_config), self.build_adapter(config)
+        self.text_layout, vision = text, adapter.vision_layout
         self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
         self.language_model = language_model or AutoModel.from_config(config.text_config)
-        activation_name = TEXT_LAYOUTS[config.text_config.model_type]
-        extend_layers(self.language_model.layers, MemoryFFN, activation_name=activation_name)
-        layout = VISION_LAYOUTS[config.vision_config.model_type]
-        extend_layers(self.vision_tower.get_submodule(layout.layers), AdaptedFFN)
-        self.add_adapter_modules("default", self.build_adapter(config))
+        layers = self.language_model.get_submodule(text.layers)
+        extend_layers(layers, text.ffn, MemoryFFN, activation_name=text.activation)
+        extend_layers(self.vision_tower.get_submodule(vision.layers), vision.ffn, AdaptedFFN)
+        self.add_adapter_modules("default", adapter)
         self.activate_adapter("default")
         self.gradient_checkpointing = False
         self.freeze_bases()
@@ -612,7 +588,6 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         vision_tower, causal_lm (`PreTrainedModel`, *optional*): loaded base models; built at random if not given.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: DehvfConfig, vision_tower=None, causal_lm=None):
@@ -621,6 +596,9 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         self.model = DehvfModel(config, vision_tower, causal_lm.base_model)
         self.lm_head = causal_lm.get_output_embeddings()
         self.generation_config = causal_lm.generation_config
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.freeze_bases()
         self.post_init()
 
@@ -683,11 +661,8 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        text_config = self.config.text_config
-        if softcap := getattr(text_config, "final_logit_softcapping", None):  # Gemma 2
-            logits = softcap * torch.tanh(logits / softcap)
-        loss = None
+        text_config, loss = self.config.text_config, None
+        logits = compute_logits(self.lm_head, outputs.last_hidden_state[:, kept], text_config)
         if labels is not None:
             loss = self.loss_function(logits, labels[:, kept], vocab_size=text_config.vocab_size, **kwargs)
         # The cache among these is `past_key_values` or `cache`, depending on the release

@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlavaConfig, LlavaForC
 from transformers.activations import ACT2FN
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from dehvf import DehvfConfig, bases, injection
+from dehvf import DehvfConfig, bases, injection, layouts
 
 
 METHODS = {
@@ -33,6 +33,8 @@ METHODS = {
 }
 # Language models that all methods can adapt: their layers take further keyword arguments and hand them to `self_attn`
 TEXT_TYPES = ("llama", "mistral")
+# Vision encoders that all methods can read; LaVIN and ADEM-VL extend their layers by name
+VISION_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2")
 
 
 @dataclass
@@ -165,7 +167,7 @@ class ClassTokenProjector(Projector):
 
     def __init__(self, vision_config, layers_per_token: int, size: int, out_size: int, hidden_act: str):
         super().__init__(layers_per_token * vision_config.hidden_size, size, out_size, hidden_act)
-        self.has_class_token = bases.VISION_LAYOUTS[vision_config.model_type].has_class_token
+        self.has_class_token = layouts.find_vision_layout(vision_config).has_class_token
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         features = class_features(features, self.has_class_token)
@@ -187,7 +189,7 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
     `transformers`' LLaVA on loaded bases, which it freezes. Subclasses add what is trained; only that is saved.
 
     Args:
-        vision_tower, causal_lm (`PreTrainedModel`): the bases, of a type in `VISION_LAYOUTS` and `TEXT_TYPES`.
+        vision_tower, causal_lm (`PreTrainedModel`): the bases, of a type in `VISION_TYPES` and `TEXT_TYPES`.
         projector (`nn.Module`): takes the place of `multi_modal_projector`.
         image_size (`int`, *optional*): side of the images in pixels, as in [`DehvfConfig`].
         config_values: fields of `LlavaConfig`, on how the vision tower is read.
@@ -208,16 +210,13 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         DehvfConfig.validate_image_size(config)  # it has the fields that the check reads
         with torch.device("meta"):  # all that LLaVA builds itself is replaced
             super().__init__(config)
+        self.vision_layout = layouts.find_vision_layout(vision_tower.config)
         self.model.vision_tower = vision_tower
         self.model.language_model = causal_lm.base_model
         self.lm_head = causal_lm.get_output_embeddings()
         self.generation_config = causal_lm.generation_config
         self.requires_grad_(False)
         self.model.multi_modal_projector = projector
-
-    @property
-    def vision_layout(self) -> bases.VisionLayout:
-        return bases.VISION_LAYOUTS[self.config.vision_config.model_type]
 
     @property
     def resolution(self) -> int:
@@ -357,7 +356,7 @@ def assemble(method: str, vision_tower, causal_lm, arguments: BaselineArguments,
     Raises:
         ValueError: if the method is none of these, a base is of another type, or a value does not fit the bases.
     """
-    for base, known in ((vision_tower, bases.VISION_LAYOUTS), (causal_lm, TEXT_TYPES)):
+    for base, known in ((vision_tower, VISION_TYPES), (causal_lm, TEXT_TYPES)):
         if base.config.model_type not in known:
             raise ValueError(f"The baselines take {', '.join(known)}, not `{base.config.model_type}`.")
     with causal_lm.device:

@@ -96,7 +96,7 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
         self.value_embedding = nn.Parameter(torch.zeros(self.num_slots, width))
         vision_layers = vision_tower.get_submodule(self.vision_layout.layers)
         for layers in (vision_layers, self.model.language_model.layers):
-            injection.extend_layers(layers, injection.AdaptedFFN)
+            injection.extend_layers(layers, "mlp", injection.AdaptedFFN)
 
     @property
     def image_tokens(self) -> list[int]:

@@ -110,13 +110,13 @@ def slot_activations(model, inputs, position: int = -1) -> np.ndarray:
     check_images(model, inputs)
     activations, thread = [], threading.get_ident()
 
-    def keep(mlp, args):
+    def keep(ffn, args):
         if threading.get_ident() == thread:  # others may use the model at the same time
-            patches, _ = mlp.slot_activations(args[0][:, [position]], mlp.memory)  # (batch_size, 1, num_patches)
+            patches, _ = ffn.slot_activations(args[0][:, [position]], ffn.memory)  # (batch_size, 1, num_patches)
             activations.append(patches[:, 0].float())
 
-    mlps = [layer.mlp for layer in model.model.language_model.layers]
-    hooks = [mlp.register_forward_pre_hook(keep) for mlp in mlps]
+    ffns = model.model.text_layout.ffns(model.model.language_model)
+    hooks = [ffn.register_forward_pre_hook(keep) for ffn in ffns]
     try:
         model(**inputs)
     finally:
@@ -166,7 +166,7 @@ def count_layers(axis):
 
 
 def penultimate_note(model) -> str:
-    if model.config.layer_fusion == "penultimate":
+    if model.config.layer_fusion == "penultimate" or isinstance(model.config.layer_mapping, list):
         return ""
     return (
         f"\nThe penultimate vision layer, {model.config.vision_config.num_hidden_layers - 2}, is a candidate of every "
@@ -273,12 +273,14 @@ def curve_styles(num_candidates: int) -> list[tuple[str, dict]]:
 
 
 def name_groups(axis, model):
-    """Writes the run of vision layers above each group."""
+    """Writes the vision layers of each group above it, as a run where they are one."""
+    is_grouped = not isinstance(model.config.layer_mapping, list)
     penultimate = model.config.vision_config.num_hidden_layers - 2
     for layers, candidates in groups(model):
-        run = candidates[candidates != penultimate]
+        run = candidates[candidates != penultimate] if is_grouped else candidates
         if len(run):
-            text = f"vision {run[0]}" if len(run) == 1 else f"vision {run[0]}–{run[-1]}"
+            is_run = len(run) > 1 and run[-1] - run[0] == len(run) - 1
+            text = f"vision {run[0]}–{run[-1]}" if is_run else f"vision {', '.join(map(str, run))}"
             place = {"transform": axis.get_xaxis_transform(), "horizontalalignment": "center"}
             axis.text((layers[0] + layers[-1]) / 2, 1.02, text, fontsize="small", **place)
 

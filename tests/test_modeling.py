@@ -19,6 +19,7 @@ from tiny import (
     DehvfConfig,
     DehvfForConditionalGeneration,
     relative_error,
+    save_tiny_bases,
     tiny_config,
     tiny_inputs,
     tiny_model,
@@ -54,8 +55,10 @@ def reference_fusion_weights(model, class_features, instruction, layer, position
     group_of_layer = [group for group, run in enumerate(runs(num_text)) for _ in run]
     if config.layer_mapping == "random":
         random.Random(config.layer_mapping_seed).shuffle(group_of_layer)
-    group = group_of_layer[layer]
-    candidates = runs(num_vision)[group] + [num_vision - 2]
+    if isinstance(config.layer_mapping, list):
+        candidates = config.layer_mapping[layer]
+    else:
+        candidates = runs(num_vision)[group_of_layer[layer]] + [num_vision - 2]
     weights = torch.zeros(num_vision)
     if config.layer_fusion == "penultimate":
         weights[num_vision - 2] = 1
@@ -438,6 +441,55 @@ def test_the_random_mapping_deals_the_same_groups_to_other_layers():
     assert hierarchical != random_one != random_two
 
 
+def test_an_explicit_mapping_equals_the_groups_that_it_names():
+    grouped = tiny_model()
+    named = tiny_model(layer_mapping=[[0, 1, 2, 4]] * 2 + [[3, 4, 5, 4]] * 2)
+    assert named.model.candidates.tolist() == grouped.model.candidates.tolist()
+    named.load_state_dict(grouped.state_dict())
+    assert torch.equal(named(**tiny_inputs()).logits, grouped(**tiny_inputs()).logits)
+
+
+def test_an_explicit_mapping_is_saved_with_the_adapter(tmp_path):
+    mapping = [[1], [0, 2, 3], [3], [1, 3]]
+    model = DehvfForConditionalGeneration.from_vision_text_pretrained(
+        *save_tiny_bases(tmp_path), **DEHVF_SIZES, layer_mapping=mapping
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # new ones are silent
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    again = DehvfForConditionalGeneration.from_pretrained(tmp_path / "adapter")
+    assert again.config.layer_mapping == mapping
+    assert torch.equal(again(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
+
+
+def test_an_explicit_mapping_mixes_the_layers_that_it_lists_and_no_others():
+    mapping = [[1], [0, 2, 3], [3], [1, 3]]
+    model = tiny_model(layer_mapping=mapping)
+    weights = model.model.get_fusion_weights(tiny_inputs()["pixel_values"])  # B D P N
+    for layer, candidates in enumerate(mapping):
+        read = [index for index in range(NUM_VISION_LAYERS) if (weights[:, layer, :, index] != 0).all()]
+        assert read == candidates
+        assert not weights[:, layer, :, [index for index in range(NUM_VISION_LAYERS) if index not in candidates]].any()
+    assert len(model.model.vision_adapters) == 4, "layers 4 and 5 are read by none"
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"layer_mapping": [[0], [1]]}, "`layer_mapping` has 2 lists, but the language model has 4 layers. Give one"),
+        ({"layer_mapping": [[0], [], [1], [2]]}, r"has \[\] for language layer 1, but .* vision layers 0 to 5"),
+        ({"layer_mapping": [[0], [1], [2], [6]]}, r"has \[6\] for language layer 3, but .* vision layers 0 to 5"),
+        ({"layer_mapping": [[0], [1], [2], [-1]]}, r"has \[-1\] for language layer 3"),
+        ({"layer_mapping": [["0"], [1], [2], [3]]}, "layer_mapping"),
+        ({"layer_mapping": [[0], [1], [2], [3]], "layer_fusion": "penultimate"}, "penultimate alone. Remove"),
+    ],
+)
+def test_an_impossible_mapping_is_refused(values, message):
+    with pytest.raises(Exception, match=message):
+        tiny_config(**values)
+
+
 def test_weights_follow_the_instruction_where_it_is_read():
     inputs = tiny_inputs()
     pixel_values = inputs["pixel_values"][[0, 0]]  # one image, two questions
@@ -731,15 +783,15 @@ def test_the_loss_is_that_of_the_labels():
 
 def test_unsupported_ffn_layout_is_refused_by_name():
     config = tiny_config()
-    config.text_config = AutoConfig.for_model("gpt2")
-    with pytest.raises(ValueError, match="`gpt2`.*Supported are: llama, mistral, qwen2, qwen3, gemma"):
+    config.text_config = AutoConfig.for_model("opt")
+    with pytest.raises(ValueError, match="`opt` .`text_config`.*no FFN module.*Give another `text_model`"):
         DehvfForConditionalGeneration(config)
 
 
 def test_unsupported_vision_encoder_is_refused_by_name():
     config = tiny_config()
     config.vision_config = AutoConfig.for_model("convnext")
-    with pytest.raises(ValueError, match="`convnext`.*Supported are: clip_vision_model"):
+    with pytest.raises(ValueError, match="`convnext` .`vision_config`.*Give another `vision_model`"):
         DehvfForConditionalGeneration(config)
 
 

@@ -449,3 +449,25 @@ def test_a_number_of_epochs_overrides_a_recipes_number_of_steps(tmp_path):
     (tmp_path / "steps.yaml").write_text("max_steps: 1500\n")
     training = parse_arguments([str(tmp_path / "steps.yaml"), "--num_train_epochs", "2"])[-1]
     assert (training.num_train_epochs, training.max_steps) == (2, -1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "expected"),
+    [
+        ("layer_mapping: [[0, 1], [2], [1, 3]]\n", [], [[0, 1], [2], [1, 3]]),
+        ("layer_mapping: random\n", [], "random"),
+        ("layer_mapping: random\n", ["--layer_mapping", "[[0], [1, 2]]"], [[0], [1, 2]]),
+        ("layer_mapping: [[0], [1]]\n", ["--layer_mapping=hierarchical"], "hierarchical"),
+        ("seed: 1\n", [], "hierarchical"),
+    ],
+)
+def test_a_layer_mapping_is_a_name_or_lists(recipe, flags, expected, tmp_path):
+    (tmp_path / "row.yaml").write_text(recipe)
+    adapters = parse_arguments([str(tmp_path / "row.yaml"), *flags])[3]
+    assert adapters.layer_mapping == expected
+
+
+def test_a_layer_mapping_that_is_neither_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--layer_mapping", "deep"])
+    assert "'deep' is none of hierarchical, random and no JSON. Give one of them, or lists" in capsys.readouterr().err

@@ -83,6 +83,8 @@ ABLATIONS = {
     "instruction": {"fuser_query": "instruction"},
     "layer and instruction": {"fuser_query": "layer+instruction"},
     "random mapping": {"layer_mapping": "random", "layer_mapping_seed": 3},
+    "explicit mapping": {"layer_mapping": [[1], [0, 2, 3], [3], [1, 3]]},
+    "explicit mapping, mean": {"layer_mapping": [[1], [0, 2, 3], [3], [1, 3]], "layer_fusion": "mean"},
 }
 
 

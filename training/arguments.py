@@ -5,9 +5,10 @@ import dataclasses
 import json
 import math
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -187,17 +188,31 @@ def adapter_arguments() -> type:
     for name in ("vision_config", "text_config", "tie_word_embeddings", "merged_base"):
         del own[name]
     descriptions = describe_fields(DehvfConfig.__doc__)
+    readers = {float | int: float, DehvfConfig.__annotations__["layer_mapping"]: read_layer_mapping}
     return dataclasses.make_dataclass(
         "AdapterArguments",
         [
             (
                 name,
-                float if hint == float | int else hint,  # argparse calls the type
+                readers.get(hint, hint),  # argparse calls the type
                 field(default=getattr(DehvfConfig, name), metadata={"help": descriptions[name]}),
             )
             for name, hint in own.items()
         ],
     )
+
+
+def read_layer_mapping(text: str) -> str | list:
+    """`hierarchical` or `random` as it is, else a JSON list of lists."""
+    if text in (names := get_args(get_args(DehvfConfig.__annotations__["layer_mapping"])[0])):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ArgumentTypeError(
+            f"{text!r} is none of {', '.join(names)} and no JSON. Give one of them, or lists such as '[[0, 1], [2]]', "
+            "one for each language layer."
+        ) from error
 
 
 def describe_fields(docstring: str) -> dict[str, str]:
@@ -236,7 +251,10 @@ def parse_arguments(arguments: list[str]):
             values.pop(other, None)
     words = [f"--output_dir=outputs/{recipe.stem}"]
     for name, value in values.items():
-        elements = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        is_nested = isinstance(value, list) and any(isinstance(element, list) for element in value)
+        if isinstance(value, dict) or is_nested:
+            value = json.dumps(value)
+        elements = value if isinstance(value, list) else [value]
         words += [f"--{name}", *map(str, elements)]
     given = arguments if not arguments or arguments[0].startswith("-") else arguments[1:]
     parsed = parser.parse_args_into_dataclasses([*words, *given], look_for_args_file=False)

@@ -1,0 +1,65 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What a call gives: the outputs of both models, and the logits as the language model computes them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+
+from .adapters_dehvf import as_visual_memory
+
+
+class VisualMemoryOutput:
+    """For outputs with a field `image_outputs`."""
+
+    @property
+    def visual_memory(self) -> torch.Tensor | None:
+        """
+        What the images were encoded to, `(batch_size, num_language_layers, num_positions, num_patches,
+        projector_hidden_size + 1)`. Pass it back as `visual_memory=` to ask again without encoding again.
+        """
+        return as_visual_memory(self.image_outputs)
+
+
+@dataclass
+class DehvfModelOutputWithPast(VisualMemoryOutput, BaseModelOutputWithPast):
+    """
+    Adds to the language model's output:
+        image_outputs (`BaseModelOutputWithPooling`, *optional*): of the images, as `get_image_features` returns them.
+    """
+
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+
+@dataclass
+class DehvfCausalLMOutputWithPast(VisualMemoryOutput, CausalLMOutputWithPast):
+    """Adds `image_outputs`, as in [`DehvfModelOutputWithPast`]."""
+
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+
+def compute_logits(lm_head: nn.Module, hidden_states: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
+    """
+    The logits as the language model itself computes them, bit for bit: some models scale or cap the results of their
+    head, by numbers of their config.
+
+    Args:
+        hidden_states: `(batch_size, num_tokens, language_hidden_size)`.
+    """
+    scaling = getattr(text_config, "logits_scaling", None)
+    if text_config.model_type == "minicpm3":
+        return lm_head(hidden_states / scaling)
+    logits = lm_head(hidden_states)
+    if text_config.model_type == "hyperclovax":
+        logits = logits * scaling
+    elif scaling is not None:  # Granite
+        logits = logits / scaling
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
+        if (scale := getattr(text_config, name, None)) is not None:
+            logits = logits * scale
+    for name in ("final_logit_softcapping", "logits_soft_cap"):  # Gemma 2; RecurrentGemma
+        if (cap := getattr(text_config, name, None)) is not None:
+            logits = cap * torch.tanh(logits / cap)
+    return logits
