@@ -135,6 +135,8 @@ class DehvfConfig(PreTrainedConfig):
             the same ones; `"keys"`; `"values"`; `"none"`: slots hold their position embeddings alone.
         num_memory_slots (`int`, S): entries appended to each FFN, at least the number of patches (7B: 320, 13B: 400).
         projector_hidden_size (`int`): hidden width of the projector (MemVP: 128).
+        projector_initializer (`str`): start of the projector's weights: `"normal"`, with `initializer_range`, or
+            `"xavier"`, uniform, as in MemVP's code.
         visual_scale (`float`, lambda): scale of the visual features (MemVP: 0.01).
         memory_scale (`float`, s): scale of what the memory adds to an FFN (MemVP's LLaMA code: 0.1).
         memory_form (`str`): how FFNs read visual features. `"factored"`: through the projector's width, which is as
@@ -183,6 +185,7 @@ class DehvfConfig(PreTrainedConfig):
     visual_prompts: Literal["keys_and_values", "shared", "keys", "values", "none"] = "keys_and_values"
     num_memory_slots: int = 320
     projector_hidden_size: int = 128
+    projector_initializer: Literal["normal", "xavier"] = "normal"
     visual_scale: float | int = 0.01
     memory_scale: float | int = 0.1
     memory_form: Literal["auto", "factored", "materialised"] = "auto"

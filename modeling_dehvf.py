@@ -232,6 +232,9 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
         elif isinstance(module, ProjectorBasis):
             init.normal_(module.weight, std=std)
             init.zeros_(module.bias)
+        elif isinstance(module, VisualProjector) and self.config.projector_initializer == "xavier":
+            for part in (module.down, module.up):
+                init.xavier_uniform_(part.weight)
         elif isinstance(module, MemorySlots):
             init.normal_(module.key, std=std)
             init.zeros_(module.value)  # as in MemVP: the memory starts with almost no effect

@@ -69,6 +69,17 @@ def test_each_parameter_of_a_new_adapter_has_its_start(way, fuser_query, tmp_pat
         assert torch.equal(adapted.last_hidden_state, model.model.vision_tower(pixel_values).last_hidden_state)
 
 
+@pytest.mark.parametrize("way", ["from_vision_text_pretrained", "from_config", "meta"])
+def test_the_projector_can_start_by_xavier(way, tmp_path):
+    adapter = new(way, tmp_path, num_memory_slots=64, projector_initializer="xavier", **SIZES).adapter_state_dict()
+    for name in ("down", "up"):
+        weight = adapter[f"model.projector.{name}.weight"]
+        bound = (6 / sum(weight.shape)) ** 0.5
+        assert 0.9 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert not adapter[f"model.projector.{name}.bias"].any()
+
+
 def test_the_table_has_no_row_for_a_parameter_that_does_not_exist():
     names = set()
     for fuser_query in ("network", "tokens", "layer+instruction"):
