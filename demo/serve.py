@@ -368,8 +368,11 @@ class Handler:
                 self._stream(writer, request, inputs, max_new_tokens), media_type="text/event-stream"
             )
         answer = self.engine.start(request, inputs, max_new_tokens)
-        async for _ in answer.pieces():
-            pass
+        try:
+            async for _ in answer.pieces():
+                pass
+        finally:
+            answer.is_cancelled = True  # where the client left
         return JSONResponse(
             writer.whole(answer.text, answer.finish_reason, answer.num_prompt_tokens, answer.num_tokens)
         )
@@ -478,18 +481,32 @@ class Guard:
             )
         self.num_requests += 1
         try:
-            body = await self._read_body(receive)
-
-            async def receive_body():
-                nonlocal body
-                if body is None:
-                    return await receive()  # that the client left
-                message, body = {"type": "http.request", "body": body, "more_body": False}, None
-                return message
-
-            await self.app(scope, receive_body, send)
+            await self._run(scope, await self._read_body(receive), receive, send)
         finally:
             self.num_requests -= 1
+
+    async def _run(self, scope, body: bytes, receive, send):
+        """Runs the application until it has answered or the client has left."""
+        messages, is_answered = [{"type": "http.request", "body": body, "more_body": False}], False
+
+        async def receive_body():
+            return messages.pop() if messages else await asyncio.shield(leaving)
+
+        async def send_and_note(message):
+            nonlocal is_answered
+            await send(message)
+            is_answered = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+        leaving = asyncio.create_task(receive())  # all that comes after the body
+        answering = asyncio.create_task(self.app(scope, receive_body, send_and_note))
+        try:
+            await asyncio.wait({leaving, answering}, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done() or is_answered:
+                await answering
+        finally:
+            for task in (leaving, answering):
+                task.cancel()
+            await asyncio.wait({leaving, answering})
 
     async def _read_body(self, receive) -> bytes:
         body, num_bytes, more = bytearray(), 0, True

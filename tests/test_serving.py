@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import itertools
+import json
 import os
 import re
 import runpy
@@ -599,7 +600,7 @@ def call(guard, body: bytes = b"", more=()):
     sent = []
 
     async def receive():
-        return next(messages)
+        return next(messages, None) or await asyncio.sleep(600)
 
     async def send(message):
         sent.append(message)
@@ -966,8 +967,9 @@ def test_an_image_that_hangs_stalls_nobody(server, image_host):
                 request.result()
 
 
-def test_an_answer_whose_client_left_is_not_finished(server, monkeypatch):
-    numbers, generate = [], server.model.generate
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_whose_client_left_is_not_finished(stream, server, monkeypatch):
+    started, numbers, generate = threading.Event(), [], server.model.generate
 
     def count(**kwargs):
         tokens = generate(**kwargs)
@@ -975,13 +977,17 @@ def test_an_answer_whose_client_left_is_not_finished(server, monkeypatch):
         return tokens
 
     def wait(*args):
+        started.set()
         time.sleep(0.05)  # a model that takes its time
 
     monkeypatch.setattr(server.model, "generate", count)
     hook = server.model.register_forward_pre_hook(wait)
-    stream = server.ask(PICTURE, stream=True, max_completion_tokens=100)
-    next(stream)
-    stream.close()
+    body = {"messages": [turn("user", "a")], "max_tokens": 100, "stream": stream}
+    with socket.create_connection(("localhost", server.server.config.port)) as client:
+        data = json.dumps(body).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        assert started.wait(600)
     while not numbers:
         time.sleep(0.01)
     hook.remove()
