@@ -46,13 +46,13 @@ def parse_host(entry: str) -> tuple[str, int | None]:
     """
     try:
         url = httpx.URL(f"https://{entry}")
-        is_host = url.host and entry.lower() == url.netloc.decode("ascii")
+        is_host = url.host and "*" not in entry and entry.lower() == url.netloc.decode("ascii")
     except (httpx.InvalidURL, UnicodeDecodeError):
         is_host = False
     if not is_host:
         raise ValueError(
             f"The image host {entry!r} is neither a name nor a name and a port. Give for example "
-            "`images.example.org`, `images.example.org:8080` or `[::1]:8080`, without `https://` and a path."
+            "`images.example.org`, `images.example.org:8080` or `[::1]:8080`, without `https://`, a path and `*`."
         )
     return url.host, url.port
 
@@ -183,7 +183,7 @@ class ImageReader:
                 "as `data:image/png;base64,...`.",
                 code="image_timeout",
             ) from error
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last for international names
             raise refuse(
                 f"The image {shorten(url)} cannot be fetched: {error or type(error).__name__}. Check the address, or "
                 "send the image as `data:image/png;base64,...`."
