@@ -944,6 +944,14 @@ def test_a_template_that_refuses_a_chat_says_why(server, monkeypatch):
         server.ask()
 
 
+def test_a_developer_turn_is_a_system_turn_to_the_template(server, monkeypatch):
+    template = "{{ raise_exception(messages | map(attribute='role') | join(' ')) }}"
+    monkeypatch.setattr(server.processor, "chat_template", template)
+    roles = ("developer", "user", "assistant", "system")
+    with pytest.raises(openai.BadRequestError, match="messages: system user assistant system"):
+        server.ask(messages=[turn(role, "a") for role in roles])
+
+
 @pytest.mark.parametrize("endpoint", ["chat", "responses"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_fault_of_the_server_has_an_id_that_is_in_the_log(endpoint, stream, server, monkeypatch, caplog):
