@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
 
@@ -65,6 +66,26 @@ def load(adapter: str, revision: str | None):
     model = AutoModelForImageTextToText.from_pretrained(adapter, **source)
     model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     return remember_images(model), AutoProcessor.from_pretrained(adapter, **source)
+
+
+def read_upload(upload) -> Image.Image | None:
+    """
+    The image in what `gr.Image` was given, or `None`.
+
+    Raises:
+        gradio.Error: if it cannot be read. The page shows the message of this class alone, also where it is launched
+            without `show_error`.
+    """
+    if upload is None:
+        return None
+    try:
+        if upload.url and upload.url.startswith("data:"):
+            return read_image(upload.url)
+        return read_image(Path(upload.path or ""))  # a path is never taken for a URL
+    except ValueError as error:
+        fault = error.__cause__
+        reason = "it is no image file" if isinstance(fault, UnidentifiedImageError) else str(fault)
+        raise gr.Error(f"The image {upload.orig_name or ''} cannot be read: {reason}. Upload another file.") from error
 
 
 def make_inputs(model, processor, image, message: str) -> dict[str, torch.Tensor]:
@@ -164,6 +185,7 @@ def build(model, processor) -> gr.Blocks:
         with gr.Row():
             with gr.Column():
                 image = gr.Image(label="Image", type="pil", height=300, elem_id="image")
+                image.preprocess = read_upload  # reads images as training does, and says why one cannot be read
                 hint = "Examples from the test split of the digits task"
                 gr.Examples(make_examples(), [image, message], label=hint, visible_columns=[0])
             with gr.Column():

@@ -15,6 +15,7 @@ from demo.pictures import fusion_weights, slot_activations
 
 pytest.importorskip("gradio", reason="pip install -r requirements-app.txt")
 import gradio as gr  # noqa: E402
+from gradio.data_classes import ImageData  # noqa: E402
 
 from demo import app  # noqa: E402
 
@@ -153,14 +154,35 @@ def url(tmp_path_factory):
     gr.close_all()
 
 
-def test_a_client_sees_the_answer_grow_and_why_a_file_is_refused(url, loaded, image, tmp_path):
+@pytest.mark.parametrize(
+    "kind, reason", [("text", "it is no image file"), ("cut", "[Tt]runcated"), ("data", "base64")]
+)
+def test_a_client_sees_why_an_image_is_refused(kind, reason, url, image, tmp_path):
+    from gradio_client import Client, handle_file
+
+    path = tmp_path / "broken.png"
+    image.save(path)
+    path.write_bytes(b"no image" if kind == "text" else path.read_bytes()[:1000])
+    given = {"url": "data:image/png;base64,a?b", "meta": {"_type": "gradio.FileData"}}
+    client = Client(url, verbose=False, analytics_enabled=False)
+    with pytest.raises(Exception, match=f"The image .*cannot be read: .*{reason}.*Upload another file"):
+        client.predict(given if kind == "data" else handle_file(path), MESSAGE, api_name="/ask")
+
+
+def test_what_cannot_be_read_is_an_error_that_the_page_always_shows(tmp_path):
+    """Other exceptions are shown only where the page was launched with `show_error`."""
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    for upload in (ImageData(path=str(tmp_path / "broken.png")), ImageData(), ImageData(path="http://127.0.0.1:1/a")):
+        with pytest.raises(gr.Error, match="cannot be read"):
+            app.read_upload(upload)
+    assert app.read_upload(None) is None
+
+
+def test_a_client_sees_the_answer_grow(url, loaded, image, tmp_path):
     from gradio_client import Client, handle_file
 
     image.save(tmp_path / "image.png")
-    (tmp_path / "broken.png").write_bytes(b"no image")
     client = Client(url, verbose=False, analytics_enabled=False)
-    with pytest.raises(Exception, match="cannot identify image file"):
-        client.predict(handle_file(tmp_path / "broken.png"), MESSAGE, api_name="/ask")
     steps = list(client.submit(handle_file(tmp_path / "image.png"), MESSAGE, api_name="/ask"))
     assert len(set(steps)) > 2
     assert steps[-1] == list(app.ask(make_model(), loaded[1], image, MESSAGE))[-1][0]

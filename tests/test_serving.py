@@ -1,13 +1,24 @@
-"""Streamers, `transformers serve` with an OpenAI client, and the cache of images."""
+"""Streamers, the cache of images, and the server with an OpenAI client."""
 
+import asyncio
 import base64
 import io
+import itertools
+import json
+import os
+import re
 import runpy
+import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -25,7 +36,21 @@ from transformers import TextIteratorStreamer, TextStreamer
 from transformers.cli.serving.model_manager import Modality, ModelManager
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from demo import serve
+
+for package in ("fastapi", "httpx", "openai", "uvicorn"):
+    pytest.importorskip(package, reason="pip install -r requirements-app.txt")
+import httpx  # noqa: E402
+import openai  # noqa: E402
+import uvicorn  # noqa: E402
+from fastapi.routing import APIRoute  # noqa: E402
+from fastapi.testclient import TestClient  # noqa: E402
+from openai.types.chat import ChatCompletion, ChatCompletionChunk  # noqa: E402
+from openai.types.responses import Response  # noqa: E402
+from transformers.cli.serving.server import build_server  # noqa: E402
+
+from demo import serve  # noqa: E402
+from demo.client_images import ImageReader, is_public  # noqa: E402
+from demo.openai_api import ChatRequest, RequestError, ResponsesRequest, parse  # noqa: E402
 
 
 QUESTION = "what is that?"
@@ -141,7 +166,7 @@ def test_nothing_is_cached_that_a_gradient_goes_through():
         model(**tiny_inputs(1), labels=tiny_inputs(1)["input_ids"]).loss.backward()
 
 
-# --- the server ---
+# --- the command ---
 
 
 @pytest.fixture(scope="module")
@@ -183,66 +208,299 @@ def test_a_registered_class_is_loaded_with_its_remote_code_and_takes_images(adap
         ModelManager(device="cpu").load_model_and_processor(ModelManager.process_model_name(adapter))
 
 
-def test_the_command_hands_its_flags_to_transformers_serve(adapter, registered, monkeypatch):
-    uvicorn, _ = pytest.importorskip("uvicorn"), pytest.importorskip("openai")
+def command(monkeypatch, *flags):
+    """Runs the command up to the point where it would listen. Returns what uvicorn was told."""
     served = []
-    monkeypatch.setattr(uvicorn.Server, "run", lambda self: served.append(self.config.port))
-    monkeypatch.setattr(sys, "argv", ["serve.py", adapter, "--trust-remote-code", "--device", "cpu", "--port", "8123"])
-    with pytest.raises(SystemExit, match="0"):
+
+    def run(self, **kwargs):
+        served.append(self.config)
+        self.started = True
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    monkeypatch.setattr(sys, "argv", ["serve.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "demo" / "serve.py"), run_name="__main__")
-    assert served == [8123]
+    return ended.value.code, served
+
+
+def test_the_command_serves_with_its_flags(adapter, registered, monkeypatch, tmp_path):
+    flags = ["--trust-remote-code", "--device", "cpu", "--port", "8123", "--host", "127.0.0.1"]
+    flags += ["--allow-host", "dehvf.example.org", "--allow-origin", "https://chat.example.org"]
+    flags += ["--allow-image-host", "images.example.org", "--allow-image-folder", tmp_path, "--max-requests", "3"]
+    code, (config,) = command(monkeypatch, adapter, *flags)
+    assert (code, config.port, config.host) == (0, 8123, "127.0.0.1")
+    cors, guard = (middleware.kwargs for middleware in config.app.user_middleware[:2])
+    assert cors["allow_origins"] == guard["origins"] == ["https://chat.example.org"]
+    assert guard["hosts"] == ["localhost", "127.0.0.1", "dehvf.example.org"]
+    assert guard["max_requests"] == 3
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--allow-image-host", "https://a.org/images"], "neither a name nor a name and a port"),
+        (["--allow-image-host", "*"], "neither a name nor a name and a port"),
+        (["--allow-image-folder", "nothing"], "does not exist"),
+        (["--allow-origin", "*"], "no scheme and host"),
+    ],
+)
+def test_the_command_refuses_flags_that_allow_nothing_or_all(flags, words, monkeypatch, capsys):
+    code, served = command(monkeypatch, "nothing", *flags)
+    assert code == 2 and not served
+    assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+# --- the images of clients ---
+
+
+def png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def data_url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+class ImageHost:
+    """A web server with an image, and what a hostile one does. `seen` has the paths that were asked for."""
+
+    def __init__(self):
+        host, self.seen, self.released = self, [], threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                host.seen.append(self.path)
+                host.answer(self)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.name = f"127.0.0.1:{self.server.server_port}"
+        self.data = png(image(1))
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def answer(self, handler):
+        name = handler.path.strip("/")
+        elsewhere = f"http://localhost:{self.server.server_port}/image"
+        places = {"moved": "/image", "out": elsewhere, "circle": "/circle", "file": "file:///etc/passwd"}
+        if name == "hang":
+            self.released.wait(600)
+        if name in places:
+            handler.send_response(302)
+            handler.send_header("Location", places[name])
+        else:
+            handler.send_response(404 if name == "missing" else 200)
+        if name in ("image", "long"):
+            handler.send_header("Content-Length", str(len(self.data) if name == "image" else 10**9))
+        handler.end_headers()
+        try:
+            handler.wfile.write(self.data if name == "image" else b"0" * 300_000 if name == "endless" else b"no image")
+        except OSError:  # the client has read enough
+            pass
+
+
+@pytest.fixture(scope="module")
+def image_host():
+    host = ImageHost()
+    yield host
+    host.released.set()
+    host.server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of images, beside a secret, with links out of it."""
+    folder = tmp_path_factory.mktemp("images") / "allowed"
+    folder.mkdir()
+    (folder / "an image.png").write_bytes(png(image(1)))
+    (folder.parent / "secret.png").write_bytes(png(image(2)))
+    (folder / "link.png").symlink_to(folder.parent / "secret.png")
+    (folder / "circle.png").symlink_to(folder / "circle.png")
+    (folder / "large.png").write_bytes(b"0" * 300_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reader(image_host, folder):
+    return ImageReader([image_host.name, "named.test"], [folder], 200_000, 10_000, max_seconds=5)
+
+
+def read(reader, url):
+    return reader.decode(asyncio.run(reader.read(url)))
+
+
+@pytest.mark.parametrize(
+    "url", ["{data}", "http://{host}/image", "http://{host}/moved", "file://{folder}/an%20image.png"]
+)
+def test_an_image_is_read_from_where_it_may(url, reader, image_host, folder):
+    url = url.format(data=data_url(png(image(1))), host=image_host.name, folder=folder)
+    assert read(reader, url).tobytes() == image(1).tobytes()
+
+
+NO_HOST, NO_FILE = "fetches no images", "names no file below the folders"
+
+
+@pytest.mark.parametrize(
+    "url, words",
+    [
+        ("http://localhost:{port}/image", NO_HOST),  # a name that was not listed, of an address that was
+        ("http://127.0.0.1/image", NO_HOST),  # another port
+        ("https://{host}@example.org/image", NO_HOST),
+        ("http://user@{host}/image", NO_HOST),
+        ("http://{host}/out", NO_HOST),
+        ("http://{host}/file", NO_HOST),
+        ("http://{host}/circle", "more than 3 redirects"),
+        ("http://{host}/missing", "answered with status 404"),
+        ("http://{host}/text", "are no PNG, JPEG, WEBP, GIF file"),
+        ("http://{host}/long", "has at least 1000000000 bytes. This server reads up to 200000"),
+        ("http://{host}/endless", "This server reads up to 200000"),
+        ("http://{host}:0:0/", "cannot be fetched"),
+        ("http://xn--/", "cannot be fetched"),
+        ("http://\ud800/", "cannot be fetched"),
+        ("http://127.0.0.1:\x00/", "cannot be fetched"),
+        ("http:", NO_HOST),
+        ("http://named.test/image", "an address that is not public"),
+        ("file://{folder}/../secret.png", NO_FILE),
+        ("file://{folder}/%2e%2e/secret.png", NO_FILE),
+        ("file://{folder}/link.png", NO_FILE),
+        ("file://{folder}/circle.png", NO_FILE),
+        ("file://{folder}/nothing.png", NO_FILE),
+        ("file://{folder}/%00", NO_FILE),
+        ("file://{folder}/" + 300 * "a", NO_FILE),
+        ("file://{folder}", NO_FILE),
+        ("file://example.org{folder}/an%20image.png", NO_FILE),
+        ("file:///etc/passwd", NO_FILE),
+        ("file://{folder}/large.png", "has at least 300000 bytes"),
+        ("{folder}/an image.png", "is not a URL that this server reads"),
+        ("ftp://{host}/image", "is not a URL that this server reads"),
+        ("data:image/png,abc", "is no base64 data URL"),
+        ("data:image/png;base64,a?b", "is not valid base64"),
+        ("data:image/png;base64," + 400_000 * "a", "This server reads up to 200000"),
+    ],
+)
+def test_an_image_is_not_read_from_elsewhere_nor_without_limit(url, words, reader, image_host, folder, monkeypatch):
+    look_up = socket.getaddrinfo
+
+    def getaddrinfo(host, *args, **kwargs):
+        return look_up("10.1.2.3" if host == "named.test" else host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    url = url.format(host=image_host.name, port=image_host.server.server_port, folder=folder)
+    image_host.seen.clear()
+    with pytest.raises(RequestError, match=re.escape(words)) as refused:
+        read(reader, url)
+    assert refused.value.status == 400
+    assert "/image" not in image_host.seen
+
+
+@pytest.mark.parametrize(
+    "address, expected",
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1", True),
+        *((address, False) for address in ("127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254")),
+        *((address, False) for address in ("0.0.0.0", "100.64.0.1", "224.0.0.1", "::1", "fe80::1%eth0", "fd00::1")),
+        *((address, False) for address in ("::ffff:127.0.0.1", "64:ff9b::a00:1", "2002:7f00:1::")),
+    ],
+)
+def test_which_addresses_are_public(address, expected):
+    assert is_public(address) == expected
+
+
+def test_the_address_that_was_checked_is_the_one_that_is_called(image_host, monkeypatch):
+    """Or a name server could give a public address first, and that of this machine when the name is asked again."""
+    name = image_host.name.replace("127.0.0.1", "named.test")
+    answers = iter(["127.0.0.1"])
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **kwargs: look_up(next(answers), *args, **kwargs))
+    monkeypatch.setattr("demo.client_images.is_public", lambda address: True)
+    assert asyncio.run(ImageReader([name]).read(f"http://{name}/image")) == image_host.data
+
+
+def noisy(*size: int) -> bytes:
+    return png(Image.fromarray(np.zeros((*size, 3), np.uint8)))
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (noisy(200, 100), "has 100 x 200 = 20000 pixels. This server reads up to 10000"),
+        (png(image(1))[:300], "cannot be read: "),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "are no PNG, JPEG, WEBP, GIF file"),
+        (b"", "its 0 bytes are no PNG"),
+    ],
+)
+def test_what_is_no_image_of_allowed_size_is_refused(data, words, reader):
+    with pytest.raises(RequestError, match=re.escape(words)):
+        reader.decode(data)
+
+
+def test_pixels_are_counted_before_they_are_decoded(reader, monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(RequestError, match="20000 pixels"):
+        reader.decode(noisy(200, 100))
+
+
+# --- the server ---
+
+
+PICTURE = image(2)  # about which the tiny model says something varied
+
+
+def run_server(app) -> tuple[uvicorn.Server, threading.Thread]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.05)
+    return server, thread
 
 
 class Server:
     """A running server, a client of it, and the model that it loaded."""
 
-    def __init__(self, adapter: str, port: int):
-        import openai
-        from transformers.cli.serve import Serve
-
+    def __init__(self, adapter: str, reader: ImageReader):
         self.adapter = adapter
-        self.serve = Serve(adapter, trust_remote_code=True, device="cpu", port=port, non_blocking=True)
-        while not self.serve.server.started:
-            assert self.serve._thread.is_alive()
-            time.sleep(0.05)
-        self.model, self.processor = self.serve._model_manager.load_model_and_processor(
-            ModelManager.process_model_name(adapter)
-        )
-        self.client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
+        self.manager = ModelManager(device="cpu", trust_remote_code=True, force_model=adapter)
+        self.model, self.processor = self.manager.load_model_and_processor(adapter)
+        self.server, self.thread = run_server(serve.build(self.manager, reader))
+        self.url = f"http://localhost:{self.server.config.port}"
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
-    def ask(self, picture: Image.Image | None = None, question: str = QUESTION, **options):
-        """What an OpenAI client sends: the image as a data URL, then the question."""
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join()
+
+    def ask(self, picture: Image.Image | str | None = None, question: str = QUESTION, **options):
+        """What an OpenAI client sends: the image as a URL, then the question."""
         content = [{"type": "text", "text": question}]
         if picture is not None:
-            file = io.BytesIO()
-            picture.save(file, "PNG")
-            url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+            url = picture if isinstance(picture, str) else data_url(png(picture))
             content.insert(0, {"type": "image_url", "image_url": {"url": url}})
-        return self.client.chat.completions.create(
-            model=self.adapter,
-            messages=[{"role": "user", "content": content}],
-            max_completion_tokens=MAX_NEW_TOKENS,
-            **options,
-        )
+        given = {"messages": [{"role": "user", "content": content}], "max_completion_tokens": MAX_NEW_TOKENS}
+        return self.client.chat.completions.create(model=self.adapter, **{**given, **options})
 
-    def expected(self, picture: Image.Image | None = None, question: str = QUESTION) -> str:
+    def expected(self, picture: Image.Image | None = None, text: str = QUESTION, num_tokens=MAX_NEW_TOKENS) -> str:
         """The answer of the model itself, read from the folder without the server."""
-        inputs = self.processor(images=picture, text=f"{question}\nResponse:", return_tensors="pt")
+        inputs = self.processor(images=picture, text=f"{text}\nResponse:", return_tensors="pt")
         model = DehvfForConditionalGeneration.from_pretrained(self.adapter)
-        tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)[0, inputs["input_ids"].shape[1] :]
+        tokens = model.generate(**inputs, max_new_tokens=num_tokens)[0, inputs["input_ids"].shape[1] :]
         return self.processor.decode(tokens, skip_special_tokens=True)
 
 
 @pytest.fixture(scope="module")
-def server(adapter, registered):
-    for package in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(package)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    server = Server(adapter, port)
+def server(adapter, registered, reader):
+    server = Server(adapter, reader)
     yield server
-    server.serve.kill_server()
+    server.close()
 
 
 def test_an_openai_client_is_answered_about_its_image(server):
@@ -253,10 +511,14 @@ def test_an_openai_client_is_answered_about_its_image(server):
 
 
 def test_a_streamed_answer_comes_in_pieces(server):
-    pieces = [chunk.choices[0].delta.content for chunk in server.ask(image(0), stream=True)]
-    pieces = [piece for piece in pieces if piece]
+    chunks = list(server.ask(PICTURE, stream=True, stream_options={"include_usage": True}))
+    assert all(ChatCompletionChunk.model_validate(chunk.to_dict()) for chunk in chunks)
+    *chunks, last = chunks
+    pieces = [piece for chunk in chunks if (piece := chunk.choices[0].delta.content)]
     assert len(pieces) > 1
-    assert "".join(pieces) == server.expected(image(0))
+    assert "".join(pieces) == server.expected(PICTURE)
+    assert chunks[-1].choices[0].finish_reason == "length" and not last.choices
+    assert last.usage == server.ask(PICTURE).usage
 
 
 def test_a_second_question_about_an_image_does_not_run_the_encoder(server):
@@ -271,3 +533,531 @@ def test_clients_at_the_same_time_get_their_own_answers(server):
     with ThreadPoolExecutor(4) as clients:
         answers = list(clients.map(lambda seed: server.ask(image(seed)).choices[0].message.content, range(4)))
     assert answers == [server.expected(image(seed)) for seed in range(4)]
+
+
+# --- who can reach what ---
+
+
+@pytest.mark.parametrize("path", ["/load_model", "/reset", "/v1/completions", "/v1/systemone"])
+def test_a_client_can_load_and_unload_nothing(path, server, tmp_path):
+    other = str(tmp_path)
+    response = httpx.post(server.url + path, json={"model": other, "prompt": "a"})
+    assert response.status_code == 403 and "is not served" in response.json()["error"]["message"]
+    with pytest.raises(openai.NotFoundError, match="does not exist here") as refused:
+        server.client.chat.completions.create(model=other, messages=[{"role": "user", "content": "a"}])
+    assert refused.value.code == "model_not_found"
+    assert list(server.manager.loaded_models) == [server.adapter]
+
+
+@pytest.mark.parametrize(
+    "method, path, headers, status, code",
+    [
+        ("GET", "/health", {}, 200, None),
+        ("GET", "/health", {"Host": "127.0.0.1:8000"}, 200, None),
+        ("GET", "/health", {"Host": "[::1]:8000"}, 200, None),
+        ("GET", "/health", {"Host": "localhost", "Origin": "http://localhost"}, 200, None),
+        ("GET", "/health", {"Host": "attacker.example:8000"}, 403, "host_not_allowed"),
+        ("GET", "/health", {"Host": "localhost.attacker.example"}, 403, "host_not_allowed"),
+        ("GET", "/health", {"Host": "[localhost"}, 403, "host_not_allowed"),
+        ("GET", "/health", {"Host": ""}, 403, "host_not_allowed"),
+        ("GET", "/v1/models", {"Origin": "https://attacker.example"}, 403, "origin_not_allowed"),
+        ("GET", "/v1/models", {"Origin": "null"}, 403, "origin_not_allowed"),
+        ("GET", "/v1/models", {"Origin": "http://["}, 403, "origin_not_allowed"),
+        ("OPTIONS", "/v1/responses", {"Origin": "https://attacker.example"}, 403, "origin_not_allowed"),
+        ("OPTIONS", "/v1/models", {}, 403, "endpoint_not_allowed"),
+        ("POST", "/v1/audio/transcriptions", {}, 403, "endpoint_not_allowed"),
+        ("GET", "/docs", {}, 403, "endpoint_not_allowed"),
+        ("GET", "/openapi.json", {}, 403, "endpoint_not_allowed"),
+        ("GET", "/v1/chat/completions", {}, 403, "endpoint_not_allowed"),
+    ],
+)
+def test_names_origins_and_endpoints_that_are_not_allowed(method, path, headers, status, code, server):
+    response = httpx.request(method, server.url + path, headers=headers)
+    assert response.status_code == status
+    assert code is None or response.json()["error"]["code"] == code
+    assert "access-control-allow-origin" not in response.headers
+
+
+def test_web_pages_of_named_origins_may_ask(server, reader):
+    origins = ["https://chat.example.org"]
+    client = TestClient(serve.build(server.manager, reader, origins=origins), base_url="http://localhost")
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    for origin, allowed in ((origins[0], True), ("https://attacker.example", False)):
+        answers = (
+            client.options("/v1/chat/completions", headers={"Origin": origin, **asks}),
+            client.get("/v1/models", headers={"Origin": origin}),
+        )
+        assert [answer.is_success for answer in answers] == [allowed, allowed]
+        assert [answer.headers.get("access-control-allow-origin") == origin for answer in answers] == [allowed] * 2
+
+
+def test_every_route_of_transformers_serve_is_known():
+    """When this fails, `transformers serve` has a new endpoint: decide whether it is to be answered."""
+    handlers = "chat completion response transcription systemone".split()
+    app = build_server(None, **{f"{name}_handler": None for name in handlers}, generation_state=None)
+    paths = {route.path for route in app.routes if isinstance(route, APIRoute)}
+    refused = {"/load_model", "/reset", "/v1/completions", "/v1/systemone", "/v1/audio/transcriptions"}
+    assert paths == refused | {path for _, path in serve.ENDPOINTS}
+
+
+def call(guard, body: bytes = b"", more=()):
+    """Posts to a middleware. Returns the status and what was answered."""
+    messages = iter([{"type": "http.request", "body": body, "more_body": bool(more)}, *more])
+    sent = []
+
+    async def receive():
+        return next(messages, None) or await asyncio.sleep(600)
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", b"localhost")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/responses", "headers": headers}
+
+    async def go():
+        await guard(scope, receive, send)
+        return sent[0]["status"], sent[1]["body"].decode()
+
+    return go()
+
+
+def test_requests_beyond_the_limit_are_told_to_come_later():
+    async def check():
+        released = asyncio.Event()
+
+        async def app(scope, receive, send):
+            await released.wait()
+            await serve.JSONResponse({})(scope, receive, send)
+
+        guard = serve.Guard(app, ["localhost"], [], max_requests=2, max_body_bytes=100)
+        first = [asyncio.create_task(call(guard)) for _ in range(2)]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(60):
+            status, body = await call(guard)
+        assert status == 429 and "has 2 requests at work" in body
+        released.set()
+        assert [status for status, _ in await asyncio.gather(*first)] == [200, 200]
+        assert (await call(guard))[0] == 200
+
+    asyncio.run(check())
+
+
+def test_a_body_beyond_the_limit_is_not_kept():
+    async def app(scope, receive, send):
+        message = await receive()
+        await serve.JSONResponse(len(message["body"]))(scope, receive, send)
+
+    guard = serve.Guard(app, ["localhost"], [], max_requests=2, max_body_bytes=100)
+    assert asyncio.run(call(guard, b"0" * 100)) == (200, "100")
+    piece = {"type": "http.request", "body": bytes(2**20), "more_body": True}
+    tracemalloc.start()
+    status, body = asyncio.run(call(guard, more=[piece] * 20 + [{**piece, "more_body": False}]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert status == 413 and f"has {21 * 2**20} bytes. This server reads up to 100" in body
+    assert peak < 10 * 2**20
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(monkeypatch):
+    async def receive():
+        await asyncio.sleep(600)
+
+    async def check():
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        guard = serve.Guard(None, ["localhost"], [], max_requests=1, max_body_bytes=100)
+        scope = {"type": "http", "method": "POST", "path": "/v1/responses", "headers": [(b"host", b"localhost")]}
+        await guard(scope, receive, send)
+        return sent[0]["status"], guard.num_requests
+
+    monkeypatch.setattr(serve, "UPLOAD_SECONDS", 0.1)
+    assert asyncio.run(check()) == (408, 0)
+
+
+# --- OpenAI's contract ---
+
+
+def turn(role: str, *parts) -> dict:
+    """A turn of texts and images."""
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image_url", "image_url": {"url": data_url(png(part))}}
+        for part in parts
+    ]
+    return {"role": role, "content": content}
+
+
+def test_the_served_model_is_listed(server):
+    assert [model.id for model in server.client.models.list()] == [server.adapter]
+
+
+def in_responses_form(message: dict) -> dict:
+    forms = {
+        "text": lambda part: {"type": "input_text", "text": part["text"]},
+        "image_url": lambda part: {"type": "input_image", "image_url": part["image_url"]["url"], "detail": "auto"},
+    }
+    return {**message, "content": [forms[part["type"]](part) for part in message["content"]]}
+
+
+@pytest.mark.parametrize(
+    "messages, text",
+    [
+        ([turn("user", PICTURE, "a"), turn("assistant", "b"), turn("user", PICTURE, "c")], "a\nResponse: b</s>\nc"),
+        ([turn("user", "a"), turn("assistant", "b"), turn("user", "c", PICTURE)], "a\nResponse: b</s>\nc"),
+        ([turn("user", PICTURE, PICTURE, "a")], "a"),
+        ([turn("system", "be"), turn("user", PICTURE, "a")], "be\na"),
+        ([turn("developer", "be"), turn("user", PICTURE, "a", "b")], "be\na\nb"),
+    ],
+    ids=["in two turns", "in a later turn", "twice in a turn", "after a system turn", "after a developer turn"],
+)
+def test_a_chat_is_read_with_its_image(messages, text, server, monkeypatch):
+    seen, generate = [], server.model.generate
+    monkeypatch.setattr(server.model, "generate", lambda **kwargs: seen.append(kwargs) or generate(**kwargs))
+    server.ask(messages=messages)
+    items = list(map(in_responses_form, messages))
+    server.client.responses.create(model=server.adapter, input=items, max_output_tokens=MAX_NEW_TOKENS)
+    expected = server.processor(images=PICTURE, text=f"{text}\nResponse:", return_tensors="pt")
+    assert len(seen) == 2
+    for given, name in itertools.product(seen, expected):
+        assert torch.equal(given[name], expected[name]), name
+
+
+def test_an_answer_says_how_it_ended(server):
+    text = server.expected(PICTURE)
+    assert text == "cjj222cc"
+    completion = server.ask(PICTURE)
+    ChatCompletion.model_validate(completion.to_dict())
+    assert completion.choices[0].finish_reason == "length"
+    num_prompt_tokens = len(QUESTION) + len(" Response:") + 1  # a token per character, and that of the beginning
+    usage = completion.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (num_prompt_tokens, MAX_NEW_TOKENS)
+    assert usage.total_tokens == num_prompt_tokens + MAX_NEW_TOKENS
+    for stop, expected in (("j2", "cj"), (["cc", "22"], "cjj"), ("x", text)):
+        for stream in (False, True):
+            answer = server.ask(PICTURE, stop=stop, stream=stream)
+            if stream:
+                chunks = list(answer)
+                content = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+                reason = chunks[-1].choices[0].finish_reason
+            else:
+                content, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+            assert (content, reason) == (expected, "length" if expected == text else "stop")
+
+
+def test_an_answer_ends_with_the_end_token(server, monkeypatch):
+    tokens = server.processor.tokenizer(server.expected(PICTURE))["input_ids"][1:]
+    place = next(place for place in range(1, len(tokens)) if tokens[place] not in tokens[:place])
+    monkeypatch.setattr(server.model.generation_config, "eos_token_id", tokens[place])
+
+    def reason(num_tokens):
+        return server.ask(PICTURE, max_completion_tokens=num_tokens).choices[0].finish_reason
+
+    # Also where it is the last token that was asked for
+    assert [reason(place + number) for number in range(3)] == ["length", "stop", "stop"]
+
+
+def test_answers_are_sampled_as_asked(server):
+    def answers(num=3, **options):
+        return {server.ask(PICTURE, **options).choices[0].message.content for _ in range(num)}
+
+    greedy = {server.expected(PICTURE)}
+    for options in ({}, {"temperature": 0, "top_p": 0.5}, {"temperature": 1e-40}, {"top_p": 1e-6}):
+        assert answers(**options) == greedy, options
+    assert answers(temperature=2, top_p=1e-6) == greedy
+    assert len(answers(temperature=2)) > 1 and len(answers(top_p=1)) > 1
+    seeded = [answers(temperature=2, seed=seed) for seed in range(3)]
+    assert all(len(same) == 1 for same in seeded) and len(set.union(*seeded)) > 1
+    # A seed is that of one request alone
+    assert len(set.union(*(answers(seed=0) and answers(temperature=2, num=1) for _ in range(3)))) > 1
+
+
+@pytest.mark.parametrize("given", ["text", "parts", "instructions"])
+def test_responses_are_given_whole_unless_streaming_is_asked_for(given, server):
+    parts = [
+        {"type": "input_image", "image_url": data_url(png(PICTURE)), "detail": "auto"},
+        {"type": "input_text", "text": QUESTION},
+    ]
+    options = {
+        "text": {"input": QUESTION},
+        "parts": {"input": [{"role": "user", "content": parts}]},
+        "instructions": {"input": QUESTION, "instructions": "be"},
+    }[given]
+    expected = {
+        "text": (None, QUESTION),
+        "parts": (PICTURE, QUESTION),
+        "instructions": (None, f"be\n{QUESTION}"),
+    }[given]
+    options |= {"model": server.adapter, "max_output_tokens": MAX_NEW_TOKENS}
+    response = server.client.responses.create(**options)
+    Response.model_validate(response.to_dict())
+    assert response.output_text == server.expected(*expected)
+    assert response.status == "incomplete" and response.incomplete_details.reason == "max_output_tokens"
+    assert response.usage.output_tokens == MAX_NEW_TOKENS
+
+    with server.client.responses.stream(**options) as stream:  # checks the order of events
+        events = list(stream)
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert len(deltas) > 1 and "".join(deltas) == response.output_text
+    assert events[-1].type == "response.incomplete"
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+
+
+TOO_MANY = [turn("user", PICTURE, "a"), turn("user", image(1), "b")]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"messages": []}, "`messages` is []: List should have at least 1 item"),
+        ({"messages": TOO_MANY}, "has 2 different images (in messages 0, 1"),
+        ({"messages": [{"role": "user"}]}, "a message of the role 'user' needs `content`"),
+        ({"messages": [{"role": "tool", "content": "a", "tool_call_id": "b"}]}, "is 'tool'"),
+        ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, "'video_url'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]}]}, "is 5"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url` is missing"),
+        ({"messages": [{"role": "user", "content": 5000 * "a"}]}, "have 5000 characters, but the context"),
+        (
+            {"messages": [{"role": "user", "content": 130 * "a"}]},
+            "have 141 tokens and 8 for the answer are asked for, but the context of this server has 128",
+        ),
+        ({"max_completion_tokens": 120}, "tokens and 120 for the answer are asked for"),
+        ({"max_completion_tokens": 0}, "`max_completion_tokens` is 0: Input should be greater than or equal to 1"),
+        ({"max_tokens": -1, "max_completion_tokens": None}, "`max_tokens` is -1"),
+        ({"temperature": -1}, "`temperature` is -1: Input should be greater than or equal to 0"),
+        ({"temperature": "hot"}, "`temperature` is 'hot'"),
+        ({"top_p": 0}, "`top_p` is 0"),
+        ({"seed": 2**70}, "`seed` is"),
+        ({"stop": ["a"] * 5}, "`stop` is"),
+        ({"stop": ""}, "`stop.0` is ''"),
+        ({"stop": [1]}, "`stop.0` is 1"),
+        ({"n": 2}, "`n` is 2, which this server does not support. Leave it out or give 1."),
+        ({"logprobs": True}, "`logprobs` is True, which this server does not support"),
+        ({"logit_bias": {"5": 100}}, "`logit_bias` is"),
+        ({"frequency_penalty": 1}, "`frequency_penalty` is 1"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "`tools` is"),
+        ({"response_format": {"type": "json_object"}}, "`response_format` is"),
+        (
+            {"extra_body": {"chat_template": "{{ 1 }}"}},
+            "`chat_template` is '{{ 1 }}', but this server knows no such field",
+        ),
+        ({"picture": "data:image/png;base64,a?b"}, "is not valid base64"),
+        ({"picture": "http://169.254.169.254/latest"}, "fetches no images"),
+        ({"picture": "/etc/passwd"}, "is not a URL that this server reads"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_of_a_client_is_an_error_in_words(options, words, stream, server):
+    with pytest.raises(openai.BadRequestError) as refused:
+        server.ask(stream=stream, **options)
+    assert words in refused.value.body["message"]
+    assert refused.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"input": []}, "`input` is []"),
+        ({"input": 5}, "`input` is 5"),
+        ({"input": [5]}, "`input.0` is 5"),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "a", "output": "b"}, {"role": "user"}]},
+            "`input.0.role`",
+        ),
+        ({"previous_response_id": "resp_1"}, "`previous_response_id` is 'resp_1', which this server does not support"),
+        ({"include": ["message.output_text.logprobs"]}, "`include` is"),
+        ({"max_output_tokens": 0}, "`max_output_tokens` is 0"),
+        ({"extra_body": {"stop": "a"}}, "`stop` is 'a', but this server knows no such field"),
+        ({"extra_body": {"n": 2}}, "`n` is 2"),
+    ],
+)
+def test_so_is_one_in_responses(options, words, server):
+    with pytest.raises(openai.BadRequestError) as refused:
+        server.client.responses.create(**{"model": server.adapter, "input": "a", **options})
+    assert words in refused.value.body["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"{", b"[]", b"5", b"[" * 100_000, b"\xff\xfe", b'{"messages": NaN}', b'{"model": "\\ud800"}'),
+        *(b'{"\\ud800": 1}', b'{"input": ' + 900 * b"[" + 900 * b"]" + b"}"),
+        *(b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b'{"input": "\\ud800"}'),
+        b'{"messages": [{"role": "user", "content": [{"type": "\\ud800"}]}]}',
+    ],
+)
+def test_so_is_what_is_no_json_object(body, server):
+    for path in ("/v1/chat/completions", "/v1/responses"):
+        response = httpx.post(server.url + path, content=body, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400 and response.json()["error"]["message"], body
+        assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("messages", 1000 * [0]),
+        ("messages", [{"role": "user", "content": 1000 * [{"type": 5}]}]),
+        ("stop", 1000 * [0]),
+        ("input", 1000 * ["a"]),
+    ],
+)
+def test_errors_are_not_collected_without_limit(field, value):
+    request_class = ResponsesRequest if field == "input" else ChatRequest
+    with pytest.raises(RequestError) as refused:
+        parse(
+            request_class, {}, {"messages": [turn("user", "a")], field: value} if field != "input" else {field: value}
+        )
+    assert refused.value.__cause__.error_count() < 10
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 3), (4, 3), (50, 1)])
+def test_small_images_are_read(size, server):
+    assert server.ask(Image.new("RGB", size, "red")).choices[0].message.content
+
+
+def test_values_that_ask_for_nothing_else_are_taken(server):
+    options = {"n": 1, "logprobs": False, "frequency_penalty": 0.0, "presence_penalty": 0, "tool_choice": "none"}
+    options |= {
+        "response_format": {"type": "text"},
+        "user": "me",
+        "metadata": {"a": "b"},
+        "top_p": 1,
+        "temperature": 0,
+    }
+    assert server.ask(PICTURE, **options).choices[0].message.content == server.expected(PICTURE)
+
+
+def test_an_answer_without_a_limit_ends_with_the_context(server):
+    messages = [{"role": "user", "content": 100 * "a"}]
+    completion = server.ask(messages=messages, max_completion_tokens=None)
+    assert completion.usage.total_tokens == 128
+
+
+def test_a_template_that_refuses_a_chat_says_why(server, monkeypatch):
+    template = "{{ raise_exception('No system turns, please') }}"
+    monkeypatch.setattr(server.processor, "chat_template", template)
+    with pytest.raises(openai.BadRequestError, match="does not take these messages: No system turns, please"):
+        server.ask()
+
+
+def test_a_developer_turn_is_a_system_turn_to_the_template(server, monkeypatch):
+    template = "{{ raise_exception(messages | map(attribute='role') | join(' ')) }}"
+    monkeypatch.setattr(server.processor, "chat_template", template)
+    roles = ("developer", "user", "assistant", "system")
+    with pytest.raises(openai.BadRequestError, match="messages: system user assistant system"):
+        server.ask(messages=[turn(role, "a") for role in roles])
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "responses"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_of_the_server_has_an_id_that_is_in_the_log(endpoint, stream, server, monkeypatch, caplog):
+    def fail(**kwargs):
+        raise RuntimeError("a path that clients need not know")
+
+    monkeypatch.setattr(server.model, "generate", fail)
+    with pytest.raises(openai.APIError) as failed:
+        if endpoint == "chat":
+            list(server.ask(stream=stream))
+        else:
+            list(server.client.responses.create(model=server.adapter, input="a", stream=stream))
+    assert stream or failed.value.status_code == 500
+    message = failed.value.body["message"]
+    (identifier,) = re.findall("[0-9a-f]{32}", message)
+    assert "need not know" not in message
+    assert f"Error {identifier}" in caplog.text and "RuntimeError: a path that clients need not know" in caplog.text
+
+
+# --- under load ---
+
+
+def test_a_tokenizer_is_used_by_one_thread_at_a_time(server, monkeypatch):
+    """It holds the padding of the call in progress: another call that changes it fails with "Already borrowed"."""
+    process, running, numbers = server.processor.apply_chat_template, [], []
+
+    def count(*args, **kwargs):
+        running.append(1)
+        numbers.append(len(running))
+        time.sleep(0.1)  # in which others would come
+        running.pop()
+        return process(*args, **kwargs)
+
+    monkeypatch.setattr(server.processor, "apply_chat_template", count)
+    with ThreadPoolExecutor(4) as clients:
+        list(clients.map(lambda _: server.ask(max_completion_tokens=1), range(4)))
+    assert numbers == [1, 1, 1, 1]
+
+
+def test_an_image_that_hangs_stalls_nobody(server, image_host):
+    with ThreadPoolExecutor(2) as clients:
+        image_host.seen.clear()
+        hanging = [clients.submit(server.ask, f"http://{image_host.name}/hang") for _ in range(2)]
+        while image_host.seen.count("/hang") < 2:
+            time.sleep(0.01)
+        assert server.ask(PICTURE).choices[0].message.content == server.expected(PICTURE)
+        assert not any(request.done() for request in hanging)
+        for request in hanging:
+            with pytest.raises(openai.BadRequestError, match="was not fetched within 5 seconds"):
+                request.result()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_whose_client_left_is_not_finished(stream, server, monkeypatch):
+    started, numbers, generate = threading.Event(), [], server.model.generate
+
+    def count(**kwargs):
+        tokens = generate(**kwargs)
+        numbers.append(kwargs["stopping_criteria"][0].num_tokens)
+        return tokens
+
+    def wait(*args):
+        started.set()
+        time.sleep(0.05)  # a model that takes its time
+
+    monkeypatch.setattr(server.model, "generate", count)
+    hook = server.model.register_forward_pre_hook(wait)
+    body = {"messages": [turn("user", "a")], "max_tokens": 100, "stream": stream}
+    with socket.create_connection(("localhost", server.server.config.port)) as client:
+        data = json.dumps(body).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        assert started.wait(600)
+    while not numbers:
+        time.sleep(0.01)
+    hook.remove()
+    assert numbers[0] < 100
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_what_was_asked(adapter, tmp_path):
+    """In a process of its own, with a Hub cache that does not exist, and with models that are listed all the same."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, ROOT / "demo" / "serve.py", adapter, "--trust-remote-code", "--device", "cpu"]
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "none"), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen([*map(str, command), "--port", str(port)], env=environment, cwd=tmp_path)
+    try:
+        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
+        while True:
+            try:
+                assert [model.id for model in client.models.list()] == [adapter]
+                break
+            except openai.APIConnectionError:
+                assert process.poll() is None
+                time.sleep(0.2)
+        messages = [{"role": "user", "content": QUESTION}]
+        options = {"model": adapter, "messages": messages, "max_tokens": 100, "seed": 0, "temperature": 1}
+        expected = client.chat.completions.create(**options).choices[0].message.content
+        streams = [client.chat.completions.create(stream=True, **options) for _ in range(3)]
+        next(streams[0])
+        process.send_signal(signal.SIGTERM)
+        for stream in streams:
+            answer = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+            assert answer == expected
+        assert process.wait(60) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()

@@ -1,0 +1,257 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Reads the images that a client of `serve.py` sends or names, within what the server allows."""
+
+import asyncio
+import base64
+import binascii
+import io
+import ipaddress
+import socket
+import warnings
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import httpx
+from PIL import Image
+
+from dehvf import images
+from demo.openai_api import RequestError, shorten
+
+
+# The formats that OpenAI reads. Pillow knows others, some of which start programs (EPS) or are rarely tested.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+MAX_REDIRECTS = 3
+# Addresses of IPv6 that stand for one of IPv4 behind a translator
+TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the public internet."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 6:
+        inner = ip.ipv4_mapped or ip.sixtofour
+        if ip in TRANSLATED:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+    return ip.is_global and not ip.is_multicast
+
+
+def parse_host(entry: str) -> tuple[str, int | None]:
+    """
+    The name and the port of an allowed host. Without a port it has the usual one.
+
+    Raises:
+        ValueError: if it is more or less than a host and a port.
+    """
+    try:
+        url = httpx.URL(f"https://{entry}")
+        is_host = url.host and "*" not in entry and entry.lower() == url.netloc.decode("ascii")
+    except (httpx.InvalidURL, UnicodeDecodeError):
+        is_host = False
+    if not is_host:
+        raise ValueError(
+            f"The image host {entry!r} is neither a name nor a name and a port. Give for example "
+            "`images.example.org`, `images.example.org:8080` or `[::1]:8080`, without `https://`, a path and `*`."
+        )
+    return url.host, url.port
+
+
+class ImageReader:
+    """
+    Reads images from data URLs, and from allowed hosts and folders.
+
+    Args:
+        hosts: names from which images are fetched, each with a port if it is not the usual one of the URL's scheme.
+            An address that is not public must be listed as such.
+        folders: folders below which `file:` URLs are read.
+        max_bytes: size of an image file.
+        max_pixels: width times height of an image, checked before it is decoded.
+        max_seconds: how long fetching an image may take, redirects included.
+
+    Raises:
+        ValueError: if a host is malformed or a folder does not exist.
+    """
+
+    def __init__(
+        self,
+        hosts: list[str] = (),
+        folders: list[str] = (),
+        max_bytes: int = 20 * 2**20,
+        max_pixels: int = 25_000_000,
+        max_seconds: float = 10.0,
+    ):
+        self.hosts = [parse_host(entry) for entry in hosts]
+        self.folders = [Path(folder).resolve() for folder in folders]
+        for given, folder in zip(folders, self.folders):
+            if not folder.is_dir():
+                raise ValueError(f"The image folder {given} does not exist. Give an existing folder.")
+        self.max_bytes, self.max_pixels, self.max_seconds = max_bytes, max_pixels, max_seconds
+
+    async def read(self, url: str) -> bytes:
+        """
+        The bytes of the image at a URL. Other requests go on meanwhile.
+
+        Raises:
+            RequestError: if the URL is malformed or not allowed, or the image is too large or cannot be had in time.
+        """
+        scheme = url.partition(":")[0].lower()
+        if scheme == "data":
+            return await asyncio.to_thread(self._read_data_url, url)
+        if scheme == "file":
+            return await asyncio.to_thread(self._read_file, url)
+        if scheme in ("http", "https"):
+            return await self._fetch(url)
+        raise refuse(
+            f"The image address {shorten(url)} is not a URL that this server reads. Send the image as "
+            "`data:image/png;base64,...`."
+        )
+
+    def decode(self, data: bytes) -> Image.Image:
+        """
+        The RGB image in a file.
+
+        Raises:
+            RequestError: if it has another format or too many pixels, or is damaged.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's own limits, which are larger or also exceptions
+                image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.UnidentifiedImageError as error:
+            raise refuse(
+                f"The image cannot be read: its {len(data)} bytes are no {', '.join(FORMATS)} file. Send one of these."
+            ) from error
+        except Exception as error:  # Pillow raises many kinds
+            raise refuse(f"The image cannot be read: {error}. Save it again and send the new file.") from error
+        width, height = image.size
+        if width * height > self.max_pixels:
+            raise refuse(
+                f"The image has {width} x {height} = {width * height} pixels. This server reads up to "
+                f"{self.max_pixels}. Send a smaller one.",
+                code="image_too_large",
+            )
+        try:
+            return images.read_image(image)
+        except ValueError as error:
+            raise refuse(
+                f"The image cannot be read: {error.__cause__}. Save it again and send the new file."
+            ) from error
+
+    def _read_data_url(self, url: str) -> bytes:
+        head, comma, encoded = url.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise refuse(f"The image address {shorten(url)} is no base64 data URL. Send `data:image/png;base64,...`.")
+        self._check_size(len(encoded) * 3 // 4 - 2)  # before decoding, without the padding
+        try:
+            return base64.b64decode("".join(encoded.split()), validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise refuse(
+                f"The image's data URL is not valid base64: {error}. Encode the bytes of the image file with the "
+                "standard alphabet and padding."
+            ) from error
+
+    def _read_file(self, url: str) -> bytes:
+        try:
+            parts = urlsplit(url)
+            path = Path(unquote(parts.path, errors="strict")).resolve()  # follows links and `..`
+            is_inside = not parts.netloc and any(path.is_relative_to(folder) for folder in self.folders)
+            if is_inside and path.is_file():
+                self._check_size(path.stat().st_size)
+                return path.read_bytes()
+        except (ValueError, OSError, RuntimeError):  # no path, links in a circle, or no permission
+            pass
+        # One message for what is outside and for what does not exist, so that it does not tell which files there are
+        raise refuse(
+            f"The image address {shorten(url)} names no file below the folders that this server reads "
+            "(`--allow-image-folder`). Send the image as `data:image/png;base64,...`.",
+            code="image_not_allowed",
+        )
+
+    async def _fetch(self, url: str) -> bytes:
+        try:
+            async with asyncio.timeout(self.max_seconds):
+                address = httpx.URL(url)
+                for _ in range(MAX_REDIRECTS + 1):
+                    data = await self._get(address)
+                    if isinstance(data, bytes):
+                        return data
+                    address = data
+        except TimeoutError as error:
+            raise refuse(
+                f"The image {shorten(url)} was not fetched within {self.max_seconds:g} seconds. Try again, or send it "
+                "as `data:image/png;base64,...`.",
+                code="image_timeout",
+            ) from error
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last for international names
+            raise refuse(
+                f"The image {shorten(url)} cannot be fetched: {error or type(error).__name__}. Check the address, or "
+                "send the image as `data:image/png;base64,...`."
+            ) from error
+        raise refuse(f"The image {shorten(url)} is behind more than {MAX_REDIRECTS} redirects. Give its own address.")
+
+    async def _get(self, url: httpx.URL) -> bytes | httpx.URL:
+        """The image at an address, or the address that it redirects to."""
+        fault = None
+        for ip in await self._resolve(url):
+            # Connects to the address that was checked: a second look-up of the name could give another one
+            async with httpx.AsyncClient(trust_env=False, timeout=None) as client:
+                request = client.build_request(
+                    "GET",
+                    url.copy_with(host=ip),
+                    headers={"Host": url.netloc.decode("ascii"), "Accept-Encoding": "identity", "User-Agent": "dehvf"},
+                    extensions={"sni_hostname": url.raw_host.decode("ascii")},  # whose certificate is checked
+                )
+                try:
+                    response = await client.send(request, stream=True)
+                except httpx.ConnectError as error:
+                    fault = error
+                    continue
+                if response.has_redirect_location:
+                    return url.join(response.headers["location"])
+                if response.status_code != 200:
+                    raise refuse(f"The image {shorten(str(url))} was answered with status {response.status_code}.")
+                self._check_size(int(response.headers.get("content-length", "0")))
+                data = bytearray()
+                async for piece in response.aiter_raw():  # nothing is unpacked to more than was counted
+                    data += piece
+                    self._check_size(len(data))
+                return bytes(data)
+        raise fault
+
+    async def _resolve(self, url: httpx.URL) -> list[str]:
+        """The IP addresses of a URL's host, if an image may be fetched from all of them."""
+        if url.scheme not in ("http", "https") or url.userinfo or (url.host, url.port) not in self.hosts:
+            raise refuse(
+                f"The image address {shorten(str(url))} is on a host from which this server fetches no images "
+                "(`--allow-image-host`). Send the image as `data:image/png;base64,...`.",
+                code="image_not_allowed",
+            )
+        port = url.port or {"http": 80, "https": 443}[url.scheme]
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
+        except (socket.gaierror, UnicodeError) as error:
+            raise refuse(f"The image host {shorten(url.host)} is not found. Check the address.") from error
+        addresses = list(dict.fromkeys(entry[4][0] for entry in found))
+        listed = [host for host, _ in self.hosts]
+        for address in addresses:
+            if not is_public(address) and address not in listed:
+                raise refuse(
+                    f"The image host {shorten(url.host)} has an address that is not public, from which this server "
+                    "fetches no images unless the address itself is listed (`--allow-image-host`). Send the image as "
+                    "`data:image/png;base64,...`.",
+                    code="image_not_allowed",
+                )
+        return addresses
+
+    def _check_size(self, num_bytes: int):
+        if num_bytes > self.max_bytes:
+            raise refuse(
+                f"The image file has at least {num_bytes} bytes. This server reads up to {self.max_bytes}. Send a "
+                "smaller one.",
+                code="image_too_large",
+            )
+
+
+def refuse(message: str, code: str = "invalid_image") -> RequestError:
+    return RequestError(message, param="image_url", code=code)

@@ -1,0 +1,432 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+The part of OpenAI's API that `serve.py` answers: what a request may hold, the form of answers, and the form of errors.
+
+A field that would change the answer is either read or refused with status 400, so that no client takes an answer for
+one that it did not ask for.
+"""
+
+import json
+import reprlib
+import time
+from typing import Annotated, Any, ClassVar, Literal
+
+from fastapi.responses import JSONResponse
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+
+MAX_MESSAGE_LENGTH = 1000
+
+
+class RequestError(Exception):
+    """
+    A fault of the client.
+
+    Args:
+        message: what was given, what is required and what to change.
+        status: HTTP status, 400 to 499.
+        param: the field of the request that is at fault.
+        code: a short name of the fault, for programs.
+    """
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status = status
+        self.body = error_body(message, "invalid_request_error", param, code)
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status)
+
+
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict:
+    # What a client sent may be in it: of any length, and with characters that JSON has and UTF-8 has not
+    message, param = (
+        text and text[:MAX_MESSAGE_LENGTH].encode("utf-8", "backslashreplace").decode() for text in (message, param)
+    )
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def shorten(value) -> str:
+    """What a client sent, short enough for a message."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 100
+    return short.repr(value)
+
+
+# --- requests ---
+
+
+def check_characters(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("it has half of a surrogate pair, which is no character") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(check_characters)]
+
+
+class Part(BaseModel):
+    """A part of a request. Fields that it does not name are ignored: hints, and what clients copy from an answer."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class TextPart(Part):
+    type: Literal["text", "input_text", "output_text"]
+    text: Text
+
+
+class Address(Part):
+    url: str
+
+
+class ImagePart(Part):
+    type: Literal["image_url"]
+    image_url: Address
+
+    @property
+    def url(self) -> str:
+        return self.image_url.url
+
+
+class InputImagePart(Part):
+    type: Literal["input_image"]
+    image_url: str
+
+    @property
+    def url(self) -> str:
+        return self.image_url
+
+
+# Each list ends with its first error: a body of megabytes would otherwise have millions of them
+Parts = Annotated[
+    list[Annotated[TextPart | ImagePart | InputImagePart, Field(discriminator="type")]], Field(fail_fast=True)
+]
+
+
+class Message(Part):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Parts | None = None
+    tool_calls: list | None = Field(None, max_length=0)
+
+    @model_validator(mode="after")
+    def has_content(self):
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of the role {self.role!r} needs `content`, a string or a list of parts")
+        return self
+
+    @property
+    def parts(self) -> list:
+        if isinstance(self.content, list):
+            return self.content
+        return [TextPart(type="text", text=self.content or "")]
+
+    def text_message(self) -> dict:
+        """The message without its images, as chat templates expect it."""
+        parts = [{"type": "text", "text": part.text} for part in self.parts if isinstance(part, TextPart)]
+        # OpenAI renamed the role, chat templates did not
+        return {"role": "system" if self.role == "developer" else self.role, "content": parts}
+
+    def image_urls(self) -> list[str]:
+        return [part.url for part in self.parts if not isinstance(part, TextPart)]
+
+
+class Request(BaseModel):
+    """What both endpoints read."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str | None = None
+    stream: bool | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    # For OpenAI's own administration: they do not change an answer
+    user: str | None = None
+    metadata: dict | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class StreamOptions(Part):
+    include_usage: bool | None = None
+
+
+class ChatRequest(Request):
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    stop: list[Annotated[str, Field(min_length=1)]] = Field([], max_length=4, fail_fast=True)
+    stream_options: StreamOptions | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def to_list(cls, stop):
+        return [stop] if isinstance(stop, str) else stop or []
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class ResponsesRequest(Request):
+    input: list[Message] = Field(min_length=1, fail_fast=True)
+    instructions: Text | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    stop: ClassVar[list[str]] = []
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def to_messages(cls, given):
+        """A text, or parts without a role, are one turn of the user."""
+        if isinstance(given, list) and given:
+            is_content = all(isinstance(item, dict) and "role" not in item for item in given)
+        else:
+            is_content = isinstance(given, str)
+        return [{"role": "user", "content": given}] if is_content else given
+
+    @property
+    def messages(self) -> list[Message]:
+        system = [] if self.instructions is None else [Message(role="system", content=self.instructions)]
+        return system + self.input
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_output_tokens
+
+
+# What this server does not do, and the values that do not ask for it. `None` never does.
+UNSUPPORTED_IN_CHATS = {
+    "n": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "store": (False,),
+}
+UNSUPPORTED_IN_RESPONSES = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "max_tool_calls": (),
+    "include": ([],),
+    "top_logprobs": (0,),
+    "previous_response_id": (),
+    "conversation": (),
+    "prompt": (),
+    "background": (False,),
+    "store": (False,),
+    "text": ({}, {"format": {"type": "text"}}),
+    "truncation": ("disabled",),
+    "reasoning": ({},),
+}
+
+
+def parse(request_class: type[Request], unsupported: dict[str, tuple], body: dict[str, Any]) -> Request:
+    """
+    Checks the body of a request.
+
+    Raises:
+        RequestError: if a field is unknown, has another type or value, or asks for what the server does not do.
+    """
+    for name, value in body.items():
+        if name not in unsupported and name not in request_class.model_fields:
+            raise RequestError(
+                f"`{name}` is {shorten(value)}, but this server knows no such field. Leave it out.",
+                param=name,
+                code="unknown_parameter",
+            )
+        neutral = unsupported.get(name, (value,))
+        if value is not None and value not in neutral:
+            instead = f" or give {' or '.join(map(json.dumps, neutral))}" if neutral else ""
+            raise RequestError(
+                f"`{name}` is {shorten(value)}, which this server does not support. Leave it out{instead}.",
+                param=name,
+                code="unsupported_parameter",
+            )
+    try:
+        return request_class.model_validate(body)
+    except ValidationError as error:
+        # Of the alternatives of a union, the one that matched furthest is what the client meant
+        fault = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
+        # Without the names of types, which are no fields
+        name = ".".join(str(part) for part in fault["loc"] if "[" not in str(part))
+        given = "is missing" if fault["type"] == "missing" else f"is {shorten(fault['input'])}"
+        raise RequestError(
+            f"`{name}` {given}: {fault['msg'].removeprefix('Value error, ')}.",
+            param=str(fault["loc"][0]) if fault["loc"] else None,
+            code="invalid_value",
+        ) from error
+
+
+def find_image(messages: list[Message]) -> str | None:
+    """
+    The address of the only image of a chat, which may be repeated in several turns.
+
+    Raises:
+        RequestError: if there are several different ones.
+    """
+    urls = list(dict.fromkeys(url for message in messages for url in message.image_urls()))
+    if len(urls) > 1:
+        places = [index for index, message in enumerate(messages) if message.image_urls()]
+        raise RequestError(
+            f"The request has {len(urls)} different images (in messages {', '.join(map(str, places))}, counted from "
+            "0), but the model reads one image for each request. Send one, which may be repeated in several turns, or "
+            "ask about each image in a request of its own.",
+            param="messages",
+            code="too_many_images",
+        )
+    return urls[0] if urls else None
+
+
+# --- answers ---
+
+
+def event(data: dict | str) -> str:
+    """One server-sent event."""
+    return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n"
+
+
+class ChatWriter:
+    """An answer as `/v1/chat/completions` gives it."""
+
+    def __init__(self, request: ChatRequest, model: str, identifier: str):
+        self.base = {"id": f"chatcmpl-{identifier}", "created": int(time.time()), "model": model}
+        self.has_usage = request.stream_options is not None and request.stream_options.include_usage
+
+    def whole(self, text: str, reason: str, num_prompt_tokens: int, num_tokens: int) -> dict:
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": reason,
+        }
+        usage = self._usage(num_prompt_tokens, num_tokens)
+        return {**self.base, "object": "chat.completion", "choices": [choice], "usage": usage}
+
+    def first(self) -> list[str]:
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def piece(self, text: str) -> list[str]:
+        return [self._chunk({"content": text})]
+
+    def last(self, text: str, reason: str, num_prompt_tokens: int, num_tokens: int) -> list[str]:
+        events = [self._chunk({}, reason)]
+        if self.has_usage:
+            usage = self._usage(num_prompt_tokens, num_tokens)
+            events.append(event({**self.base, "object": "chat.completion.chunk", "choices": [], "usage": usage}))
+        return [*events, event("[DONE]")]
+
+    def _chunk(self, delta: dict, reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return event({**self.base, "object": "chat.completion.chunk", "choices": [choice]})
+
+    @staticmethod
+    def _usage(num_prompt_tokens: int, num_tokens: int) -> dict:
+        return {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": num_tokens,
+            "total_tokens": num_prompt_tokens + num_tokens,
+        }
+
+
+class ResponsesWriter:
+    """An answer as `/v1/responses` gives it."""
+
+    def __init__(self, request: ResponsesRequest, model: str, identifier: str):
+        self.item_id, self.num_events = f"msg_{identifier}", 0
+        self.base = {
+            "id": f"resp_{identifier}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": model,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": request.instructions,
+            "max_output_tokens": request.max_output_tokens,
+            "metadata": {},
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "tools": [],
+            "tool_choice": "auto",
+            "parallel_tool_calls": False,
+        }
+
+    def whole(self, text: str, reason: str, num_prompt_tokens: int, num_tokens: int) -> dict:
+        is_cut = reason == "length"
+        return {
+            **self.base,
+            "status": "incomplete" if is_cut else "completed",
+            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "output": [self._item(text, "incomplete" if is_cut else "completed")],
+            "usage": {
+                "input_tokens": num_prompt_tokens,
+                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "output_tokens": num_tokens,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": num_prompt_tokens + num_tokens,
+            },
+        }
+
+    def first(self) -> list[str]:
+        response = {**self.base, "status": "in_progress", "output": []}
+        return [
+            self._event("response.created", response=response),
+            self._event("response.in_progress", response=response),
+            self._event(
+                "response.output_item.added", output_index=0, item={**self._item("", "in_progress"), "content": []}
+            ),
+            self._event("response.content_part.added", **self._place, part=self._part("")),
+        ]
+
+    def piece(self, text: str) -> list[str]:
+        return [self._event("response.output_text.delta", **self._place, delta=text, logprobs=[])]
+
+    def last(self, text: str, reason: str, num_prompt_tokens: int, num_tokens: int) -> list[str]:
+        response = self.whole(text, reason, num_prompt_tokens, num_tokens)
+        return [
+            self._event("response.output_text.done", **self._place, text=text, logprobs=[]),
+            self._event("response.content_part.done", **self._place, part=self._part(text)),
+            self._event("response.output_item.done", output_index=0, item=response["output"][0]),
+            self._event(f"response.{response['status']}", response=response),
+        ]
+
+    @property
+    def _place(self) -> dict:
+        return {"item_id": self.item_id, "output_index": 0, "content_index": 0}
+
+    @staticmethod
+    def _part(text: str) -> dict:
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+    def _item(self, text: str, status: str) -> dict:
+        content = [self._part(text)]
+        return {"id": self.item_id, "type": "message", "role": "assistant", "status": status, "content": content}
+
+    def _event(self, name: str, **values) -> str:
+        data = {"type": name, "sequence_number": self.num_events, **values}
+        self.num_events += 1
+        return f"event: {name}\n{event(data)}"
