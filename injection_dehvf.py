@@ -223,52 +223,46 @@ class MemoryFFN(_Extended):
             return output
         if isinstance(memory, MixedLayerMemory):
             for own_memory, rows in zip(memory.memories, memory.rows):
-                output = output.index_copy(0, rows, self.add_lookup(output[rows], hidden_states[rows], own_memory))
+                read = self.lookup(hidden_states[rows], own_memory)
+                output = output.index_add(0, rows, read, alpha=own_memory.scale)
             return output
-        return self.add_lookup(output, hidden_states, memory)
+        return torch.add(output, self.lookup(hidden_states, memory), alpha=memory.scale)
 
-    def add_lookup(self, output: torch.Tensor, hidden_states: torch.Tensor, memory: LayerMemory) -> torch.Tensor:
-        """`output + s phi(x K^T) V`; output, hidden_states and result: B T h."""
-        patches, others = self.slot_activations(hidden_states, memory)
-        slots = (patches, others)
-        if memory.value_features is not None and memory.is_materialised(hidden_states):
-            num_patches = patches.shape[-1]
-            slot_values, basis = _split(memory.value_matrix, num_patches + others.shape[-1])
-            patch_values, other_values = _split(slot_values, num_patches)
-            values = patch_values + basis @ memory.value_features.mT  # B h n
-            read = patches @ values.mT + F.linear(others, other_values)
-            return torch.add(output, read, alpha=memory.scale)
-        if memory.value_features is not None:
-            slots = (*slots, patches @ memory.value_features)  # B T c+1
-        read = torch.cat(slots, dim=-1).flatten(0, 1)
-        return torch.addmm(output.flatten(0, 1), read, memory.value_matrix.T, alpha=memory.scale).view_as(output)
-
-    def slot_activations(self, hidden_states: torch.Tensor, memory: LayerMemory) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        `phi(x K^T)`, how much each token reads each slot: those of the patches, row by row, B T n, and the others,
-        B T S-n.
-        """
-        # Slots past the patches have no visual part, and a sample without an image has rows of zeros
-        features = memory.value_features if memory.key_features is None else memory.key_features
-        num_patches = 0 if features is None else features.shape[1]
-        width = 0 if memory.key_features is None else memory.key_features.shape[2]
-        num_slots = len(memory.key_matrix) - width
-        if width and memory.is_materialised(hidden_states):
-            slots, basis = _split(memory.key_matrix.T, num_slots)
+    def lookup(self, hidden_states: torch.Tensor, memory: LayerMemory) -> torch.Tensor:
+        """`phi(x K^T) V`; hidden_states and result: B T h."""
+        weights = F.dropout(self.slot_activations(hidden_states, memory), memory.dropout, self.training)
+        if memory.value_features is None:
+            return F.linear(weights, memory.value_matrix)  # B T h
+        num_patches = memory.value_features.shape[1]
+        first, rest = _split(weights, num_patches)
+        if memory.is_materialised(hidden_states):
+            slots, basis = _split(memory.value_matrix, weights.shape[-1])
             patch_slots, other_slots = _split(slots, num_patches)
-            keys = patch_slots.T + memory.key_features @ basis.T  # B n h
-            patches, others = hidden_states @ keys.mT, hidden_states @ other_slots
+            values = patch_slots + basis @ memory.value_features.mT  # B h n
+            return first @ values.mT + F.linear(rest, other_slots)
+        visual = first @ memory.value_features  # B T c+1
+        return F.linear(torch.cat((weights, visual), dim=-1), memory.value_matrix)
+
+    def slot_activations(self, hidden_states: torch.Tensor, memory: LayerMemory) -> torch.Tensor:
+        """`phi(x K^T)`: how much each slot is read, B T S. The first n slots belong to the patches, row by row."""
+        # Slots past the patches have no visual part, and a sample without an image has rows of zeros
+        if memory.key_features is None:
+            scores = F.linear(hidden_states, memory.key_matrix)  # B T S
         else:
-            sizes = num_patches, num_slots - num_patches, width
-            patches, others, inner = F.linear(hidden_states, memory.key_matrix).split(sizes, dim=-1)
-            if width:
-                features = memory.key_features.expand(hidden_states.shape[0], -1, -1)
-                patches = torch.baddbmm(patches, inner, features.mT)
-        activation = getattr(self, self.activation_name)
-        patches, others = activation(patches), activation(others)
-        if self.training:
-            patches, others = (F.dropout(slots, memory.dropout) for slots in (patches, others))
-        return patches, others
+            num_patches, width = memory.key_features.shape[1:]
+            num_slots = len(memory.key_matrix) - width
+            if memory.is_materialised(hidden_states):
+                slots, basis = _split(memory.key_matrix.T, num_slots)
+                patch_slots, other_slots = _split(slots, num_patches)
+                keys = patch_slots.T + memory.key_features @ basis.T  # B n h
+                first, rest = hidden_states @ keys.mT, hidden_states @ other_slots
+            else:
+                scores, inner = _split(F.linear(hidden_states, memory.key_matrix), num_slots)
+                first, rest = _split(scores, num_patches)
+                # This way round since both factors lie in memory as they are read, also for a single token
+                first = first + (memory.key_features @ inner.mT).mT
+            scores = torch.cat((first, rest), dim=-1)
+        return getattr(self, self.activation_name)(scores)
 
 
 def _split(tensor: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

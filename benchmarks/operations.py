@@ -96,7 +96,7 @@ def fuser(config) -> int:
 
 
 def memory_lookup(config, tokens: int) -> int:
-    """As `MemoryFFN.add_lookup` does it: a token meets the position embeddings, `W_2` and the patches in turn."""
+    """As `MemoryFFN.lookup` does it: a token meets the slots' position embeddings, `W_2` and the patches in turn."""
     h, columns = config.text_config.hidden_size, config.projector_hidden_size + 1
     slots = product(tokens, h, config.num_memory_slots)
     visual = product(tokens, h, columns) + product(tokens, columns, config.num_patches)

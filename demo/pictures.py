@@ -108,12 +108,12 @@ def slot_activations(model, inputs, position: int = -1) -> np.ndarray:
         ValueError: if the model has no visual prompts, or a row has no image.
     """
     check_images(model, inputs)
-    activations, thread = [], threading.get_ident()
+    num_patches, activations, thread = model.config.num_patches, [], threading.get_ident()
 
     def keep(ffn, args):
         if threading.get_ident() == thread:  # others may use the model at the same time
-            patches, _ = ffn.slot_activations(args[0][:, [position]], ffn.memory)  # (batch_size, 1, num_patches)
-            activations.append(patches[:, 0].float())
+            slots = ffn.slot_activations(args[0][:, [position]], ffn.memory)  # (batch_size, 1, num_memory_slots)
+            activations.append(slots[:, 0, :num_patches].float())
 
     ffns = model.model.text_layout.ffns(model.model.language_model)
     hooks = [ffn.register_forward_pre_hook(keep) for ffn in ffns]

@@ -345,13 +345,10 @@ def test_generation_reads_a_long_prompt_and_its_answer_in_different_ways(monkeyp
     model, inputs = tiny_model(), tiny_inputs(2, length=12)  # break-even at 10.67 tokens
     asked = []
     ffn = model.model.language_model.layers[0].mlp
-    add_lookup = ffn.add_lookup
-
-    def note(output, hidden_states, memory):
-        asked.append(memory.is_materialised(hidden_states))
-        return add_lookup(output, hidden_states, memory)
-
-    monkeypatch.setattr(ffn, "add_lookup", note)
+    lookup = ffn.lookup
+    monkeypatch.setattr(
+        ffn, "lookup", lambda hidden, memory: asked.append(memory.is_materialised(hidden)) or lookup(hidden, memory)
+    )
     generated = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
     assert asked == [True, False, False, False]
     model.config.memory_form = "factored"
@@ -376,7 +373,7 @@ def test_injection_is_concatenation_on_a_plain_ffn(model_type, form):
     inputs = hidden_states.clone().requires_grad_()
     visual_memory = model.get_image_features(pixel_values).pooler_output
     memory = model.model.active.layer_memories(visual_memory, torch.float32)[2]
-    output = ffn.add_lookup(ffn(inputs), inputs, memory)
+    output = torch.add(ffn(inputs), ffn.lookup(inputs, memory), alpha=memory.scale)
     found = gradients(output, inputs)
 
     inputs = hidden_states.clone().requires_grad_()

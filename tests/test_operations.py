@@ -48,8 +48,7 @@ def test_the_materialised_lookup_gives_the_same_for_the_operations_of_its_closed
     hidden = torch.randn(1, tokens, config.text_config.hidden_size)
     visual_memory = model.get_image_features(torch.randn(1, 3, 16, 16)).pooler_output
     memories = model.model.active.layer_memories(visual_memory, torch.float32)
-    nothing, layers = torch.zeros_like(hidden), model.model.language_model.layers
-    expected = [layer.mlp.add_lookup(nothing, hidden, memory) for layer, memory in zip(layers, memories)]
+    expected = [layer.mlp.lookup(hidden, memory) for layer, memory in zip(model.model.language_model.layers, memories)]
 
     slots = config.num_memory_slots
     basis = memories[0].key_matrix[slots:]
@@ -64,7 +63,6 @@ def test_the_materialised_lookup_gives_the_same_for_the_operations_of_its_closed
             keys = materialise(memory.key_features, memory.key_matrix[:slots])
             values = materialise(memory.value_features, memory.value_matrix.T[:slots])
             found.append(F.silu(hidden @ keys.transpose(1, 2)) @ values)
-    found = [memory.scale * read for memory, read in zip(memories, found)]
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-4, atol=1e-4)
     assert counter.get_total_flops() == operations.materialised_lookup(config, tokens)
 
