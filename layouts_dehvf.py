@@ -30,6 +30,8 @@ SPLIT_FFN = ("intermediate", "output")
 # What parts of a layer are called by which models of other kinds are recognised
 EXPERTS, CROSS_ATTENTION = ("expert", "router"), ("encoder_attn", "cross_attn", "crossattention")
 STATE_SPACE = ("mamba", "mixer", "lstm", "time_shift")
+# Rotary embeddings whose frequencies follow the positions of a call, which an empty copy does not have
+ROPE_OF_POSITIONS = ("dynamic", "longrope")
 # What neither the modules of a model nor its shapes tell
 TEXT_REFUSALS = {
     "dory": "it runs some of its layers several times",
@@ -196,6 +198,10 @@ def _empty_copy(base_config: PreTrainedConfig, mapping, kind: str) -> nn.Module:
     """The model of a config on the meta device. Not by `from_config`, which under ZeRO-3 divides what it builds."""
     base_config = copy.deepcopy(base_config)
     base_config._attn_implementation = "eager"
+    rope = getattr(base_config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):  # some models have them for each type of layer
+        if isinstance(parameters, dict) and parameters.get("rope_type") in ROPE_OF_POSITIONS:
+            parameters["rope_type"] = "default"
     if type(base_config) not in mapping:
         raise Refusal(f"transformers has no class of it that is {kind}")
     try:

@@ -16,7 +16,7 @@ from every_base import (
     vision_config,
     working_types,
 )
-from tiny import DEHVF_SIZES, relative_error, tiny_inputs, tiny_vision_config
+from tiny import DEHVF_SIZES, relative_error, tiny_inputs, tiny_text_config, tiny_vision_config
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM
@@ -76,6 +76,32 @@ def test_a_type_that_does_not_work_is_refused_by_name(kind, model_type):
     message = str(find(kind, model_type))
     assert f"`{model_type}` (`{kind}_config`)" in message and f"Give another `{kind}_model`" in message
     assert any(reason in message for reason in REASONS), message
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 2.0},
+        {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_rotary_embeddings_may_be_scaled_in_any_way(rope):
+    rope |= {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    config = tiny_text_config(rope_parameters=rope)
+    model = DehvfForConditionalGeneration(
+        DehvfConfig(text_config=config, vision_config=tiny_vision_config("clip_vision_model"), **DEHVF_SIZES)
+    ).eval()
+    assert model.config.text_config.rope_parameters["rope_type"] == rope["rope_type"]
+    inputs = tiny_inputs(length=70)
+    with model.disable_adapter():
+        found = model(**inputs).logits
+    base = model.model.language_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    assert torch.equal(found, model.lm_head(base.last_hidden_state))
 
 
 @torch.no_grad()
