@@ -398,7 +398,7 @@ TWO_PROCESSES = ("--num_processes", "2", "--use_deepspeed")
     [
         pytest.param((), (), id="one process"),
         pytest.param((), ("--deepspeed", "ds_config.json"), id="ZeRO-2 on one", marks=pytest.mark.extended),
-        pytest.param(TWO_PROCESSES, ("--deepspeed", "ds_config.json"), id="ZeRO-2 on two"),
+        pytest.param(TWO_PROCESSES, ("--deepspeed", "ds_config.json"), id="ZeRO-2 on two", marks=pytest.mark.extended),
     ],
 )
 def test_the_scienceqa_recipe_trains_on_a_stand_in(scienceqa, tmp_path, launcher, flags):
