@@ -48,8 +48,11 @@ def test_trl_trains_on_chats(with_image, assistant_only, tmp_path):
     before = {name: parameter.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
     trainer.train()
     changed = {name for name, value in before.items() if not torch.equal(model.get_parameter(name), value)}
-    # Without an image, the position embeddings of the memory slots are all there is to learn
-    assert changed == (set(before) if with_image else {name for name in before if "memory_slots" in name})
+    # Softmax takes no notice of a bias that all keys share, so its gradient is zero but for rounding
+    expected = {name for name in before if not name.endswith("k_proj.bias")}
+    if not with_image:  # the position embeddings of the memory slots are all there is to learn
+        expected = {name for name in expected if "memory_slots" in name}
+    assert expected <= changed <= (set(before) if with_image else expected)
 
 
 @pytest.mark.parametrize("task", ["image-text-to-text", "any-to-any"])
