@@ -130,7 +130,9 @@ def test_steps_lower_the_loss_and_change_each_trained_parameter_and_nothing_froz
         optimizer.step()
     assert losses[-1] < losses[0]
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == trained(model).keys()
+    # Softmax takes no notice of a bias that all keys share, so its gradient is zero but for rounding
+    expected = {name for name in trained(model) if not name.endswith("k_proj.bias")}
+    assert expected <= changed <= trained(model).keys()
 
 
 @all_methods
