@@ -21,11 +21,25 @@ with FileLock(Path(HF_MODULES_CACHE) / "dehvf.lock"):  # processes of one run co
         "modeling_dehvf.DehvfForConditionalGeneration", str(ROOT)
     )
 _package = DehvfForConditionalGeneration.__module__.rpartition(".")[0]
-configuration, images, processing, files, bases, layouts, injection, fuser, adapters, switching, hub, modeling = (
+(
+    configuration,
+    images,
+    processing,
+    files,
+    inputs,
+    bases,
+    layouts,
+    injection,
+    fuser,
+    adapters,
+    switching,
+    hub,
+    modeling,
+) = (
     import_module(f"{_package}.{name}_dehvf")
     for name in (
-        *("configuration", "images", "processing", "files", "bases", "layouts", "injection", "fuser", "adapters"),
-        *("switching", "hub", "modeling"),
+        *("configuration", "images", "processing", "files", "inputs", "bases", "layouts", "injection", "fuser"),
+        *("adapters", "switching", "hub", "modeling"),
     )
 )
 DehvfConfig, DehvfProcessor, DehvfModel = configuration.DehvfConfig, processing.DehvfProcessor, modeling.DehvfModel

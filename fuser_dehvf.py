@@ -155,7 +155,14 @@ class FuserBlock(GradientCheckpointingLayer):
     def forward(
         self, query: torch.Tensor, features: torch.Tensor, candidates: torch.Tensor, valid: torch.Tensor
     ) -> torch.Tensor:
-        """query: B D P r; features: B N r, mapped to keys and values before each layer takes its candidates."""
+        """query: B D P r; features: B N r."""
+        query = self.attention_norm(query + self.attend(query, features, candidates, valid))
+        return self.ffn_norm(query + self.linear_2(self.act(self.linear_1(query))))
+
+    def attend(
+        self, query: torch.Tensor, features: torch.Tensor, candidates: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
+        """The features are mapped to keys and values before each layer takes its candidates. Returns B D P r."""
         # Images and language layers as one batch, since inductor compiles attention over four dimensions alone
         attended = F.scaled_dot_product_attention(
             self._split_heads(self.q_proj(query).flatten(0, 1)),  # B*D heads P r/heads
@@ -164,9 +171,7 @@ class FuserBlock(GradientCheckpointingLayer):
             # `len` would make the number of images a constant of an exported graph
             attn_mask=valid[:, None, None].repeat(features.shape[0], 1, 1, 1),  # B*D 1 1 M
         )
-        attended = attended.transpose(1, 2).reshape(query.shape)  # B D P r
-        query = self.attention_norm(query + self.out_proj(attended))
-        return self.ffn_norm(query + self.linear_2(self.act(self.linear_1(query))))
+        return self.out_proj(attended.transpose(1, 2).reshape(query.shape))
 
     def _split_heads(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)

@@ -1,5 +1,5 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Checks of the arguments of a call."""
+"""Checks of the arguments of a call, and the instruction in its text."""
 
 import torch
 
@@ -50,6 +50,26 @@ def check_one_of(**given):
     names = [f"`{name}`" for name, value in given.items() if value is not None]
     if len(names) > 1:
         raise ValueError(f"Both {' and '.join(names)} were given. Give one of them.")
+
+
+def find_instruction(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Which tokens are the user's, `(batch_size, sequence_length)`: those without a label that are no padding."""
+    is_instruction = labels == -100
+    return is_instruction if attention_mask is None else is_instruction & attention_mask.bool()
+
+
+def mean_embedding(inputs_embeds: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    The mean over the tokens of each text, `(batch_size, hidden_size)`, in float32.
+
+    Args:
+        mask: `(batch_size, sequence_length)`, 1 or true for the tokens to take. By default all.
+    """
+    inputs_embeds = inputs_embeds.float()
+    if mask is None:
+        return inputs_embeds.mean(dim=1)
+    weights = mask.to(inputs_embeds.dtype)[..., None]
+    return (weights * inputs_embeds).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]):

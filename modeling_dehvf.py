@@ -46,7 +46,15 @@ from .injection_dehvf import (
     extend_layers,
     run_extended,
 )
-from .inputs_dehvf import check_image_mask, check_instruction, check_one_of, check_pixel_values, check_visual_memory
+from .inputs_dehvf import (
+    check_image_mask,
+    check_instruction,
+    check_one_of,
+    check_pixel_values,
+    check_visual_memory,
+    find_instruction,
+    mean_embedding,
+)
 from .layouts_dehvf import VisionLayout, find_text_layout, find_vision_layout
 from .outputs_dehvf import DehvfCausalLMOutputWithPast, DehvfModelOutputWithPast, compute_logits
 from .switching_dehvf import BASE_MODEL, AdapterSet, SwitchingMixin
@@ -327,11 +335,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        inputs_embeds = inputs_embeds.float()
-        if instruction_mask is None:
-            return F.layer_norm(inputs_embeds.mean(dim=1), inputs_embeds.shape[-1:])
-        weights = instruction_mask.to(inputs_embeds.dtype)[..., None]
-        mean = (weights * inputs_embeds).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        mean = mean_embedding(inputs_embeds, instruction_mask)
         return F.layer_norm(mean, mean.shape[-1:])  # B h
 
     @can_return_tuple
@@ -648,9 +652,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         """
         reads_instruction = self.config.reads_instruction or adapter_names is not None  # one of them may
         if reads_instruction and instruction_mask is None and labels is not None:
-            instruction_mask = labels == -100
-            if attention_mask is not None:
-                instruction_mask = instruction_mask & attention_mask.bool()
+            instruction_mask = find_instruction(labels, attention_mask)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -6,12 +6,12 @@ image tokens of LLaVA are made.
 The vision layers are cut into groups, and each group's hidden states are averaged. A fuser, whose query is the
 instruction and whose keys and values are the groups' class tokens, gives one weight to each group. The weighted sum of
 the patches stands beside those of the penultimate layer, and a projector of the language model's width makes one token
-of each patch. With a hidden width of ReLU FFNs that is that of the fuser, our own [`FuserBlock`] computes what its
-authors' `QueryTransformer` does.
+of each patch. Where its FFN has a ReLU and the width of the fuser, our own [`FuserBlock`] computes what its authors'
+`QueryTransformer` does.
 
 It departs from its authors' code in two respects. They train the whole language model, and here LoRA adapts it, as in
-`llava_lora.py`. They encode the instruction by a sentence encoder of its own (`sentence-transformers`), and here it is
-the mean of the language model's embeddings of its tokens, as for DEHVF's `fuser_query="instruction"`.
+`llava_lora.py`. They encode the instruction with a sentence encoder (`sentence-transformers`), and here it is
+the mean of the language model's embeddings of its tokens.
 """
 
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from dehvf import configuration, fuser
+from dehvf import configuration, fuser, inputs
 
 from . import BaselineArguments, ImageTokensForConditionalGeneration, Projector, class_features
 from .llava_lora import add_lora
@@ -112,9 +112,7 @@ class IgvaForConditionalGeneration(ImageTokensForConditionalGeneration):
         is_text = input_ids != self.config.image_token_id
         if mask is not None:
             is_text = is_text & mask.bool()
-        embeddings = self.get_input_embeddings()(input_ids * is_text)  # B T h
-        weights = is_text / is_text.sum(dim=1, keepdim=True).clamp(min=1)  # B T
-        return torch.einsum("bt,bth->bh", weights.to(embeddings.dtype), embeddings)
+        return inputs.mean_embedding(self.get_input_embeddings()(input_ids * is_text), is_text)
 
     def group_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -172,9 +170,7 @@ class IgvaForConditionalGeneration(ImageTokensForConditionalGeneration):
         if pixel_values is not None:
             if instruction is None:
                 if instruction_mask is None and "labels" in kwargs:
-                    instruction_mask = kwargs["labels"] == -100
-                    if attention_mask is not None:
-                        instruction_mask = instruction_mask & attention_mask.bool()
+                    instruction_mask = inputs.find_instruction(kwargs["labels"], attention_mask)
                 instruction = self.instruction(input_ids, attention_mask, instruction_mask)
             features = self.image_features(pixel_values, image_mask, instruction)
         arguments = input_ids, pixel_values, image_mask, attention_mask, position_ids, logits_to_keep

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 from collections.abc import Callable
 from importlib.metadata import version
@@ -38,6 +39,12 @@ def machine_in_words() -> str:
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     gpu = f"{machine['gpu']}, " if machine["gpu"] else ""
     return f"{gpu}{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; {versions}"
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean ± standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}" if values else "–"
 
 
 def save_report(folder: Path, name: str, report: dict, markdown: Callable, draw: Callable):

@@ -23,13 +23,7 @@ class PreNormBlock(fuser.FuserBlock):
     """Layer norm before attention and FFN in place of after them, so that no norm divides the residual stream."""
 
     def forward(self, query, features, candidates, valid):
-        attended = F.scaled_dot_product_attention(
-            self._split_heads(self.q_proj(self.attention_norm(query)).flatten(0, 1)),
-            self._split_heads(self.k_proj(features)[:, candidates].flatten(0, 1)),
-            self._split_heads(self.v_proj(features)[:, candidates].flatten(0, 1)),
-            attn_mask=valid[:, None, None].repeat(features.shape[0], 1, 1, 1),
-        )
-        query = query + self.out_proj(attended.transpose(1, 2).reshape(query.shape))
+        query = query + self.attend(self.attention_norm(query), features, candidates, valid)
         return query + self.linear_2(self.act(self.linear_1(self.ffn_norm(query))))
 
 

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
-from benchmarks import RESULTS, machine_in_words, save_report
+from benchmarks import RESULTS, machine_in_words, save_report, spread
 
 
 ROOT = Path(__file__).parents[1]
@@ -236,11 +236,6 @@ def compare_with_paper(tables: dict) -> list[dict]:
             verdict = "not decided: seeds overlap"
         found.append({"better": better, "worse": worse, "difference": difference, "verdict": verdict})
     return found
-
-
-def spread(values: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 def markdown(report: dict) -> str:

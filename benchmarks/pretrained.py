@@ -39,7 +39,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from baselines import METHODS as BASELINES
 from baselines import BaselineArguments, assemble
-from benchmarks import RESULTS, fusers, machine_in_words, save_report
+from benchmarks import RESULTS, fusers, machine_in_words, save_report, spread
 from benchmarks.fusion import replacements
 from benchmarks.speed import with_same_weights
 from dehvf import ROOT, DehvfConfig, DehvfForConditionalGeneration, DehvfProcessor
@@ -407,11 +407,6 @@ def questions_until(run: dict) -> int | None:
     """Questions that were trained on when the accuracy on the first test questions first was `LEARNED`."""
     steps = [point["step"] for point in run["curve"] if point["average"] >= LEARNED]
     return BATCH_SIZE * steps[0] if steps else None
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}" if values else "–"
 
 
 def markdown(report: dict) -> str:
