@@ -319,9 +319,8 @@ class AdapterMixin:
         }
         revisions = map(known.get, bases)  # none for a base model that was taken from elsewhere
         try:
-            return DehvfProcessor.from_vision_text_pretrained(
-                *bases, *revisions, image_size=config.image_size, **hub_arguments(source)
-            )
+            options = {name: getattr(config, name) for name in ("image_size", "max_images", "image_tiles")}
+            return DehvfProcessor.from_vision_text_pretrained(*bases, *revisions, **options, **hub_arguments(source))
         except (OSError, ValueError, ImportError) as error:
             logger.warning_once(
                 f"The adapter is saved without a processor, since none can be loaded from {' and '.join(bases)} "

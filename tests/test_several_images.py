@@ -2,8 +2,19 @@
 
 import pytest
 import torch
+from PIL import Image
 from test_modeling import ablations, reference_logits, reference_memory
-from tiny import IMAGE_SIZE, NUM_PATCHES, tiny_inputs, tiny_model
+from tiny import (
+    IMAGE_SIZE,
+    NUM_PATCHES,
+    DehvfProcessor,
+    tiny_config,
+    tiny_image_processor,
+    tiny_inputs,
+    tiny_model,
+    tiny_tokenizer,
+)
+from transformers import pipeline
 
 
 MAX_IMAGES = 3
@@ -165,3 +176,98 @@ def test_memories_of_several_images_are_saved(tmp_path):
     memory = model.get_image_features(several_inputs([[1, 1]])["pixel_values"]).pooler_output
     model.save_visual_memory(memory, tmp_path / "memory.safetensors")
     assert torch.equal(model.load_visual_memory(tmp_path / "memory.safetensors"), memory)
+
+
+# --- the processor ---
+
+
+def picture(colour="red", size=(IMAGE_SIZE, IMAGE_SIZE)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+def several_processor(**values) -> DehvfProcessor:
+    return DehvfProcessor(tiny_image_processor(), tiny_tokenizer(), **values)
+
+
+def test_samples_have_the_images_of_their_lists_and_the_model_reads_them():
+    processor, colours = several_processor(max_images=2), ("red", "blue", "green")
+    first, second, third = map(picture, colours)
+    pixels = processor(images=[first, second, third], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (3, 3, IMAGE_SIZE, IMAGE_SIZE), "as ever where no sample has several"
+    images = [[first, second], [third], [], [None], third]
+    inputs = processor(images=images, text=["a"] * 5, return_tensors="pt")
+    assert inputs["image_mask"].tolist() == [[True, True], [True, False], [False] * 2, [False] * 2, [True, False]]
+    assert torch.equal(inputs["pixel_values"][inputs["image_mask"]], pixels[[0, 1, 2, 2]])
+    assert not inputs["pixel_values"][~inputs["image_mask"]].any()
+    assert tiny_model(max_images=2)(**inputs).logits.shape[0] == 5
+    with pytest.raises(ValueError, match="A sample has 3 images, but this adapter reads at most 2 per text"):
+        processor(images=[[first, second, third]], text="a")
+    with pytest.raises(ValueError, match=r"Got 2 images and 1 texts. .* a list for one with several"):
+        processor(images=[first, second], text="a")
+
+
+def test_images_of_all_turns_of_a_chat_are_read_in_their_order():
+    parts = [{"type": "image", "image": picture(colour)} for colour in ("red", "blue")]
+    turns = [
+        {"role": "user", "content": [parts[0], {"type": "text", "text": "who?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "me"}]},
+        {"role": "user", "content": [{"type": "text", "text": "and"}, parts[1], {"type": "text", "text": "he?"}]},
+    ]
+    processor = several_processor(max_images=2)
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    inputs = processor.apply_chat_template([turns, turns[:1]], **options)
+    assert inputs["image_mask"].tolist() == [[True, True], [True, False]]
+    expected = processor(images=[[picture("red"), picture("blue")], picture("red")], return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    alone = processor.apply_chat_template(turns, **options)
+    assert torch.equal(alone["pixel_values"], expected["pixel_values"][:1])
+
+
+def test_the_pipeline_answers_about_several_images():
+    model, processor = tiny_model(max_images=2), several_processor(max_images=2)
+    content = [{"type": "image", "image": picture(colour)} for colour in ("red", "blue")]
+    chat = [{"role": "user", "content": [*content, {"type": "text", "text": "who?"}]}]
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    inputs = processor.apply_chat_template(chat, **options)
+    limits = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(**inputs, **limits)[:, inputs["input_ids"].shape[1] :]
+    found = pipe(text=chat, generate_kwargs=limits, return_full_text=False)[0]["generated_text"]
+    assert found == processor.batch_decode(expected, skip_special_tokens=True)[0]
+
+
+@pytest.mark.parametrize("image_fit", [None, "crop", "squash", "pad"])
+def test_a_large_image_is_followed_by_its_tiles(image_fit, tmp_path):
+    """A picture with six colours in two rows, each of them one tile; a small picture has none."""
+    colours, side = ["red", "lime", "blue", "white", "black", "yellow"], 2 * IMAGE_SIZE
+    large = picture(size=(3 * side, 2 * side))
+    for number, colour in enumerate(colours):
+        large.paste(picture(colour, (side, side)), (side * (number % 3), side * (number // 3)))
+    several_processor(max_images=2, image_tiles="2x3", image_fit=image_fit).save_pretrained(tmp_path)
+    processor = DehvfProcessor.from_pretrained(tmp_path)
+    inputs = processor(images=[[large, picture()], [picture(), large], None], text=["a"] * 3, return_tensors="pt")
+    marks = ["11111111000000", "10000001111111", "00000000000000"]
+    assert inputs["image_mask"].int().tolist() == [list(map(int, row)) for row in marks]
+    whole = several_processor(image_fit=image_fit)(images=large, return_tensors="pt")["pixel_values"]
+    parts = [picture(colour) for colour in colours]
+    parts = several_processor()(images=parts, return_tensors="pt")["pixel_values"]
+    for found in (inputs["pixel_values"][0, :7], inputs["pixel_values"][1, 7:]):
+        assert torch.equal(found[:1], whole)
+        inner = (..., slice(2, -2), slice(2, -2))  # where no neighbour shines in
+        torch.testing.assert_close(found[1:][inner], parts[inner], atol=1e-5, rtol=0)
+    small = processor(images=[picture(), None], return_tensors="pt")
+    assert torch.equal(
+        small["pixel_values"], several_processor()(images=[picture(), None], return_tensors="pt")["pixel_values"]
+    )
+    model = tiny_model(max_images=2, image_tiles="2x3")
+    assert model.model.memory_slots.image_key.shape[0] == 13
+    together = model(**inputs).logits[1]
+    alone = {name: value[1:2] for name, value in inputs.items()}
+    torch.testing.assert_close(together, model(**alone).logits[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tiles", ["2", "0x2", "2x10", "2 x 2"])
+def test_other_tiles_are_refused(tiles):
+    for make in (several_processor, tiny_config):
+        with pytest.raises(Exception, match=f"`image_tiles` is '{tiles}', but must be rows and columns from 1 to 9"):
+            make(image_tiles=tiles)
