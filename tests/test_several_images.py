@@ -1,9 +1,14 @@
 """Samples with several images: the model, the processor, training data and `generate`."""
 
+import csv
+import json
+
+import datasets
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from test_modeling import ablations, reference_logits, reference_memory
+from test_train import make_split, tiny_flags
 from tiny import (
     IMAGE_SIZE,
     NUM_PATCHES,
@@ -14,7 +19,13 @@ from tiny import (
     tiny_model,
     tiny_tokenizer,
 )
-from transformers import pipeline
+from transformers import AutoModelForImageTextToText, pipeline
+
+import train
+from tasks import chat, vqa
+from tasks.__main__ import check
+from tasks._sources import list_images
+from training.data import Collator, read_image
 
 
 MAX_IMAGES = 3
@@ -271,3 +282,140 @@ def test_other_tiles_are_refused(tiles):
     for make in (several_processor, tiny_config):
         with pytest.raises(Exception, match=f"`image_tiles` is '{tiles}', but must be rows and columns from 1 to 9"):
             make(image_tiles=tiles)
+
+
+# --- data and training ---
+
+
+COLOURS = ("red", "blue", "lime")
+FILES = [[f"{colour}.png" for colour in COLOURS], ["blue.png"], []]
+QUESTIONS = [{"question": f"who? {number}", "answer": "me", "images": images} for number, images in enumerate(FILES)]
+
+
+def conversation(content, second) -> list[dict]:
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "me"}]
+    return [*turns, {"role": "user", "content": second}, {"role": "assistant", "content": "he"}]
+
+
+def in_parts(files: list[str]) -> list[dict]:
+    """A chat with the last image in its second question, and the others in the first."""
+    images = [{"type": "image", "image": file} for file in files]
+    texts = [{"type": "text", "text": text} for text in ("who?", "and he?")]
+    return conversation([*images[:-1], texts[0]], [texts[1], *images[-1:]])
+
+
+def with_markers(files: list[str]) -> list[dict]:
+    return conversation("<image>" * len(files[:-1]) + "who?", "and he?" + "<image>" * len(files[-1:]))
+
+
+def write_lines(folder, rows: list[dict]):
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def write_csv(folder):
+    with open(folder / "train.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, QUESTIONS[0])
+        writer.writeheader()
+        writer.writerows({**row, "images": json.dumps(row["images"])} for row in QUESTIONS)
+
+
+def with_decoded_images(folder) -> datasets.Dataset:
+    rows = [{**row, "images": [str(folder / file) for file in row["images"]]} for row in QUESTIONS]
+    return datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+
+
+def save_own_rows(folder):
+    """What the task itself made of rows."""
+    (folder / "first").mkdir()
+    rows = [{**row, "images": [f"../{file}" for file in row["images"]]} for row in QUESTIONS]
+    write_lines(folder / "first", rows)
+    vqa.load("train", str(folder / "first")).save_to_disk(folder)
+
+
+LAYOUTS = {
+    "lists": (vqa, lambda folder: write_lines(folder, QUESTIONS)),
+    "CSV": (vqa, write_csv),
+    "Parquet": (vqa, lambda folder: with_decoded_images(folder).to_parquet(folder / "train.parquet")),
+    "save_to_disk": (vqa, lambda folder: with_decoded_images(folder).save_to_disk(folder)),
+    "own rows": (vqa, save_own_rows),
+    "parts": (chat, lambda folder: write_lines(folder, [{"messages": in_parts(files)} for files in FILES])),
+    "markers": (
+        chat,
+        lambda folder: write_lines(folder, [{"messages": with_markers(files), "images": files} for files in FILES]),
+    ),
+}
+
+
+def write_pictures(folder):
+    for colour in COLOURS:
+        picture(colour).save(folder / f"{colour}.png")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_have_the_images_of_their_lists_or_turns(layout, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_pictures(tmp_path)
+    task, write = LAYOUTS[layout]
+    write(tmp_path)
+    expected = [[file.removesuffix(".png") for file in files] for files in FILES]
+    for streaming in (False, True):
+        rows = list(
+            task.load("train", str(tmp_path), streaming=streaming).cast_column("image", datasets.Image(decode=False))
+        )
+        assert [row["images"] is None for row in rows] == [False, True, True]
+        assert [row["image"] is None for row in rows] == [False, False, True]
+        found = [[read_image(image).getpixel((0, 0)) for image in list_images(row)] for row in rows]
+        assert found == [[ImageColor.getrgb(colour) for colour in colours] for colours in expected]
+    if task is chat:
+        assert [message["content"] for message in rows[0]["messages"]] == ["who?", "me", "and he?", "he"]
+    assert check(str(tmp_path), task=task.__name__.removeprefix("tasks."))
+    printed = capsys.readouterr().out
+    assert "3 good rows, 2 with an image" in printed
+    assert "1 rows have several images, up to 3: `train.py --max_images 3`" in printed
+
+
+def test_a_batch_has_the_images_of_its_rows_and_a_placeholder_for_each_view(tmp_path):
+    write_pictures(tmp_path)
+    write_lines(tmp_path, QUESTIONS)
+    split = make_split(tmp_path, task="vqa", processor=several_processor(max_images=3))
+    processor = several_processor(max_images=3)
+    batch = Collator(processor, image_tokens=[63, 63])([*split])
+    assert batch["image_mask"].tolist() == [[True] * 3, [True, False, False], [False] * 3]
+    assert batch["pixel_values"].shape == (3, 3, 3, IMAGE_SIZE, IMAGE_SIZE)
+    assert (batch["input_ids"] == 63).sum(dim=1).tolist() == [6, 2, 0]
+    assert Collator(processor)([split[1], split[2]])["pixel_values"].shape == (2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    with pytest.raises(ValueError, match="Row 0 of the train split has 3 images, .* at most 2. .*`--max_images 3`"):
+        make_split(tmp_path, task="vqa", processor=several_processor(max_images=2))
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Questions about one, two or no pictures, with a test split."""
+    write_pictures(tmp_path)
+    files = [["red.png", "blue.png"], ["lime.png"], [], ["blue.png", "red.png"]] * 2
+    rows = [
+        {"question": "who?" * (1 + number % 3), "answer": "me", "images": images}
+        for number, images in enumerate(files)
+    ]
+    write_lines(tmp_path, rows)
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows[:4])))
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", ["dehvf", "llava-lora"])
+def test_a_run_trains_and_evaluates_on_several_images(method, pairs, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", pairs / "cache")
+    flags = {"task": "vqa", "max_images": 2, "image_tiles": "1x2", "max_steps": 2, "method": method}
+    train.main(tiny_flags(pairs, pairs, pairs / "output", **flags))
+    assert len((pairs / "output" / "predictions.jsonl").read_text().splitlines()) == 4
+    if method == "dehvf":
+        model = AutoModelForImageTextToText.from_pretrained(pairs / "output", trust_remote_code=True)
+        processor = DehvfProcessor.from_pretrained(pairs / "output")
+        assert (processor.max_images, processor.image_tiles, model.config.max_encoded_images) == (2, "1x2", 6)
+        assert model.model.memory_slots.image_value[2].any(), "the embedding of the second image has learned"
+
+
+def test_a_baseline_that_reads_one_image_refuses_several():
+    for flag, value in (("max_images", "2"), ("image_tiles", "2x2")):
+        with pytest.raises(ValueError, match=f"`--method lavin` reads one image of a row, but `--{flag}` was given"):
+            train.main(["--method", "lavin", f"--{flag}", value, "--max_samples", "2"])
