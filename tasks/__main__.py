@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tasks import easy_vqa, get_task, print_scores, score_folder
 from tasks._formats import split_of
-from tasks._sources import Source, find_reading_faults
+from tasks._sources import IMAGE_FEATURES, Source, find_reading_faults, list_images
 
 
 # Tokens that control language models. In the texts of data they are read as letters.
@@ -63,7 +63,7 @@ def check_split(source: Source, name: str, split: str, trained: set[int]) -> int
     if faults := source.find_missing(name, source.find_absent(name)):
         print(*faults, sep="\n")
         return len(faults)
-    num_faults, num_rows, present, longest, notes = 0, 0, {}, {}, {}
+    num_faults, num_rows, most_images, present, longest, notes = 0, 0, 0, {}, {}, {}
     read_once = cache(lambda path: find_reading_faults({"bytes": None, "path": path}))
 
     def note(kind: str, where: str):
@@ -71,8 +71,8 @@ def check_split(source: Source, name: str, split: str, trained: set[int]) -> int
         notes[kind] = count + 1, first
 
     for where, row, faults in source.records(name):
-        image = row and row["image"]
-        if image is not None:
+        images = list_images(row) if row else []
+        for image in images:
             faults = [*faults, *(find_reading_faults(image) if image["bytes"] else read_once(image["path"]))]
         for fault in faults:
             print(f"{where}: {fault}")
@@ -86,7 +86,9 @@ def check_split(source: Source, name: str, split: str, trained: set[int]) -> int
             longest[column] = max(longest.get(column, 0), len(text))
             for token in set(CONTROL_TOKENS.findall(text)):
                 note(f"`{token}` in `{column}`, which is read as letters and controls nothing", where)
-        row_hash = hash(repr({**row, "image": image and (hash(image["bytes"]) if image["bytes"] else image["path"])}))
+        most_images = max(most_images, len(images))
+        texts = {column: value for column, value in row.items() if column not in IMAGE_FEATURES}
+        row_hash = hash(repr((texts, [hash(image["bytes"]) if image["bytes"] else image["path"] for image in images])))
         if row_hash in trained:
             note("a row that is also in the train split" if split != "train" else "a row that is repeated", where)
         if split == "train":
@@ -97,6 +99,8 @@ def check_split(source: Source, name: str, split: str, trained: set[int]) -> int
         print(fault)
     print(f"{source.label(name)}: {num_rows} good rows, {present.get('image', 0)} with an image", end="")
     print(f", {present['choices']} with choices" if "choices" in present else "")
+    if most_images > 1:
+        print(f"rows with several images: {present['images']}. Train with `--max_images {most_images}`.")
     if longest:
         lengths = ", ".join(f"{column} {length}" for column, length in longest.items())
         print(f"longest texts in characters: {lengths}")
@@ -109,7 +113,7 @@ def find_texts(row: dict) -> Iterator[tuple[str, str]]:
     """The texts of a row and their columns."""
     for column, value in row.items():
         for text in value if isinstance(value, list) else [value]:
-            text = text.get("content") if isinstance(text, dict) and column != "image" else text
+            text = text.get("content") if isinstance(text, dict) and column not in IMAGE_FEATURES else text
             if isinstance(text, str):
                 yield column, text
 
