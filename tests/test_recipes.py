@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_tasks import save_easy_vqa, save_karpathy
+from test_tasks import save_easy_vqa, save_karpathy, save_vqav2
 from test_train import make_rows
 from tiny import DEHVF_SIZES, IMAGE_SIZE, ROOT, DehvfConfig, DehvfForConditionalGeneration, save_tiny_bases
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
@@ -35,6 +35,7 @@ def stand_ins(tmp_path_factory):
     DatasetDict(train=make_rows(), validation=make_rows(2), test=make_rows(4)).save_to_disk(str(folder / "scienceqa"))
     save_karpathy(folder / "coco_captions")
     save_easy_vqa(folder / "easy_vqa")
+    save_vqav2(folder / "vqav2")
     return vision, text, folder
 
 
@@ -93,7 +94,7 @@ def count_trained(recipe) -> int:
 def test_the_docs_name_each_recipe_with_its_trained_parameters():
     named = {}
     for line in (ROOT / "docs" / "paper-tables.md").read_text().splitlines():
-        if re.match(r"\|.*`(scienceqa|coco)-llama", line):
+        if re.match(r"\|.*`\w+-llama", line):
             _, _, names, counts, *_ = line.split("|")
             named |= zip(re.findall(r"`([\w-]+)`", names), re.findall(r"\d[\d,]*\d", counts), strict=True)
     assert named.keys() == {recipe.stem for recipe in PAPER_RECIPES}

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections import Counter
 from datetime import datetime
+from importlib import import_module
 from zipfile import ZipFile
 
 import numpy as np
@@ -15,8 +16,9 @@ from datasets import Dataset, DatasetDict, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 from tiny import ROOT, run
 
-from tasks import NAMES, coco_captions, digits, easy_vqa, get_task, scienceqa, score_folder, vqa
+from tasks import NAMES, coco_captions, digits, easy_vqa, get_task, scienceqa, score_folder, vqa, vqav2
 from tasks.__main__ import main
+from training.data import read_image
 
 
 SCIENCEQA_COLUMNS = (
@@ -309,6 +311,189 @@ def test_a_missing_pycocoevalcap_is_named_before_anything_is_generated(monkeypat
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)  # as if it were not installed
     with pytest.raises(ImportError, match="pip install pycocoevalcap"):
         coco_captions.check_scorer()
+
+
+# --- VQAv2 ---
+
+
+ANSWERS = ["yes"] * 6 + ["Yes.", "no", "no", "the 2"]  # of one question
+
+
+def save_vqav2(folder):
+    """The published layout with four training photos, one of which is held out, and two to validate."""
+    for part, photos in (("train2014", (1, 2, 3, 50)), ("val2014", (4, 50))):
+        questions, annotations = [], []
+        for photo in photos:
+            write_image(folder / part / f"COCO_{part}_{photo:012d}.jpg")
+            for number, kind in enumerate(("yes/no", "number", "other")):
+                ids = {"image_id": photo, "question_id": 1000 * photo + number}
+                questions.append({**ids, "question": f"Is it number {number}?"})
+                answers = [
+                    {"answer": text, "answer_confidence": "yes", "answer_id": i} for i, text in enumerate(ANSWERS)
+                ]
+                types = {"question_type": "is it", "answer_type": kind, "multiple_choice_answer": "yes"}
+                annotations.append({**ids, **types, "answers": answers})
+        annotations.reverse()  # they are found by their numbers
+        (folder / f"v2_OpenEnded_mscoco_{part}_questions.json").write_text(json.dumps({"questions": questions}))
+        (folder / f"v2_mscoco_{part}_annotations.json").write_text(json.dumps({"annotations": annotations}))
+
+
+def save_vqav2_of_the_hub(folder):
+    """The same rows in the columns of the Hub."""
+    (folder / "data").mkdir(parents=True)
+    save_vqav2(folder / "published")
+    for part, name in (("train2014", "train"), ("val2014", "validation")):
+        questions = json.loads((folder / "published" / f"v2_OpenEnded_mscoco_{part}_questions.json").read_text())
+        annotations = json.loads((folder / "published" / f"v2_mscoco_{part}_annotations.json").read_text())
+        answered = {entry["question_id"]: entry for entry in annotations["annotations"]}
+        rows = [{**entry, **answered[entry["question_id"]]} for entry in questions["questions"]]
+        photos = [f"COCO_{part}_{row['image_id']:012d}.jpg" for row in rows]
+        images = [{"bytes": (folder / "published" / part / photo).read_bytes(), "path": None} for photo in photos]
+        rows = Dataset.from_list([{**row, "image": image} for row, image in zip(rows, images)])
+        rows.cast_column("image", Image()).to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    shutil.rmtree(folder / "published")
+
+
+@pytest.mark.parametrize("save", [save_vqav2, save_vqav2_of_the_hub])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_vqav2_trains_on_photos_that_it_does_not_validate_on_and_tests_on_the_validation_split(
+    save, streaming, tmp_path
+):
+    save(tmp_path)
+    splits = {name: vqav2.load(name, str(tmp_path), streaming) for name in ("train", "validation", "test")}
+    splits = {name: undecoded(rows) for name, rows in splits.items()}
+    photos = {name: [row["image_id"] for row in rows] for name, rows in splits.items()}
+    assert photos == {"train": [1, 1, 1, 2, 2, 2, 3, 3, 3], "validation": [50] * 3, "test": [4, 4, 4, 50, 50, 50]}
+    row = splits["test"][1]
+    assert row.keys() == vqav2.FEATURES.keys() and read_image(row["image"]).size == (8, 8)
+    assert (row["question_id"], row["answer_type"], row["question_type"]) == (4001, "number", "is it")
+    assert (row["answers"], vqav2.answer(row), vqav2.options(row)) == (ANSWERS, "yes", None)
+    assert vqav2.prompt(row, vqav2.context(row)) == "Question: Is it number 1?\nAnswer with a word or a short phrase."
+
+
+def test_the_answer_that_vqav2_learns_is_the_most_frequent_one():
+    record = dict.fromkeys(vqav2.FIELDS) | {"question": "?", "answers": ["b", "a", "a"], "image_id": 1}
+    assert vqav2.parse(record, True)[0]["answer"] == "a"
+    assert vqav2.parse({**record, "answer": "b"}, True)[0]["answer"] == "b"
+
+
+def test_what_is_wrong_with_vqav2_is_named(command, tmp_path):
+    with pytest.raises(ValueError, match="path is None.*visualqa.org"):
+        vqav2.load("test")
+    with pytest.raises(ValueError, match="split is 'val'"):
+        vqav2.load("val", str(tmp_path))
+    save_vqav2(tmp_path)
+    code, output = command("check", tmp_path)
+    assert code == 0 and "train2014_questions.json: 12 good rows" in output and "6 good rows" in output
+    photo = tmp_path / "val2014" / "COCO_val2014_000000000004.jpg"
+    photo.write_text("no image")
+    annotations = tmp_path / "v2_mscoco_val2014_annotations.json"
+    entries = json.loads(annotations.read_text())["annotations"]
+    assert entries[0]["question_id"] == 50002
+    del entries[0]
+    entries[0] |= {"answers": None}
+    annotations.write_text(json.dumps({"annotations": entries}))
+    code, output = command("check", tmp_path)
+    assert code == 1 and output.count("question 400") == 3 and f"The image {photo} cannot be read" in output
+    assert "question 50001: `answers` is None." in output and "question 50002 has no annotation in" in output
+    with pytest.raises(ValueError, match="question 5000.*\n.*first of 2: `python -m tasks check"):
+        vqav2.load("test", str(tmp_path))
+    annotations.write_text("[]")
+    with pytest.raises(ValueError, match='annotations.json.*JSON object with a list "annotations"'):
+        vqav2.load("test", str(tmp_path))
+    annotations.unlink()
+    with pytest.raises(FileNotFoundError, match="annotations.json is missing. VQAv2 is read from"):
+        vqav2.load("test", str(tmp_path))
+
+
+def test_the_check_command_reads_vqav2_of_the_hub(command, tmp_path):
+    save_vqav2_of_the_hub(tmp_path)
+    code, output = command("check", tmp_path)
+    assert code == 0 and "read with --task vqav2" in output and "12 good rows, 12 with an image" in output
+    assert "no test split" not in output
+    for file in (tmp_path / "data").iterdir():
+        Dataset.from_parquet(str(file)).remove_columns("answers").to_parquet(file)
+    code, output = command("check", tmp_path)
+    assert code == 1 and "no row has an `answers`" in output
+
+
+def official(answers, prediction, rate):
+    """Answers of ten people in short, and what the official script of VQA 2.0 prints for a prediction, in per cent."""
+    people = [text for text, number in answers.items() for _ in range(number)]
+    assert len(people) == 10
+    return pytest.param(people, prediction, rate, id=f"{prediction!r}-{rate}")
+
+
+# Computed by vqaEval.py of github.com/GT-Vision-Lab/VQA (commit a013f00), translated to Python 3
+OFFICIAL = [
+    official({"yes": 10}, "yes", 100),
+    official({"yes": 10}, " yes\n", 100),
+    official({"yes": 10}, "Yes", 0),
+    official({"yes": 10}, "no", 0),
+    official({"yes": 9, "no": 1}, "Yes.", 100),
+    official({"yes": 9, "no": 1}, "no", 30),
+    official({"yes": 8, "no": 2}, "no", 60),
+    official({"yes": 7, "no": 3}, "no", 90),
+    official({"yes": 6, "no": 4}, "no", 100),
+    official({"2": 5, "two": 3, "Two.": 1, "3": 1}, "two", 100),
+    official({"0": 5, "none": 5}, "zero", 100),
+    official({"10": 9, "9": 1}, "ten", 100),
+    official({"red": 3, "the red": 2, "a Red": 2, "blue": 3}, "An RED", 100),
+    official({"a": 4, "b": 6}, "a", 100),
+    official({"a": 4, "b": 6}, "the", 100),
+    official({"don't know": 5, "dont know": 4, "x": 1}, "dont know", 100),
+    official({"he'd've": 9, "x": 1}, "hed've", 100),
+    official({"hed've": 9, "x": 1}, "hedve", 0),
+    official({"somebodyd": 9, "x": 1}, "somebody'd", 100),
+    official({"I've": 9, "x": 1}, "Ive", 0),
+    official({"let's": 9, "x": 1}, "lets", 0),
+    official({"'twas": 9, "x": 1}, "twas", 100),
+    official({"t shirt": 5, "t-shirt": 4, "x": 1}, "t-shirt", 100),
+    official({"tshirt": 9, "x": 1}, "t- shirt", 0),
+    official({"yes/no": 9, "x": 1}, "yes no", 100),
+    official({"red, white": 9, "x": 1}, "red white", 100),
+    official({"red,white": 9, "x": 1}, "red white", 100),
+    official({"1,000": 9, "x": 1}, "1000", 100),
+    official({"1,000 t-shirts": 9, "x": 1}, "1000 tshirts", 100),
+    official({"3.5": 9, "x": 1}, "3.5", 100),
+    official({"3.5": 9, "x": 1}, "35", 0),
+    official({"5.": 9, "x": 1}, "5", 100),
+    official({"st. john": 9, "x": 1}, "st john", 100),
+    official({".5": 9, "x": 1}, ".5", 100),
+    official({"a.m.": 9, "x": 1}, "am", 100),
+    official({"stop sign": 9, "x": 1}, "stop\tsign", 100),
+    official({"stop  sign": 10}, "stop sign", 0),
+    official({"what?": 9, "x": 1}, "what", 100),
+    official({"c++": 9, "x": 1}, "c", 100),
+    official({"3:00": 9, "x": 1}, "3:00", 100),
+    official({"café": 9, "x": 1}, "CAFÉ!", 100),
+    official({"x": 9, "": 1}, "the", 30),
+    official({"." * 40: 9, "x": 1}, "." * 8, 0),  # only 32 periods of a text are removed
+    official({"." * 40: 9, "x": 1}, "." * 40, 100),
+]
+
+
+@pytest.mark.parametrize("answers, prediction, rate", OFFICIAL)
+def test_vqav2_is_scored_as_by_the_official_script(answers, prediction, rate):
+    record = {"answers": answers, "answer_type": "other", "prediction": prediction}
+    assert vqav2.score([record], 1)["average"] == pytest.approx(rate)
+    metric = import_module("metrics.vqav2.vqav2")
+    if len(set(answers)) > 1:
+        prediction, *answers = map(metric.normalise, (prediction, *answers))
+    subsets = [answers[:index] + answers[index + 1 :] for index in range(10)]
+    written_out = [min(subset.count(prediction.strip()) / 3, 1) for subset in subsets]
+    assert rate == pytest.approx(100 * sum(written_out) / 10)
+
+
+def test_vqav2_is_scored_by_the_type_of_answer():
+    said = [("yes/no", "yes"), ("yes/no", "maybe"), ("number", "no"), ("yes/no", "NO!")]
+    records = [{"answers": ANSWERS, "answer_type": kind, "prediction": text} for kind, text in said]
+    scores = vqav2.score(records, 4)
+    assert vqav2.CARD["score"] in scores
+    assert scores.pop("yes/no") == pytest.approx((100 + 0 + 60) / 3)
+    assert scores == {"number": pytest.approx(60), "other": None, "average": pytest.approx(55), "count": 4}
+    with pytest.raises(ValueError, match="4 predictions for a split of 5 rows"):
+        vqav2.score(records, 5)
 
 
 # --- Your own questions ---
