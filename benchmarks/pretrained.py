@@ -142,10 +142,11 @@ class Questions:
             ids[index, : len(tokens)] = tokens
             labels[index, len(tokens) - number : len(tokens)] = tokens[-number:]
         pixel_values = self.pixel_values[self.image_rows[rows].to(self.pixel_values.device)]
-        return {"input_ids": ids.to(device), "labels": labels.to(device), "pixel_values": pixel_values}
+        return {"input_ids": ids.to(device), "labels": labels.to(device), "pixel_values": pixel_values.float()}
 
 
-def load_questions(split: str, processor) -> Questions:
+def load_questions(split: str, processor, dtype: torch.dtype = torch.float32) -> Questions:
+    """`dtype` is that in which the pictures are kept, each once."""
     rows = easy_vqa.load(split)
     encoder = RowEncoder(easy_vqa, split, processor, max_prompt_length=64, training=True)
     encoded = encoder.encode(rows.remove_columns("image"))
@@ -154,7 +155,7 @@ def load_questions(split: str, processor) -> Questions:
     image_rows = {number: row for row, number in enumerate(entries)}
 
     def pixels(entry) -> torch.Tensor:
-        return processor(images=[read_image(entry)], return_tensors="pt")["pixel_values"][0]
+        return processor(images=[read_image(entry)], return_tensors="pt")["pixel_values"][0].to(dtype)
 
     with ThreadPool() as pool:
         pixel_values = torch.stack(pool.map(pixels, entries.values()))
@@ -346,16 +347,22 @@ class Bench:
             base.requires_grad_(False)
 
 
+def require_bases():
+    """Ends the program if a pretrained base is not there."""
+    if missing := [place for place in (VISION_MODEL, TEXT_MODEL) if not place.exists()]:
+        sys.exit(f"There is no {missing[0]}. `python -m assets.real_bases` makes it, see docs/bases.md.")
+
+
 def file_of(name: str, seed: int) -> Path:
     return RUNS / re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") / f"seed-{seed}.json"
 
 
-def read_run(name: str, seed: int, steps: int) -> dict | None:
+def read_run(name: str, row: Row, seed: int, steps: int) -> dict | None:
     """What is there of a run of this row as it is now, finished or not."""
     if not file_of(name, seed).is_file():
         return None
     run = json.loads(file_of(name, seed).read_text(encoding="utf-8"))
-    is_same = run["row"] == dataclasses.asdict(ROWS[name]) and (run["seed"], run["steps"]) == (seed, steps)
+    is_same = run["row"] == dataclasses.asdict(row) and (run["seed"], run["steps"]) == (seed, steps)
     return run if is_same else None
 
 
@@ -367,15 +374,29 @@ def work(questions: dict, device: str, steps: int, queue):
     # CUDA graphs are captured on a stream of their own, on which gradients must have been made as well
     with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext():
         while (run := queue.get()) is not None:
-            name, seed = run
+            name, row, seed = run
             file_of(name, seed).parent.mkdir(parents=True, exist_ok=True)
-            Run(ROWS[name], seed, steps, bench).train(file_of(name, seed))
+            Run(row, seed, steps, bench).train(file_of(name, seed))
             print(f"{name}, seed {seed}: done", flush=True)
 
 
-def train_missing(names: list[str], seeds: list[int], steps: int, jobs: int):
+def train_missing(
+    rows: dict[str, Row],
+    seeds: list[int],
+    steps: int,
+    jobs: int,
+    image_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+):
+    """
+    Trains what is not finished.
+
+    Args:
+        image_size: of all rows, if not that of `SETTING`.
+        dtype: in which the pictures are kept.
+    """
     # Seed by seed, so that whoever stops half-way has whole tables of fewer seeds
-    runs = [(name, seed) for seed in seeds for name in names]
+    runs = [(name, row, seed) for seed in seeds for name, row in rows.items()]
     missing = [run for run in runs if "scores" not in (read_run(*run, steps) or {})]
     print(f"{len(runs) - len(missing)} runs are finished, {len(missing)} are missing.", flush=True)
     if not missing:
@@ -383,10 +404,10 @@ def train_missing(names: list[str], seeds: list[int], steps: int, jobs: int):
     processor = DehvfProcessor.from_vision_text_pretrained(
         str(VISION_MODEL),
         str(TEXT_MODEL),
-        image_size=SETTING["image_size"],
+        image_size=image_size or SETTING["image_size"],
         chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"),
     )
-    questions = {split: load_questions(split, processor) for split in ("train", "test")}
+    questions = {split: load_questions(split, processor, dtype) for split in ("train", "test")}
     context = multiprocessing.get_context("spawn")
     queue, device = context.Queue(), "cuda" if torch.cuda.is_available() else "cpu"
     for run in [*missing, *[None] * jobs]:
@@ -453,8 +474,13 @@ def draw(report: dict, file: Path):
     figure.savefig(file, dpi=130)
 
 
-def write_report(names: list[str], seeds: list[int], steps: int):
-    runs = {name: [run for seed in seeds if (run := read_run(name, seed, steps))] for name in names}
+def find_runs(rows: dict[str, Row], seeds: list[int], steps: int) -> dict[str, list[dict]]:
+    """What is there of each row, finished or not."""
+    found = {name: [read_run(name, row, seed, steps) for seed in seeds] for name, row in rows.items()}
+    return {name: there for name, runs in found.items() if (there := [run for run in runs if run])}
+
+
+def write_report(rows: dict[str, Row], seeds: list[int], steps: int):
     report = {
         "command": "python -m benchmarks.pretrained",
         "note": (
@@ -465,7 +491,7 @@ def write_report(names: list[str], seeds: list[int], steps: int):
             "the best of six replacements of the fusion weights (`benchmarks.fusion`): 0 or more means that the "
             f"fuser's own contribute nothing. {machine_in_words()}."
         ),
-        "runs": {name: found for name, found in runs.items() if found},
+        "runs": find_runs(rows, seeds, steps),
     }
     save_report(RESULTS, "pretrained", report, markdown, draw)
 
@@ -478,11 +504,11 @@ def main():
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--jobs", type=int, default=1, help="processes that train at the same time")
     arguments = parser.parse_args()
+    rows = {name: ROWS[name] for name in arguments.rows}
     if not arguments.report:
-        if missing := [place for place in (VISION_MODEL, TEXT_MODEL) if not place.exists()]:
-            sys.exit(f"There is no {missing[0]}. `python -m assets.real_bases` makes it, see docs/bases.md.")
-        train_missing(arguments.rows, arguments.seeds, arguments.steps, arguments.jobs)
-    write_report(arguments.rows, arguments.seeds, arguments.steps)
+        require_bases()
+        train_missing(rows, arguments.seeds, arguments.steps, arguments.jobs)
+    write_report(rows, arguments.seeds, arguments.steps)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """The benchmarks: what they would run, that they go on where they stopped, and what they make of results."""
 
 import json
+import re
 
 import pytest
 import torch
 from test_tasks import save_easy_vqa
-from tiny import IMAGE_SIZE, NUM_PATCHES, save_tiny_bases, tiny_processor
+from tiny import IMAGE_SIZE, NUM_PATCHES, PATCH_SIZE, save_tiny_bases, tiny_processor
 
-from benchmarks import RESULTS, memory, operations, paper_tables, pretrained, speed
+from benchmarks import RESULTS, memory, operations, paper_tables, pretrained, resolutions, speed
+from dehvf import processing
 from tasks import easy_vqa
 from training.arguments import parse_arguments
 
@@ -112,10 +114,10 @@ def test_rows_on_pretrained_bases_train_and_do_not_read_the_answer(name, bench):
     before = [parameter.detach().clone() for parameter in run.parameters]
     run.train(file)
     assert not all(map(torch.equal, before, run.parameters))
-    found = pretrained.read_run(name, 0, 2)
+    found = pretrained.read_run(name, row, 0, 2)
     assert [point["step"] for point in found["curve"]] == [1, 2] and 0 <= found["scores"]["average"] <= 100
     assert ("replaced" in found) == (getattr(run.model.model, "fuser", None) is not None)
-    assert pretrained.read_run(name, 0, 3) is None
+    assert pretrained.read_run(name, row, 0, 3) is None
 
 
 def test_the_report_on_pretrained_bases_takes_runs_that_were_stopped(bench):
@@ -124,14 +126,50 @@ def test_the_report_on_pretrained_bases_takes_runs_that_were_stopped(bench):
         run = {"row": pretrained.dataclasses.asdict(pretrained.ROWS[name]), "seed": 0, "steps": 9, "curve": [point]}
         pretrained.file_of(name, 0).parent.mkdir(parents=True)
         pretrained.file_of(name, 0).write_text(json.dumps({**run, "trained_parameters": 1234}))
-    pretrained.write_report(["DEHVF", "MemVP"], [0], 9)
+    pretrained.write_report({name: pretrained.ROWS[name] for name in ("DEHVF", "MemVP")}, [0], 9)
     table = (pretrained.RESULTS / "pretrained.md").read_text()
     assert "| DEHVF | 1,234 | 0 | 96.0 | 96.0 | 96.0 | 96.0 | 20 (1 of 1) |" in table
     assert "| MemVP | 1,234 | 0 | 80.0 | 80.0 | 80.0 | 80.0 | – (0 of 1) |" in table
 
 
+def test_resolutions_are_measured_trained_and_reported(bench, monkeypatch):
+    def row(size):
+        return pretrained.Row(values={"image_size": size, "num_memory_slots": (size // PATCH_SIZE) ** 2})
+
+    rows = {f"{size} px": row(size) for size in (8, 16, 24)}
+    monkeypatch.setattr(resolutions, "ROWS", rows)
+    monkeypatch.setattr(resolutions, "RESULTS", pretrained.RESULTS)
+
+    def in_this_process(name):  # whose resident set may not grow for models so small
+        return {part: number or 1 for part, number in resolutions.measure_memory(name, "cpu").items()}
+
+    monkeypatch.setattr(resolutions, "memory_in_a_fresh_process", in_this_process)
+    measured = resolutions.measure("cpu")
+    sizes = measured["sizes"].values()
+    assert [size["patches"] for size in sizes] == [4, 16, 36]
+    assert len({size["memory"]["visual memory"] / size["patches"] for size in sizes}) == 1
+    columns = resolutions.columns({"measured": measured})
+    bends = {name: resolutions.bend([4, 16, 36], values) for name, values in columns.items()}
+    assert bends["10⁹ operations: vision encoder"] > 1, "attention"
+    for part in ("DEHVF, once per image", "language model", "memory lookup"):
+        assert bends[f"10⁹ operations: {part}"] == pytest.approx(0, abs=1e-6)
+
+    processor = tiny_processor()
+    processing.set_image_size(processor.image_processor, 24)
+    questions = {split: pretrained.load_questions(split, processor, torch.float16) for split in ("train", "test")}
+    assert questions["train"].pixel_values.dtype == torch.float16
+    file = pretrained.file_of("24 px", 0)
+    file.parent.mkdir(parents=True)
+    pretrained.Run(rows["24 px"], 0, 2, pretrained.Bench(questions, "cpu")).train(file)
+    resolutions.write_report(measured, pretrained.find_runs(rows, [0], 2), 2)
+    table = (resolutions.RESULTS / "resolutions.md").read_text()
+    assert "| patches and memory slots | 4 | 16 | 36 | |" in table
+    assert re.search(r"\| accuracy in %: average \| – \| – \| \d+\.\d \| \|", table)
+    assert (resolutions.RESULTS / "resolutions.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize(
-    "module", [memory, operations, paper_tables, pretrained, speed], ids=lambda module: module.__name__
+    "module", [memory, operations, paper_tables, pretrained, resolutions, speed], ids=lambda module: module.__name__
 )
 def test_the_reports_that_lie_here_are_written_from_their_numbers(module):
     name = module.__name__.removeprefix("benchmarks.")
