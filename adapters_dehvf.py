@@ -3,9 +3,11 @@
 
 import copy
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import (
@@ -34,6 +36,7 @@ from .configuration_dehvf import DehvfConfig
 from .files_dehvf import digest, read_tensors, write_tensors
 from .inputs_dehvf import check_visual_memory
 from .layouts_dehvf import check_layouts
+from .memory_dehvf import as_visual_memory
 from .processing_dehvf import DehvfProcessor
 
 
@@ -47,11 +50,6 @@ PREFIX = "model."  # of their names in a file, which are those in `DehvfForCondi
 def is_adapter_name(name: str) -> bool:
     """Whether a parameter, by its full name, belongs to the adapter (and not to a frozen base model)."""
     return name.removeprefix(PREFIX).partition(".")[0] in ADAPTER_MODULES
-
-
-def as_visual_memory(features: torch.Tensor | ModelOutput | None) -> torch.Tensor | None:
-    """What `get_image_features` returned, or its `pooler_output`, as the latter."""
-    return features.pooler_output if isinstance(features, ModelOutput) else features
 
 
 def load_adapter_tensors(location, source: dict) -> dict[str, torch.Tensor]:
@@ -321,9 +319,8 @@ class AdapterMixin:
         }
         revisions = map(known.get, bases)  # none for a base model that was taken from elsewhere
         try:
-            return DehvfProcessor.from_vision_text_pretrained(
-                *bases, *revisions, image_size=config.image_size, **hub_arguments(source)
-            )
+            options = {name: getattr(config, name) for name in ("image_size", "max_images", "image_tiles")}
+            return DehvfProcessor.from_vision_text_pretrained(*bases, *revisions, **options, **hub_arguments(source))
         except (OSError, ValueError, ImportError) as error:
             logger.warning_once(
                 f"The adapter is saved without a processor, since none can be loaded from {' and '.join(bases)} "
@@ -341,7 +338,39 @@ class AdapterMixin:
             processor.image_processor.save_pretrained(vision)
             processor.tokenizer.save_pretrained(text)
 
-    # --- visual memory in files ---
+    # --- visual memory ---
+
+    def join_visual_memories(self, samples: Sequence[Sequence[torch.Tensor | ModelOutput]]) -> torch.Tensor:
+        """
+        Makes the visual memory of samples with several images from those of single images, so that each image is
+        encoded once and compared with many others.
+
+        Args:
+            samples: for each sample what `get_image_features` returned for each of its images, as batches of one. An
+                empty list is a sample without an image.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_language_layers, num_positions, num_images * num_patches,
+            projector_hidden_size + 1)`, with zeros where a sample has fewer images than others: `visual_memory=` of
+            `forward` and `generate`.
+
+        Raises:
+            ValueError: if there is no memory at all, one is a batch of several, or a sample has too many images.
+        """
+        samples = [[as_visual_memory(memory) for memory in sample] for sample in samples]
+        memories = [memory for sample in samples for memory in sample]
+        if not memories or any(len(memory) != 1 for memory in memories):
+            raise ValueError(
+                f"The memories have the shapes {[tuple(memory.shape) for memory in memories]}. Give at least one, and "
+                "each as a batch of one: `visual_memory[[row]]` takes a row of several."
+            )
+        for memory in memories:
+            check_visual_memory(self.config, memory)
+        joined = [torch.cat(sample, dim=3) if sample else memories[0][:, :, :, :0] for sample in samples]
+        size = max(memory.shape[3] for memory in joined)
+        visual_memory = torch.cat([F.pad(memory, (0, 0, 0, size - memory.shape[3])) for memory in joined])
+        check_visual_memory(self.config, visual_memory)
+        return visual_memory
 
     def save_visual_memory(self, visual_memory: torch.Tensor | ModelOutput, file: str | os.PathLike):
         """Writes what `get_image_features` returned to a file, for `load_visual_memory` in another process."""

@@ -7,6 +7,7 @@ what is pure arithmetic on them.
 import filecmp
 import math
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Literal
@@ -108,6 +109,11 @@ class DehvfConfig(PreTrainedConfig):
             `text_model`, and are loaded from there.
         image_size (`int`, *optional*): side in pixels of the square images that the vision encoder is given, any
             multiple of its patch size, to which its position embeddings are interpolated. By default its own.
+        max_images (`int`): images that a sample may have. With more than one, each further image has a learned
+            embedding that is added to its slots.
+        image_tiles (`str`, *optional*): rows and columns of tiles, such as `"2x2"`, that an image larger than
+            `image_size` is cut into. The vision encoder is given them beside the whole image, as further images of
+            the sample, as in LLaVA-NeXT.
 
     The hierarchy and its fuser (method steps 2 to 5):
         num_groups (`int`, K): runs that the layers of both models are cut into, shallow with shallow and deep with
@@ -171,6 +177,8 @@ class DehvfConfig(PreTrainedConfig):
     text_model_revision: str | None = None
     merged_base: bool = False
     image_size: int | None = None
+    max_images: int = 1
+    image_tiles: str | None = None
 
     num_groups: int = 4
     layer_fusion: Literal["adaptive", "mean", "penultimate"] = "adaptive"
@@ -256,6 +264,11 @@ class DehvfConfig(PreTrainedConfig):
         return (self.resolution // self.vision_config.patch_size) ** 2
 
     @property
+    def max_encoded_images(self) -> int:
+        """Images that the vision encoder is given for a sample at most: `max_images`, each with its tiles."""
+        return self.max_images * (1 + math.prod(read_tiles(self.image_tiles)))
+
+    @property
     def memory_positions(self) -> list[int]:
         """Which of key (0) and value (1) get features of their own."""
         positions = {"keys_and_values": [0, 1], "keys": [0], "values": [1], "shared": [0], "none": []}
@@ -270,6 +283,7 @@ class DehvfConfig(PreTrainedConfig):
     def validate_numbers(self):
         """Each size is positive and each dropout a probability."""
         for name in (
+            "max_images",
             "num_groups",
             "layer_embedding_size",
             "fuser_hidden_size",
@@ -339,6 +353,10 @@ class DehvfConfig(PreTrainedConfig):
                 f"size, {patch_size}. The nearest is {nearest}."
             )
 
+    def validate_image_tiles(self):
+        """Tiles are given as rows and columns."""
+        read_tiles(self.image_tiles)
+
     def validate_memory_slots(self):
         """Each patch has a slot."""
         if self.visual_prompts != "none" and self.num_memory_slots < self.num_patches:
@@ -355,6 +373,22 @@ class DehvfConfig(PreTrainedConfig):
                 f"`fuser_hidden_size={self.fuser_hidden_size}` is not a multiple of "
                 f"`fuser_num_heads={self.fuser_num_heads}`. Change one of them."
             )
+
+
+def read_tiles(image_tiles: str | None) -> tuple[int, int]:
+    """
+    The rows and columns of tiles, both 0 for none.
+
+    Raises:
+        ValueError: if they are not given as two whole numbers.
+    """
+    if image_tiles is None:
+        return 0, 0
+    if not (found := re.fullmatch(r"([1-9])x([1-9])", image_tiles)):
+        raise ValueError(
+            f"`image_tiles` is {image_tiles!r}, but must be rows and columns from 1 to 9, such as '2x2', or None."
+        )
+    return int(found[1]), int(found[2])
 
 
 def split_into_runs(num_layers: int, num_groups: int) -> list[range]:

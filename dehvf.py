@@ -31,6 +31,7 @@ _package = DehvfForConditionalGeneration.__module__.rpartition(".")[0]
     layouts,
     injection,
     fuser,
+    memory,
     adapters,
     switching,
     hub,
@@ -39,7 +40,7 @@ _package = DehvfForConditionalGeneration.__module__.rpartition(".")[0]
     import_module(f"{_package}.{name}_dehvf")
     for name in (
         *("configuration", "images", "processing", "files", "inputs", "bases", "layouts", "injection", "fuser"),
-        *("adapters", "switching", "hub", "modeling"),
+        *("memory", "adapters", "switching", "hub", "modeling"),
     )
 )
 DehvfConfig, DehvfProcessor, DehvfModel = configuration.DehvfConfig, processing.DehvfProcessor, modeling.DehvfModel

@@ -160,6 +160,8 @@ class LayerMemory(ModelOutput):
             by both at once. The same for all layers.
         value_matrix (`torch.Tensor` of shape `(language_hidden_size, num_memory_slots + projector_hidden_size + 1)`):
             likewise.
+        slot_mask (`torch.Tensor` of shape `(batch_size, 1, num_memory_slots)`, *optional*): 0 for slots that are not
+            read, where samples have different numbers of images, else 1.
         form (`str`), scale (`float`), dropout (`float`): `memory_form`, `memory_scale` and `memory_dropout`.
     """
 
@@ -167,6 +169,7 @@ class LayerMemory(ModelOutput):
     value_features: torch.Tensor | None = None
     key_matrix: torch.Tensor | None = None
     value_matrix: torch.Tensor | None = None
+    slot_mask: torch.Tensor | None = None
     form: str | None = None
     scale: float | None = None
     dropout: float | None = None
@@ -262,7 +265,8 @@ class MemoryFFN(_Extended):
                 # This way round since both factors lie in memory as they are read, also for a single token
                 first = first + (memory.key_features @ inner.mT).mT
             scores = torch.cat((first, rest), dim=-1)
-        return getattr(self, self.activation_name)(scores)
+        activations = getattr(self, self.activation_name)(scores)
+        return activations if memory.slot_mask is None else activations * memory.slot_mask
 
 
 def _split(tensor: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,12 +18,25 @@ def check_pixel_values(config: DehvfConfig, pixel_values: torch.Tensor):
 
 def check_visual_memory(config: DehvfConfig, visual_memory: torch.Tensor, batch_size: int | None = None):
     """Raises `ValueError` if the memory is not this adapter's, or has rows for another number of texts."""
-    sizes = (config.text_config.num_hidden_layers, len(config.memory_positions), config.num_patches)
-    _check_shape("visual_memory", visual_memory, (*sizes, config.projector_hidden_size + 1))
+    sizes = (config.text_config.num_hidden_layers, len(config.memory_positions))
+    num_images, rest = divmod(visual_memory.shape[3], config.num_patches) if visual_memory.ndim == 5 else (0, 0)
+    num_patches = config.num_patches * max(1, num_images if not rest else 1)
+    _check_shape("visual_memory", visual_memory, (*sizes, num_patches, config.projector_hidden_size + 1))
+    check_num_images(config, num_images)
     if batch_size is not None and visual_memory.shape[0] not in (1, batch_size):
         raise ValueError(
             f"There are {visual_memory.shape[0]} rows of images and {batch_size} texts. Give one row per text, and "
             "mark texts without an image in `image_mask`, as this model's processor does."
+        )
+
+
+def check_num_images(config: DehvfConfig, num_images: int):
+    """Raises `ValueError` if a sample has more images than the adapter was made for."""
+    if num_images > config.max_encoded_images:
+        tiles = "" if config.image_tiles is None else f", image_tiles={config.image_tiles}"
+        raise ValueError(
+            f"A sample has {num_images} images, but this adapter reads at most {config.max_encoded_images} "
+            f"(max_images={config.max_images}{tiles}). Give fewer, or make an adapter with a larger `max_images`."
         )
 
 
@@ -38,11 +51,11 @@ def check_instruction(config: DehvfConfig, instruction: torch.Tensor | None, num
         )
 
 
-def check_image_mask(image_mask: torch.Tensor, expected: int, of_what: str):
-    if tuple(image_mask.shape) != (expected,):
+def check_image_mask(image_mask: torch.Tensor, expected: tuple[int, ...], of_what: str):
+    if tuple(image_mask.shape) != tuple(expected):
         raise ValueError(
-            f"`image_mask` has the shape {tuple(image_mask.shape)}, but there are {expected} {of_what}. Give one "
-            "boolean for each, false where it has no image."
+            f"`image_mask` has the shape {tuple(image_mask.shape)}, but there are {' x '.join(map(str, expected))} "
+            f"{of_what}. Give one boolean for each, false where it has no image."
         )
 
 

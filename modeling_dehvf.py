@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .adapters_dehvf import AdapterMixin, as_visual_memory, is_adapter_name
+from .adapters_dehvf import AdapterMixin, is_adapter_name
 from .configuration_dehvf import DehvfConfig
 from .fuser_dehvf import (
     FuserLinear,
@@ -56,6 +56,16 @@ from .inputs_dehvf import (
     mean_embedding,
 )
 from .layouts_dehvf import VisionLayout, find_text_layout, find_vision_layout
+from .memory_dehvf import (
+    MemorySlots,
+    as_visual_memory,
+    count_images,
+    drop_absent_images,
+    find_slot_mask,
+    flatten_images,
+    join_images,
+    mask_images,
+)
 from .outputs_dehvf import DehvfCausalLMOutputWithPast, DehvfModelOutputWithPast, compute_logits
 from .switching_dehvf import BASE_MODEL, AdapterSet, SwitchingMixin
 
@@ -93,20 +103,6 @@ class VisualProjector(nn.Module):
         super().__init__()
         self.down = nn.Linear(config.vision_config.hidden_size, config.projector_hidden_size)
         self.up = ProjectorBasis(config.projector_hidden_size, config.text_config.hidden_size)
-
-
-class MemorySlots(nn.Module):
-    """Position embeddings of the slots, `s_key` and `s_value`, shared by all layers (method step 7)."""
-
-    def __init__(self, config: DehvfConfig):
-        super().__init__()
-        shape = (config.num_memory_slots, config.text_config.hidden_size)
-        self.key = nn.Parameter(torch.empty(shape))
-        self.value = nn.Parameter(torch.empty(shape))
-
-    def forward(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        # Copies, since under ZeRO-3 a parameter is there only while its own module runs
-        return self.key.to(dtype, copy=True), self.value.to(dtype, copy=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,7 +190,8 @@ class Adapter:
         """What the FFN of each language layer reads (method step 7), once for all tokens of a `generate`."""
         config = self.config
         key_features = value_features = [None] * config.text_config.num_hidden_layers
-        keys, values = self.memory_slots(dtype)  # S h
+        keys, values = self.memory_slots(dtype, count_images(config, visual_memory))  # S h, S of all images
+        slot_mask = find_slot_mask(config, visual_memory, len(keys))
         if visual_memory is not None:
             basis = (config.visual_scale * self.projector.up()).to(dtype).T  # c+1 h
             # `unbind` and not an index for each layer, whose backward would fill a whole memory with zeros each time
@@ -205,7 +202,8 @@ class Adapter:
                 value_features, values = positions[-1].unbind(1), torch.cat((values, basis))
         values = values.T.contiguous()
         how = {"form": config.memory_form, "scale": config.memory_scale, "dropout": config.memory_dropout}
-        return tuple(LayerMemory(*pair, keys, values, **how) for pair in zip(key_features, value_features))
+        pairs = zip(key_features, value_features)
+        return tuple(LayerMemory(*pair, keys, values, slot_mask, **how) for pair in pairs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,6 +244,9 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
         elif isinstance(module, MemorySlots):
             init.normal_(module.key, std=std)
             init.zeros_(module.value)  # as in MemVP: the memory starts with almost no effect
+            if module.image_key is not None:  # at the start all images are read alike
+                init.zeros_(module.image_key)
+                init.zeros_(module.image_value)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -351,9 +352,10 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         `torch.no_grad()`: else it holds on to what the encoder's backward would need, 84 times its size at 7B.
 
         Args:
-            pixel_values: `(batch_size, num_channels, height, width)`.
-            image_mask: `(batch_size,)` booleans, false for samples without an image, whose rows of `pixel_values` are
-                ignored. By default all samples have one.
+            pixel_values: `(batch_size, num_channels, height, width)`, or `(batch_size, num_images, num_channels,
+                height, width)` for samples with several images.
+            image_mask: `(batch_size,)` or `(batch_size, num_images)` booleans, false where a sample has no image,
+                whose `pixel_values` are ignored. By default all samples have all.
             instruction: `(batch_size, language_hidden_size)`, the result of `get_instruction_features`. Needed where
                 `fuser_query` reads the user's text, which makes the memory one of this question alone.
             kwargs: as in the vision encoder (`output_hidden_states`, `output_attentions`, ...).
@@ -362,19 +364,22 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             The vision encoder's output, of the samples that have an image, with the visual memory as `pooler_output`:
             a `torch.Tensor` of shape `(batch_size, num_language_layers, num_positions, num_patches,
             projector_hidden_size + 1)`, for each language layer `SiLU(W_1 F_{l,p} + b_1)` and a last column of ones
-            that carries `b_2`. A sample without an image has zeros. In the language model's dtype. It is `None` with
-            `visual_prompts="none"`. Pass either as `visual_memory=` to `forward` or `generate`.
+            that carries `b_2`; of several images the patches of each after those of the one before. A sample without
+            an image has zeros. In the language model's dtype. It is `None` with `visual_prompts="none"`. Pass either
+            as `visual_memory=` to `forward` or `generate`.
 
         Raises:
-            ValueError: if `pixel_values` does not have the adapter's image size, `image_mask` or `instruction` another
-                batch size, or an instruction is needed and missing.
+            ValueError: if `pixel_values` does not have the adapter's image size or more images than its `max_images`,
+                `image_mask` or `instruction` another batch size, or an instruction is needed and missing.
         """
         return self._encode(self.active, pixel_values, image_mask, instruction, **kwargs)
 
     def _encode(self, adapter: Adapter, pixel_values, image_mask, instruction, **kwargs) -> BaseModelOutputWithPooling:
+        if pixel_values.ndim == 5:
+            return self._encode_several(adapter, pixel_values, image_mask, instruction, **kwargs)
         check_pixel_values(adapter.config, pixel_values)
         if image_mask is not None:
-            check_image_mask(image_mask, pixel_values.shape[0], "rows of `pixel_values`")
+            check_image_mask(image_mask, pixel_values.shape[:1], "rows of `pixel_values`")
         if adapter.config.visual_prompts == "none":
             return BaseModelOutputWithPooling()
         check_instruction(adapter.config, instruction, pixel_values.shape[0])
@@ -401,13 +406,22 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             attentions=outputs.attentions,
         )
 
+    def _encode_several(self, adapter: Adapter, pixel_values, image_mask, instruction, **kwargs):
+        """`_encode` of samples with several images, which are encoded as one batch."""
+        num_images = pixel_values.shape[1]
+        images = flatten_images(adapter.config, pixel_values, image_mask, instruction)
+        outputs = self._encode(adapter, *images, **kwargs)
+        if outputs.pooler_output is not None:
+            outputs.pooler_output = join_images(outputs.pooler_output, num_images)
+        return outputs
+
     @torch.no_grad()
     def get_fusion_weights(self, pixel_values: torch.Tensor, instruction: torch.Tensor | None = None) -> torch.Tensor:
         """
         What each language layer's memory is mixed from, for each image (method step 4).
 
         Args:
-            pixel_values, instruction: as in `get_image_features`.
+            pixel_values, instruction: as in `get_image_features`, with one image for each sample.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_language_layers, num_positions, num_vision_layers)`. Each row
@@ -454,8 +468,8 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
     ) -> DehvfModelOutputWithPast:
         """
         Args:
-            pixel_values: `(batch_size, num_channels, height, width)`, if any sample has an image.
-            image_mask: `(batch_size,)` booleans, which samples have one. By default all, also of `visual_memory`.
+            pixel_values: as in `get_image_features`, if any sample has an image.
+            image_mask: likewise, which samples have which images. By default all, also of `visual_memory`.
             instruction_mask: `(batch_size, sequence_length)`, which tokens are the user's, for a `fuser_query` that
                 reads them. By default those of `attention_mask`.
             visual_memory: result of `get_image_features`, in place of `pixel_values`. One row serves a whole batch.
@@ -537,8 +551,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             outputs = self._encode(adapter, pixel_values, image_mask, instruction, **kwargs)
         else:
             if image_mask is not None:  # of texts; the memory may have been made without it
-                check_image_mask(image_mask, inputs_embeds.shape[0], "texts")
-                visual_memory = visual_memory * image_mask.to(visual_memory.device).view(-1, 1, 1, 1, 1)
+                visual_memory = mask_images(adapter.config, visual_memory, image_mask, inputs_embeds.shape[0])
             outputs = BaseModelOutputWithPooling(pooler_output=visual_memory)
         if outputs.pooler_output is not None:
             check_visual_memory(adapter.config, outputs.pooler_output, inputs_embeds.shape[0])
@@ -574,6 +587,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             adapter, own = self.get_adapter(name), [row for row, other in enumerate(adapter_names) if other == name]
             rows = torch.tensor(own, device=parts[0].device)
             own_parts = [None if part is None else part[rows.to(part.device)] for part in parts]
+            own_parts[2:] = drop_absent_images(*own_parts[2:])  # this adapter may read fewer than the others
             visual_memory = as_visual_memory(self._image_outputs(adapter, *own_parts, None))
             if visual_memory is not None:
                 visual_memory = visual_memory.repeat_interleave(copies, dim=0)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from .adapters_dehvf import as_visual_memory
+from .memory_dehvf import as_visual_memory
 
 
 class VisualMemoryOutput:

@@ -15,7 +15,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME, cached_file
 
 from .bases_dehvf import hub_arguments
-from .configuration_dehvf import DehvfConfig, shared
+from .configuration_dehvf import DehvfConfig, read_tiles, shared
 from .hub_dehvf import open_repository
 from .images_dehvf import read_image
 
@@ -64,11 +64,24 @@ def set_image_size(image_processor, image_size: int):
         image_processor.size = square
 
 
-def fit_image(image: Image.Image, image_fit: str, image_processor) -> Image.Image:
-    """Makes an image as large as the image processor's results, so that it neither resizes nor crops it further."""
+def result_size(image_processor) -> tuple[int, int]:
+    """Width and height of an image processor's results."""
     crops = getattr(image_processor, "do_center_crop", None)
     side = dict(image_processor.crop_size if crops else image_processor.size)
-    size = (side["width"], side["height"]) if "width" in side else (side["shortest_edge"],) * 2
+    return (side["width"], side["height"]) if "width" in side else (side["shortest_edge"],) * 2
+
+
+def cut_tiles(image: Image.Image, rows: int, columns: int) -> list[Image.Image]:
+    """The tiles of an image, row by row."""
+    width, height = image.width // columns, image.height // rows
+    corners = [(column * width, row * height) for row in range(rows) for column in range(columns)]
+    return [image.crop((left, top, left + width, top + height)) for left, top in corners]
+
+
+def fit_image(image: Image.Image, image_fit: str, image_processor, rows: int = 1, columns: int = 1) -> Image.Image:
+    """Makes an image as large as so many rows and columns of the image processor's results."""
+    width, height = result_size(image_processor)
+    size = (columns * width, rows * height)
     if image_fit == "squash":
         return image.resize(size, image_processor.resample)
     if image_fit == "crop":
@@ -91,12 +104,14 @@ class DehvfProcessorKwargs(ProcessingKwargs, total=False):
 class DehvfProcessor(ProcessorMixin):
     """
     Combines an image processor and a tokenizer. There is no image token: a question has the same text with and
-    without an image, and image `i` belongs to text `i`.
+    without an image, and image `i` belongs to text `i`. For a text with several images, entry `i` is a list of them.
 
     A call with `images` and `text` returns `input_ids` and `attention_mask`, padded on the left, and, if any sample
     has an image, `pixel_values` of shape `(batch_size, num_channels, height, width)` and `image_mask` of shape
-    `(batch_size,)`, which is false for samples without an image (their pixels are zero). One text gives a batch of
-    one. A text that already begins with the beginning-of-sequence token, as rendered by the chat template, gets no
+    `(batch_size,)`, which is false for samples without an image (their pixels are zero). If any sample has several,
+    or tiles, the shapes are `(batch_size, num_images, num_channels, height, width)` and `(batch_size, num_images)`:
+    the images of a sample in their order, each followed by its tiles, row by row. One text gives a batch of one. A
+    text that already begins with the beginning-of-sequence token, as rendered by the chat template, gets no
     special tokens, and no text ends with an end-of-sequence token that the tokenizer would append.
 
     Args:
@@ -108,15 +123,19 @@ class DehvfProcessor(ProcessorMixin):
         image_fit (`str`, *optional*): how an image that is not square becomes so: `crop` (its centre), `squash`
             (other proportions), or `pad` (with the mean colour of `image_processor`). Defaults to what
             `image_processor` does.
+        max_images (`int`): images that a sample may have, as in [`DehvfConfig`].
+        image_tiles (`str`, *optional*): rows and columns of tiles, as in [`DehvfConfig`]. An image that is wider or
+            higher than the results of `image_processor` is made as large as all tiles together, as `image_fit` says.
 
     Raises:
-        ValueError: if `image_fit` has another value, a sample has more than one image, the numbers of images and
-            texts differ, or [`read_image`] cannot read an image.
+        ValueError: if `image_fit` or `image_tiles` has another value, a sample has more than `max_images` images, the
+            numbers of samples and texts differ, or [`read_image`] cannot read an image.
 
     Example:
 
     ```python
     >>> processor(images=[image, None], text=["What is this?", "What is 2 + 3?"], return_tensors="pt")
+    >>> processor(images=[[first, second]], text="What differs?", return_tensors="pt")  # with `max_images=2`
     >>> message = {"role": "user", "content": [{"type": "image", "url": "a.png"}, {"type": "text", "text": "Who?"}]}
     >>> processor.apply_chat_template([message], add_generation_prompt=True, tokenize=True, return_dict=True)
     ```
@@ -130,11 +149,15 @@ class DehvfProcessor(ProcessorMixin):
         tokenizer=None,
         chat_template: str | None = None,
         image_fit: str | None = None,
+        max_images: int = 1,
+        image_tiles: str | None = None,
         **kwargs,
     ):
         if image_fit not in (None, "crop", "squash", "pad"):
             raise ValueError(f"`image_fit` is {image_fit!r}. Give `crop`, `squash` or `pad`.")
-        self.image_fit = image_fit
+        if image_fit is None and any(read_tiles(image_tiles)):
+            image_fit = "crop" if getattr(image_processor, "do_center_crop", None) else "squash"
+        self.image_fit, self.max_images, self.image_tiles = image_fit, max_images, image_tiles
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -152,12 +175,14 @@ class DehvfProcessor(ProcessorMixin):
         chat_template: str | None = None,
         image_size: int | None = None,
         image_fit: str | None = None,
+        max_images: int = 1,
+        image_tiles: str | None = None,
         **kwargs,
     ):
         """
         Loads the image processor of `vision_model` and the tokenizer of `text_model`, each a Hub id or folder.
         `chat_template` replaces that of the tokenizer and reads each message's `content` as a string; `image_size` is
-        that of [`DehvfConfig`]; `image_fit` as above.
+        that of [`DehvfConfig`]; the others are as above.
         """
         kwargs.setdefault("trust_remote_code", False)  # `None` asks in a terminal
         image_processor = AutoImageProcessor.from_pretrained(vision_model, revision=vision_model_revision, **kwargs)
@@ -165,7 +190,8 @@ class DehvfProcessor(ProcessorMixin):
             set_image_size(image_processor, image_size)
         tokenizer = AutoTokenizer.from_pretrained(text_model, revision=text_model_revision, **kwargs)
         chat_template = chat_template and KEEP_TEXT + chat_template
-        return cls(image_processor, tokenizer, chat_template=chat_template, image_fit=image_fit)
+        options = {"image_fit": image_fit, "max_images": max_images, "image_tiles": image_tiles}
+        return cls(image_processor, tokenizer, chat_template=chat_template, **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -185,6 +211,8 @@ class DehvfProcessor(ProcessorMixin):
             vision_model_revision=config.vision_model_revision,
             text_model_revision=config.text_model_revision,
             image_size=config.image_size,
+            max_images=config.max_images,
+            image_tiles=config.image_tiles,
             trust_remote_code=kwargs["trust_remote_code"],
             **hub_kwargs,
         )
@@ -225,40 +253,60 @@ class DehvfProcessor(ProcessorMixin):
             images = [self._read_sample(sample) for sample in (images if is_batch else [images])]
         return images, text, videos, audio
 
-    def _read_sample(self, sample) -> Image.Image | None:
-        """The image of a sample, which may be an image, `None`, or a list of at most one image."""
-        if isinstance(sample, (list, tuple)):
-            if len(sample) > 1:
-                raise ValueError(
-                    f"A sample has {len(sample)} images, but DEHVF reads one image per text. Pass the others as "
-                    "samples of their own, or combine them into one image."
-                )
-            sample = sample[0] if sample else None
-        return None if sample is None else read_image(sample)
+    def _read_sample(self, sample) -> list[Image.Image]:
+        """The images of a sample, which may be an image, `None`, or a list of images."""
+        images = [image for image in (sample if isinstance(sample, (list, tuple)) else [sample]) if image is not None]
+        if len(images) > self.max_images:
+            raise ValueError(
+                f"A sample has {len(images)} images, but this adapter reads at most {self.max_images} per text "
+                "(`max_images`). Pass the others as samples of their own, or make an adapter with a larger "
+                "`max_images`."
+            )
+        return [read_image(image) for image in images]
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         super().validate_inputs(images=images, text=text, **kwargs)
         if images is not None and text is not None and len(images) != len(text):
             raise ValueError(
-                f"Got {len(images)} images and {len(text)} texts. Pass one entry per text, with `None` for a "
-                "text without an image: images=[image, None], text=[question, question]."
+                f"Got {len(images)} images and {len(text)} texts. Pass one entry per text, with `None` for a text "
+                "without an image and a list for one with several: images=[image, None, [first, second]], "
+                "text=[question, question, question]."
             )
 
     def _process_images(self, images, **kwargs):
-        present = [index for index, image in enumerate(images) if image is not None]
-        if not present:
+        rows, columns = read_tiles(self.image_tiles)
+        views, places = [], []
+        for sample, own in enumerate(images):
+            for number, image in enumerate(own):
+                new = self._views(image, rows, columns)
+                views += new
+                # A tile is always in the same place, also after an image that is too small for tiles
+                places += [(sample, number * (1 + rows * columns) + view) for view in range(len(new))]
+        if not views:
             return {}, []
-        fitted = [images[index] for index in present]
-        if self.image_fit is not None:
-            fitted = [fit_image(image, self.image_fit, self.image_processor) for image in fitted]
-        processed = self.image_processor(fitted, **{**kwargs, "return_tensors": "np"})
-        pixels = np.asarray(processed["pixel_values"])
+        if self.image_fit is not None and getattr(self.image_processor, "do_center_crop", None):
+            # DINOv2's would enlarge what was fitted, and crop it again
+            kwargs |= {"do_resize": False, "do_center_crop": False}
+        processed = self.image_processor(views, **{**kwargs, "return_tensors": "np"})
+        pixels, where = np.asarray(processed["pixel_values"]), tuple(np.transpose(places))
         # One row per sample, so that batches can be sliced, gathered and repeated like every other input
-        pixel_values = np.zeros((len(images), *pixels.shape[1:]), dtype=pixels.dtype)
-        pixel_values[present] = pixels
-        image_mask = np.zeros(len(images), dtype=bool)
-        image_mask[present] = True
+        shape = (len(images), 1 + where[1].max())
+        pixel_values = np.zeros((*shape, *pixels.shape[1:]), dtype=pixels.dtype)
+        pixel_values[where] = pixels
+        image_mask = np.zeros(shape, dtype=bool)
+        image_mask[where] = True
+        if shape[1] == 1:
+            pixel_values, image_mask = pixel_values[:, 0], image_mask[:, 0]
         return {"pixel_values": pixel_values, "image_mask": image_mask}, []
+
+    def _views(self, image: Image.Image, rows: int, columns: int) -> list[Image.Image]:
+        """What the image processor is given for an image: the whole, and its tiles if it is large."""
+        if self.image_fit is None:
+            return [image]
+        views = [fit_image(image, self.image_fit, self.image_processor)]
+        if rows and (image.width > views[0].width or image.height > views[0].height):
+            views += cut_tiles(fit_image(image, self.image_fit, self.image_processor, rows, columns), rows, columns)
+        return views
 
     @property
     def model_input_names(self):

@@ -252,7 +252,7 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         if pixel_values is None:
             size, channels = self.resolution, self.config.vision_config.num_channels
             return torch.zeros(1, channels, size, size, device=self.device)
-        return pixel_values if image_mask is None else pixel_values[image_mask]
+        return pixel_values.flatten(0, -4) if image_mask is None else pixel_values[image_mask]
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
         arguments = injection.checkpointing_arguments(activation_checkpointing_kwargs)
@@ -287,8 +287,8 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
 
 class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
     """
-    A method with image tokens in the sequence. Rows with an image have the ids `image_tokens` somewhere, and the
-    features of their image replace the embeddings there.
+    A method with image tokens in the sequence. Rows have the ids `image_tokens` somewhere, once for each image, and
+    the features of their images replace the embeddings there.
     """
 
     @property
@@ -309,8 +309,10 @@ class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
     ):
         """
         Args:
-            pixel_values: `(batch_size, num_channels, height, width)`, if any sample has an image.
-            image_mask: `(batch_size,)` booleans, which samples have one. By default all.
+            pixel_values: `(batch_size, num_channels, height, width)`, if any sample has an image, or `(batch_size,
+                num_images, num_channels, height, width)`, which only LLaVA-LoRA reads.
+            image_mask: `(batch_size,)` or `(batch_size, num_images)` booleans, which samples have which images. By
+                default all.
             features: the result of `image_features`, if it is there.
 
         All others, and the output, are those of `LlavaForConditionalGeneration`.

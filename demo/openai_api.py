@@ -282,24 +282,29 @@ def parse(request_class: type[Request], unsupported: dict[str, tuple], body: dic
         ) from error
 
 
-def find_image(messages: list[Message]) -> str | None:
+def find_images(messages: list[Message], max_images: int) -> list[str]:
     """
-    The address of the only image of a chat, which may be repeated in several turns.
+    The addresses of the images of a chat, in their order. Where they are more than `max_images`, one that is repeated
+    in several turns counts once.
 
     Raises:
-        RequestError: if there are several different ones.
+        RequestError: if there are more than `max_images` different ones.
     """
-    urls = list(dict.fromkeys(url for message in messages for url in message.image_urls()))
-    if len(urls) > 1:
+    urls = [url for message in messages for url in message.image_urls()]
+    if len(urls) <= max_images:
+        return urls
+    urls = list(dict.fromkeys(urls))
+    if len(urls) > max_images:
         places = [index for index, message in enumerate(messages) if message.image_urls()]
+        limit = "one image" if max_images == 1 else f"{max_images} images"
         raise RequestError(
             f"The request has {len(urls)} different images (in messages {', '.join(map(str, places))}, counted from "
-            "0), but the model reads one image for each request. Send one, which may be repeated in several turns, or "
-            "ask about each image in a request of its own.",
+            f"0), but the model reads {limit} for each request. Send no more, each of which may be repeated in "
+            "several turns, or ask about the others in requests of their own.",
             param="messages",
             code="too_many_images",
         )
-    return urls[0] if urls else None
+    return urls
 
 
 # --- answers ---

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tasks import NAMES, get_task  # noqa: E402
-from training.data import Collator, load_rows, read_image  # noqa: E402
+from training.data import Collator, load_rows, read_image, read_images  # noqa: E402
 from training.encoding import RowEncoder  # noqa: E402
 
 
@@ -59,6 +59,8 @@ def check_images(model, inputs):
     mask = inputs.get("image_mask")
     if inputs.get("pixel_values") is None or (mask is not None and not mask.all()):
         raise ValueError("A row of the inputs has no image, so nothing can be drawn for it. Leave such rows out.")
+    if inputs["pixel_values"].ndim == 5:
+        raise ValueError("A row of the inputs has several images or tiles, but a picture is of one. Leave it out.")
 
 
 def instruction_of(model, inputs) -> torch.Tensor | None:
@@ -384,9 +386,7 @@ def choose_row(dataset, split: str, number: int | None) -> dict:
 def make_inputs(processor, task, rows: list[dict], device) -> dict[str, torch.Tensor]:
     """What the model gets in an evaluation: images, prompts and the prefix of the answer."""
     encode = RowEncoder(task, "chosen", processor, max_prompt_length=sys.maxsize, training=False)
-    samples = [
-        {**encode(row, index), "index": index, "image": read_image(row["image"])} for index, row in enumerate(rows)
-    ]
+    samples = [{**encode(row, index), "index": index, "image": read_images(row)} for index, row in enumerate(rows)]
     batch = Collator(processor, instruction_mask=True)(samples)
     return {name: batch[name].to(device) for name in batch.keys() - {"index", "options"}}
 

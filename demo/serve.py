@@ -55,7 +55,7 @@ from demo.openai_api import (  # noqa: E402
     ResponsesWriter,
     error_body,
     event,
-    find_image,
+    find_images,
     parse,
     shorten,
 )
@@ -246,10 +246,10 @@ class Engine:
         Raises:
             RequestError: if an image cannot be read, or the chat does not suit the model's template or context.
         """
-        url = find_image(request.messages)
-        data = None if url is None else await self.reader.read(url)
+        urls = find_images(request.messages, self.processor.max_images)
+        files = [await self.reader.read(url) for url in urls]
         chat = [message.text_message() for message in request.messages]
-        inputs = await asyncio.to_thread(self._process, chat, data)
+        inputs = await asyncio.to_thread(self._process, chat, files)
         num_prompt_tokens = inputs["input_ids"].shape[1]
         left = self.max_context_tokens - num_prompt_tokens
         max_new_tokens = request.max_new_tokens
@@ -259,12 +259,12 @@ class Engine:
         default = self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
         return inputs, max_new_tokens or min(left, default)
 
-    def _process(self, chat: list[dict], data: bytes | None):
+    def _process(self, chat: list[dict], files: list[bytes]):
         num_characters = sum(len(part["text"]) for message in chat for part in message["content"])
         if num_characters > MAX_CHARACTERS_PER_TOKEN * self.max_context_tokens:
             raise too_long(f"The messages have {num_characters} characters", self.max_context_tokens)
-        if data is not None:
-            chat[0]["content"].append({"type": "image", "image": self.reader.decode(data)})
+        # No image is a token, so their order alone matters
+        chat[0]["content"] += [{"type": "image", "image": self.reader.decode(data)} for data in files]
         try:
             with self._tokenizing:
                 return self.processor.apply_chat_template(

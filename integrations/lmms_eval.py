@@ -26,7 +26,8 @@ class Dehvf(lmms):
         dtype, attn_implementation: of the base models, as in `from_pretrained`.
 
     Raises:
-        ValueError: if a question has several images, video or audio, or a task compares likelihoods.
+        ValueError: if a question has more images than the adapter reads, video or audio, or a task compares
+            likelihoods.
     """
 
     is_simple = False  # requests are chat messages
@@ -72,10 +73,11 @@ class Dehvf(lmms):
         _, to_messages, _, document, task, split = request.args
         chat = ChatMessages(messages=to_messages(self.task_dict[task][split][document]))
         images, videos, sounds = chat.extract_media()
-        if len(images) > 1 or videos or sounds:
+        max_images = self.processor.max_images
+        if len(images) > max_images or videos or sounds:
             raise ValueError(
                 f"Document {document} of {task} has {len(images)} images, {len(videos)} videos and {len(sounds)} "
-                "sounds, but DEHVF reads one image or none. Leave the task out."
+                f"sounds, but this adapter reads images alone, at most {max_images}. Leave the task out."
             )
         return chat.to_hf_messages()
 

@@ -7,7 +7,8 @@ One file a task. A task is a module with
     load(split, path=None, streaming=False)
                                      -> `datasets.Dataset`, or `datasets.IterableDataset` when streaming, of the split
                                      "train", "validation" or "test". Column `image` is a `datasets.Image`, None in a
-                                     row that is text alone; no image is decoded here.
+                                     row that is text alone; no image is decoded here. Rows may have several: then
+                                     `images` are all of them, None in the other rows, and `image` is the first.
     context(row)                     -> str, the only part of a prompt that may be shortened
     prompt(row, context)             -> str, what the user says
     answer(row)                      -> str, what the model should say

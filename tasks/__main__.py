@@ -15,7 +15,7 @@ from types import ModuleType
 
 from tasks import easy_vqa, get_task, print_scores, score_folder, vqav2
 from tasks._formats import split_of
-from tasks._sources import Source, find_reading_faults
+from tasks._sources import IMAGE_FEATURES, Source, find_reading_faults, list_images
 
 
 PUBLISHED = (easy_vqa, vqav2)  # tasks that read the files of a published data set
@@ -70,7 +70,7 @@ def check_split(source: Source, name: str, split: str, trained: set[int]) -> int
     if faults := source.find_missing(name, source.find_absent(name)):
         print(*faults, sep="\n")
         return len(faults)
-    num_faults, num_rows, present, longest, notes = 0, 0, {}, {}, {}
+    num_faults, num_rows, most_images, present, longest, notes = 0, 0, 0, {}, {}, {}
     read_once = cache(lambda path: find_reading_faults({"bytes": None, "path": path}))
 
     def note(kind: str, where: str):
@@ -78,8 +78,8 @@ def check_split(source: Source, name: str, split: str, trained: set[int]) -> int
         notes[kind] = count + 1, first
 
     for where, row, faults in source.records(name):
-        image = row and row["image"]
-        if image is not None:
+        images = list_images(row) if row else []
+        for image in images:
             faults = [*faults, *(find_reading_faults(image) if image["bytes"] else read_once(image["path"]))]
         for fault in faults:
             print(f"{where}: {fault}")
@@ -93,7 +93,9 @@ def check_split(source: Source, name: str, split: str, trained: set[int]) -> int
             longest[column] = max(longest.get(column, 0), len(text))
             for token in set(CONTROL_TOKENS.findall(text)):
                 note(f"`{token}` in `{column}`, which is read as letters and controls nothing", where)
-        row_hash = hash(repr({**row, "image": image and (hash(image["bytes"]) if image["bytes"] else image["path"])}))
+        most_images = max(most_images, len(images))
+        texts = {column: value for column, value in row.items() if column not in IMAGE_FEATURES}
+        row_hash = hash(repr((texts, [hash(image["bytes"]) if image["bytes"] else image["path"] for image in images])))
         if row_hash in trained:
             note("a row that is also in the train split" if split != "train" else "a row that is repeated", where)
         if split == "train":
@@ -104,6 +106,10 @@ def check_split(source: Source, name: str, split: str, trained: set[int]) -> int
         print(fault)
     print(f"{source.label(name)}: {num_rows} good rows, {present.get('image', 0)} with an image", end="")
     print(f", {present['choices']} with choices" if "choices" in present else "")
+    if most_images > 1:
+        print(
+            f"{present['images']} rows have several images, up to {most_images}: `train.py --max_images {most_images}`"
+        )
     if longest:
         lengths = ", ".join(f"{column} {length}" for column, length in longest.items())
         print(f"longest texts in characters: {lengths}")
@@ -116,7 +122,7 @@ def find_texts(row: dict) -> Iterator[tuple[str, str]]:
     """The texts of a row and their columns."""
     for column, value in row.items():
         for text in value if isinstance(value, list) else [value]:
-            text = text.get("content") if isinstance(text, dict) and column != "image" else text
+            text = text.get("content") if isinstance(text, dict) and column not in IMAGE_FEATURES else text
             if isinstance(text, str):
                 yield column, text
 

@@ -3,11 +3,11 @@ Data of your own: makes a task's rows of a file, a folder or a Hub id in any of 
 
 A task that reads such data (`tasks/vqa.py`, `tasks/chat.py`) has, besides the interface in `tasks/__init__.py`,
 
-    FEATURES                  of its rows; one is `image`
+    FEATURES                  of its rows; among them IMAGE_FEATURES
     FIELDS                    what it reads: each field with the columns that it may be in, the first one that has it
     REQUIRED                  the fields that every row must have
-    parse(record, has_image)  -> the row without its image, and what is wrong with it. The record has all fields, None
-                              where there is nothing.
+    parse(record, num_images) -> the row without its images, and what is wrong with it. The record has all fields,
+                              None where there is nothing.
     find_images(record)       optional: the images of a row that has none in a column
 """
 
@@ -25,6 +25,7 @@ from types import ModuleType
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import (
     ClassLabel,
     Dataset,
@@ -50,6 +51,8 @@ from tasks._formats import (
 )
 
 
+# Of a row with several images `image` is the first, and `images` are all. In other rows `images` is None.
+IMAGE_FEATURES = {"image": Image(), "images": List(Image(decode=False))}
 IMAGE_FOLDERS = ("", "images", "image", "imgs")  # in the folder of the file
 # Names of other data sets for what a task reads
 SYNONYMS = {
@@ -98,13 +101,28 @@ def remove_markers(text: str) -> tuple[str, int]:
     return (text.strip() if count else text), count
 
 
+def find_marker_faults(name: str, num_markers: int, num_images: int, kinds: str = "") -> list[str]:
+    """What is wrong with the number of `<image>` in the texts of a row: there is one for each image, or none."""
+    if num_markers in (0, num_images):
+        return []
+    found = f"{name} {num_markers} `<image>`{kinds}"
+    if not num_images:
+        return [f"{found}, but there is no image. Add it to the row, or remove `<image>`."]
+    images = "one image" if num_images == 1 else f"{num_images} images"
+    return [f"{found}, but the row has {images}. Write one for each image, or none."]
+
+
+def find_images(value, folders: tuple[Path, ...]) -> tuple[dict[str, dict | list | None], list[str]]:
+    """The columns `image` and `images` of a row that has an image or a list of them, and what is wrong with them."""
+    values = as_list(value)
+    found = [find_image(image, folders) for image in (values if isinstance(values, list) else [values])]
+    images = [image for image, _ in found if image is not None]
+    row = {"image": images[0] if images else None, "images": images if len(images) > 1 else None}
+    return row, [fault for _, faults in found for fault in faults]
+
+
 def find_image(value, folders: tuple[Path, ...]) -> tuple[dict | None, list[str]]:
-    """An undecoded image as `datasets.Image` has it, and what is wrong with it. A list of one image is that image."""
-    if isinstance(value, list):
-        value = [image for image in value if image is not None]
-        if len(value) > 1:
-            return None, [f"it has {len(value)} images. A row has at most one: make a row for each, or leave it out."]
-        value = value[0] if value else None
+    """An undecoded image as `datasets.Image` has it, and what is wrong with it."""
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}, []
     if isinstance(value, dict):
@@ -125,6 +143,11 @@ def find_image(value, folders: tuple[Path, ...]) -> tuple[dict | None, list[str]
     places = (os.path.normpath(os.path.join(folder, name, value)) for folder in folders for name in IMAGE_FOLDERS)
     first = next(places)
     return {"bytes": None, "path": next(filter(os.path.isfile, (first, *places)), first)}, []
+
+
+def list_images(row: dict) -> list:
+    """All images of a row."""
+    return row.get("images") or ([] if row["image"] is None else [row["image"]])
 
 
 def find_reading_faults(image: dict) -> list[str]:
@@ -159,20 +182,19 @@ class Reader:
         images = record["image"]
         if images in (None, []) and hasattr(task, "find_images"):
             images = task.find_images(record)
-        image, faults = find_image(images, self.folders)
-        row, more = task.parse(record, image is not None or bool(faults))
-        return {"image": image, **row}, faults + more
+        images, faults = find_images(images, self.folders)
+        row, more = task.parse(record, len(list_images(images)) + len(faults))
+        return {**images, **row}, faults + more
 
     def row(self, record: dict, index: int) -> dict:
         return self.check(f"{self.place}, row {index}", *self.read(record))
 
     def image(self, record: dict, index: int) -> dict:
-        image, faults = find_image(self._pick(record)["image"], self.folders)
-        return self.check(f"{self.place}, row {index}", {"image": image}, faults)
+        return self.check(f"{self.place}, row {index}", *find_images(self._pick(record)["image"], self.folders))
 
     def texts(self, record: dict, index: int) -> dict:
-        """A row without its image, of a record that has `has_image` in place of it."""
-        row, faults = import_module(self.task_name).parse(self._pick(record), record["has_image"])
+        """A row without its images, of a record that has `num_images` in place of them."""
+        row, faults = import_module(self.task_name).parse(self._pick(record), record["num_images"])
         return self.check(f"{self.place}, row {index}", row, faults)
 
     def check(self, where: str, row: dict | None, faults: list[str]) -> dict:
@@ -185,10 +207,13 @@ class Reader:
         for column, label in self.labels.items():
             if isinstance(number := record.get(column), int):
                 record = {**record, column: label.int2str(number) if number >= 0 else None}
-        return {
+        fields = {
             name: next((record[column] for column in columns if record.get(column) is not None), None)
             for name, columns in self.fields.items()
         }
+        if fields["image"] == []:  # of `images`, beside an `image`
+            fields["image"] = next((record[column] for column in self.fields["image"] if record.get(column)), None)
+        return fields
 
 
 def generate_rows(files: list[Path], reader: Reader) -> Iterator[dict]:
@@ -287,7 +312,7 @@ class Source:
             raise ValueError(faults[0])
         rows = self._read_files(split, part) if self.has_files else self._read_rows(split, part)
         if not self.streaming:
-            absent = [name for name in rows.column_names if rows.data.column(name).null_count == len(rows) > 0]
+            absent = [name for name in self.fields if rows.data.column(name).null_count == len(rows) > 0]
         elif absent := [name for name in self.fields if self.find_missing(split, [name])]:
             first = list(rows.cast_column("image", Image(decode=False)).take(100))
             absent = [name for name in absent if all(row.get(name) is None for row in first)]
@@ -380,19 +405,22 @@ class Source:
         if self.streaming:
             names = list(rows.features or next(iter(rows)))
             return rows.map(reader.row, with_indices=True, remove_columns=names, features=features)
-        column = next((column for column in self.fields["image"] if column in rows.column_names), None)
-        if column is None:
+        present = [column for column in self.fields["image"] if column in rows.column_names]
+        filled = [column for column in present if rows.data.column(column).null_count < len(rows)]
+        if not filled:
             return self._map(rows, reader.row, features)
-        images, texts = rows.select_columns(column), rows.remove_columns(column)
-        if isinstance(images.features[column], Image):
-            images = images.rename_columns({column: "image"} if column != "image" else {})
+        images, texts = rows.select_columns(filled), rows.remove_columns(present)
+        if len(filled) == 1 and isinstance(images.features[filled[0]], Image):
+            images = images.rename_columns({filled[0]: "image"} if filled != ["image"] else {})
+            several = Features({"images": IMAGE_FEATURES["images"]})
+            several = Dataset.from_dict({"images": [None] * len(images)}, features=several)
+            images = concatenate_datasets([images, several], axis=1)
         else:
-            images = self._map(images, reader.image, Features({"image": Image(decode=False)}))
-        has_image = Dataset(pa.table({"has_image": images.with_format("arrow")["image"].is_valid()}))
-        texts = concatenate_datasets([texts, has_image], axis=1)
-        texts = self._map(
-            texts, reader.texts, Features({name: features[name] for name in features if name != "image"})
-        )
+            images = self._map(images, reader.image, Features({**IMAGE_FEATURES, "image": Image(decode=False)}))
+        one, several = (images.with_format("arrow")[name] for name in IMAGE_FEATURES)
+        num_images = pc.coalesce(pc.list_value_length(several), one.is_valid().cast("int32"))
+        texts = concatenate_datasets([texts, Dataset(pa.table({"num_images": num_images}))], axis=1)
+        texts = self._map(texts, reader.texts, Features({n: features[n] for n in features if n not in IMAGE_FEATURES}))
         return (
             concatenate_datasets([images, texts], axis=1).cast_column("image", Image()).select_columns(list(features))
         )
@@ -405,7 +433,7 @@ class Source:
         for column, feature in (rows.features or {}).items():
             if isinstance(feature, Image):
                 rows = rows.cast_column(column, Image(decode=False))
-            elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            elif isinstance(feature, List) and isinstance(feature.feature, Image) and feature.feature.decode:
                 rows = rows.cast_column(column, List(Image(decode=False)))
         return rows
 

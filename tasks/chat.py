@@ -1,5 +1,5 @@
 """
-Conversations about an image or none, with a system message or without, of one turn or several. Read from JSON Lines,
+Conversations about images or none, with a system message or without, of one turn or several. Read from JSON Lines,
 JSON, CSV or Parquet, from a folder that `save_to_disk` wrote, or from the Hub, see docs/own-data.md:
 
     {"messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A hen."}],
@@ -8,17 +8,17 @@ JSON, CSV or Parquet, from a folder that `save_to_disk` wrote, or from the Hub, 
      "image": "hen.png"}
 
 The first is the format of TRL, where a content may also be a list of parts, {"type": "text", "text": "..."} and
-{"type": "image"}, perhaps with the image itself as `image`; the second is that of LLaVA and ShareGPT. A row has at
-most one image. Its place among the messages (`<image>`, or a part of type "image") is removed from the text, since an
-image is no token here. Other columns are not read. `python -m tasks check FOLDER --task chat` names every row that is
-not like this.
+{"type": "image"}, perhaps with the image itself as `image`; the second is that of LLaVA and ShareGPT. Images may be in
+any of the user's messages. Their places (`<image>`, or a part of type "image") are removed from the text, since an
+image is no token here: the model is given all images of a row in their order. Other columns are not read. `python -m
+tasks check FOLDER --task chat` names every row that is not like this.
 """
 
 import reprlib
 import sys
 from functools import partial
 
-from datasets import Features, Image, List, Value
+from datasets import Features, List, Value
 
 from tasks import _sources, vqa
 
@@ -28,8 +28,10 @@ ANSWER_PREFIX = ""
 MAX_NEW_TOKENS = 128
 CARD = {"task_type": "image-text-to-text", "metric_type": "accuracy", "score": "average"}
 
-FEATURES = Features({"image": Image(), "messages": List({"role": Value("string"), "content": Value("string")})})
-FIELDS = {"image": ("image", "images", "file_name"), "messages": ("messages", "conversations")}
+FEATURES = Features(
+    {**_sources.IMAGE_FEATURES, "messages": List({"role": Value("string"), "content": Value("string")})}
+)
+FIELDS = {"image": ("images", "image", "file_name"), "messages": ("messages", "conversations")}
 REQUIRED = ("messages",)
 KEYS = ("role", "from"), ("content", "value")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -50,8 +52,8 @@ def find_images(record: dict) -> list:
     return [image.get("url", image) if isinstance(image, dict) else image for image in images]
 
 
-def parse(record: dict, has_image: bool) -> tuple[dict, list[str]]:
-    """A row without its image, and what is wrong with its messages."""
+def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
+    """A row without its images, and what is wrong with its messages."""
     turns = _sources.as_list(record["messages"])
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         return {}, [
@@ -80,15 +82,7 @@ def parse(record: dict, has_image: bool) -> tuple[dict, list[str]]:
             f"the roles are {reprlib.repr(roles)}. After at most one system message, user and assistant must "
             "alternate, and the last message must be the assistant's."
         )
-    if num_markers and not has_image:
-        faults.append(
-            f"the messages have {num_markers} `<image>` (or parts of type 'image'), but there is no image. Add it to "
-            "the row, or remove them."
-        )
-    if num_markers > 1 and has_image:
-        faults.append(
-            f"the messages have {num_markers} `<image>`, but a row has at most one image. Make a row for each."
-        )
+    faults += _sources.find_marker_faults("the messages have", num_markers, num_images, " (or parts of type 'image')")
     return {"messages": messages}, faults
 
 

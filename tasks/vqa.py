@@ -7,9 +7,9 @@ Parquet, from a folder that `save_to_disk` wrote, or from the Hub, see docs/own-
 
 `question` is a text. `answer` is a text, a number, a class label, or a list of texts, each of which counts as right
 while the first is learned (as `answers`, such a list may also stand beside it). The others may be null or left out:
-`image` is an image or a file, looked for from the folder of the data; `choices` are 2 to 26 texts, one of them the
-answer; `context` is a text, the only one that may be shortened. Other columns are not read. `python -m tasks check
-FOLDER` names every row that is not like this.
+`image` is an image or a file, looked for from the folder of the data, and `images` a list of them; `choices` are 2 to
+26 texts, one of them the answer; `context` is a text, the only one that may be shortened. Other columns are not read.
+`python -m tasks check FOLDER` names every row that is not like this.
 """
 
 import re
@@ -18,7 +18,7 @@ import sys
 import unicodedata
 from functools import partial
 
-from datasets import Features, Image, List, Value
+from datasets import Features, List, Value
 
 from tasks import _sources, scienceqa
 
@@ -29,11 +29,11 @@ MAX_NEW_TOKENS = 20
 CARD = scienceqa.CARD
 
 FEATURES = Features(
-    {"image": Image(), "question": Value("string"), "choices": List(Value("string")), "answer": Value("string")}
-    | {"answers": List(Value("string")), "context": Value("string")}
+    {**_sources.IMAGE_FEATURES, "question": Value("string"), "choices": List(Value("string"))}
+    | {"answer": Value("string"), "answers": List(Value("string")), "context": Value("string")}
 )
 FIELDS = {
-    "image": ("image", "file_name"),  # the second is the name in `metadata.jsonl` of an image folder
+    "image": ("images", "image", "file_name"),  # the last is the name in `metadata.jsonl` of an image folder
     "question": ("question",),
     "choices": ("choices",),
     "answer": ("answer", "answers"),
@@ -46,8 +46,8 @@ REQUIRED = ("question", "answer")
 load = partial(_sources.load, sys.modules[__name__])
 
 
-def parse(record: dict, has_image: bool) -> tuple[dict, list[str]]:
-    """A row without its image, and what is wrong with its texts."""
+def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
+    """A row without its images, and what is wrong with its texts."""
     question, answer, context = record["question"], record["answer"], record["context"]
     choices, answers = _sources.as_list(record["choices"]), _sources.as_list(record["answers"])
     if answer == record["answers"]:  # there is no other column with the answer
@@ -63,10 +63,7 @@ def parse(record: dict, has_image: bool) -> tuple[dict, list[str]]:
     if isinstance(question, str):
         question, markers = _sources.remove_markers(question)
     faults += _sources.find_text_faults("`question`", question) + _sources.find_text_faults("`answer`", answer)
-    if markers and not has_image:
-        faults.append("`question` has `<image>`, but there is no image. Add it, or remove `<image>`.")
-    if markers > 1:
-        faults.append(f"`question` has `<image>` {markers} times. A row has at most one image.")
+    faults += _sources.find_marker_faults("`question` has", markers, num_images)
     if isinstance(context, str) and not context.strip():
         context = None
     if context is not None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import datasets
 import pytest
 import torch
+from PIL import Image
 from processes import growth_while_loading, run_in_processes, torchrun_environments, train_and_look
 from safetensors.torch import load_file
 from test_start import SIZES, check_start
@@ -130,6 +131,30 @@ def test_each_engine_gives_the_result_of_a_single_process(engine, single, train_
     trained = sum(tensor.numel() for tensor in expected.values())
     (line,) = (line for line in alone["printed"].splitlines() if "parameters are trained" in line)
     assert line.startswith(f"{trained:,} of ") and line in seen[0]["printed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["DDP", "ZeRO-3", "FSDP2"])
+def test_processes_whose_rows_have_different_numbers_of_images_stay_in_step(engine, folder, train_on):
+    data = folder / "several"
+    data.mkdir(exist_ok=True)
+    for colour in ("red", "blue"):
+        Image.new("RGB", (20, 20), colour).save(data / f"{colour}.png")
+    # Of the first process two images and one, then one, then none; of the second none, then two, then one
+    numbers = [2, 1, 0, 0, 1, 0, 2, 2, 0, 0, 1, 1]
+    images = [["red.png", "blue.png"][:number] for number in numbers]
+    rows = [
+        {"question": "what? " * (1 + row % 3), "answer": "a", "images": images} for row, images in enumerate(images)
+    ]
+    for split, part in (("train", rows), ("test", rows[:4])):
+        (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    flags = {"task": "vqa", "data_path": data, "max_images": 2}
+    (alone,), expected, expected_answers = train_on(None, 1, "several", per_device_train_batch_size=4, **flags)
+    seen, adapters, answers = train_on(engine, 2, f"several {engine}", **flags)
+    for process in seen:
+        assert process["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    assert_same(adapters, expected)
+    assert expected["model.memory_slots.image_value"].any() and answers == expected_answers
 
 
 @pytest.mark.slow

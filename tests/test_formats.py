@@ -321,7 +321,7 @@ CHAT_FAULTS = [
         {"messages": [USER, {"role": "assistant", "content": "<image> x"}], "image": "a.png"},
         "message 2 (assistant) has",
     ),
-    ({"messages": MESSAGES, "images": ["a.png", "a.png"]}, "it has 2 images"),
+    ({"conversations": in_llava(), "images": ["a.png"] * 3}, "have 1 `<image>` .*the row has 3 images"),
     ({"messages": MESSAGES, "images": ["lost.png"]}, "lost.png cannot be read"),
     ([MESSAGES], "is no row"),
 ]
@@ -359,7 +359,6 @@ def test_the_last_answers_of_chats_are_scored():
 
 
 UNREAD = [
-    (vqa, {"question": "?", "answer": "x", "images": ["a.png"]}, "image=images"),
     (vqa, {"question": "?", "answer": "x", "img": "a.png"}, "image=img"),
     (vqa, {"question": "?", "answer": "x", "Picture": "a.png"}, "image=Picture"),
     (vqa, {"question": "?", "answer": "x", "imgae": "a.png"}, "image=imgae"),

@@ -154,11 +154,11 @@ def reference_ffn(ffn, hidden_states, keys, values, scale):
     return type(ffn).parts[1].forward(ffn, hidden_states) + scale * (activation(hidden_states @ keys.T) @ values)
 
 
-def reference_logits(model, input_ids, pixel_values):
+def reference_logits(model, input_ids, pixel_values, memory=reference_memory):
     """The whole model for one sample without padding, its FFNs replaced one by one."""
     originals = []
     for index, layer in enumerate(model.model.language_model.layers):
-        keys, values = reference_memory(model, pixel_values, index, input_ids)
+        keys, values = memory(model, pixel_values, index, input_ids)
         hook = layer.mlp.register_forward_hook(
             lambda ffn, args, output, keys=keys, values=values: reference_ffn(
                 ffn, args[0], keys, values, model.config.memory_scale

@@ -166,7 +166,7 @@ def test_saved_and_loaded_processors_agree(tmp_path):
     [
         ([image()], ["a", "b"], "Got 1 images and 2 texts"),
         ([image(), None, None], "a", "Got 3 images and 1 texts"),
-        ([[image(), image()]], "a", "2 images, but DEHVF reads one image per text"),
+        ([[image(), image()]], "a", "2 images, but this adapter reads at most 1 per text"),
     ],
 )
 def test_images_that_do_not_fit_the_texts_are_refused(images, text, message):
@@ -392,6 +392,8 @@ def test_an_image_that_is_not_square_is_fitted_as_asked_also_after_saving(image_
     pixels[:, :white] = 255
     image_processor = tiny_image_processor()
     image_processor.image_mean, image_processor.image_std = [0.5] * 3, [1.0] * 3
+    if image_fit is not None:  # as DINOv2 has it: larger at first, and then cropped
+        image_processor.size = {"shortest_edge": 2 * IMAGE_SIZE}
     DehvfProcessor(image_processor, tiny_tokenizer(), image_fit=image_fit).save_pretrained(tmp_path)
     processor = DehvfProcessor.from_pretrained(tmp_path)
     values = processor(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0, 0] + 0.5

@@ -553,7 +553,7 @@ def test_a_data_set_may_have_more_columns_and_no_choices_as_an_empty_list(tmp_pa
     DatasetDict(test=rows.cast_column("choices", List(Value("string")))).save_to_disk(tmp_path)
     for streaming in (False, True):
         (row,) = vqa.load("test", str(tmp_path), streaming=streaming, columns="image=none")
-        absent = dict.fromkeys(("image", "choices", "answers", "context"))
+        absent = dict.fromkeys(("image", "images", "choices", "answers", "context"))
         assert row == {"question": "Why?", "answer": "so", **absent}
     assert vqa.prompt(row, "") == "Question: Why?\nContext: N/A"
     assert (vqa.answer(row), vqa.options(row)) == ("The answer is so.", None)
@@ -765,7 +765,10 @@ FAULTS = [
     ({**CHOICE, "answer": "A dog"}, "`answer` is 'A dog', which is none of"),
     ({**FREE, "image": 3}, "`image` is 3"),
     ({**FREE, "image": ""}, "`image` is ''"),
-    ({**FREE, "image": ["good.png", "good.png"]}, "it has 2 images"),
+    (
+        {"question": "<image>Why?", "answer": "so", "images": ["good.png", "good.png"]},
+        "`question` has 1 `<image>`, but the row has 2 images",
+    ),
     ({**FREE, "image": "lost.png"}, "lost.png cannot be read: there is no such file"),
     ({**FREE, "image": "broken.png"}, "broken.png cannot be read"),
     ({**FREE, "image": "cut.png"}, "cut.png cannot be read"),

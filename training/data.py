@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 from dataclasses import dataclass, field
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
@@ -18,6 +19,7 @@ from PIL import Image
 from transformers.utils import logging
 
 import dehvf
+from tasks._sources import IMAGE_FEATURES, list_images
 from training.encoding import RowEncoder
 
 
@@ -70,6 +72,12 @@ def read_image(image) -> Image.Image | None:
     return dehvf.images.read_image(image)
 
 
+def read_images(row: dict) -> Image.Image | list[Image.Image] | None:
+    """The images of a row as the processor takes them: one, a list of several, or none."""
+    images = [read_image(image) for image in list_images(row)]
+    return images if len(images) > 1 else images[0] if images else None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Splits
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,7 +109,8 @@ class Split(torch.utils.data.Dataset):
     counted in `unreadable_images`, and the next row is used instead.
 
     Raises:
-        ValueError: as [`load_rows`] and [`RowEncoder`]; or if an image of a split to evaluate cannot be read.
+        ValueError: as [`load_rows`] and [`RowEncoder`]; if a row has more images than the processor takes; or if an
+            image of a split to evaluate cannot be read.
     """
 
     def __init__(self, task, name: str, processor, arguments, training: bool):
@@ -109,11 +118,13 @@ class Split(torch.utils.data.Dataset):
         self.rows = load_rows(task, name, arguments)
         if arguments.streaming:  # splits to evaluate are small
             self.rows = Dataset.from_list(list(self.rows), features=self.rows.features)
-        self.images = self.rows.select_columns("image")
+        columns = [column for column in IMAGE_FEATURES if column in self.rows.column_names]
+        self.images = self.rows.select_columns(columns)
+        self._check_numbers(processor.max_images)
         if not training:
             self._check_images()
         encoder = RowEncoder(task, name, processor, arguments.max_prompt_length, training)
-        self.encoded = encoder.encode(self.rows.remove_columns("image"))
+        self.encoded = encoder.encode(self.rows.remove_columns(columns))
         self.num_shortened = int(self.encoded.with_format("numpy")["shortened"][:].sum())
         if self.num_shortened:
             logger.warning(
@@ -121,11 +132,20 @@ class Split(torch.utils.data.Dataset):
                 f"{arguments.max_prompt_length} tokens, and the end of their context was removed."
             )
 
+    def _check_numbers(self, max_images: int):
+        batches = self.images.with_format("arrow").iter(1000) if "images" in self.images.column_names else ()
+        numbers = [number or 0 for batch in batches for number in pc.list_value_length(batch["images"]).to_pylist()]
+        if (most := max(numbers, default=0)) > max_images:
+            raise ValueError(
+                f"Row {numbers.index(most)} of the {self.name} split has {most} images, but the adapter reads at most "
+                f"{max_images}. Train one with `--max_images {most}`, or leave such rows out."
+            )
+
     def _check_images(self):
         faults = []
         for index, row in enumerate(self.images):
             try:
-                read_image(row["image"])
+                read_images(row)
             except Exception as error:  # Pillow raises many kinds
                 faults.append(f"row {index}: {error}")
         if faults:
@@ -142,7 +162,7 @@ class Split(torch.utils.data.Dataset):
             raise IndexError(f"Row {index} was requested, but the {self.name} split has {len(self)} rows.")
         for row in itertools.chain(range(index, len(self)), range(index)):
             try:
-                image = read_image(self.images[row]["image"])
+                image = read_images(self.images[row])
             except Exception as error:
                 message = f"The image in row {row} of the {self.name} split cannot be read: {error}"
                 if not self.training:
@@ -177,13 +197,13 @@ class StreamedSplit(torch.utils.data.IterableDataset):
             for index, row in enumerate(self.rows):
                 num_rows += 1
                 try:
-                    image = read_image(row.pop("image"))
+                    image = read_images(row)
                 except Exception as error:
                     self.unreadable_images.add_one()
                     logger.warning(f"Image {index} of the stream cannot be read: {error}. Its row is skipped.")
                     continue
                 num_good += 1
-                encoded = self.encoder(row, index)
+                encoded = self.encoder({name: row[name] for name in row if name not in IMAGE_FEATURES}, index)
                 if encoded["shortened"]:
                     self._shortened.add_one()
                 yield {"index": index, "image": image, **add_labels(encoded)}
@@ -221,10 +241,11 @@ class Collator:
         pixel_values   (2, 3, 64, 64)  image_mask     [False, True]
 
     and `index` (2,), the indices of the rows. In training also `labels` (2, 3), -100 on padding and prompt; in
-    evaluation `options` (2, 4, 1), the tokens of the options, -1 where there is none.
+    evaluation `options` (2, 4, 1), the tokens of the options, -1 where there is none. If a row has several images,
+    `pixel_values` (2, 3, 3, 64, 64) and `image_mask` (2, 3) have as many for all.
 
     Args:
-        image_tokens: placeholders of an image, inserted after the first token. Baselines need them, DEHVF does not.
+        image_tokens: placeholders of each image, inserted after the first token. Baselines need them, DEHVF does not.
         instruction_mask: whether to add `instruction_mask` (2, 3), 1 on the tokens that are neither an answer nor a
             placeholder, for methods that read the instruction.
     """
@@ -234,8 +255,9 @@ class Collator:
     instruction_mask: bool = False
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        images = [row["image"] for row in rows]
-        added = [self.image_tokens if image is not None else [] for image in images]
+        images = self.processor(images=[row["image"] for row in rows], return_tensors="pt")
+        numbers = images["image_mask"].view(len(rows), -1).sum(dim=1).tolist() if images else [0] * len(rows)
+        added = [self.image_tokens * number for number in numbers]
         tokens = [[*row["input_ids"][:1], *new, *row["input_ids"][1:]] for row, new in zip(rows, added)]
         batch = dict(self.processor.tokenizer.pad({"input_ids": tokens}, return_tensors="pt"))
         batch["index"] = torch.tensor([row["index"] for row in rows])
@@ -258,6 +280,4 @@ class Collator:
                 for number, option in enumerate(row["options"]):
                     options[index, number, : len(option)] = torch.tensor(option)
             batch["options"] = options
-        if any(image is not None for image in images):
-            batch.update(self.processor(images=images, return_tensors="pt"))
-        return batch
+        return {**batch, **images}

@@ -29,7 +29,7 @@ def load_processor(model_args, adapter_args):
             config = DehvfConfig.from_pretrained(model_args.adapter, **source).text_config
         else:
             options = {"chat_template": chat_template, "image_fit": model_args.image_fit}
-            options["image_size"] = adapter_args.image_size
+            options |= {name: getattr(adapter_args, name) for name in ("image_size", "max_images", "image_tiles")}
             revisions = base_revisions(model_args)
             processor = DehvfProcessor.from_vision_text_pretrained(*bases, **revisions, **options)
             config = AutoConfig.from_pretrained(bases[1], revision=revisions["text_model_revision"]).get_text_config()

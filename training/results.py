@@ -71,6 +71,7 @@ def make_records(task, processor, split: Split, output) -> list[dict]:
     records = []
     for index, (row, encoded) in enumerate(zip(split.rows, split.encoded)):
         has_image = row.pop("image") is not None
+        row.pop("images", None)
         prediction, choice, has_ended = answers[index]
         records.append(
             {
@@ -209,7 +210,7 @@ print(processor.batch_decode(tokens, skip_special_tokens=True)[0])
 def write_example(folder: Path, task, processor, split: Split) -> bool:
     """Writes the first question with an image, for `example_code`. Returns whether there is one."""
     for index, row in enumerate(split.rows):
-        if row["image"] is not None:
+        if row["image"] is not None and not row.get("images"):
             split[index]["image"].save(folder / "example.png")
             question = render(processor, task.prompt(row, task.context(row)))
             (folder / "example.txt").write_text(question, encoding="utf-8")

@@ -1,0 +1,127 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+The memory slots, and what a sample with several images reads.
+
+Each image of a sample has a slot for each of its patches, and the slots past the patches are there once. So the memory
+of several images is that of single ones, one after the other along the patches, and FFNs read it like that of one
+image with more patches. Where a sample has fewer images than others of its batch, the memory has zeros, also in the
+last column, which has ones otherwise; such slots are left out, except those of the first image: a sample without any
+image reads its position embeddings alone (method step 9).
+
+Letters at the end of a line give shapes, as in `modeling_dehvf.py`; I is the number of images of a sample.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.utils import ModelOutput
+
+from .configuration_dehvf import DehvfConfig
+from .inputs_dehvf import check_image_mask, check_instruction, check_num_images
+
+
+class MemorySlots(nn.Module):
+    """
+    Position embeddings of the slots, `s_key` and `s_value`, shared by all layers (method step 7) and by all images of
+    a sample. The second image and those after it have an embedding each, which is added to those of their slots.
+    """
+
+    def __init__(self, config: DehvfConfig):
+        super().__init__()
+        self.num_patches = config.num_patches
+        shape = (config.num_memory_slots, config.text_config.hidden_size)
+        self.key = nn.Parameter(torch.empty(shape))
+        self.value = nn.Parameter(torch.empty(shape))
+        self.image_key = self.image_value = None
+        if config.max_encoded_images > 1 and config.visual_prompts != "none":
+            shape = (config.max_encoded_images - 1, config.text_config.hidden_size)
+            self.image_key = nn.Parameter(torch.empty(shape))
+            self.image_value = nn.Parameter(torch.empty(shape))
+
+    def forward(self, dtype: torch.dtype, num_images: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slots of keys and of values for samples with so many images: those of their patches, then the others."""
+        if self.image_key is None:
+            # Copies, since under ZeRO-3 a parameter is there only while its own module runs
+            return self.key.to(dtype, copy=True), self.value.to(dtype, copy=True)
+        pairs = (self.key, self.image_key), (self.value, self.image_value)
+        return tuple(self._repeat(slots, images, num_images).to(dtype) for slots, images in pairs)
+
+    def _repeat(self, slots: torch.Tensor, images: torch.Tensor, num_images: int) -> torch.Tensor:
+        # With one image as well, so that all parameters get a gradient in every batch, as DDP needs
+        images = F.pad(images, (0, 0, 1, 0))[:num_images]  # I h
+        patch_slots, other_slots = slots.split((self.num_patches, len(slots) - self.num_patches))
+        return torch.cat(((patch_slots + images[:, None]).flatten(0, 1), other_slots))
+
+
+def as_visual_memory(features: torch.Tensor | ModelOutput | None) -> torch.Tensor | None:
+    """What `get_image_features` returned, or its `pooler_output`, as the latter."""
+    return features.pooler_output if isinstance(features, ModelOutput) else features
+
+
+def count_images(config: DehvfConfig, visual_memory: torch.Tensor | None) -> int:
+    """For how many images each sample has slots; those of one are there without an image, too."""
+    return 1 if visual_memory is None else visual_memory.shape[3] // config.num_patches
+
+
+def find_slot_mask(config: DehvfConfig, visual_memory: torch.Tensor | None, num_slots: int) -> torch.Tensor | None:
+    """
+    1 for slots that are read and 0 for those of images that a sample does not have, `(batch_size, 1, num_slots)`.
+    `None` if there are slots for one image alone, which are always read.
+    """
+    if count_images(config, visual_memory) == 1:
+        return None
+    is_there = visual_memory[:, 0, 0, config.num_patches :, -1].detach()  # B (I-1)n
+    num_others = num_slots - visual_memory.shape[3]
+    ones = [is_there.new_ones(len(is_there), size) for size in (config.num_patches, num_others)]
+    return torch.cat((ones[0], is_there, ones[1]), dim=1)[:, None]
+
+
+def mask_images(
+    config: DehvfConfig, visual_memory: torch.Tensor, image_mask: torch.Tensor, num_texts: int
+) -> torch.Tensor:
+    """A memory with zeros where `image_mask`, `(num_texts,)` or `(num_texts, num_images)`, is false."""
+    num_images = count_images(config, visual_memory)
+    if image_mask.ndim == 1:
+        check_image_mask(image_mask, (num_texts,), "texts")
+        return visual_memory * image_mask.to(visual_memory.device).view(-1, 1, 1, 1, 1)
+    check_image_mask(image_mask, (num_texts, num_images), "texts and images")
+    mask = image_mask.to(visual_memory.device).repeat_interleave(config.num_patches, dim=1)
+    return visual_memory * mask[:, None, None, :, None]
+
+
+def flatten_images(
+    config: DehvfConfig, pixel_values: torch.Tensor, image_mask: torch.Tensor | None, instruction: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """
+    The images of all samples in one batch, B I C H W to BI C H W, with the mask of each and the instruction about it.
+
+    Raises:
+        ValueError: if a sample has more images than the adapter reads, or one of the others another size.
+    """
+    batch_size, num_images = pixel_values.shape[:2]
+    check_num_images(config, num_images)
+    if image_mask is not None:
+        check_image_mask(image_mask, (batch_size, num_images), "images in `pixel_values`")
+        image_mask = image_mask.flatten()
+    if config.reads_instruction:
+        check_instruction(config, instruction, batch_size)
+        instruction = instruction.repeat_interleave(num_images, dim=0)
+    return pixel_values.flatten(0, 1), image_mask, instruction
+
+
+def join_images(memory: torch.Tensor, num_images: int) -> torch.Tensor:
+    """The memories of the images of all samples, BI D P n c+1, as those of the samples, B D P In c+1."""
+    return memory.unflatten(0, (-1, num_images)).movedim(1, 3).flatten(3, 4)
+
+
+def drop_absent_images(
+    pixel_values: torch.Tensor | None, image_mask: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Without those after the last image that any sample has, and in the form of one image if there is no other."""
+    if image_mask is None or image_mask.ndim == 1:
+        return pixel_values, image_mask
+    present = image_mask.any(dim=0).nonzero().flatten().tolist()
+    num_images = max(present, default=0) + 1
+    if num_images == 1:
+        return pixel_values[:, 0], image_mask[:, 0]
+    return pixel_values[:, :num_images], image_mask[:, :num_images]
