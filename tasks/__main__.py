@@ -13,14 +13,15 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from tasks import easy_vqa, get_task, print_scores, score_folder, vqav2
+from tasks import easy_vqa, get_task, nlvr2, print_scores, score_folder, vqav2
 from tasks._formats import split_of
 from tasks._sources import IMAGE_FEATURES, Source, find_reading_faults, list_images
 
 
-PUBLISHED = (easy_vqa, vqav2)  # tasks that read the files of a published data set
+PUBLISHED = (easy_vqa, nlvr2, vqav2)  # tasks that read the files of a published data set
 # Columns that tell the task of a data set
-TASK_OF_COLUMN = {"messages": "chat", "conversations": "chat", "multiple_choice_answer": "vqav2"}
+TASK_OF_COLUMN = {"messages": "chat", "conversations": "chat", "left_image": "nlvr2"}
+TASK_OF_COLUMN |= {"multiple_choice_answer": "vqav2"}
 
 # Tokens that control language models. In the texts of data they are read as letters.
 CONTROL_TOKENS = re.compile(
@@ -41,12 +42,11 @@ def check(path: str, task: str | None = None, columns: str | None = None) -> boo
         source = Source(get_task(task), path, columns)
         print(f"{path}: {source.format}, read with --task {task}")
         splits = {split_of(name): name for name in source.splits} | {name: name for name in source.splits}
-        read = getattr(source.task, "SPLITS", ("train", "validation", "test"))
         trained = set()
-        for split in read:
+        for split in dict.fromkeys(map(source.find_split, ("train", "validation", "test"))):
             if split in splits:
                 num_faults += check_split(source, splits[split], split, trained)
-        if "test" in read and "test" not in splits:
+        if "test" not in splits and not hasattr(source.task, "PARTS"):
             print("note: there is no test split. `train.py --holdout 0.05` takes one from the train split.")
     if num_faults:
         print(f"{num_faults} faults")
@@ -143,9 +143,8 @@ def main():
         subparser.add_argument("path", help="file, folder or Hub id" if command is check else "--output_dir of a run")
         subparser.set_defaults(command=command)
         if command is check:
-            subparser.add_argument(
-                "--task", choices=["vqa", "chat", "vqav2"], help="what reads the data, if not as its columns say"
-            )
+            readers = ["vqa", *dict.fromkeys(TASK_OF_COLUMN.values())]
+            subparser.add_argument("--task", choices=readers, help="what reads the data, if not as its columns say")
             subparser.add_argument("--columns", help="names of columns, as for train.py: question=prompt,answer=label")
     arguments = vars(parser.parse_args())
     sys.stdout.reconfigure(errors="backslashreplace")  # what is wrong with a text may be that it cannot be printed

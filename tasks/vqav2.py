@@ -20,7 +20,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 
 from tasks import _sources, require_files
 
@@ -32,16 +32,15 @@ DATASET = "lmms-lab/VQAv2"
 CARD = {"task_type": "visual-question-answering", "metric_type": "accuracy", "score": "average"}
 METRIC = Path(__file__).parents[1] / "metrics" / "vqav2"
 
-SPLITS = ("train", "validation")  # of the data, that are read
-PARTS = {"train": "train", "validation": "train", "test": "validation"}  # which one is which split here
+PARTS = {"train": ("train",), "validation": ("train",), "test": ("validation",)}
 HELD_OUT = 50
 FOLDERS = {"train": "train2014", "validation": "val2014"}
 FEATURES = Features(
-    {"image": Image(), "question": Value("string"), "answer": Value("string"), "answers": List(Value("string"))}
-    | {name: Value("string") for name in ("question_type", "answer_type")}
-    | {name: Value("int64") for name in ("question_id", "image_id")}
+    {**_sources.IMAGE_FEATURES, "question": Value("string"), "answer": Value("string")}
+    | {"answers": List(Value("string")), "question_type": Value("string"), "answer_type": Value("string")}
+    | {"question_id": Value("int64"), "image_id": Value("int64")}
 )
-FIELDS = {name: (name,) for name in FEATURES} | {"answer": ("multiple_choice_answer",)}
+FIELDS = {name: (name,) for name in FEATURES if name != "images"} | {"answer": ("multiple_choice_answer",)}
 REQUIRED = ("image", "question", "answers", "image_id")
 LAYOUT = (
     "VQAv2 is read from a folder with v2_OpenEnded_mscoco_{train2014,val2014}_questions.json, "
@@ -64,15 +63,15 @@ def load(
     if split not in PARTS:
         raise ValueError(f"split is {split!r}, but must be one of {', '.join(PARTS)}.")
     if columns is None and find_files(Path(path)):
-        file = Path(path) / questions_name(PARTS[split])
-        rows, faults = read(file)
+        rows, faults = read(Path(path) / questions_name(*PARTS[split]))
         if faults:
             names_all = f"`python -m tasks check {path}` names all."
             raise ValueError(f"{faults[0]}\nThat is the first of {len(faults)}: {names_all}")
         rows = Dataset.from_list(rows, features=FEATURES)
         rows = rows.to_iterable_dataset() if streaming else rows
     else:
-        rows = _sources.Source(sys.modules[__name__], path, columns, streaming).rows(PARTS[split])
+        source = _sources.Source(sys.modules[__name__], path, columns, streaming)
+        rows = source.rows(source.find_split(split))
     if split == "test":
         return rows
     if streaming:
@@ -120,12 +119,12 @@ def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
             faults.append(f"{file}: question {number} has no annotation in {annotations.name}. Add it.")
             continue
         record = dict.fromkeys(FIELDS) | {**entry, **answered[number]}
-        row, wrong = parse({**record, "answer": record["multiple_choice_answer"]}, has_image=True)
+        row, wrong = parse({**record, "answer": record["multiple_choice_answer"]}, num_images=1)
         image = str(images / f"COCO_{name}_{row['image_id']:012d}.jpg")
         wrong = [*wrong, *find_image_faults(image)]
         faults += [f"{file}: question {number}: {fault}" for fault in wrong]
         if not wrong:
-            rows.append({"image": image, **row})
+            rows.append({"image": image, "images": None, **row})
     return rows, faults
 
 
@@ -138,12 +137,14 @@ def read_list(file: Path, name: str) -> list[dict]:
     return entries
 
 
-def parse(record: dict, has_image: bool) -> tuple[dict, list[str]]:
-    """A row without its image, and what is wrong with its texts."""
+def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
+    """A row without its image, and what is wrong with it."""
     answers = record["answers"]
     if isinstance(answers, list):
         answers = [entry.get("answer") if isinstance(entry, dict) else entry for entry in answers]
     faults = _sources.find_text_faults("`question`", record["question"])
+    if num_images != 1:
+        faults.append(f"it has {num_images} images. Give one.")
     answer = record["answer"]
     if not answers or not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
         faults.append(

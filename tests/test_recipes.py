@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_tasks import save_easy_vqa, save_karpathy, save_vqav2
+from test_tasks import save_easy_vqa, save_karpathy, save_nlvr2, save_vqav2
 from test_train import make_rows
 from tiny import DEHVF_SIZES, IMAGE_SIZE, ROOT, DehvfConfig, DehvfForConditionalGeneration, save_tiny_bases
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
@@ -35,6 +35,8 @@ def stand_ins(tmp_path_factory):
     DatasetDict(train=make_rows(), validation=make_rows(2), test=make_rows(4)).save_to_disk(str(folder / "scienceqa"))
     save_karpathy(folder / "coco_captions")
     save_easy_vqa(folder / "easy_vqa")
+    save_easy_vqa(folder / "easy_vqa_pairs")
+    save_nlvr2(folder / "nlvr2")
     save_vqav2(folder / "vqav2")
     return vision, text, folder
 

@@ -1,6 +1,8 @@
 """Tasks: where rows come from, what is asked, how answers are scored, and the two commands of `python -m tasks`."""
 
 import hashlib
+import io
+import itertools
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ import sys
 from collections import Counter
 from datetime import datetime
 from importlib import import_module
+from pathlib import Path
 from zipfile import ZipFile
 
 import numpy as np
@@ -16,7 +19,19 @@ from datasets import Dataset, DatasetDict, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 from tiny import ROOT, run
 
-from tasks import NAMES, coco_captions, digits, easy_vqa, get_task, scienceqa, score_folder, vqa, vqav2
+from tasks import (
+    NAMES,
+    coco_captions,
+    digits,
+    easy_vqa,
+    easy_vqa_pairs,
+    get_task,
+    nlvr2,
+    scienceqa,
+    score_folder,
+    vqa,
+    vqav2,
+)
 from tasks.__main__ import main
 from training.data import read_image
 
@@ -42,6 +57,12 @@ def has_image(rows):
 def write_image(file, colour="red"):
     file.parent.mkdir(parents=True, exist_ok=True)
     PILImage.new("RGB", (8, 8), colour).save(file)
+
+
+def image_bytes(colour):
+    file = io.BytesIO()
+    PILImage.new("RGB", (8, 8), colour).save(file, "PNG")
+    return file.getvalue()
 
 
 def write_lines(file, rows):
@@ -373,8 +394,8 @@ def test_vqav2_trains_on_photos_that_it_does_not_validate_on_and_tests_on_the_va
 
 def test_the_answer_that_vqav2_learns_is_the_most_frequent_one():
     record = dict.fromkeys(vqav2.FIELDS) | {"question": "?", "answers": ["b", "a", "a"], "image_id": 1}
-    assert vqav2.parse(record, True)[0]["answer"] == "a"
-    assert vqav2.parse({**record, "answer": "b"}, True)[0]["answer"] == "b"
+    assert vqav2.parse(record, 1)[0]["answer"] == "a"
+    assert vqav2.parse({**record, "answer": "b"}, 1)[0]["answer"] == "b"
 
 
 def test_what_is_wrong_with_vqav2_is_named(command, tmp_path):
@@ -637,7 +658,8 @@ def save_easy_vqa(folder, sizes=(("train", 20), ("test", 2))):
         questions = []
         for number in range(size):
             write_image(folder / "data" / part / "images" / f"{number}.png")
-            pairs = ("is there a circle?", "no"), ("what shape is present?", "triangle"), ("what color is it?", "red")
+            shape = ("triangle", "circle")[number % 2]
+            pairs = ("is it a square?", "no"), ("what shape is present?", shape), ("what color is it?", "red")
             questions += [[question, answer, number] for question, answer in pairs]
         (folder / "data" / part / "questions.json").write_text(json.dumps(questions))
 
@@ -717,6 +739,132 @@ def test_easy_vqa_is_downloaded_once_and_only_if_its_checksum_is_right(tmp_path,
     kept = {path.name for path in (tmp_path / "cache" / "dehvf").iterdir()}
     assert kept - {"easy-vqa-1.0.lock"} == {"easy-vqa-1.0"}
     assert not list((tmp_path / "cache").rglob("*.py"))
+
+
+# --- Pairs of easy-VQA ---
+
+
+def test_pairs_of_easy_vqa_show_the_same_shape_half_of_the_time(tmp_path):
+    save_easy_vqa(tmp_path, [("train", 120), ("test", 4)])
+    seen = {}
+    for split, size in {"train": 1140, "validation": 12, "test": 8}.items():
+        rows = easy_vqa_pairs.load(split, str(tmp_path))
+        assert len(rows) == size and Counter(rows["answer"]) == {"yes": size / 2, "no": size / 2}
+        for row in undecoded(rows):
+            left, right = (Path(image["path"]) for image in row["images"])
+            assert row["image"]["path"] == str(left)
+            assert row["answer"] == ("yes" if int(left.stem) % 2 == int(right.stem) % 2 else "no")
+            seen.setdefault(split, set()).update((left, right))
+        assert undecoded(easy_vqa_pairs.load(split, str(tmp_path), streaming=True)) == undecoded(rows)
+    assert not seen["train"] & (seen["validation"] | seen["test"])
+
+
+def test_pairs_of_easy_vqa_need_two_shapes(tmp_path):
+    save_easy_vqa(tmp_path, [("test", 1)])
+    with pytest.raises(ValueError, match="test split shows 1 shapes"):
+        easy_vqa_pairs.load("test", str(tmp_path))
+
+
+def test_pairs_of_easy_vqa_are_scored_by_answer():
+    said = [("yes", " Yes."), ("yes", "no"), ("no", " no")]
+    scores = easy_vqa_pairs.score([{"answer": answer, "prediction": text} for answer, text in said], 3)
+    assert scores == {"yes": 50, "no": 100, "average": pytest.approx(200 / 3), "count": 3}
+    with pytest.raises(ValueError, match="1 predictions for a split of 2 rows"):
+        easy_vqa_pairs.score([{"answer": "no", "prediction": ""}], 2)
+
+
+# --- NLVR2 ---
+
+
+def save_nlvr2(folder):
+    """The published files with two statements about each of two pairs of photos, and the photos in folders below."""
+    for part in ("train", "dev", "test1"):
+        lines = []
+        for pair, sentence in itertools.product((0, 1), repeat=2):
+            lines.append({"sentence": f"It is {sentence}.", "label": str(pair == sentence)})
+            lines[-1] |= {"identifier": f"{part}-7-{pair}-{sentence}", "left_url": "http://a", "right_url": "http://b"}
+            for number, colour in enumerate(("red", "blue")):
+                write_image(folder / "images" / part / f"{part}-7-{pair}-img{number}.png", colour)
+        write_lines(folder / f"{part}.json", lines)
+
+
+def save_nlvr2_of_the_hub(folder):
+    """Subsets in the columns of the Hub, and with its names, several of which speak of the same split."""
+    (folder / "data").mkdir(parents=True)
+    names = {"balanced_dev": "dev", "balanced_test_public": "test1", "unbalanced_test_public": "test1"}
+    images = {"left_image": image_bytes("red"), "right_image": image_bytes("blue")}
+    for name, part in names.items():
+        rows = [
+            {"question": f"It is {sentence}.", "answer": str(pair == sentence)}
+            | {"identifier": f"{part}-7-{pair}-{sentence}"}
+            | {column: {"bytes": content, "path": None} for column, content in images.items()}
+            for pair, sentence in itertools.product((0, 1), repeat=2)
+        ]
+        rows = Dataset.from_list(rows).cast_column("left_image", Image()).cast_column("right_image", Image())
+        rows.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    splits = "".join(f"  - split: {name}\n    path: data/{name}-*\n" for name in names)
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{splits}---\n")
+
+
+@pytest.mark.parametrize("save", [save_nlvr2, save_nlvr2_of_the_hub])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_nlvr2_has_two_images_a_row(save, streaming, tmp_path):
+    save(tmp_path)
+    for split in ("validation", "test") if save is save_nlvr2_of_the_hub else ("train", "validation", "test"):
+        rows = undecoded(nlvr2.load(split, str(tmp_path), streaming))
+        assert [row["label"] for row in rows] == ["True", "False", "False", "True"]
+        for row in rows:
+            assert row.keys() == nlvr2.FEATURES.keys()
+            left, right = (read_image(image).getpixel((0, 0)) for image in row["images"])
+            assert (left, right) == ((255, 0, 0), (0, 0, 255)) and read_image(row["image"]).getpixel((0, 0)) == left
+    assert rows[1]["identifier"] == "test1-7-0-1"
+    expected = "Statement: It is 1.\nIs it true of the left and the right image?"
+    assert nlvr2.prompt(rows[1], nlvr2.context(rows[1])) == expected
+    assert (nlvr2.answer(rows[1]), nlvr2.options(rows[1])) == ("The answer is False.", [" True", " False"])
+
+
+def test_what_is_wrong_with_nlvr2_is_named(command, tmp_path):
+    with pytest.raises(ValueError, match="path is None.*lil-lab/nlvr"):
+        nlvr2.load("test")
+    with pytest.raises(ValueError, match="split is 'dev'"):
+        nlvr2.load("dev", str(tmp_path))
+    save_nlvr2(tmp_path)
+    code, output = command("check", tmp_path)
+    assert code == 0 and output.count("4 good rows, 4 with an image") == 3
+    lost = tmp_path / "images" / "test1" / "test1-7-1-img0.png"
+    lost.unlink()
+    assert len(nlvr2.load("test", str(tmp_path))) == 4, "it is counted in training and named in evaluation"
+    faulty = {"sentence": " ", "label": "maybe", "identifier": "7-1", "left_url": ""}
+    lines = (tmp_path / "test1.json").read_text()
+    (tmp_path / "test1.json").write_text(lines + json.dumps(faulty) + "\n{\n")
+    code, output = command("check", tmp_path)
+    assert code == 1 and output.count("test1-7-1-img0.png cannot be read: there is no such file") == 2
+    for text in ("test1.json:5: the statement is ' '", "the label is 'maybe'", "the identifier is '7-1'", "no JSON"):
+        assert text in output
+    with pytest.raises(ValueError, match="test1.json:5: the statement.*\n.*first of 4: `python -m tasks check"):
+        nlvr2.load("test", str(tmp_path))
+    shutil.rmtree(tmp_path / "images")
+    with pytest.raises(FileNotFoundError, match="There are no photos.*NLVR2 is read from"):
+        nlvr2.load("test", str(tmp_path))
+
+
+def test_the_check_command_reads_nlvr2_of_the_hub(command, tmp_path):
+    save_nlvr2_of_the_hub(tmp_path)
+    code, output = command("check", tmp_path)
+    assert code == 0 and "read with --task nlvr2" in output and output.count("4 good rows, 4 with an image") == 2
+    assert "up to 2: `train.py --max_images 2`" in output and "no test split" not in output
+
+
+def test_nlvr2_is_scored_by_row_and_by_statement():
+    """A statement is the same in rows whose identifiers differ in the third part alone."""
+    rows = ("1-0-0", "True", " True."), ("1-1-0", "False", " false"), ("1-0-1", "True", " True")
+    rows += ("1-1-1", "True", " False."), ("2-0-0", "False", " perhaps")
+    records = [{"identifier": f"dev-{row}", "label": label, "prediction": text} for row, label, text in rows]
+    scores = nlvr2.score(records, 5)
+    assert nlvr2.CARD["score"] in scores
+    assert scores == {"accuracy": 60, "consistency": pytest.approx(100 / 3), "unparsed": 20, "count": 5}
+    with pytest.raises(ValueError, match="5 predictions for a split of 6 rows"):
+        nlvr2.score(records, 6)
 
 
 # --- python -m tasks ---
