@@ -380,7 +380,8 @@ class Source:
 
     def _part(self, split: str) -> list[Path] | Rows:
         takes = " Add it, or take one from the train split: `--holdout 0.05` takes 5 % of the rows."
-        return choose_split(self.splits, split, self.path, takes if split != "train" else "")
+        can_take = split != "train" and not hasattr(self.task, "PARTS")
+        return choose_split(self.splits, split, self.path, takes if can_take else "")
 
     def _reader(self, split: str, *folders: Path) -> Reader:
         """Images are looked for beside the file, and then in the folder of the data set."""

@@ -118,10 +118,11 @@ def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
         if number not in answered:
             faults.append(f"{file}: question {number} has no annotation in {annotations.name}. Add it.")
             continue
-        record = dict.fromkeys(FIELDS) | {**entry, **answered[number]}
-        row, wrong = parse({**record, "answer": record["multiple_choice_answer"]}, num_images=1)
-        image = str(images / f"COCO_{name}_{row['image_id']:012d}.jpg")
-        wrong = [*wrong, *find_image_faults(image)]
+        record = {**entry, **answered[number]}
+        row, wrong = parse({field: record.get(key) for field, (key,) in FIELDS.items()}, num_images=1)
+        if not wrong:
+            image = str(images / f"COCO_{name}_{row['image_id']:012d}.jpg")
+            wrong = find_image_faults(image)
         faults += [f"{file}: question {number}: {fault}" for fault in wrong]
         if not wrong:
             rows.append({"image": image, "images": None, **row})

@@ -48,6 +48,6 @@ class NLVR2(evaluate.Metric):
 
 
 def parse(text):
-    """ "True", "False" or None: the word at the start of a text, in any case."""
-    word = text.strip().partition(" ")[0].rstrip(".,;!").capitalize()
+    """The label that a text begins with, in any case; None if it begins with another word."""
+    word = (text.split() or [""])[0].rstrip(".,;!").capitalize()
     return word if word in ("True", "False") else None
