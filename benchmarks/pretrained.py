@@ -117,7 +117,7 @@ class Questions:
     image_rows: the row of `pixel_values` that a question is about.
     """
 
-    tokens: list[torch.Tensor]
+    tokens: list[list[int]]
     num_answer_tokens: list[int]
     kinds: list[str]
     image_rows: torch.Tensor
@@ -137,7 +137,7 @@ class Questions:
         shape = len(rows), max(map(len, self.tokens)) + len(image_tokens)
         ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
         for index, row in enumerate(rows):
-            tokens, number = self.tokens[row].tolist(), self.num_answer_tokens[row]
+            tokens, number = self.tokens[row], self.num_answer_tokens[row]
             tokens = torch.tensor([*tokens[:1], *image_tokens, *tokens[1:]])
             ids[index, : len(tokens)] = tokens
             labels[index, len(tokens) - number : len(tokens)] = tokens[-number:]
@@ -160,7 +160,7 @@ def load_questions(split: str, processor, dtype: torch.dtype = torch.float32) ->
     with ThreadPool() as pool:
         pixel_values = torch.stack(pool.map(pixels, entries.values()))
     return Questions(
-        [torch.tensor(tokens) for tokens in encoded["input_ids"][:]],
+        encoded["input_ids"][:],
         [sum(is_answer) for is_answer in encoded["is_answer"][:]],
         [easy_vqa.TYPES[answer] for answer in rows["answer"][:]],
         torch.tensor([image_rows[number] for number in numbers]),
