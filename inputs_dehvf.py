@@ -19,8 +19,8 @@ def check_pixel_values(config: DehvfConfig, pixel_values: torch.Tensor):
 def check_visual_memory(config: DehvfConfig, visual_memory: torch.Tensor, batch_size: int | None = None):
     """Raises `ValueError` if the memory is not this adapter's, or has rows for another number of texts."""
     sizes = (config.text_config.num_hidden_layers, len(config.memory_positions))
-    num_images, rest = divmod(visual_memory.shape[3], config.num_patches) if visual_memory.ndim == 5 else (0, 0)
-    num_patches = config.num_patches * max(1, num_images if not rest else 1)
+    num_images = max(1, visual_memory.shape[3] // config.num_patches) if visual_memory.ndim == 5 else 1
+    num_patches = num_images * config.num_patches
     _check_shape("visual_memory", visual_memory, (*sizes, num_patches, config.projector_hidden_size + 1))
     check_num_images(config, num_images)
     if batch_size is not None and visual_memory.shape[0] not in (1, batch_size):

@@ -96,7 +96,7 @@ def flatten_images(
     The images of all samples in one batch, B I C H W to BI C H W, with the mask of each and the instruction about it.
 
     Raises:
-        ValueError: if a sample has more images than the adapter reads, or one of the others another size.
+        ValueError: if a sample has more images than the adapter reads, or `image_mask` or `instruction` do not fit.
     """
     batch_size, num_images = pixel_values.shape[:2]
     check_num_images(config, num_images)

@@ -107,9 +107,7 @@ def check_split(source: Source, name: str, split: str, trained: set[int]) -> int
     print(f"{source.label(name)}: {num_rows} good rows, {present.get('image', 0)} with an image", end="")
     print(f", {present['choices']} with choices" if "choices" in present else "")
     if most_images > 1:
-        print(
-            f"{present['images']} rows have several images, up to {most_images}: `train.py --max_images {most_images}`"
-        )
+        print(f"rows with several images: {present['images']}. Train with `--max_images {most_images}`.")
     if longest:
         lengths = ", ".join(f"{column} {length}" for column, length in longest.items())
         print(f"longest texts in characters: {lengths}")

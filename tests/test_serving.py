@@ -27,10 +27,13 @@ from tiny import (
     DEHVF_SIZES,
     ROOT,
     DehvfForConditionalGeneration,
+    DehvfProcessor,
     save_tiny_bases,
+    tiny_image_processor,
     tiny_inputs,
     tiny_model,
     tiny_processor,
+    tiny_tokenizer,
 )
 from transformers import TextIteratorStreamer, TextStreamer
 from transformers.cli.serving.model_manager import Modality, ModelManager
@@ -724,6 +727,28 @@ def test_a_chat_is_read_with_its_image(messages, text, server, monkeypatch):
     assert len(seen) == 2
     for given, name in itertools.product(seen, expected):
         assert torch.equal(given[name], expected[name]), name
+
+
+def test_an_adapter_of_several_images_reads_those_of_a_request_in_their_order(reader):
+    processor, other = DehvfProcessor(tiny_image_processor(), tiny_tokenizer(), max_images=2), image(1)
+    engine = serve.Engine(tiny_model(max_images=2), processor, reader, max_context_tokens=128)
+
+    def prepare(*messages):
+        return asyncio.run(engine.prepare(parse(ChatRequest, {}, {"messages": list(messages)})))[0]
+
+    before = turn("user", PICTURE, "a"), turn("assistant", "b")
+    for messages, pictures in (
+        ((*before, turn("user", other, "c")), [PICTURE, other]),
+        ((turn("user", other, PICTURE, "a"),), [other, PICTURE]),
+        ((turn("user", PICTURE, PICTURE, "a"),), [PICTURE, PICTURE]),
+        ((*before, turn("user", PICTURE, other, "c")), [PICTURE, other]),
+    ):
+        inputs, expected = prepare(*messages), processor(images=[pictures], return_tensors="pt")
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    with pytest.raises(
+        RequestError, match=r"3 different images \(in messages 0, 2, .* reads 2 images for each request"
+    ):
+        prepare(*before, turn("user", other, image(7), "c"))
 
 
 def test_an_answer_says_how_it_ended(server):

@@ -243,8 +243,11 @@ def test_the_pipeline_answers_about_several_images():
     inputs = processor.apply_chat_template(chat, **options)
     limits = {"max_new_tokens": 4, "do_sample": False}
     expected = model.generate(**inputs, **limits)[:, inputs["input_ids"].shape[1] :]
-    found = pipe(text=chat, generate_kwargs=limits, return_full_text=False)[0]["generated_text"]
-    assert found == processor.batch_decode(expected, skip_special_tokens=True)[0]
+    expected = processor.batch_decode(expected, skip_special_tokens=True)[0]
+    assert pipe(text=chat, generate_kwargs=limits, return_full_text=False)[0]["generated_text"] == expected
+    text, images = processor.apply_chat_template(chat, add_generation_prompt=True), [picture("red"), picture("blue")]
+    found = pipe(images=[images], text=[text], generate_kwargs=limits, return_full_text=False)
+    assert found[0]["generated_text"] == expected
 
 
 @pytest.mark.parametrize("image_fit", [None, "crop", "squash", "pad"])
@@ -371,7 +374,7 @@ def test_rows_have_the_images_of_their_lists_or_turns(layout, tmp_path, monkeypa
     assert check(str(tmp_path), task=task.__name__.removeprefix("tasks."))
     printed = capsys.readouterr().out
     assert "3 good rows, 2 with an image" in printed
-    assert "1 rows have several images, up to 3: `train.py --max_images 3`" in printed
+    assert "rows with several images: 1. Train with `--max_images 3`." in printed
 
 
 def test_a_batch_has_the_images_of_its_rows_and_a_placeholder_for_each_view(tmp_path):

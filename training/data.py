@@ -133,7 +133,9 @@ class Split(torch.utils.data.Dataset):
             )
 
     def _check_numbers(self, max_images: int):
-        batches = self.images.with_format("arrow").iter(1000) if "images" in self.images.column_names else ()
+        if "images" not in self.images.column_names:
+            return
+        batches = self.images.select_columns("images").with_format("arrow").iter(1000)
         numbers = [number or 0 for batch in batches for number in pc.list_value_length(batch["images"]).to_pylist()]
         if (most := max(numbers, default=0)) > max_images:
             raise ValueError(

@@ -269,6 +269,7 @@ class AnswerTrainer(AdapterTrainer):
             return
         gradients = [value.grad for value in self.trained_parameters.values() if value.grad is not None]
         local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+        local = [gradient for gradient in local if gradient.numel()]  # a process may have no row of a small parameter
         wrong = (~torch.nn.utils.get_total_norm(local, float("inf")).isfinite()).int()
         if self.accelerator.reduce(wrong) if self.is_fsdp_enabled else wrong:
             self.stop("gradient", rows.tolist())
