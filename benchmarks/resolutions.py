@@ -15,6 +15,7 @@ and how much more than before is in use at most meanwhile. Training is that of `
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -230,15 +231,19 @@ def draw(report: dict, file: Path):
     pyplot.close(figure)
 
 
-def write_report(measured: dict, runs: dict, steps: int | None):
+def write_report(measured: dict, runs: dict[str, list[dict]]):
     is_cpu = measured["device"] == "cpu"
     clock = "of one core, in time of this process" if is_cpu else "of the GPU"
-    trained = (
-        f"Accuracy: {steps:,} steps of {pretrained.BATCH_SIZE} questions of easy-VQA, whose pictures have 64 x 64 "
-        "pixels, so that more patches see nothing new; mean ± standard deviation over seeds. "
-        if runs
-        else ""
-    )
+    trained = ""
+    if runs:
+        row = next(iter(runs.values()))[0]["row"]
+        machines = "; ".join(dict.fromkeys(run["machine"] for found in runs.values() for run in found))
+        trained = (
+            f"Accuracy: after {row['steps']:,} steps of {row['batch_size']} questions of easy-VQA, whose pictures "
+            "have 64 x 64 pixels, so that more patches see nothing new, on its test questions (of a run that was "
+            f"stopped, on the first {pretrained.FIRST_QUESTIONS:,} when it was); mean ± standard deviation over seeds. "
+            f"Trained on {machines}. Measured on "
+        )
     report = {
         "command": "python -m benchmarks.resolutions",
         "note": (
@@ -258,7 +263,7 @@ def write_report(measured: dict, runs: dict, steps: int | None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, help="train on easy-VQA for so many steps; without it, nothing")
+    parser.add_argument("--steps", type=int, help="of training on easy-VQA; without it, nothing is trained")
     parser.add_argument("--sizes", nargs="+", type=int, choices=IMAGE_SIZES, default=IMAGE_SIZES, help="to train")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(pretrained.SEEDS))
     parser.add_argument("--jobs", type=int, default=1, help="processes that train at the same time")
@@ -272,18 +277,16 @@ def main():
     if arguments.memory_of:
         print(json.dumps(measure_memory(arguments.memory_of, device)))
         return
+    rows = {name: dataclasses.replace(row, steps=arguments.steps or row.steps) for name, row in ROWS.items()}
     if arguments.report:
         measured = json.loads((RESULTS / "resolutions.json").read_text(encoding="utf-8"))["measured"]
     else:
         for size in arguments.sizes if arguments.steps else ():
-            name = f"{size} px"
+            row = {f"{size} px": rows[f"{size} px"]}
             # In half precision, since 5,000 pictures of 518 pixels are 16 GB in float32
-            pretrained.train_missing(
-                {name: ROWS[name]}, arguments.seeds, arguments.steps, arguments.jobs, size, torch.float16
-            )
+            pretrained.train_missing(row, arguments.seeds, arguments.jobs, size, torch.float16)
         measured = measure(device)
-    runs = pretrained.find_runs(ROWS, arguments.seeds, arguments.steps) if arguments.steps else {}
-    write_report(measured, runs, arguments.steps)
+    write_report(measured, pretrained.find_runs(rows, arguments.seeds) if arguments.steps else {})
 
 
 if __name__ == "__main__":

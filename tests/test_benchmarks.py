@@ -1,14 +1,17 @@
 """The benchmarks: what they would run, that they go on where they stopped, and what they make of results."""
 
+import dataclasses
 import json
 import re
+import sys
 
 import pytest
 import torch
 from test_tasks import save_easy_vqa
 from tiny import IMAGE_SIZE, NUM_PATCHES, PATCH_SIZE, save_tiny_bases, tiny_processor
+from transformers import AutoModelForCausalLM
 
-from benchmarks import RESULTS, memory, operations, paper_tables, pretrained, resolutions, speed
+from benchmarks import RESULTS, cuda_graphs, memory, operations, paper_tables, pretrained, resolutions, speed
 from dehvf import processing
 from tasks import easy_vqa
 from training.arguments import parse_arguments
@@ -89,9 +92,10 @@ def bench(tmp_path, monkeypatch):
     save_easy_vqa(tmp_path / "easy_vqa")
     monkeypatch.setattr(easy_vqa, "download", lambda: tmp_path / "easy_vqa")
     sizes = {"image_size": IMAGE_SIZE, "num_memory_slots": NUM_PATCHES}
+    rows = {name: dataclasses.replace(row, batch_size=4, steps=2) for name, row in pretrained.ROWS.items()}
     for name, value in {
         **{"VISION_MODEL": vision, "TEXT_MODEL": text, "RUNS": tmp_path / "runs", "RESULTS": tmp_path / "results"},
-        **{"SETTING": {**pretrained.SETTING, **sizes}, "BATCH_SIZE": 4},
+        **{"SETTING": {**pretrained.SETTING, **sizes}, "ROWS": rows},
     }.items():
         monkeypatch.setattr(pretrained, name, value)
     processor = tiny_processor()
@@ -101,7 +105,7 @@ def bench(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", pretrained.ROWS)
 def test_rows_on_pretrained_bases_train_and_do_not_read_the_answer(name, bench):
     row = pretrained.ROWS[name]
-    run = pretrained.Run(row, 0, 2, bench)
+    run = pretrained.Run(row, 0, bench)
     batch = next(run.batches())
     run.model.eval()
     logits, labels = run.logits(batch)
@@ -114,19 +118,20 @@ def test_rows_on_pretrained_bases_train_and_do_not_read_the_answer(name, bench):
     before = [parameter.detach().clone() for parameter in run.parameters]
     run.train(file)
     assert not all(map(torch.equal, before, run.parameters))
-    found = pretrained.read_run(name, row, 0, 2)
+    found = pretrained.read_run(name, row, 0)
     assert [point["step"] for point in found["curve"]] == [1, 2] and 0 <= found["scores"]["average"] <= 100
     assert ("replaced" in found) == (getattr(run.model.model, "fuser", None) is not None)
-    assert pretrained.read_run(name, row, 0, 3) is None
+    assert pretrained.read_run(name, dataclasses.replace(row, steps=3), 0) is None
 
 
 def test_the_report_on_pretrained_bases_takes_runs_that_were_stopped(bench):
     for name, average in (("DEHVF", 96.0), ("MemVP", 80.0)):
         point = {"step": 5, "loss": 0.1, **dict.fromkeys(easy_vqa.ANSWERS, average), "average": average}
-        run = {"row": pretrained.dataclasses.asdict(pretrained.ROWS[name]), "seed": 0, "steps": 9, "curve": [point]}
+        row = dataclasses.asdict(pretrained.ROWS[name])
+        run = {"row": row, "seed": 0, "machine": "a machine", "curve": [point]}
         pretrained.file_of(name, 0).parent.mkdir(parents=True)
         pretrained.file_of(name, 0).write_text(json.dumps({**run, "trained_parameters": 1234}))
-    pretrained.write_report({name: pretrained.ROWS[name] for name in ("DEHVF", "MemVP")}, [0], 9)
+    pretrained.write_report({name: pretrained.ROWS[name] for name in ("DEHVF", "MemVP")}, [0])
     table = (pretrained.RESULTS / "pretrained.md").read_text()
     assert "| DEHVF | 1,234 | 0 | 96.0 | 96.0 | 96.0 | 96.0 | 20 (1 of 1) |" in table
     assert "| MemVP | 1,234 | 0 | 80.0 | 80.0 | 80.0 | 80.0 | – (0 of 1) |" in table
@@ -134,7 +139,8 @@ def test_the_report_on_pretrained_bases_takes_runs_that_were_stopped(bench):
 
 def test_resolutions_are_measured_trained_and_reported(bench, monkeypatch):
     def row(size):
-        return pretrained.Row(values={"image_size": size, "num_memory_slots": (size // PATCH_SIZE) ** 2})
+        values = {"image_size": size, "num_memory_slots": (size // PATCH_SIZE) ** 2}
+        return pretrained.Row(values=values, batch_size=4, steps=2)
 
     rows = {f"{size} px": row(size) for size in (8, 16, 24)}
     monkeypatch.setattr(resolutions, "ROWS", rows)
@@ -160,18 +166,36 @@ def test_resolutions_are_measured_trained_and_reported(bench, monkeypatch):
     assert questions["train"].pixel_values.dtype == torch.float16
     file = pretrained.file_of("24 px", 0)
     file.parent.mkdir(parents=True)
-    pretrained.Run(rows["24 px"], 0, 2, pretrained.Bench(questions, "cpu")).train(file)
-    resolutions.write_report(measured, pretrained.find_runs(rows, [0], 2), 2)
+    pretrained.Run(rows["24 px"], 0, pretrained.Bench(questions, "cpu")).train(file)
+    resolutions.write_report(measured, pretrained.find_runs(rows, [0]))
     table = (resolutions.RESULTS / "resolutions.md").read_text()
     assert "| patches and memory slots | 4 | 16 | 36 | |" in table
     assert re.search(r"\| accuracy in %: average \| – \| – \| \d+\.\d \| \|", table)
     assert (resolutions.RESULTS / "resolutions.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(
-    "module", [memory, operations, paper_tables, pretrained, resolutions, speed], ids=lambda module: module.__name__
-)
+MODULES = [cuda_graphs, memory, operations, paper_tables, pretrained, resolutions, speed]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_the_reports_that_lie_here_are_written_from_their_numbers(module):
     name = module.__name__.removeprefix("benchmarks.")
     report = json.loads((RESULTS / f"{name}.json").read_text())
     assert module.markdown(report) == (RESULTS / f"{name}.md").read_text()
+
+
+def test_steps_that_a_graph_can_capture_compute_the_same(tmp_path, monkeypatch, capsys):
+    preset = speed.PRESETS["tiny"]
+    side = preset.patches_per_side[0]
+    text = speed.random_base(AutoModelForCausalLM, speed.make_config(preset, side).text_config, preset)
+    model = speed.build_all((speed.LLAVA,), preset, side, text)[speed.LLAVA]
+    inputs = speed.make_inputs(model, preset, side, 2, 6)
+    expected = model(**inputs).loss
+    torch.testing.assert_close(cuda_graphs.forward_on_device(model, inputs)(**inputs).loss, expected)
+
+    monkeypatch.setattr(cuda_graphs, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cuda_graphs", "--preset", "tiny"])
+    cuda_graphs.main()
+    printed = capsys.readouterr().out
+    for name in cuda_graphs.METHODS:
+        assert f"\n| {name} | " in printed

@@ -1,0 +1,218 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+A training step and a decoding step of `benchmarks.speed`, replayed as CUDA graphs: the time that the GPU computes,
+without the time in which it waits for Python to launch kernels.
+
+    python -m benchmarks.cuda_graphs                 # the preset llama-7b; needs one CUDA device with about 25 GB
+
+What is compared takes turns, as in `benchmarks.speed`. The results go to `benchmarks/results`: `cuda_graphs.json`,
+`.md` and `.png`.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, StaticCache
+
+from benchmarks import RESULTS, machine_in_words, save_report
+from benchmarks.speed import (
+    DEHVF,
+    LLAVA,
+    MEMVP,
+    MERGED,
+    PRESETS,
+    TEXT_ONLY,
+    build_all,
+    make_config,
+    make_inputs,
+    median_ms,
+    random_base,
+    take_turns,
+)
+
+
+WARM_UPS, ROUNDS, REPLAYS = 3, 9, 8
+METHODS = (TEXT_ONLY, DEHVF, MEMVP, LLAVA, MERGED)
+TRAINING, DECODING = "training step", "decoding step"
+RATIOS = [
+    (TRAINING, LLAVA, DEHVF, "≥ 2.5"),
+    (TRAINING, DEHVF, MEMVP, "≤ 1.03"),
+    (TRAINING, DEHVF, TEXT_ONLY, "–"),
+    (DECODING, DEHVF, TEXT_ONLY, "≤ 1.05"),
+    (DECODING, DEHVF, MEMVP, "≤ 1.03"),
+    (DECODING, MERGED, DEHVF, "–"),
+]
+
+
+class Replay:
+    """Replays what a function launched once. On a CPU, where there are no graphs, it calls the function."""
+
+    def __init__(self, function: Callable):
+        self.run = self.launch = function
+        if torch.cuda.is_available():
+            for _ in range(WARM_UPS):
+                function()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                function()
+            self.run = graph.replay  # `launch` keeps the tensors that the graph reads
+
+    def __call__(self):
+        self.run()
+
+
+def timed(replay: Callable, measure: str) -> dict[str, float]:
+    """Seconds of one replay, the mean over `REPLAYS` that follow each other."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(REPLAYS):
+        replay()
+    synchronize()
+    return {measure: (time.perf_counter() - start) / REPLAYS}
+
+
+def forward_on_device(model, inputs: dict) -> Callable:
+    """
+    The model's forward. That of LLaVA finds out on the host where the image tokens are, and whether they are as many
+    as the features; this one puts the features before the text, where `make_inputs` has the image tokens.
+    """
+    if not (image_tokens := getattr(model, "image_tokens", [])):
+        return model.forward
+    text = inputs.pop("input_ids")[:, len(image_tokens) :]
+
+    def forward(pixel_values, **kwargs):
+        features, embeddings = model.image_features(pixel_values), model.get_input_embeddings()(text)
+        embeddings = torch.cat((features.to(embeddings.dtype), embeddings), dim=1)
+        return LlavaForConditionalGeneration.forward(model, inputs_embeds=embeddings, **kwargs)
+
+    return forward
+
+
+def training_step(model, preset) -> Callable:
+    """Forward, backward and AdamW; of the language model alone forward and backward to its input embeddings."""
+    model.train()
+    inputs = make_inputs(model, preset, preset.patches_per_side[0], preset.training_batch, preset.text_tokens[0])
+    del inputs["attention_mask"]  # of ones, which is found out on the host
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if trained:
+        optimizer = torch.optim.AdamW(trained, fused=True, capturable=preset.device == "cuda")
+    else:
+        embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+        inputs["inputs_embeds"], optimizer = embeddings, torch.optim.SGD([embeddings], lr=0.0)
+    forward = forward_on_device(model, inputs)
+
+    def step():
+        forward(**inputs, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    return step
+
+
+@torch.no_grad()
+def decoding_step(model, preset) -> Callable:
+    """One token for each of a batch, after prefill, with a cache of a fixed size."""
+    model.eval()
+    inputs = make_inputs(model, preset, preset.patches_per_side[0], preset.decode_batch, preset.text_tokens[0])
+    length = inputs["input_ids"].shape[1]
+    room = length + WARM_UPS + (ROUNDS + 2) * REPLAYS
+    cache = StaticCache(config=getattr(model.config, "text_config", model.config), max_cache_len=room)
+    read = {}
+    pixel_values = inputs.get("pixel_values")
+    if hasattr(model, "get_image_features") and hasattr(model.config, "visual_prompts"):  # as `generate` does it
+        embeddings = model.get_input_embeddings()(inputs["input_ids"])
+        memories, _ = model.model.read_images(embeddings, None, pixel_values, None, None, None)
+        read, pixel_values = {"layer_memories": memories}, None
+    images = {} if pixel_values is None else {"pixel_values": pixel_values}
+    model(input_ids=inputs["input_ids"], cache=cache, use_cache=True, logits_to_keep=1, **read, **images)
+    token = inputs["input_ids"][:, -1:].clone()
+    # A mask of all that the cache has room for, since one of what is in it would have to be made on the host
+    mask = torch.ones(len(token), 1, 1, room, dtype=torch.bool, device=token.device)
+    positions = torch.full_like(token, length)
+
+    @torch.no_grad()
+    def step():
+        arguments = {"attention_mask": mask, "position_ids": positions, "cache": cache, "use_cache": True}
+        token.copy_(model(input_ids=token, **arguments, **read).logits[:, -1:].argmax(dim=-1))
+
+    return step
+
+
+def measure(preset) -> dict:
+    side = preset.patches_per_side[0]
+    text = random_base(AutoModelForCausalLM, make_config(preset, side).text_config, preset)
+    models, samples = build_all(METHODS, preset, side, text), {}
+    for what, make, left_out in ((TRAINING, training_step, MERGED), (DECODING, decoding_step, LLAVA)):
+        jobs = {
+            name: partial(timed, Replay(make(model, preset)), what)
+            for name, model in models.items()
+            if name != left_out
+        }
+        samples[what] = take_turns(jobs, 0, ROUNDS)
+    return samples
+
+
+def markdown(report: dict) -> str:
+    lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"], ""]
+    lines += ["| | of | over | median of the rounds' ratios (least to greatest) | target |", "|---" * 5 + "|"]
+    for what, above, below, target in RATIOS:
+        pairs = zip(report["samples"][what][above][what], report["samples"][what][below][what])
+        ratios = [one / other for one, other in pairs]
+        ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        lines.append(f"| {what} | {above} | {below} | {ratio} | {target} |")
+    lines += ["", f"| milliseconds | {TRAINING} | {DECODING} |", "|---" * 3 + "|"]
+    for name in METHODS:
+        cells = [report["samples"][what].get(name) for what in (TRAINING, DECODING)]
+        times = [median_ms(cell[what]) if cell else "–" for cell, what in zip(cells, (TRAINING, DECODING))]
+        lines.append(f"| {' | '.join([name, *times])} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(report: dict, file: Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.5), layout="constrained")
+    for axis, (what, methods) in zip(axes, report["samples"].items()):
+        for name, sample in list(methods.items())[::-1]:
+            axis.barh(name, 1e3 * statistics.median(sample[what]), color="tab:blue" if name == DEHVF else "grey")
+        axis.set_title(f"{what}, milliseconds", loc="left")
+    figure.savefig(file, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="llama-7b")
+    arguments = parser.parse_args()
+    preset = PRESETS[arguments.preset]
+    if preset.device == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"The preset `{arguments.preset}` needs one CUDA device, and there is none here.")
+    report = {
+        "command": f"python -m benchmarks.cuda_graphs --preset {arguments.preset}",
+        "note": (
+            f"Preset `{arguments.preset}` of `benchmarks.speed` with random weights in "
+            f"{str(preset.dtype).removeprefix('torch.')}, {preset.patches_per_side[0] ** 2} patches and "
+            f"{preset.text_tokens[0]} text tokens: a training step of {preset.training_batch} (forward, backward, "
+            f"AdamW) and a decoding step of {preset.decode_batch}, replayed as CUDA graphs; medians of {ROUNDS} "
+            f"rounds of {REPLAYS} replays in which all take turns. {machine_in_words()}."
+        ),
+    }
+    # Graphs are captured on a stream of their own, on which gradients must have been made as well
+    with torch.cuda.stream(torch.cuda.Stream()) if preset.device == "cuda" else nullcontext():
+        report["samples"] = measure(preset)
+    save_report(RESULTS, "cuda_graphs", report, markdown, draw)
+
+
+if __name__ == "__main__":
+    main()
