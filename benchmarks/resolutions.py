@@ -241,7 +241,7 @@ def write_report(measured: dict, runs: dict[str, list[dict]]):
         trained = (
             f"Accuracy: after {row['steps']:,} steps of {row['batch_size']} questions of easy-VQA, whose pictures "
             "have 64 x 64 pixels, so that more patches see nothing new, on its test questions (of a run that was "
-            f"stopped, on the first {pretrained.FIRST_QUESTIONS:,} when it was); mean ± standard deviation over seeds. "
+            f"stopped, on the first {pretrained.FIRST_QUESTIONS:,}), mean ± standard deviation over seeds. "
             f"Trained on {machines}. Measured on "
         )
     report = {
