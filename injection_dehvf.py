@@ -149,7 +149,7 @@ class AdaptedFFNEnd(_Extended):
 @dataclass
 class LayerMemory(ModelOutput):
     """
-    What the FFN of one language layer reads.
+    What the FFN of one language layer reads. `num_patches` and `num_memory_slots` are those of all images of a sample.
 
     Args:
         key_features (`torch.Tensor` of shape `(batch_size, num_patches, projector_hidden_size + 1)`, *optional*):
