@@ -243,13 +243,12 @@ def kept_for_backward(model, inputs: dict) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def training_needs(shape: tuple, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+def training_needs(config, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
     """
     Bytes of one process that trains, by part, of models on the meta device: the bases in `dtype`, what belongs to the
     adapters, activations without and with gradient checkpointing, and one layer of the language model. With
     checkpointing a layer's activations are there again while backward is in it.
     """
-    config = operations.load_config(*shape)
     with operations.meta_device():
         vision = AutoModel.from_config(config.vision_config, dtype=dtype)
         text = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
@@ -296,7 +295,7 @@ def estimate_table() -> str:
         "|---" * 6 + "|",
     ]
     shapes = [shape for name, shape in operations.SHAPES.items() if "256" in name]
-    needs = [training_needs(shape) for shape in shapes]
+    needs = [training_needs(operations.load_config(*shape)) for shape in shapes]
     for engine, bases in BASES_PER_GPU.items():
         for gpus in (2, 4, 8) if engine in ("ZeRO-3", "FSDP2") else ("any",):
             cells = [

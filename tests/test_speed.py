@@ -265,7 +265,8 @@ def test_what_autograd_keeps_is_counted_once_and_without_weights():
 
 
 def test_the_estimate_for_training_at_7b_counts_its_bases_and_adapters():
-    needs = memory.training_needs(operations.SHAPES["LLaMA-7B, 256 visual tokens, 320 slots"])
+    shape = operations.SHAPES["LLaMA-7B, 256 visual tokens, 320 slots"]
+    needs = memory.training_needs(operations.load_config(*shape))
     assert needs["bases"] == 2 * (6_738_415_616 + 303_179_776)  # LLaMA-7B and CLIP ViT-L/14's image side
     assert needs["adapters"] == 16 * 4_163_783
     assert needs["activations, checkpointed"] < needs["activations"] / 4

@@ -852,7 +852,7 @@ def test_the_check_command_reads_nlvr2_of_the_hub(command, tmp_path):
     save_nlvr2_of_the_hub(tmp_path)
     code, output = command("check", tmp_path)
     assert code == 0 and "read with --task nlvr2" in output and output.count("4 good rows, 4 with an image") == 2
-    assert "up to 2: `train.py --max_images 2`" in output and "no test split" not in output
+    assert "Train with `--max_images 2`" in output and "no test split" not in output
 
 
 def test_nlvr2_is_scored_by_row_and_by_statement():
