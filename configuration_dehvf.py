@@ -35,6 +35,7 @@ CLIP_VIT_L_14 = {
     "image_size": 224,
     "patch_size": 14,
 }
+NUM_MEMORY_SLOTS = 320  # the paper's at 7B, whose images have 256 patches
 
 # What is read from the configs of the base models
 BASE_SIZES = {
@@ -139,7 +140,8 @@ class DehvfConfig(PreTrainedConfig):
     The visual memory (method steps 6 to 9):
         visual_prompts (`str`): which memory slots carry visual features. `"keys_and_values"`; `"shared"`: both carry
             the same ones; `"keys"`; `"values"`; `"none"`: slots hold their position embeddings alone.
-        num_memory_slots (`int`, S): entries appended to each FFN, at least the number of patches (7B: 320, 13B: 400).
+        num_memory_slots (`int`, *optional*, S): entries appended to each FFN, at least the number of patches (7B: 320,
+            13B: 400). By default 320, or the number of patches if there are more.
         projector_hidden_size (`int`): hidden width of the projector (MemVP: 128).
         projector_initializer (`str`): start of the projector's weights: `"normal"`, with `initializer_range`, or
             `"xavier"`, uniform, as in MemVP's code.
@@ -191,7 +193,7 @@ class DehvfConfig(PreTrainedConfig):
     fuser_hidden_act: str = "gelu"
 
     visual_prompts: Literal["keys_and_values", "shared", "keys", "values", "none"] = "keys_and_values"
-    num_memory_slots: int = 320
+    num_memory_slots: int | None = None
     projector_hidden_size: int = 128
     projector_initializer: Literal["normal", "xavier"] = "normal"
     visual_scale: float | int = 0.01
@@ -211,6 +213,8 @@ class DehvfConfig(PreTrainedConfig):
         self.text_config = _base_config(self.text_config, "llama", {})
         for key in BASE_SIZES:
             _check_sizes(getattr(self, key), key)
+        if self.num_memory_slots is None:
+            self.num_memory_slots = max(NUM_MEMORY_SLOTS, self.num_patches)
         # By default each base keeps its own: `None` would be set on the configs of loaded bases as well, whose layers
         # would then attend without a causal mask
         kwargs.setdefault("attn_implementation", {})

@@ -178,7 +178,8 @@ def count(model, text_tokens: int, image_tokens: int = 0) -> dict[str, int]:
     """
     vision = model.config.vision_config
     ids = torch.tensor([[0] * image_tokens + [1] * text_tokens])
-    pixels = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+    size = getattr(model.config, "resolution", vision.image_size)
+    pixels = torch.zeros(1, vision.num_channels, size, size)
     # The counter does not know the fused kernels of CPUs, so attention has to run as products
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, pixel_values=pixels, logits_to_keep=1)

@@ -148,10 +148,11 @@ class Questions:
             image_ids = torch.tensor(image_tokens, device=ids.device).expand(len(rows), -1)
             ids = torch.cat((ids[:, :1], image_ids, ids[:, 1:]), dim=1)
             labels = torch.cat((torch.full_like(image_ids, -100), labels), dim=1)
-        return {"input_ids": ids, "labels": labels, "pixel_values": self.pixel_values[self.image_rows[rows]]}
+        return {"input_ids": ids, "labels": labels, "pixel_values": self.pixel_values[self.image_rows[rows]].float()}
 
 
-def load_questions(split: str, processor) -> Questions:
+def load_questions(split: str, processor, dtype: torch.dtype = torch.float32) -> Questions:
+    """`dtype` is that in which the pictures are kept, each once."""
     rows = easy_vqa.load(split)
     encoder = RowEncoder(easy_vqa, split, processor, max_prompt_length=64, training=True)
     encoded = encoder.encode(rows.remove_columns("image"))
@@ -160,7 +161,7 @@ def load_questions(split: str, processor) -> Questions:
     image_rows = {number: row for row, number in enumerate(entries)}
 
     def pixels(entry) -> torch.Tensor:
-        return processor(images=[read_image(entry)], return_tensors="pt")["pixel_values"][0]
+        return processor(images=[read_image(entry)], return_tensors="pt")["pixel_values"][0].to(dtype)
 
     with ThreadPool() as pool:
         pixel_values = torch.stack(pool.map(pixels, entries.values()))
@@ -353,6 +354,12 @@ class Bench:
             base.requires_grad_(False)
 
 
+def require_bases():
+    """Ends the program if a pretrained base is not there."""
+    if missing := [place for place in (VISION_MODEL, TEXT_MODEL) if not place.exists()]:
+        sys.exit(f"There is no {missing[0]}. `python -m assets.real_bases` makes it, see docs/bases.md.")
+
+
 def file_of(name: str, seed: int) -> Path:
     return RUNS / re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") / f"seed-{seed}.json"
 
@@ -379,7 +386,20 @@ def work(questions: dict, device: str, queue):
             print(f"{name}, seed {seed}: done", flush=True)
 
 
-def train_missing(rows: dict[str, Row], seeds: list[int], jobs: int):
+def train_missing(
+    rows: dict[str, Row],
+    seeds: list[int],
+    jobs: int,
+    image_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+):
+    """
+    Trains what is not finished.
+
+    Args:
+        image_size: of all rows, if not that of `SETTING`.
+        dtype: in which the pictures are kept.
+    """
     # Seed by seed, so that whoever stops half-way has whole tables of fewer seeds
     runs = [(name, row, seed) for seed in seeds for name, row in rows.items()]
     missing = [run for run in runs if "scores" not in (read_run(*run) or {})]
@@ -389,10 +409,10 @@ def train_missing(rows: dict[str, Row], seeds: list[int], jobs: int):
     processor = DehvfProcessor.from_vision_text_pretrained(
         str(VISION_MODEL),
         str(TEXT_MODEL),
-        image_size=SETTING["image_size"],
+        image_size=image_size or SETTING["image_size"],
         chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"),
     )
-    questions = {split: load_questions(split, processor) for split in ("train", "test")}
+    questions = {split: load_questions(split, processor, dtype) for split in ("train", "test")}
     context = multiprocessing.get_context("spawn")
     queue, device = context.Queue(), "cuda" if torch.cuda.is_available() else "cpu"
     for run in [*missing, *[None] * jobs]:
@@ -468,8 +488,14 @@ def draw(report: dict, file: Path):
     figure.savefig(file, dpi=130)
 
 
+def find_runs(rows: dict[str, Row], seeds: list[int]) -> dict[str, list[dict]]:
+    """What is there of each row, finished or not."""
+    found = {name: [read_run(name, row, seed) for seed in seeds] for name, row in rows.items()}
+    return {name: there for name, runs in found.items() if (there := [run for run in runs if run])}
+
+
 def write_report(rows: dict[str, Row], seeds: list[int]):
-    runs = {name: [run for seed in seeds if (run := read_run(name, row, seed))] for name, row in rows.items()}
+    runs = find_runs(rows, seeds)
     machines = dict.fromkeys(run["machine"] for found in runs.values() for run in found)
     report = {
         "command": "python -m benchmarks.pretrained",
@@ -481,7 +507,7 @@ def write_report(rows: dict[str, Row], seeds: list[int]):
             "the best of six replacements of the fusion weights (`benchmarks.fusion`): 0 or more means that the "
             f"fuser's own contribute nothing. {'; '.join(machines)}."
         ),
-        "runs": {name: found for name, found in runs.items() if found},
+        "runs": runs,
     }
     save_report(RESULTS, "pretrained", report, markdown, draw)
 
@@ -498,8 +524,7 @@ def main():
     if arguments.steps:
         rows = {name: dataclasses.replace(row, steps=arguments.steps) for name, row in rows.items()}
     if not arguments.report:
-        if missing := [place for place in (VISION_MODEL, TEXT_MODEL) if not place.exists()]:
-            sys.exit(f"There is no {missing[0]}. `python -m assets.real_bases` makes it, see docs/bases.md.")
+        require_bases()
         train_missing(rows, arguments.seeds, arguments.jobs)
     write_report(rows, arguments.seeds)
 

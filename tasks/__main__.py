@@ -11,11 +11,17 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
-from tasks import easy_vqa, get_task, print_scores, score_folder
+from tasks import easy_vqa, get_task, nlvr2, print_scores, score_folder, vqav2
 from tasks._formats import split_of
 from tasks._sources import IMAGE_FEATURES, Source, find_reading_faults, list_images
 
+
+PUBLISHED = (easy_vqa, nlvr2, vqav2)  # tasks that read the files of a published data set
+# Columns that tell the task of a data set
+TASK_OF_COLUMN = {"messages": "chat", "conversations": "chat", "left_image": "nlvr2"}
+TASK_OF_COLUMN |= {"multiple_choice_answer": "vqav2"}
 
 # Tokens that control language models. In the texts of data they are read as letters.
 CONTROL_TOKENS = re.compile(
@@ -28,18 +34,19 @@ def check(path: str, task: str | None = None, columns: str | None = None) -> boo
     Reads all rows of your own data as training does, and opens their images. Prints each fault, the number of rows,
     and notes on what may be a mistake. Returns whether there is no fault.
     """
-    folder = Path(path)
-    if files := [folder] if folder.name == "questions.json" else sorted(folder.glob("data/*/questions.json")):
-        num_faults = sum(map(check_easy_vqa, files))
+    num_faults = 0
+    if published := {file: module for module in PUBLISHED for file in module.find_files(Path(path))}:
+        num_faults = sum(check_file(module, file) for file, module in published.items())
     else:
         task = task or guess_task(path)
         source = Source(get_task(task), path, columns)
         print(f"{path}: {source.format}, read with --task {task}")
         splits = {split_of(name): name for name in source.splits} | {name: name for name in source.splits}
-        order = [split for split in ("train", "validation", "test") if split in splits]
         trained = set()
-        num_faults = sum(check_split(source, splits[split], split, trained) for split in order)
-        if "test" not in order:
+        for split in dict.fromkeys(map(source.find_split, ("train", "validation", "test"))):
+            if split in splits:
+                num_faults += check_split(source, splits[split], split, trained)
+        if "test" not in splits and not hasattr(source.task, "PARTS"):
             print("note: there is no test split. `train.py --holdout 0.05` takes one from the train split.")
     if num_faults:
         print(f"{num_faults} faults")
@@ -49,11 +56,11 @@ def check(path: str, task: str | None = None, columns: str | None = None) -> boo
 def guess_task(path: str) -> str:
     source = Source(get_task("chat"), path)
     names = source.names(next(iter(source.splits)))
-    return "chat" if {"messages", "conversations"} & set(names) else "vqa"
+    return next((task for column, task in TASK_OF_COLUMN.items() if column in names), "vqa")
 
 
-def check_easy_vqa(file: Path) -> int:
-    rows, faults = easy_vqa.read(file, with_images=True)
+def check_file(task: ModuleType, file: Path) -> int:
+    rows, faults = task.read(file, with_images=True)
     print(*faults, f"{file}: {len(rows)} good rows, {len(rows)} with an image", sep="\n")
     return len(faults)
 
@@ -134,9 +141,8 @@ def main():
         subparser.add_argument("path", help="file, folder or Hub id" if command is check else "--output_dir of a run")
         subparser.set_defaults(command=command)
         if command is check:
-            subparser.add_argument(
-                "--task", choices=["vqa", "chat"], help="what reads the data, if not as its columns say"
-            )
+            readers = ["vqa", *dict.fromkeys(TASK_OF_COLUMN.values())]
+            subparser.add_argument("--task", choices=readers, help="what reads the data, if not as its columns say")
             subparser.add_argument("--columns", help="names of columns, as for train.py: question=prompt,answer=label")
     arguments = vars(parser.parse_args())
     sys.stdout.reconfigure(errors="backslashreplace")  # what is wrong with a text may be that it cannot be printed

@@ -9,6 +9,7 @@ A task that reads such data (`tasks/vqa.py`, `tasks/chat.py`) has, besides the i
     parse(record, num_images) -> the row without its images, and what is wrong with it. The record has all fields,
                               None where there is nothing.
     find_images(record)       optional: the images of a row that has none in a column
+    PARTS                     optional: each split with the names that it may have in the data, the first that there is
 """
 
 import difflib
@@ -281,6 +282,11 @@ class Source:
             fields[name] = () if column == "none" else (column,)
         return fields
 
+    def find_split(self, split: str) -> str:
+        """The name in the data of what the task takes for a split."""
+        names = getattr(self.task, "PARTS", {}).get(split, (split,))
+        return next((name for name in names if name in self.splits), names[0])
+
     def label(self, split: str) -> str:
         """The split in messages."""
         files = self.files.get(split, ())
@@ -312,7 +318,8 @@ class Source:
             raise ValueError(faults[0])
         rows = self._read_files(split, part) if self.has_files else self._read_rows(split, part)
         if not self.streaming:
-            absent = [name for name in self.fields if rows.data.column(name).null_count == len(rows) > 0]
+            fields = [name for name in self.fields if name in rows.column_names]  # not those that are read into others
+            absent = [name for name in fields if rows.data.column(name).null_count == len(rows) > 0]
         elif absent := [name for name in self.fields if self.find_missing(split, [name])]:
             first = list(rows.cast_column("image", Image(decode=False)).take(100))
             absent = [name for name in absent if all(row.get(name) is None for row in first)]
@@ -373,7 +380,8 @@ class Source:
 
     def _part(self, split: str) -> list[Path] | Rows:
         takes = " Add it, or take one from the train split: `--holdout 0.05` takes 5 % of the rows."
-        return choose_split(self.splits, split, self.path, takes if split != "train" else "")
+        can_take = split != "train" and not hasattr(self.task, "PARTS")
+        return choose_split(self.splits, split, self.path, takes if can_take else "")
 
     def _reader(self, split: str, *folders: Path) -> Reader:
         """Images are looked for beside the file, and then in the folder of the data set."""

@@ -116,6 +116,11 @@ def hold_out(images: set[int]) -> set[int]:
     return set(random.Random(0).sample(sorted(images), max(1, round(HELD_OUT * len(images)))))
 
 
+def find_files(path: Path) -> list[Path]:
+    """The files of questions in the published layout."""
+    return [path] if path.name == "questions.json" else sorted(path.glob("data/*/questions.json"))
+
+
 def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     """
     The rows of a `questions.json` that are as they should be, and what is wrong with the others: one text for each

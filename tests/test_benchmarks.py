@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import pytest
 import torch
 from test_tasks import save_easy_vqa
-from tiny import IMAGE_SIZE, NUM_PATCHES, save_tiny_bases, tiny_processor
+from tiny import IMAGE_SIZE, NUM_PATCHES, PATCH_SIZE, save_tiny_bases, tiny_processor
 from transformers import AutoModelForCausalLM
 
-from benchmarks import RESULTS, cuda_graphs, memory, operations, paper_tables, pretrained, scaling, speed
+from benchmarks import RESULTS, cuda_graphs, memory, operations, paper_tables, pretrained, resolutions, scaling, speed
+from dehvf import processing
 from tasks import easy_vqa
 from training.arguments import parse_arguments
 
@@ -135,11 +137,47 @@ def test_the_report_on_pretrained_bases_takes_runs_that_were_stopped(bench):
     assert "| MemVP | 1,234 | 0 | 80.0 | 80.0 | 80.0 | 80.0 | – (0 of 1) |" in table
 
 
-@pytest.mark.parametrize(
-    "module",
-    [cuda_graphs, memory, operations, paper_tables, pretrained, scaling, speed],
-    ids=lambda module: module.__name__,
-)
+def test_resolutions_are_measured_trained_and_reported(bench, monkeypatch):
+    def row(size):
+        values = {"image_size": size, "num_memory_slots": (size // PATCH_SIZE) ** 2}
+        return pretrained.Row(values=values, batch_size=4, steps=2)
+
+    rows = {f"{size} px": row(size) for size in (8, 16, 24)}
+    monkeypatch.setattr(resolutions, "ROWS", rows)
+    monkeypatch.setattr(resolutions, "RESULTS", pretrained.RESULTS)
+
+    def in_this_process(name):  # whose resident set may not grow for models so small
+        return {part: number or 1 for part, number in resolutions.measure_memory(name, "cpu").items()}
+
+    monkeypatch.setattr(resolutions, "memory_in_a_fresh_process", in_this_process)
+    measured = resolutions.measure("cpu")
+    sizes = measured["sizes"].values()
+    assert [size["patches"] for size in sizes] == [4, 16, 36]
+    assert len({size["memory"]["visual memory"] / size["patches"] for size in sizes}) == 1
+    columns = resolutions.columns({"measured": measured})
+    bends = {name: resolutions.bend([4, 16, 36], values) for name, values in columns.items()}
+    assert bends["10⁹ operations: vision encoder"] > 1, "attention"
+    for part in ("DEHVF, once per image", "language model", "memory lookup"):
+        assert bends[f"10⁹ operations: {part}"] == pytest.approx(0, abs=1e-6)
+
+    processor = tiny_processor()
+    processing.set_image_size(processor.image_processor, 24)
+    questions = {split: pretrained.load_questions(split, processor, torch.float16) for split in ("train", "test")}
+    assert questions["train"].pixel_values.dtype == torch.float16
+    file = pretrained.file_of("24 px", 0)
+    file.parent.mkdir(parents=True)
+    pretrained.Run(rows["24 px"], 0, pretrained.Bench(questions, "cpu")).train(file)
+    resolutions.write_report(measured, pretrained.find_runs(rows, [0]))
+    table = (resolutions.RESULTS / "resolutions.md").read_text()
+    assert "| patches and memory slots | 4 | 16 | 36 | |" in table
+    assert re.search(r"\| accuracy in %: average \| – \| – \| \d+\.\d \| \|", table)
+    assert (resolutions.RESULTS / "resolutions.png").stat().st_size > 10_000
+
+
+MODULES = [cuda_graphs, memory, operations, paper_tables, pretrained, resolutions, scaling, speed]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_the_reports_that_lie_here_are_written_from_their_numbers(module):
     name = module.__name__.removeprefix("benchmarks.")
     report = json.loads((RESULTS / f"{name}.json").read_text())

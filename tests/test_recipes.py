@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_tasks import save_easy_vqa, save_karpathy
+from test_tasks import save_easy_vqa, save_karpathy, save_nlvr2, save_vqav2
 from test_train import make_rows
 from tiny import DEHVF_SIZES, IMAGE_SIZE, ROOT, DehvfConfig, DehvfForConditionalGeneration, save_tiny_bases
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
@@ -35,6 +35,9 @@ def stand_ins(tmp_path_factory):
     DatasetDict(train=make_rows(), validation=make_rows(2), test=make_rows(4)).save_to_disk(str(folder / "scienceqa"))
     save_karpathy(folder / "coco_captions")
     save_easy_vqa(folder / "easy_vqa")
+    save_easy_vqa(folder / "easy_vqa_pairs")
+    save_nlvr2(folder / "nlvr2")
+    save_vqav2(folder / "vqav2")
     return vision, text, folder
 
 
@@ -90,10 +93,25 @@ def count_trained(recipe) -> int:
     return dehvf.adapters.count_parameters(model)[0]
 
 
+@torch.no_grad()
+def test_a_recipe_chooses_the_image_size_and_memory_slots_follow(tmp_path):
+    recipe = tmp_path / "large-images.yaml"
+    recipe.write_text(f"base: {ROOT / 'recipes' / 'scienceqa-llama7b.yaml'}\nimage_size: 336\n")
+    _, _, _, adapter_args, _, _ = parse_arguments([str(recipe)])
+    with torch.device("meta"):
+        model = DehvfForConditionalGeneration(DehvfConfig(**dataclasses.asdict(adapter_args)))
+        memory = model.get_image_features(torch.zeros(1, 3, 336, 336)).pooler_output
+    model.config.save_pretrained(tmp_path)
+    config = DehvfConfig.from_pretrained(tmp_path)
+    assert (config.image_size, config.vision_config.image_size, config.num_memory_slots) == (336, 224, 576)
+    assert model.model.memory_slots.key.shape == (576, 4096) and memory.shape[3] == 576
+    assert DehvfConfig(image_size=112).num_memory_slots == 320 == DehvfConfig().num_memory_slots
+
+
 def test_the_docs_name_each_recipe_with_its_trained_parameters():
     named = {}
     for line in (ROOT / "docs" / "paper-tables.md").read_text().splitlines():
-        if re.match(r"\|.*`(scienceqa|coco)-llama", line):
+        if re.match(r"\|.*`\w+-llama", line):
             _, _, names, counts, *_ = line.split("|")
             named |= zip(re.findall(r"`([\w-]+)`", names), re.findall(r"\d[\d,]*\d", counts), strict=True)
     assert named.keys() == {recipe.stem for recipe in PAPER_RECIPES}

@@ -1,12 +1,16 @@
 """Tasks: where rows come from, what is asked, how answers are scored, and the two commands of `python -m tasks`."""
 
 import hashlib
+import io
+import itertools
 import json
 import os
 import shutil
 import sys
 from collections import Counter
 from datetime import datetime
+from importlib import import_module
+from pathlib import Path
 from zipfile import ZipFile
 
 import numpy as np
@@ -15,8 +19,21 @@ from datasets import Dataset, DatasetDict, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 from tiny import ROOT, run
 
-from tasks import NAMES, coco_captions, digits, easy_vqa, get_task, scienceqa, score_folder, vqa
+from tasks import (
+    NAMES,
+    coco_captions,
+    digits,
+    easy_vqa,
+    easy_vqa_pairs,
+    get_task,
+    nlvr2,
+    scienceqa,
+    score_folder,
+    vqa,
+    vqav2,
+)
 from tasks.__main__ import main
+from training.data import read_image
 
 
 SCIENCEQA_COLUMNS = (
@@ -40,6 +57,12 @@ def has_image(rows):
 def write_image(file, colour="red"):
     file.parent.mkdir(parents=True, exist_ok=True)
     PILImage.new("RGB", (8, 8), colour).save(file)
+
+
+def image_bytes(colour):
+    file = io.BytesIO()
+    PILImage.new("RGB", (8, 8), colour).save(file, "PNG")
+    return file.getvalue()
 
 
 def write_lines(file, rows):
@@ -311,6 +334,189 @@ def test_a_missing_pycocoevalcap_is_named_before_anything_is_generated(monkeypat
         coco_captions.check_scorer()
 
 
+# --- VQAv2 ---
+
+
+ANSWERS = ["yes"] * 6 + ["Yes.", "no", "no", "the 2"]  # of one question
+
+
+def save_vqav2(folder):
+    """The published layout with four training photos, one of which is held out, and two to validate."""
+    for part, photos in (("train2014", (1, 2, 3, 50)), ("val2014", (4, 50))):
+        questions, annotations = [], []
+        for photo in photos:
+            write_image(folder / part / f"COCO_{part}_{photo:012d}.jpg")
+            for number, kind in enumerate(("yes/no", "number", "other")):
+                ids = {"image_id": photo, "question_id": 1000 * photo + number}
+                questions.append({**ids, "question": f"Is it number {number}?"})
+                answers = [
+                    {"answer": text, "answer_confidence": "yes", "answer_id": i} for i, text in enumerate(ANSWERS)
+                ]
+                types = {"question_type": "is it", "answer_type": kind, "multiple_choice_answer": "yes"}
+                annotations.append({**ids, **types, "answers": answers})
+        annotations.reverse()  # they are found by their numbers
+        (folder / f"v2_OpenEnded_mscoco_{part}_questions.json").write_text(json.dumps({"questions": questions}))
+        (folder / f"v2_mscoco_{part}_annotations.json").write_text(json.dumps({"annotations": annotations}))
+
+
+def save_vqav2_of_the_hub(folder):
+    """The same rows in the columns of the Hub."""
+    (folder / "data").mkdir(parents=True)
+    save_vqav2(folder / "published")
+    for part, name in (("train2014", "train"), ("val2014", "validation")):
+        questions = json.loads((folder / "published" / f"v2_OpenEnded_mscoco_{part}_questions.json").read_text())
+        annotations = json.loads((folder / "published" / f"v2_mscoco_{part}_annotations.json").read_text())
+        answered = {entry["question_id"]: entry for entry in annotations["annotations"]}
+        rows = [{**entry, **answered[entry["question_id"]]} for entry in questions["questions"]]
+        photos = [f"COCO_{part}_{row['image_id']:012d}.jpg" for row in rows]
+        images = [{"bytes": (folder / "published" / part / photo).read_bytes(), "path": None} for photo in photos]
+        rows = Dataset.from_list([{**row, "image": image} for row, image in zip(rows, images)])
+        rows.cast_column("image", Image()).to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    shutil.rmtree(folder / "published")
+
+
+@pytest.mark.parametrize("save", [save_vqav2, save_vqav2_of_the_hub])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_vqav2_trains_on_photos_that_it_does_not_validate_on_and_tests_on_the_validation_split(
+    save, streaming, tmp_path
+):
+    save(tmp_path)
+    splits = {name: vqav2.load(name, str(tmp_path), streaming) for name in ("train", "validation", "test")}
+    splits = {name: undecoded(rows) for name, rows in splits.items()}
+    photos = {name: [row["image_id"] for row in rows] for name, rows in splits.items()}
+    assert photos == {"train": [1, 1, 1, 2, 2, 2, 3, 3, 3], "validation": [50] * 3, "test": [4, 4, 4, 50, 50, 50]}
+    row = splits["test"][1]
+    assert row.keys() == vqav2.FEATURES.keys() and read_image(row["image"]).size == (8, 8)
+    assert (row["question_id"], row["answer_type"], row["question_type"]) == (4001, "number", "is it")
+    assert (row["answers"], vqav2.answer(row), vqav2.options(row)) == (ANSWERS, "yes", None)
+    assert vqav2.prompt(row, vqav2.context(row)) == "Question: Is it number 1?\nAnswer with a word or a short phrase."
+
+
+def test_the_answer_that_vqav2_learns_is_the_most_frequent_one():
+    record = dict.fromkeys(vqav2.FIELDS) | {"question": "?", "answers": ["b", "a", "a"], "image_id": 1}
+    assert vqav2.parse(record, 1)[0]["answer"] == "a"
+    assert vqav2.parse({**record, "answer": "b"}, 1)[0]["answer"] == "b"
+
+
+def test_what_is_wrong_with_vqav2_is_named(command, tmp_path):
+    with pytest.raises(ValueError, match="path is None.*visualqa.org"):
+        vqav2.load("test")
+    with pytest.raises(ValueError, match="split is 'val'"):
+        vqav2.load("val", str(tmp_path))
+    save_vqav2(tmp_path)
+    code, output = command("check", tmp_path)
+    assert code == 0 and "train2014_questions.json: 12 good rows" in output and "6 good rows" in output
+    photo = tmp_path / "val2014" / "COCO_val2014_000000000004.jpg"
+    photo.write_text("no image")
+    annotations = tmp_path / "v2_mscoco_val2014_annotations.json"
+    entries = json.loads(annotations.read_text())["annotations"]
+    assert entries[0]["question_id"] == 50002
+    del entries[0]
+    entries[0] |= {"answers": None}
+    annotations.write_text(json.dumps({"annotations": entries}))
+    code, output = command("check", tmp_path)
+    assert code == 1 and output.count("question 400") == 3 and f"The image {photo} cannot be read" in output
+    assert "question 50001: `answers` is None." in output and "question 50002 has no annotation in" in output
+    with pytest.raises(ValueError, match="question 5000.*\n.*first of 2: `python -m tasks check"):
+        vqav2.load("test", str(tmp_path))
+    annotations.write_text("[]")
+    with pytest.raises(ValueError, match='annotations.json.*JSON object with a list "annotations"'):
+        vqav2.load("test", str(tmp_path))
+    annotations.unlink()
+    with pytest.raises(FileNotFoundError, match="annotations.json is missing. VQAv2 is read from"):
+        vqav2.load("test", str(tmp_path))
+
+
+def test_the_check_command_reads_vqav2_of_the_hub(command, tmp_path):
+    save_vqav2_of_the_hub(tmp_path)
+    code, output = command("check", tmp_path)
+    assert code == 0 and "read with --task vqav2" in output and "12 good rows, 12 with an image" in output
+    assert "no test split" not in output
+    for file in (tmp_path / "data").iterdir():
+        Dataset.from_parquet(str(file)).remove_columns("answers").to_parquet(file)
+    code, output = command("check", tmp_path)
+    assert code == 1 and "no row has an `answers`" in output
+
+
+def official(answers, prediction, rate):
+    """Answers of ten people in short, and what the official script of VQA 2.0 prints for a prediction, in per cent."""
+    people = [text for text, number in answers.items() for _ in range(number)]
+    assert len(people) == 10
+    return pytest.param(people, prediction, rate, id=f"{prediction!r}-{rate}")
+
+
+# Computed by vqaEval.py of github.com/GT-Vision-Lab/VQA (commit a013f00), translated to Python 3
+OFFICIAL = [
+    official({"yes": 10}, "yes", 100),
+    official({"yes": 10}, " yes\n", 100),
+    official({"yes": 10}, "Yes", 0),
+    official({"yes": 10}, "no", 0),
+    official({"yes": 9, "no": 1}, "Yes.", 100),
+    official({"yes": 9, "no": 1}, "no", 30),
+    official({"yes": 8, "no": 2}, "no", 60),
+    official({"yes": 7, "no": 3}, "no", 90),
+    official({"yes": 6, "no": 4}, "no", 100),
+    official({"2": 5, "two": 3, "Two.": 1, "3": 1}, "two", 100),
+    official({"0": 5, "none": 5}, "zero", 100),
+    official({"10": 9, "9": 1}, "ten", 100),
+    official({"red": 3, "the red": 2, "a Red": 2, "blue": 3}, "An RED", 100),
+    official({"a": 4, "b": 6}, "a", 100),
+    official({"a": 4, "b": 6}, "the", 100),
+    official({"don't know": 5, "dont know": 4, "x": 1}, "dont know", 100),
+    official({"he'd've": 9, "x": 1}, "hed've", 100),
+    official({"hed've": 9, "x": 1}, "hedve", 0),
+    official({"somebodyd": 9, "x": 1}, "somebody'd", 100),
+    official({"I've": 9, "x": 1}, "Ive", 0),
+    official({"let's": 9, "x": 1}, "lets", 0),
+    official({"'twas": 9, "x": 1}, "twas", 100),
+    official({"t shirt": 5, "t-shirt": 4, "x": 1}, "t-shirt", 100),
+    official({"tshirt": 9, "x": 1}, "t- shirt", 0),
+    official({"yes/no": 9, "x": 1}, "yes no", 100),
+    official({"red, white": 9, "x": 1}, "red white", 100),
+    official({"red,white": 9, "x": 1}, "red white", 100),
+    official({"1,000": 9, "x": 1}, "1000", 100),
+    official({"1,000 t-shirts": 9, "x": 1}, "1000 tshirts", 100),
+    official({"3.5": 9, "x": 1}, "3.5", 100),
+    official({"3.5": 9, "x": 1}, "35", 0),
+    official({"5.": 9, "x": 1}, "5", 100),
+    official({"st. john": 9, "x": 1}, "st john", 100),
+    official({".5": 9, "x": 1}, ".5", 100),
+    official({"a.m.": 9, "x": 1}, "am", 100),
+    official({"stop sign": 9, "x": 1}, "stop\tsign", 100),
+    official({"stop  sign": 10}, "stop sign", 0),
+    official({"what?": 9, "x": 1}, "what", 100),
+    official({"c++": 9, "x": 1}, "c", 100),
+    official({"3:00": 9, "x": 1}, "3:00", 100),
+    official({"café": 9, "x": 1}, "CAFÉ!", 100),
+    official({"x": 9, "": 1}, "the", 30),
+    official({"." * 40: 9, "x": 1}, "." * 8, 0),  # only 32 periods of a text are removed
+    official({"." * 40: 9, "x": 1}, "." * 40, 100),
+]
+
+
+@pytest.mark.parametrize("answers, prediction, rate", OFFICIAL)
+def test_vqav2_is_scored_as_by_the_official_script(answers, prediction, rate):
+    record = {"answers": answers, "answer_type": "other", "prediction": prediction}
+    assert vqav2.score([record], 1)["average"] == pytest.approx(rate)
+    metric = import_module("metrics.vqav2.vqav2")
+    if len(set(answers)) > 1:
+        prediction, *answers = map(metric.normalise, (prediction, *answers))
+    subsets = [answers[:index] + answers[index + 1 :] for index in range(10)]
+    written_out = [min(subset.count(prediction.strip()) / 3, 1) for subset in subsets]
+    assert rate == pytest.approx(100 * sum(written_out) / 10)
+
+
+def test_vqav2_is_scored_by_the_type_of_answer():
+    said = [("yes/no", "yes"), ("yes/no", "maybe"), ("number", "no"), ("yes/no", "NO!")]
+    records = [{"answers": ANSWERS, "answer_type": kind, "prediction": text} for kind, text in said]
+    scores = vqav2.score(records, 4)
+    assert vqav2.CARD["score"] in scores
+    assert scores.pop("yes/no") == pytest.approx((100 + 0 + 60) / 3)
+    assert scores == {"number": pytest.approx(60), "other": None, "average": pytest.approx(55), "count": 4}
+    with pytest.raises(ValueError, match="4 predictions for a split of 5 rows"):
+        vqav2.score(records, 5)
+
+
 # --- Your own questions ---
 
 
@@ -452,7 +658,8 @@ def save_easy_vqa(folder, sizes=(("train", 20), ("test", 2))):
         questions = []
         for number in range(size):
             write_image(folder / "data" / part / "images" / f"{number}.png")
-            pairs = ("is there a circle?", "no"), ("what shape is present?", "triangle"), ("what color is it?", "red")
+            shape = ("triangle", "circle")[number % 2]
+            pairs = ("is it a square?", "no"), ("what shape is present?", shape), ("what color is it?", "red")
             questions += [[question, answer, number] for question, answer in pairs]
         (folder / "data" / part / "questions.json").write_text(json.dumps(questions))
 
@@ -532,6 +739,132 @@ def test_easy_vqa_is_downloaded_once_and_only_if_its_checksum_is_right(tmp_path,
     kept = {path.name for path in (tmp_path / "cache" / "dehvf").iterdir()}
     assert kept - {"easy-vqa-1.0.lock"} == {"easy-vqa-1.0"}
     assert not list((tmp_path / "cache").rglob("*.py"))
+
+
+# --- Pairs of easy-VQA ---
+
+
+def test_pairs_of_easy_vqa_show_the_same_shape_half_of_the_time(tmp_path):
+    save_easy_vqa(tmp_path, [("train", 120), ("test", 4)])
+    seen = {}
+    for split, size in {"train": 1140, "validation": 12, "test": 8}.items():
+        rows = easy_vqa_pairs.load(split, str(tmp_path))
+        assert len(rows) == size and Counter(rows["answer"]) == {"yes": size / 2, "no": size / 2}
+        for row in undecoded(rows):
+            left, right = (Path(image["path"]) for image in row["images"])
+            assert row["image"]["path"] == str(left)
+            assert row["answer"] == ("yes" if int(left.stem) % 2 == int(right.stem) % 2 else "no")
+            seen.setdefault(split, set()).update((left, right))
+        assert undecoded(easy_vqa_pairs.load(split, str(tmp_path), streaming=True)) == undecoded(rows)
+    assert not seen["train"] & (seen["validation"] | seen["test"])
+
+
+def test_pairs_of_easy_vqa_need_two_shapes(tmp_path):
+    save_easy_vqa(tmp_path, [("test", 1)])
+    with pytest.raises(ValueError, match="test split shows 1 shapes"):
+        easy_vqa_pairs.load("test", str(tmp_path))
+
+
+def test_pairs_of_easy_vqa_are_scored_by_answer():
+    said = [("yes", " Yes."), ("yes", "no"), ("no", " no")]
+    scores = easy_vqa_pairs.score([{"answer": answer, "prediction": text} for answer, text in said], 3)
+    assert scores == {"yes": 50, "no": 100, "average": pytest.approx(200 / 3), "count": 3}
+    with pytest.raises(ValueError, match="1 predictions for a split of 2 rows"):
+        easy_vqa_pairs.score([{"answer": "no", "prediction": ""}], 2)
+
+
+# --- NLVR2 ---
+
+
+def save_nlvr2(folder):
+    """The published files with two statements about each of two pairs of photos, and the photos in folders below."""
+    for part in ("train", "dev", "test1"):
+        lines = []
+        for pair, sentence in itertools.product((0, 1), repeat=2):
+            lines.append({"sentence": f"It is {sentence}.", "label": str(pair == sentence)})
+            lines[-1] |= {"identifier": f"{part}-7-{pair}-{sentence}", "left_url": "http://a", "right_url": "http://b"}
+            for number, colour in enumerate(("red", "blue")):
+                write_image(folder / "images" / part / f"{part}-7-{pair}-img{number}.png", colour)
+        write_lines(folder / f"{part}.json", lines)
+
+
+def save_nlvr2_of_the_hub(folder):
+    """Subsets in the columns of the Hub, and with its names, several of which speak of the same split."""
+    (folder / "data").mkdir(parents=True)
+    names = {"balanced_dev": "dev", "balanced_test_public": "test1", "unbalanced_test_public": "test1"}
+    images = {"left_image": image_bytes("red"), "right_image": image_bytes("blue")}
+    for name, part in names.items():
+        rows = [
+            {"question": f"It is {sentence}.", "answer": str(pair == sentence)}
+            | {"identifier": f"{part}-7-{pair}-{sentence}"}
+            | {column: {"bytes": content, "path": None} for column, content in images.items()}
+            for pair, sentence in itertools.product((0, 1), repeat=2)
+        ]
+        rows = Dataset.from_list(rows).cast_column("left_image", Image()).cast_column("right_image", Image())
+        rows.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    splits = "".join(f"  - split: {name}\n    path: data/{name}-*\n" for name in names)
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{splits}---\n")
+
+
+@pytest.mark.parametrize("save", [save_nlvr2, save_nlvr2_of_the_hub])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_nlvr2_has_two_images_a_row(save, streaming, tmp_path):
+    save(tmp_path)
+    for split in ("validation", "test") if save is save_nlvr2_of_the_hub else ("train", "validation", "test"):
+        rows = undecoded(nlvr2.load(split, str(tmp_path), streaming))
+        assert [row["label"] for row in rows] == ["True", "False", "False", "True"]
+        for row in rows:
+            assert row.keys() == nlvr2.FEATURES.keys()
+            left, right = (read_image(image).getpixel((0, 0)) for image in row["images"])
+            assert (left, right) == ((255, 0, 0), (0, 0, 255)) and read_image(row["image"]).getpixel((0, 0)) == left
+    assert rows[1]["identifier"] == "test1-7-0-1"
+    expected = "Statement: It is 1.\nIs it true of the left and the right image?"
+    assert nlvr2.prompt(rows[1], nlvr2.context(rows[1])) == expected
+    assert (nlvr2.answer(rows[1]), nlvr2.options(rows[1])) == ("The answer is False.", [" True", " False"])
+
+
+def test_what_is_wrong_with_nlvr2_is_named(command, tmp_path):
+    with pytest.raises(ValueError, match="path is None.*lil-lab/nlvr"):
+        nlvr2.load("test")
+    with pytest.raises(ValueError, match="split is 'dev'"):
+        nlvr2.load("dev", str(tmp_path))
+    save_nlvr2(tmp_path)
+    code, output = command("check", tmp_path)
+    assert code == 0 and output.count("4 good rows, 4 with an image") == 3
+    lost = tmp_path / "images" / "test1" / "test1-7-1-img0.png"
+    lost.unlink()
+    assert len(nlvr2.load("test", str(tmp_path))) == 4, "it is counted in training and named in evaluation"
+    faulty = {"sentence": " ", "label": "maybe", "identifier": "7-1", "left_url": ""}
+    lines = (tmp_path / "test1.json").read_text()
+    (tmp_path / "test1.json").write_text(lines + json.dumps(faulty) + "\n{\n")
+    code, output = command("check", tmp_path)
+    assert code == 1 and output.count("test1-7-1-img0.png cannot be read: there is no such file") == 2
+    for text in ("test1.json:5: the statement is ' '", "the label is 'maybe'", "the identifier is '7-1'", "no JSON"):
+        assert text in output
+    with pytest.raises(ValueError, match="test1.json:5: the statement.*\n.*first of 4: `python -m tasks check"):
+        nlvr2.load("test", str(tmp_path))
+    shutil.rmtree(tmp_path / "images")
+    with pytest.raises(FileNotFoundError, match="There are no photos.*NLVR2 is read from"):
+        nlvr2.load("test", str(tmp_path))
+
+
+def test_the_check_command_reads_nlvr2_of_the_hub(command, tmp_path):
+    save_nlvr2_of_the_hub(tmp_path)
+    code, output = command("check", tmp_path)
+    assert code == 0 and "read with --task nlvr2" in output and output.count("4 good rows, 4 with an image") == 2
+    assert "Train with `--max_images 2`" in output and "no test split" not in output
+
+
+def test_nlvr2_is_scored_by_row_and_by_statement():
+    """A statement is the same in rows whose identifiers differ in the third part alone."""
+    rows = ("1-0-0", "True", " True."), ("1-1-0", "False", " false"), ("1-0-1", "True", " True")
+    rows += ("1-1-1", "True", " False."), ("2-0-0", "False", " perhaps")
+    records = [{"identifier": f"dev-{row}", "label": label, "prediction": text} for row, label, text in rows]
+    scores = nlvr2.score(records, 5)
+    assert nlvr2.CARD["score"] in scores
+    assert scores == {"accuracy": 60, "consistency": pytest.approx(100 / 3), "unparsed": 20, "count": 5}
+    with pytest.raises(ValueError, match="5 predictions for a split of 6 rows"):
+        nlvr2.score(records, 6)
 
 
 # --- python -m tasks ---

@@ -1,0 +1,73 @@
+"""
+Pairs of easy-VQA pictures (see tasks/easy_vqa.py): do both show the same shape? Each picture that has a question about
+its shape is the left one of as many pairs with a picture of its own shape as with one of another shape, drawn from the
+same split: 29,590 pairs to train on, 296 to validate and 1,526 to test. Neither the question nor the left picture
+tells anything about the answer.
+"""
+
+import random
+
+from datasets import Dataset, Features, Image, IterableDataset, Value
+
+from tasks import easy_vqa, vqa
+from tasks._sources import IMAGE_FEATURES
+
+
+COLUMNS = ("image", "images", "answer")
+ANSWER_PREFIX = easy_vqa.ANSWER_PREFIX
+MAX_NEW_TOKENS = easy_vqa.MAX_NEW_TOKENS
+CARD = easy_vqa.CARD
+
+PAIRS_OF_EACH = {"train": 5, "validation": 1, "test": 1}  # left pictures, of the same shape and of another one
+FEATURES = Features({**IMAGE_FEATURES, "answer": Value("string")})
+
+
+def load(split: str, path: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
+    """
+    Raises:
+        OSError, ValueError: as `easy_vqa.load`, or if all pictures of the split show the same shape.
+    """
+    rows = easy_vqa.load(split, path).cast_column("image", Image(decode=False))
+    pairs = zip(rows["image"][:], rows["answer"][:])
+    shapes = {image["path"]: answer for image, answer in pairs if easy_vqa.TYPES[answer] == "shape"}
+    if len(set(shapes.values())) < 2:
+        raise ValueError(f"The {split} split shows {len(set(shapes.values()))} shapes. Pairs need two at least.")
+    partners = {
+        (shape, answer): [picture for picture in shapes if (shapes[picture] == shape) == (answer == "yes")]
+        for shape in set(shapes.values())
+        for answer in ("yes", "no")
+    }
+    numbers, rows = random.Random(split), []
+    for left, shape in shapes.items():
+        for answer in ("yes", "no") * PAIRS_OF_EACH[split]:
+            images = [left, numbers.choice(partners[shape, answer])]
+            rows.append({"image": left, "images": images, "answer": answer})
+    rows = Dataset.from_list(rows, features=FEATURES)
+    return rows.to_iterable_dataset() if streaming else rows
+
+
+def context(row: dict) -> str:
+    return ""
+
+
+def prompt(row: dict, context: str) -> str:
+    return "Do both pictures show the same shape?"
+
+
+def answer(row: dict) -> str:
+    return row["answer"]
+
+
+def options(row: dict) -> None:
+    return None
+
+
+def score(records: list[dict], size: int) -> dict[str, float | None]:
+    """Accuracy in per cent of the pairs that show the same shape ("yes"), of the others, and of all (`average`)."""
+    if len(records) != size:
+        raise ValueError(f"There are {len(records)} predictions for a split of {size} rows. Score each row once.")
+    hits = {"yes": [], "no": []}
+    for record in records:
+        hits[record["answer"]].append(vqa.normalise(record["prediction"]) == record["answer"])
+    accuracy = {answer: 100 * sum(part) / len(part) if part else None for answer, part in hits.items()}
+    return {**accuracy, "average": 100 * sum(map(sum, hits.values())) / size, "count": size}

@@ -1,0 +1,165 @@
+"""
+NLVR2 (Suhr et al., 2019): is a statement true of two photos? 86,373 / 6,982 / 6,967 rows to train, validate and test.
+Read from a folder with the files of github.com/lil-lab/nlvr (`nlvr2/data`), and in it or in any folders below, such as
+those of the archives that its authors send on request, the photos under their published names:
+
+    train.json   dev.json   test1.json   .../dev-10-0-img0.png   .../dev-10-0-img1.png
+
+or from a data set with the columns of `lmms-lab/NLVR2`: on the Hub, a folder that `save_to_disk` wrote, or a folder
+with Parquet files. That one has no train split, and of the others the balanced and unbalanced subsets alone; the
+balanced one is read.
+"""
+
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+from datasets import Dataset, Features, IterableDataset, Value
+
+from tasks import _sources
+from tasks._formats import read_records
+
+
+COLUMNS = ("image", "images", "statement", "label", "identifier")
+ANSWER_PREFIX = " The answer is"
+MAX_NEW_TOKENS = 4  # some tokenizers have several tokens for "False"
+DATASET = "lmms-lab/NLVR2"
+CARD = {"task_type": "visual-question-answering", "metric_type": "accuracy", "score": "accuracy"}
+METRIC = Path(__file__).parents[1] / "metrics" / "nlvr2"
+
+LABELS = ("True", "False")
+FILES = {"train": "train.json", "validation": "dev.json", "test": "test1.json"}
+PARTS = {
+    "train": ("train",),
+    "validation": ("validation", "dev", "balanced_dev"),
+    "test": ("test", "test1", "balanced_test_public"),
+}
+FEATURES = Features(
+    {**_sources.IMAGE_FEATURES, "statement": Value("string"), "label": Value("string"), "identifier": Value("string")}
+)
+FIELDS = {
+    "image": ("images",),
+    "left": ("left_image",),
+    "right": ("right_image",),
+    "statement": ("sentence", "question"),
+    "label": ("label", "answer"),
+    "identifier": ("identifier", "question_id"),
+}
+REQUIRED = ("statement", "label", "identifier")
+LAYOUT = (
+    "NLVR2 is read from a folder with train.json, dev.json and test1.json (github.com/lil-lab/nlvr, nlvr2/data), and "
+    "the photos there or in folders below, or from a data set with the columns of lmms-lab/NLVR2. Give it as `path`, "
+    "in train.py `--data_path`."
+)
+
+
+def load(
+    split: str, path: str | None = None, streaming: bool = False, columns: str | None = None
+) -> Dataset | IterableDataset:
+    """
+    Raises:
+        FileNotFoundError: if the folder lacks all photos of the split.
+        ValueError: without a path, if there is no such split, or if a row is not as it should be.
+    """
+    if path is None:
+        raise ValueError(f"path is None, but NLVR2 has no place of its own. {LAYOUT}")
+    if split not in PARTS:
+        raise ValueError(f"split is {split!r}, but must be one of {', '.join(PARTS)}.")
+    file = Path(path) / FILES[split]
+    if columns is not None or file not in find_files(Path(path)):
+        source = _sources.Source(sys.modules[__name__], path, columns, streaming)
+        return source.rows(source.find_split(split))
+    rows, faults = read(file)
+    if faults:
+        names_all = f"`python -m tasks check {path}` names all."
+        raise ValueError(f"{faults[0]}\nThat is the first of {len(faults)}: {names_all}")
+    rows = Dataset.from_list(rows, features=FEATURES)
+    return rows.to_iterable_dataset() if streaming else rows
+
+
+def find_files(path: Path) -> list[Path]:
+    """The published files."""
+    return [file for name in FILES.values() if (file := path / name).exists() and is_published(file)]
+
+
+def is_published(file: Path) -> bool:
+    """Whether the first line names photos as NLVR2 does; files of other data may have the same name."""
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        return '"identifier"' in (line := lines.readline()) and '"left_url"' in line
+
+
+def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
+    """
+    The rows of a published file that are as they should be, and what is wrong with the others: one text for each
+    fault, with the file, the line and what to do. Images are opened only if `with_images`; one that is not there stays
+    in its row, under the name that it should have, since not all of them can be downloaded any more.
+
+    Raises:
+        FileNotFoundError: if there are no photos at all.
+    """
+    photos = {photo.name: str(photo) for photo in file.parent.rglob("*-img[01].png")}
+    if not photos:
+        raise FileNotFoundError(f"There are no photos (*-img0.png and *-img1.png) in {file.parent}. {LAYOUT}")
+
+    @cache  # several statements are about the same photo
+    def find_image_faults(image: str) -> list[str]:
+        return _sources.find_reading_faults({"bytes": None, "path": image}) if with_images else []
+
+    rows, faults = [], []
+    for where, record, wrong in read_records(file):
+        if not wrong:
+            row, wrong = parse({**record, "statement": record.get("sentence")}, num_images=2)
+        if not wrong:
+            pair = row["identifier"].rpartition("-")[0]
+            names = [f"{pair}-img{number}.png" for number in (0, 1)]
+            images = [photos.get(name, str(file.parent / name)) for name in names]
+            wrong = [fault for image in images for fault in find_image_faults(image)]
+        faults += [f"{where}: {fault}" for fault in wrong]
+        if not wrong:
+            rows.append({"image": images[0], "images": images, **row})
+    return rows, faults
+
+
+def find_images(record: dict) -> list:
+    """The two images of a row that has each of them in a column."""
+    return [record["left"], record["right"]]
+
+
+def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
+    """A row without its images, and what is wrong with it."""
+    statement, label, identifier = map(record.get, REQUIRED)
+    faults = _sources.find_text_faults("the statement", statement)
+    if num_images != 2:
+        faults.append(f"it has {num_images} images. Give two, the left one first.")
+    if str(label).capitalize() not in LABELS:
+        faults.append(f"the label is {label!r}. Make it True or False.")
+    if not isinstance(identifier, str) or not re.fullmatch(r"\w+-\w+-\w+-\w+", identifier):
+        faults.append(f"the identifier is {identifier!r}. Make it `split-set-pair-sentence`, as in dev-10-0-1.")
+    return {"statement": statement, "label": str(label).capitalize(), "identifier": identifier}, faults
+
+
+def context(row: dict) -> str:
+    return ""
+
+
+def prompt(row: dict, context: str) -> str:
+    return f"Statement: {row['statement']}\nIs it true of the left and the right image?"
+
+
+def answer(row: dict) -> str:
+    return f"The answer is {row['label']}."
+
+
+def options(row: dict) -> list[str]:
+    return [f" {label}" for label in LABELS]
+
+
+def score(records: list[dict], size: int) -> dict[str, float]:
+    """The official accuracy and consistency, in per cent, and the share of answers that are neither label."""
+    import evaluate
+
+    metric = evaluate.load(str(METRIC), keep_in_memory=True)
+    references = [{name: record[name] for name in ("label", "identifier")} for record in records]
+    predictions = [record["prediction"] for record in records]
+    return metric.compute(predictions=predictions, references=references, size=size)
