@@ -92,6 +92,9 @@ class AdapterSet:
                 self.active = replace(self.active, **{name: value})
                 self.adapters = {**self.adapters, self.active_adapter: self.active}
 
+    def add_module(self, name, module):
+        setattr(self, name, module)  # `nn.Module` would pass by what is done above
+
     def _apply(self, fn, recurse=True):
         """Inactive adapters follow when the model is moved or converted."""
         for adapter in self.adapters.values():

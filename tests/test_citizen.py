@@ -200,19 +200,34 @@ def test_base_models_from_the_meta_device_start_as_those_built_at_once(text_type
 # --- modules that are replaced ---
 
 
-def test_a_module_that_is_replaced_is_used_and_saved(tmp_path):
+@pytest.mark.parametrize("replace", ["set_submodule", "register_module"])
+def test_a_module_that_is_replaced_is_used_and_saved(replace):
     model = tiny_model()
     for name in ("vision_adapters.0", "fuser", "projector", "memory_slots"):
         before, other = logits_of(model), copy.deepcopy(model.model.get_submodule(name))
         for parameter in other.parameters():
             torch.nn.init.normal_(parameter)
-        model.model.set_submodule(name, other)
+        parent, _, child = name.rpartition(".")
+        if replace == "set_submodule":
+            model.model.set_submodule(name, other)
+        else:
+            model.model.get_submodule(parent).register_module(child, other)
         found = logits_of(model)
         assert not torch.allclose(found, before), name
         close(logits_of(model, adapter_names=["default", "default"]), found)
     tensors = model.adapter_state_dict()
     assert torch.equal(tensors["model.vision_adapters.0.up.weight"], model.model.vision_adapters[0].up.weight)
     assert torch.equal(tensors["model.memory_slots.key"], other.key)
+
+
+@pytest.mark.parametrize("name", ["language_model", "vision_tower"])
+def test_a_base_model_that_is_replaced_is_extended(name):
+    model = tiny_model()
+    expected, own = logits_of(model), model.model.get_submodule(name)
+    other = AutoModel.from_config(own.config).eval()
+    other.load_state_dict(own.state_dict())
+    setattr(model.model, name, other)
+    close(logits_of(model), expected)
 
 
 # --- peft ---
