@@ -208,8 +208,8 @@ class SwitchingMixin:
     def disable_adapter(self):
         """
         Inside this context the model is its language model alone, bit for bit, and images are ignored. This
-        holds for calls that are made in the same thread, also by other coroutines while this one waits; to call it from
-        several threads or coroutines, or for some samples of a batch, `adapter_names=["__base__"]` does the same.
+        holds for calls that are made in the same thread, also by other coroutines while this one waits. To call it
+        from several threads or coroutines, or for some samples of a batch, `adapter_names=["__base__"]` does the same.
         """
         with self.base_model.disabled_in_this_thread():
             yield
