@@ -262,7 +262,8 @@ class AdapterMixin:
         if is_main_process and empty:
             raise ValueError(
                 f"{len(empty)} of {len(own)} adapter tensors are missing or empty, among them {empty[0]}. Nothing was "
-                "written. Under ZeRO-3 gather the parameters first, or set "
+                "written. `state_dict` needs the names of `model.state_dict()`, without the prefix of a wrapper such "
+                "as `module.`. Under ZeRO-3 gather the parameters first, or set "
                 '"stage3_gather_16bit_weights_on_model_save" to true.'
             )
         processor = self._load_processor(save_directory, merge_base) if is_main_process else None

@@ -49,6 +49,7 @@ from .injection_dehvf import (
 from .inputs_dehvf import (
     check_image_mask,
     check_instruction,
+    check_no_image,
     check_one_of,
     check_pixel_values,
     check_visual_memory,
@@ -532,6 +533,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
     ) -> BaseModelOutputWithPooling | None:
         """What `get_image_features` gives for a batch, with a given visual memory or an encoded one."""
         if pixel_values is None and visual_memory is None:
+            check_no_image(image_mask)
             if not self._needs_images:
                 return None
             config, num_texts = adapter.config, inputs_embeds.shape[0]
