@@ -19,7 +19,8 @@ from tasks._sources import Source, find_reading_faults
 
 # Tokens that control language models. In the texts of data they are read as letters.
 CONTROL_TOKENS = re.compile(
-    r"</?s>|<\|[\w ]+\|>|<(?:bos|eos|pad|unk|image|video|audio|start_of_turn|end_of_turn)>|\[/?INST\]"
+    r"</?s>|<\|[\w ]+\|>|<(?:bos|eos|pad|unk|video|audio|start_of_turn|end_of_turn)>|\[/?INST\]"
+    r"|</?(?i:img|image)(?:[ _]?\w+)?>|\[IMG\]"  # places of images, in the data of other models
 )
 
 
@@ -39,6 +40,8 @@ def check(path: str, task: str | None = None, columns: str | None = None) -> boo
         order = [split for split in ("train", "validation", "test") if split in splits]
         trained = set()
         num_faults = sum(check_split(source, splits[split], split, trained) for split in order)
+        for file in source.unread:
+            print(f"note: {file} is not read, since other files are {source.format}. Save all as that.")
         if "test" not in order:
             print("note: there is no test split. `train.py --holdout 0.05` takes one from the train split.")
     if num_faults:

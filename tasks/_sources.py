@@ -57,6 +57,7 @@ SYNONYMS = {
     "question": "prompt query instruction problem input text",
     "answer": "label labels caption captions response output target solution completion",
     "choices": "options candidates alternatives",
+    "context": "hint hints passage paragraph background",
     "messages": "conversation dialog dialogue chat turns",
 }
 
@@ -241,6 +242,8 @@ class Source:
         self._names = {}
         self.has_files = bool(self.splits) and self.format != "Parquet"
         self.files = self.splits
+        others = [name for pattern in FORMATS for name in find_files(folder, pattern).items() if not is_saved(folder)]
+        self.unread = [file for split, files in others if self.files and split not in self.files for file in files]
         if not self.has_files:
             self.splits = open_dataset(path, streaming)
 
@@ -347,8 +350,11 @@ class Source:
         return name in self.task.REQUIRED or self.fields[name] != self.task.FIELDS[name]
 
     def _part(self, split: str) -> list[Path] | Rows:
-        takes = " Add it, or take one from the train split: `--holdout 0.05` takes 5 % of the rows."
-        return choose_split(self.splits, split, self.path, takes if split != "train" else "")
+        advice = " Add it, or take one from the train split: `--holdout 0.05` takes 5 % of the rows."
+        advice = advice if split != "train" else ""
+        if self.unread:
+            advice += f" {self.unread[0]} is not read, since other files are {self.format}. Save all as that."
+        return choose_split(self.splits, split, self.path, advice)
 
     def _reader(self, split: str, *folders: Path) -> Reader:
         """Images are looked for beside the file, and then in the folder of the data set."""
