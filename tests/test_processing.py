@@ -296,6 +296,11 @@ def test_every_kind_of_image_gives_the_same_picture(kind):
     assert torch.equal(pixels_of([entry]), pixels_of(read))
 
 
+def test_a_dark_image_of_16_bits_stays_dark():
+    entry = file_of(Image.fromarray(GREY.astype(np.uint16)))
+    assert np.array_equal(read_image(entry), np.zeros_like(ARRAY))
+
+
 @pytest.mark.parametrize("form", ["path", "Path", "datasets", "URL"])
 def test_an_image_is_read_from_where_it_is(form, tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
@@ -317,6 +322,10 @@ TRANSPARENT = {
     "PNG with a palette": file_of(drawing().quantize(4)),
     "GIF": file_of(drawing(), "GIF"),
     "PNG with a transparent shade": file_of(ImageChops.invert(drawing().getchannel("A")), transparency=255),
+    "PNG of 16 bits with a transparent shade": file_of(
+        Image.fromarray(257 * np.asarray(ImageChops.invert(drawing().getchannel("A"))).astype(np.uint16)),
+        transparency=65535,
+    ),
     "WebP": file_of(drawing(), "WEBP", lossless=True),
     "array": np.asarray(drawing()),
 }
@@ -354,6 +363,7 @@ def png_of(width: int, height: int) -> bytes:
         (np.full((5, 5, 3), np.nan), "between nan and nan"),
         (np.full((5, 5, 3), -1), "between -1 and -1"),
         (np.full((5, 5), 65536), "between 65536 and 65536"),
+        (np.linspace(0, 1.01, 25).reshape(5, 5), "between 0.0 and 1.01. Scale them"),  # as bicubic resizing gives them
         (np.zeros((0, 5, 3), np.uint8), r"shape is \(0, 5, 3\)"),
         (torch.zeros(3, 5, 5, 1), r"shape is \(3, 5, 5, 1\). Expected \(height, width\)"),
         (5, "type int cannot be read: expected a path"),
