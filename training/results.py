@@ -92,11 +92,10 @@ def check_metric(task, processor, split: Split, metric: str):
     output = PredictionOutput((zeros[:, None], zeros), np.arange(len(split)), {})
     records = [{**record, "prediction": record["expected"]} for record in make_records(task, processor, split, output)]
     scores = task.score(records, len(split))
-    known = [name for name, value in scores.items() if value is not None and name not in NO_SCORES]
+    known = [name for name, value in scores.items() if value is not None and name not in NO_SCORES] + ["loss"]
     if metric.removeprefix("eval_") not in known:
         raise ValueError(
-            f"`--metric_for_best_model {metric}` is no score of the {split.name} split, whose rows are answered and "
-            f"have no loss. There are: {', '.join(known)}."
+            f"`--metric_for_best_model {metric}` is no score of the {split.name} split. There are: {', '.join(known)}."
         )
 
 
