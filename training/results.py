@@ -17,7 +17,7 @@ from tasks import get_task, print_scores, score_folder
 from training.arguments import BASES, DEHVF_METHODS
 from training.checkpoints import RESULTS_FILE, describe_code, digest, write_json
 from training.data import Split
-from training.encoding import render
+from training.encoding import ChatTokenizer, render
 from training.flags import ROOT
 from training.fusion import describe_fusion
 
@@ -59,11 +59,16 @@ def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, mo
 
 
 def make_records(task, processor, split: Split, output) -> list[dict]:
-    """The lines of `predictions.jsonl`: each row of the split once, with what `AnswerTrainer` predicted for it."""
+    """
+    The lines of `predictions.jsonl`: each row of the split once, with what `AnswerTrainer` predicted for it, less what
+    the chat template puts before each answer.
+    """
     tokens, choices = output.predictions
     tokens = torch.as_tensor(tokens)
     tokens = tokens.masked_fill(tokens == -100, processor.tokenizer.pad_token_id)
     texts = processor.batch_decode(tokens, skip_special_tokens=True)
+    if not task.ANSWER_PREFIX and (preface := ChatTokenizer(processor).answer_preface()):
+        texts = [text.strip().removeprefix(preface) for text in texts]
     ended = torch.isin(tokens, torch.tensor(processor.tokenizer.all_special_ids)).any(dim=1)
     answers = dict(sorted(zip(output.label_ids.tolist(), zip(texts, choices.tolist(), ended.tolist()))))
     if list(answers) != list(range(len(split))):
