@@ -5,6 +5,7 @@ Rows -> splits -> batches.
 Texts are encoded once, before training, into a memory-mapped file. Images are decoded when a batch needs them.
 """
 
+import hashlib
 import inspect
 import itertools
 import multiprocessing
@@ -150,6 +151,14 @@ class Split(torch.utils.data.Dataset):
                 f"together more than the {limit} that the language model reads. Lower `--max_new_tokens` or "
                 "`--max_prompt_length`, or leave the row out."
             )
+
+    def digest(self) -> str:
+        """SHA-256 of the tokens of all rows."""
+        sha256 = hashlib.sha256()
+        for chunk in self.encoded.data.column("input_ids").chunks:
+            for buffer in chunk.buffers():
+                sha256.update(buffer or b"")
+        return sha256.hexdigest()
 
     def __len__(self) -> int:
         return len(self.encoded)
