@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -33,7 +34,7 @@ from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImag
 from dehvf import processing
 
 
-read_image = processing.read_image
+num_appended_tokens, read_image = processing.num_appended_tokens, processing.read_image
 
 
 def image(color="red", size=(20, 30)):
@@ -100,6 +101,34 @@ def test_the_assistant_mask_covers_answers_and_their_ends():
     assert texts == [[" ", "m", "e", "</s>", " A", "</s>"], [" ", "m", "e", "</s>"]]
     assert batch["image_mask"].tolist() == [True, True]
     assert processor.apply_chat_template(turns) == "<s>who?\nResponse: me</s>\nwhy?\nResponse: A</s>\n"
+
+
+@pytest.mark.parametrize(
+    "part, message",
+    [
+        ({"type": "image"}, "of type 'image' without the image. Put it there"),
+        ({"type": "image", "image": None}, "of type 'image' without the image"),
+        ({"type": "video", "video": "a.mp4"}, "a part of type 'video'. Give parts of type 'text' and 'image'"),
+    ],
+)
+def test_parts_of_messages_that_would_be_left_out_are_refused(part, message):
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "what"}]}]
+    processor = tiny_processor()
+    for chats in (messages, [messages]):
+        with pytest.raises(ValueError, match=message):
+            processor.apply_chat_template(chats, tokenize=True, return_dict=True)
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert processor(images=image(), text=text)["image_mask"].all()
+
+
+def test_threads_share_a_processor():
+    processor, texts = tiny_processor(), [["a" * number, "b"] for number in range(1, 30)]
+    expected = [processor(text=pair, return_tensors="pt")["input_ids"] for pair in texts]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda pair: processor(text=pair, return_tensors="pt")["input_ids"], 8 * texts))
+    assert all(torch.equal(ids, other) for ids, other in zip(found, 8 * expected, strict=True))
+    num_appended_tokens(processor.tokenizer)
+    assert processor.tokenizer.backend_tokenizer.padding is not None
 
 
 def test_a_tokenizers_own_chat_template_is_used(tmp_path):
@@ -299,6 +328,12 @@ def test_every_kind_of_image_gives_the_same_picture(kind):
 def test_a_dark_image_of_16_bits_stays_dark():
     entry = file_of(Image.fromarray(GREY.astype(np.uint16)))
     assert np.array_equal(read_image(entry), np.zeros_like(ARRAY))
+
+
+def test_an_image_that_needs_no_rescaling_is_read_as_any_other():
+    """`transformers` advises `do_rescale=False` for arrays up to 1."""
+    pixels = tiny_processor()(images=ARRAY / 255, text="a", do_rescale=False, return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels, pixels_of(shades("RGB")))
 
 
 @pytest.mark.parametrize("form", ["path", "Path", "datasets", "URL"])
