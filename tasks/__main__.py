@@ -40,8 +40,8 @@ def check(path: str, task: str | None = None, columns: str | None = None) -> boo
         order = [split for split in ("train", "validation", "test") if split in splits]
         trained = set()
         num_faults = sum(check_split(source, splits[split], split, trained) for split in order)
-        for file in source.unread:
-            print(f"note: {file} is not read, since other files are {source.format}. Save all as that.")
+        for unread in source.find_unread():
+            print(f"note: {unread}")
         if "test" not in order:
             print("note: there is no test split. `train.py --holdout 0.05` takes one from the train split.")
     if num_faults:

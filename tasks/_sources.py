@@ -242,8 +242,6 @@ class Source:
         self._names = {}
         self.has_files = bool(self.splits) and self.format != "Parquet"
         self.files = self.splits
-        others = [name for pattern in FORMATS for name in find_files(folder, pattern).items() if not is_saved(folder)]
-        self.unread = [file for split, files in others if self.files and split not in self.files for file in files]
         if not self.has_files:
             self.splits = open_dataset(path, streaming)
 
@@ -339,6 +337,12 @@ class Source:
             faults.append(f"{self.label(split)}: no row has {what}. The columns are {', '.join(names)}. {advice}.")
         return faults
 
+    def find_unread(self) -> list[str]:
+        """What to do about files of splits that are missing, in other formats than that of the data set."""
+        found = [splits for pattern in FORMATS for splits in find_files(Path(self.path), pattern).items()]
+        unread = [file for split, files in found if self.files and split not in self.files for file in files]
+        return [f"{file} is not read, since other files are {self.format}. Save all as that." for file in unread]
+
     def _needs_image(self, split: str) -> bool:
         """Whether it is a fault that a split has no image. A stream may have one in later rows."""
         others = [] if split_of(split) == "train" else self.splits
@@ -350,11 +354,11 @@ class Source:
         return name in self.task.REQUIRED or self.fields[name] != self.task.FIELDS[name]
 
     def _part(self, split: str) -> list[Path] | Rows:
-        advice = " Add it, or take one from the train split: `--holdout 0.05` takes 5 % of the rows."
-        advice = advice if split != "train" else ""
-        if self.unread:
-            advice += f" {self.unread[0]} is not read, since other files are {self.format}. Save all as that."
-        return choose_split(self.splits, split, self.path, advice)
+        takes = " Add it, or take one from the train split: `--holdout 0.05` takes 5 % of the rows."
+        try:
+            return choose_split(self.splits, split, self.path, takes if split != "train" else "")
+        except ValueError as error:
+            raise ValueError(" ".join([str(error), *self.find_unread()])) from None
 
     def _reader(self, split: str, *folders: Path) -> Reader:
         """Images are looked for beside the file, and then in the folder of the data set."""
