@@ -52,6 +52,11 @@ def is_adapter_name(name: str) -> bool:
     return name.removeprefix(PREFIX).partition(".")[0] in ADAPTER_MODULES
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without what `torch.compile` puts into the names of a part that it has wrapped."""
+    return name.replace("_orig_mod.", "")
+
+
 def load_adapter_tensors(location, source: dict) -> dict[str, torch.Tensor]:
     file = cached_file(location, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **source)
     if file is None:
@@ -220,7 +225,7 @@ class AdapterMixin:
 
     def adapter_state_dict(self) -> dict[str, torch.Tensor]:
         """The trained tensors by their full names: all that `save_pretrained` writes."""
-        parameters = self.base_model.named_parameters()
+        parameters = [(plain_name(name), parameter) for name, parameter in self.base_model.named_parameters()]
         return {PREFIX + name: parameter.detach() for name, parameter in parameters if is_adapter_name(name)}
 
     def save_pretrained(
@@ -246,7 +251,8 @@ class AdapterMixin:
             kwargs: of `transformers`; they concern the weights of whole models and are not used.
 
         Raises:
-            ValueError: if an adapter tensor is missing or empty, as happens when ZeRO-3 partitions were not gathered;
+            ValueError: if the adapter's modules are wrapped by others, which the config does not describe; if an
+                adapter tensor is missing or empty, as happens when ZeRO-3 partitions were not gathered;
                 likewise of a base model with `merge_base`; or with `push_to_hub`, which would leave out the card.
         """
         if push_to_hub:
@@ -255,12 +261,20 @@ class AdapterMixin:
                 "and card to the Hub, in one commit."
             )
         own = self.adapter_state_dict()
-        tensors = {name: tensor for name, tensor in (state_dict or own).items() if name in own}
+        if differing := own.keys() ^ self._empty_adapter(self.config, save_directory).state_dict().keys():
+            raise ValueError(
+                f"The adapter has other modules than its config asks for, so that it could not be loaded. They differ "
+                f"in {len(differing)} names, such as {min(differing)}. If `peft` or a parametrization wraps them, "
+                "save by `peft`, or merge or remove it first."
+            )
+        given = {plain_name(name): tensor for name, tensor in (state_dict or own).items()}
+        tensors = {name: tensor for name, tensor in given.items() if name in own}
         empty = [name for name in own if name not in tensors or not tensors[name].numel()]
         if is_main_process and empty:
             raise ValueError(
                 f"{len(empty)} of {len(own)} adapter tensors are missing or empty, among them {empty[0]}. Nothing was "
-                "written. Under ZeRO-3 gather the parameters first, or set "
+                "written. `state_dict` needs the names of `model.state_dict()`, without the prefix of a wrapper such "
+                "as `module.`. Under ZeRO-3 gather the parameters first, or set "
                 '"stage3_gather_16bit_weights_on_model_save" to true.'
             )
         processor = self._load_processor(save_directory, merge_base) if is_main_process else None
@@ -286,7 +300,8 @@ class AdapterMixin:
             processor.save_pretrained(save_directory)
 
     def _sample_bases(self) -> dict[str, tuple]:
-        return sample_tensors((name, p) for name, p in self.named_parameters() if not is_adapter_name(name))
+        named = ((plain_name(name), parameter) for name, parameter in self.named_parameters())
+        return sample_tensors((name, parameter) for name, parameter in named if not is_adapter_name(name))
 
     def _warn_of_changed_bases(self):
         before, now = self._base_samples, self._sample_bases()

@@ -240,7 +240,7 @@ class DehvfConfig(PreTrainedConfig):
         except Exception as error:  # a config from elsewhere can be wrong in more ways than could be listed
             raise ValueError(
                 f"The config in {pretrained_model_name_or_path} cannot be used ({type(error).__name__}: {error}). "
-                "Take the `config.json` that was saved with the adapters."
+                "Take the `config.json` that was saved with the adapters, and remove arguments that override it."
             ) from error
 
     @classmethod

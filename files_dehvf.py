@@ -42,7 +42,7 @@ def read_tensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
             A file without one, as other programs write it, is read as it is.
         ValueError: if a tensor is not of `FILE_DTYPES`, or not finite.
     """
-    remedy = "Copy or download it again, or take an earlier checkpoint."
+    remedy = "Copy or download it again (in a clone: `git lfs pull`), or take an earlier checkpoint."
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}

@@ -28,6 +28,7 @@ def read_image(entry) -> Image.Image:
             - PIL image of any mode;
             - array or tensor of shape `(height, width)`, `(height, width, channels)` or `(channels, height, width)`
               with 1, 3 or 4 channels and with values in 0..255, in 0..1 (floating point) or in 0..65535 (integers).
+              Floating point values whose maximum is between 1 and 2 may be in either range and are refused.
               Where both layouts fit, an array has its channels last and a tensor first.
 
     Raises:
@@ -92,12 +93,12 @@ def _array_to_image(array) -> Image.Image:
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
     if values.dtype == np.uint8:
         return values
-    low, high = values.min(), values.max()
-    if values.dtype.kind in "bf" and low >= 0 and high <= 1:
+    low, high, is_float = values.min(), values.max(), values.dtype.kind in "bf"
+    if is_float and low >= 0 and high <= 1:
         values = np.rint(values * 255.0)
     elif values.dtype.kind in "iu" and low >= 0 and 255 < high <= 65535:
         values = values // 257
-    elif not (low >= 0 and high <= 255):  # not a number fails every comparison
+    elif not (low >= 0 and high <= 255) or is_float and high < 2:  # not a number fails every comparison
         raise ValueError(f"its values are between {low} and {high}. Scale them to 0..1 (floating point) or 0..255")
     return np.rint(values).astype(np.uint8)
 
@@ -106,7 +107,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     _check_size(*image.size)
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # `convert` would clip them to 0..255
-        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+        values, transparent = np.asarray(image), image.info.get("transparency")
+        has_16_bits = image.mode.startswith("I;16")  # also where all values are small
+        image = Image.fromarray((values // 257).astype(np.uint8) if has_16_bits else _to_8_bits(values))
+        if transparent is not None:
+            image.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")

@@ -59,6 +59,15 @@ def check_image_mask(image_mask: torch.Tensor, expected: tuple[int, ...], of_wha
         )
 
 
+def check_no_image(image_mask: torch.Tensor | None):
+    """Raises `ValueError` if a mask speaks of images in a call that has none."""
+    if image_mask is not None and image_mask.any():
+        raise ValueError(
+            f"`image_mask` says that {int(image_mask.sum())} samples have an image, but neither `pixel_values` nor "
+            "`visual_memory` was given. Give one of them, or remove `image_mask`."
+        )
+
+
 def check_one_of(**given):
     names = [f"`{name}`" for name, value in given.items() if value is not None]
     if len(names) > 1:

@@ -49,6 +49,7 @@ from .injection_dehvf import (
 from .inputs_dehvf import (
     check_image_mask,
     check_instruction,
+    check_no_image,
     check_one_of,
     check_pixel_values,
     check_visual_memory,
@@ -291,13 +292,10 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
 
     def __init__(self, config: DehvfConfig, vision_tower=None, language_model=None):
         super().__init__(config)
-        text, adapter = find_text_layout(config.text_config), self.build_adapter(config)
-        self.text_layout, vision = text, adapter.vision_layout
+        adapter = self.build_adapter(config)
+        self.text_layout, self.vision_layout = find_text_layout(config.text_config), adapter.vision_layout
         self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
         self.language_model = language_model or AutoModel.from_config(config.text_config)
-        layers = self.language_model.get_submodule(text.layers)
-        extend_layers(layers, text.ffn, MemoryFFN, activation_name=text.activation)
-        extend_layers(self.vision_tower.get_submodule(vision.layers), vision.ffn, AdaptedFFN)
         self.add_adapter_modules("default", adapter)
         self.activate_adapter("default")
         self.gradient_checkpointing = False
@@ -307,6 +305,17 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
     @classmethod
     def from_bases(cls, config: DehvfConfig, vision_tower: PreTrainedModel, causal_lm: PreTrainedModel):
         return cls(config, vision_tower, causal_lm.base_model)
+
+    def __setattr__(self, name, value):
+        """Extends the layers of a base model, also of one that takes the place of another."""
+        super().__setattr__(name, value)
+        if name == "vision_tower":
+            layout = self.vision_layout
+            extend_layers(value.get_submodule(layout.layers), layout.ffn, AdaptedFFN)
+        elif name == "language_model":
+            layout = self.text_layout
+            layers = value.get_submodule(layout.layers)
+            extend_layers(layers, layout.ffn, MemoryFFN, activation_name=layout.activation)
 
     # --- encode ---
 
@@ -538,6 +547,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
     ) -> BaseModelOutputWithPooling | None:
         """What `get_image_features` gives for a batch, with a given visual memory or an encoded one."""
         if pixel_values is None and visual_memory is None:
+            check_no_image(image_mask)
             if not self._needs_images:
                 return None
             config, num_texts = adapter.config, inputs_embeds.shape[0]

@@ -90,10 +90,34 @@ def fit_image(image: Image.Image, image_fit: str, image_processor, rows: int = 1
     return ImageOps.pad(image, size, image_processor.resample, colour)
 
 
+# A tokenizer of one word, to which a post-processor adds special tokens
+ONE_WORD = '{"added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}'
+
+
 def num_appended_tokens(tokenizer) -> int:
     """Number of special tokens that a tokenizer appends to each text, such as that of `add_eos_token`."""
-    is_special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        is_special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    elif backend.post_processor is None:
+        return 0
+    else:  # the tokenizer itself would forget its padding, while another thread may be using it
+        one_word = type(backend).from_str(ONE_WORD)
+        one_word.post_processor = backend.post_processor
+        is_special = one_word.encode("a").special_tokens_mask
     return len(list(takewhile(bool, reversed(is_special))))
+
+
+def check_part(part: dict):
+    """Raises `ValueError` if a part of a message can be read by nothing."""
+    kind = part.get("type")
+    if kind not in ("text", "image", "image_url"):
+        raise ValueError(f"A message has a part of type {kind!r}. Give parts of type 'text' and 'image'.")
+    if kind != "text" and all(part.get(name) is None for name in ("image", "url", "path", "base64", "image_url")):
+        raise ValueError(
+            "A message has a part of type 'image' without the image. Put it there, as `image`, `url`, `path` or "
+            "`base64`; or render the text (`tokenize=False`) and call the processor with `images` and `text`."
+        )
 
 
 class DehvfProcessorKwargs(ProcessingKwargs, total=False):
@@ -246,6 +270,18 @@ class DehvfProcessor(ProcessorMixin):
                 inputs[name] = [row[:-appended] for row in rows] if isinstance(rows, list) else rows[:, :-appended]
         return inputs
 
+    def apply_chat_template(self, conversation, *args, tokenize: bool = False, **kwargs):
+        """
+        As in `transformers`. Raises `ValueError` if messages that are tokenized have parts that are neither text nor
+        image, or images that are not there, which would be left out in silence.
+        """
+        if tokenize:
+            chats = [conversation] if conversation and isinstance(conversation[0], dict) else conversation
+            contents = [message.get("content") for chat in chats for message in chat]
+            for part in (part for content in contents if isinstance(content, list) for part in content):
+                check_part(part)
+        return super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
+
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         _, text, videos, audio = super().prepare_inputs_layout(text=text, **kwargs)
         if images is not None:
@@ -287,6 +323,7 @@ class DehvfProcessor(ProcessorMixin):
         if self.image_fit is not None and getattr(self.image_processor, "do_center_crop", None):
             # DINOv2's would enlarge what was fitted, and crop it again
             kwargs |= {"do_resize": False, "do_center_crop": False}
+        kwargs["do_rescale"] = getattr(self.image_processor, "do_rescale", True)  # since all were read with 8 bits
         processed = self.image_processor(views, **{**kwargs, "return_tensors": "np"})
         pixels, where = np.asarray(processed["pixel_values"]), tuple(np.transpose(places))
         # One row per sample, so that batches can be sliced, gathered and repeated like every other input

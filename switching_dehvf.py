@@ -92,6 +92,9 @@ class AdapterSet:
                 self.active = replace(self.active, **{name: value})
                 self.adapters = {**self.adapters, self.active_adapter: self.active}
 
+    def add_module(self, name, module):
+        setattr(self, name, module)  # `nn.Module` would pass by what is done above
+
     def _apply(self, fn, recurse=True):
         """Inactive adapters follow when the model is moved or converted."""
         for adapter in self.adapters.values():
@@ -102,11 +105,14 @@ class AdapterSet:
     @contextmanager
     def disabled_in_this_thread(self):
         """See [`SwitchingMixin.disable_adapter`]."""
-        before, _DISABLED.models = _DISABLED.models, (*_DISABLED.models, self)
+        _DISABLED.models = (*_DISABLED.models, self)
         try:
             yield
         finally:
-            _DISABLED.models = before
+            # One of those that are there now: contexts of two coroutines or generators need not end in reverse order
+            models = list(_DISABLED.models)
+            del models[next(index for index, model in enumerate(models) if model is self)]
+            _DISABLED.models = tuple(models)
 
     @property
     def is_disabled(self) -> bool:
@@ -202,8 +208,8 @@ class SwitchingMixin:
     def disable_adapter(self):
         """
         Inside this context the model is its language model alone, bit for bit, and images are ignored. This
-        holds for calls that are made in the same thread; to call it from several threads, or for some samples of a
-        batch, `adapter_names=["__base__"]` does the same.
+        holds for calls that are made in the same thread, also by other coroutines while this one waits. To call it
+        from several threads or coroutines, or for some samples of a batch, `adapter_names=["__base__"]` does the same.
         """
         with self.base_model.disabled_in_this_thread():
             yield

@@ -25,7 +25,8 @@ TASK_OF_COLUMN |= {"multiple_choice_answer": "vqav2"}
 
 # Tokens that control language models. In the texts of data they are read as letters.
 CONTROL_TOKENS = re.compile(
-    r"</?s>|<\|[\w ]+\|>|<(?:bos|eos|pad|unk|image|video|audio|start_of_turn|end_of_turn)>|\[/?INST\]"
+    r"</?s>|<\|[\w ]+\|>|<(?:bos|eos|pad|unk|video|audio|start_of_turn|end_of_turn)>|\[/?INST\]"
+    r"|</?(?i:img|image)(?:[ _]?\w+)?>|\[IMG\]"  # places of images, in the data of other models
 )
 
 
@@ -34,7 +35,6 @@ def check(path: str, task: str | None = None, columns: str | None = None) -> boo
     Reads all rows of your own data as training does, and opens their images. Prints each fault, the number of rows,
     and notes on what may be a mistake. Returns whether there is no fault.
     """
-    num_faults = 0
     if published := {file: module for module in PUBLISHED for file in module.find_files(Path(path))}:
         num_faults = sum(check_file(module, file) for file, module in published.items())
     else:
@@ -43,9 +43,10 @@ def check(path: str, task: str | None = None, columns: str | None = None) -> boo
         print(f"{path}: {source.format}, read with --task {task}")
         splits = {split_of(name): name for name in source.splits} | {name: name for name in source.splits}
         trained = set()
-        for split in dict.fromkeys(map(source.find_split, ("train", "validation", "test"))):
-            if split in splits:
-                num_faults += check_split(source, splits[split], split, trained)
+        order = dict.fromkeys(map(source.find_split, ("train", "validation", "test")))
+        num_faults = sum(check_split(source, splits[split], split, trained) for split in order if split in splits)
+        for unread in source.find_unread():
+            print(f"note: {unread}")
         if "test" not in splits and not hasattr(source.task, "PARTS"):
             print("note: there is no test split. `train.py --holdout 0.05` takes one from the train split.")
     if num_faults:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.data_files import SPLIT_KEYWORDS
+from datasets.exceptions import DatasetGenerationError
 
 
 Rows = Dataset | IterableDataset
@@ -76,7 +77,7 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
 
     Raises:
         OSError: if there is no such folder, and no such data set on the Hub or no network.
-        ValueError: if `path` is a file or a folder of another kind.
+        ValueError: if `path` is a file or a folder of another kind, or Parquet files cannot be read together.
     """
     folder = Path(path)
     if is_saved(folder):
@@ -89,7 +90,13 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
             return load_dataset(path, streaming=streaming)
         # `load_dataset(path)` would take a folder with more images than Parquet files for an `imagefolder`
         names = {split: [str(file) for file in paths] for split, paths in files.items()}
-        return load_dataset("parquet", data_files=names, streaming=streaming)
+        try:
+            return load_dataset("parquet", data_files=names, streaming=streaming)
+        except (DatasetGenerationError, ValueError) as error:
+            raise ValueError(
+                f"{path} cannot be read as Parquet: {error.__cause__ or error}. Each split needs at least one row, "
+                "and its files the same columns."
+            ) from error
     if folder.exists():
         raise ValueError(
             f"{path} holds no data set that this task reads: no `dataset_dict.json` or `state.json` (`save_to_disk` "
@@ -164,6 +171,8 @@ def read_list(file: Path) -> Iterator[Record]:
         place, number = separator.match(text, place).end(), number + 1
     if place >= len(text):
         yield f"{file}: row {number}", None, ["the list is not closed. Write `]` at its end."]
+    elif text[place + 1 :].strip():
+        yield f"{file}: row {number}", None, ["something follows the end of the list. Write one list of objects."]
 
 
 def read_csv(file: Path) -> Iterator[Record]:
@@ -171,10 +180,13 @@ def read_csv(file: Path) -> Iterator[Record]:
     csv.field_size_limit(1 << 30)
     with open(file, encoding="utf-8-sig", newline="") as lines:
         reader, line = csv.DictReader(lines, strict=True), 2
+        names = reader.fieldnames or []
+        if len({*names}) < len(names):
+            yield f"{file}:1", None, [f"it names a column twice: {', '.join(names)}. Give each a name of its own."]
+            return
         for cells in reader:
             if None in cells or None in cells.values():
-                expected = len(reader.fieldnames)
-                fault = f"it has not {expected} cells, as the first line has. Put texts with a comma into quotes."
+                fault = f"it has not {len(names)} cells, as the first line has. Put texts with a comma into quotes."
                 yield f"{file}:{line}", None, [fault]
             else:
                 yield f"{file}:{line}", {name: cell or None for name, cell in cells.items()}, []

@@ -61,6 +61,7 @@ SYNONYMS = {
     "question": "prompt query instruction problem input text",
     "answer": "label labels caption captions response output target solution completion",
     "choices": "options candidates alternatives",
+    "context": "hint hints passage paragraph background",
     "messages": "conversation dialog dialogue chat turns",
 }
 
@@ -368,6 +369,12 @@ class Source:
             faults.append(f"{self.label(split)}: no row has {what}. The columns are {', '.join(names)}. {advice}.")
         return faults
 
+    def find_unread(self) -> list[str]:
+        """What to do about files of splits that are missing, in other formats than that of the data set."""
+        found = [splits for pattern in FORMATS for splits in find_files(Path(self.path), pattern).items()]
+        unread = [file for split, files in found if self.files and split not in self.files for file in files]
+        return [f"{file} is not read, since other files are {self.format}. Save all as that." for file in unread]
+
     def _needs_image(self, split: str) -> bool:
         """Whether it is a fault that a split has no image. A stream may have one in later rows."""
         others = [] if split_of(split) == "train" else self.splits
@@ -381,7 +388,10 @@ class Source:
     def _part(self, split: str) -> list[Path] | Rows:
         takes = " Add it, or take one from the train split: `--holdout 0.05` takes 5 % of the rows."
         can_take = split != "train" and not hasattr(self.task, "PARTS")
-        return choose_split(self.splits, split, self.path, takes if can_take else "")
+        try:
+            return choose_split(self.splits, split, self.path, takes if can_take else "")
+        except ValueError as error:
+            raise ValueError(" ".join([str(error), *self.find_unread()])) from None
 
     def _reader(self, split: str, *folders: Path) -> Reader:
         """Images are looked for beside the file, and then in the folder of the data set."""

@@ -89,7 +89,8 @@ def find_choice_faults(choices, answer) -> list[str]:
     faults = []
     if not 2 <= len(choices) <= 26:
         faults.append(f"`choices` has {len(choices)} texts. Give 2 to 26 of them, or none for a free answer.")
-    if repeated := sorted({choice for choice in choices if choices.count(choice) > 1}):
+    bare = [choice.strip() for choice in choices]
+    if repeated := sorted({choice for choice in bare if bare.count(choice) > 1}):
         faults.append(f"`choices` repeats {', '.join(map(repr, repeated))}. Give each option once.")
     if _sources.is_text(answer) and answer not in choices:
         faults.append(f"`answer` is {answer!r}, which is none of {choices}. Write it exactly as in `choices`.")
@@ -109,7 +110,8 @@ def prompt(row: dict, context: str) -> str:
 def answer(row: dict) -> str:
     if row.get("choices"):
         return scienceqa.answer({"answer": row["choices"].index(row["answer"])})
-    return f"The answer is {row['answer'].strip().removesuffix('.')}."
+    answer = row["answer"].strip()
+    return f"The answer is {answer.removesuffix('.') or answer}."
 
 
 def options(row: dict) -> list[str] | None:
@@ -154,7 +156,8 @@ def score(records: list[dict], size: int) -> dict[str, float | None]:
 
 def normalise(text: str) -> str:
     """Lower case, without punctuation and articles (" The red car." -> "red car"), unless it is nothing else."""
-    text = unicodedata.normalize("NFC", text).lower().strip().removesuffix(".")
+    text = unicodedata.normalize("NFC", text).lower().strip()
+    text = text.removesuffix(".") or text
     # A sign before a digit is part of the number: -5, 3.5, 10:30, 1/2
     is_part = [bool(re.match(r"[-.,:/]\d", text[place:])) for place in range(len(text))]
     kept = [sign for sign, part in zip(text, is_part) if part or not unicodedata.category(sign).startswith("P")]

@@ -346,6 +346,13 @@ def test_a_run_with_other_arguments_is_not_gone_on_with(interrupted, other):
             train.main(flags(output, resume_from_checkpoint=place, **other))
 
 
+def test_a_run_on_other_rows_is_not_gone_on_with(interrupted, monkeypatch):
+    flags, output = interrupted
+    monkeypatch.setattr(get_task("scienceqa"), "load", lambda *_, **__: make_rows(hint="cba"))
+    with pytest.raises(ValueError, match="checkpoint-4 belongs to a run on another train split.*restore its data"):
+        train.main(flags(output))
+
+
 def test_other_code_is_told_when_a_run_goes_on(interrupted, monkeypatch, caplog):
     flags, output = interrupted
     monkeypatch.setattr("training.checkpoints.commit_of_this_code", lambda: "another")

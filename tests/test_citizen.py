@@ -200,19 +200,46 @@ def test_base_models_from_the_meta_device_start_as_those_built_at_once(text_type
 # --- modules that are replaced ---
 
 
-def test_a_module_that_is_replaced_is_used_and_saved(tmp_path):
+@pytest.mark.parametrize("replace", ["set_submodule", "register_module"])
+def test_a_module_that_is_replaced_is_used_and_saved(replace):
     model = tiny_model()
     for name in ("vision_adapters.0", "fuser", "projector", "memory_slots"):
         before, other = logits_of(model), copy.deepcopy(model.model.get_submodule(name))
         for parameter in other.parameters():
             torch.nn.init.normal_(parameter)
-        model.model.set_submodule(name, other)
+        parent, _, child = name.rpartition(".")
+        if replace == "set_submodule":
+            model.model.set_submodule(name, other)
+        else:
+            model.model.get_submodule(parent).register_module(child, other)
         found = logits_of(model)
         assert not torch.allclose(found, before), name
         close(logits_of(model, adapter_names=["default", "default"]), found)
     tensors = model.adapter_state_dict()
     assert torch.equal(tensors["model.vision_adapters.0.up.weight"], model.model.vision_adapters[0].up.weight)
     assert torch.equal(tensors["model.memory_slots.key"], other.key)
+
+
+@pytest.mark.parametrize("name", ["model", "model.fuser", "model.language_model"])
+def test_a_model_with_a_compiled_part_is_saved_as_without(name, saved, tmp_path, caplog):
+    model = load(saved)
+    expected, part = logits_of(model), model.get_submodule(name)
+    model.set_submodule(name, torch.compile(part, backend="eager"))
+    close(logits_of(model), expected)
+    with caplog.at_level("WARNING"):
+        model.save_pretrained(tmp_path / "adapter", state_dict=model.state_dict())
+    assert "changed" not in caplog.text
+    close(logits_of(load(tmp_path)), expected)
+
+
+@pytest.mark.parametrize("name", ["language_model", "vision_tower"])
+def test_a_base_model_that_is_replaced_is_extended(name):
+    model = tiny_model()
+    expected, own = logits_of(model), model.model.get_submodule(name)
+    other = AutoModel.from_config(own.config).eval()
+    other.load_state_dict(own.state_dict())
+    setattr(model.model, name, other)
+    close(logits_of(model), expected)
 
 
 # --- peft ---
@@ -252,6 +279,15 @@ def test_peft_trains_saves_and_merges_on_top(values, tmp_path):
     merged = wrapped.merge_and_unload()
     assert type(merged) is DehvfForConditionalGeneration
     close(logits_of(merged), after)
+
+
+@peft_warns
+def test_an_adapter_that_is_wrapped_is_not_saved_as_what_could_not_be_loaded(tmp_path):
+    model = tiny_model()
+    get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="other modules than its config asks for.*such as model.*save by `peft`"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_cannot_be_done_is_refused_before_anything_changes(capsys):

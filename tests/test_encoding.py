@@ -1,18 +1,22 @@
 """Texts as token ids, with tokenizers and chat templates of each kind."""
 
 import types
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from tiny import ROOT, tiny_image_processor, tiny_inputs, tiny_model, tiny_processor, tiny_text_config
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.trainer_utils import PredictionOutput
 
 from dehvf import DehvfProcessor
 from training.arguments import DehvfTrainingArguments
 from training.data import Collator
 from training.encoding import RowEncoder
 from training.models import check_tokenizer
+from training.results import make_records
 from training.trainer import AnswerTrainer
 
 
@@ -164,6 +168,13 @@ def test_special_tokens_in_data_are_text(processor, text):
     assert decoded.count(text.replace(" ", "")) == 2 + before.count(text)
 
 
+def test_a_context_with_special_tokens_is_cut_where_it_is_too_long(processor):
+    values = {"context": lambda row: "A</s> " * 100, "prompt": lambda row, context: f"{context}Q"}
+    encoded = encode(processor, {"answer": "A"}, **values)
+    length = encoded["is_answer"].index(True)
+    assert encoded["shortened"] and 190 <= length <= 200
+
+
 @pytest.mark.parametrize(
     "template, message",
     [
@@ -177,6 +188,22 @@ def test_a_template_that_cannot_be_trained_with_is_refused(template, message):
     messages = [{"role": role, "content": role} for role in roles]
     with pytest.raises(ValueError, match=f"Row 0 of the test split: the chat template of the tokenizer {message}"):
         encode(processor, {"answer": "assistant"}, messages=lambda row: messages)
+
+
+@pytest.mark.parametrize("preface", ["<think>\n\n</think>\n\n", "assistant: ", "<s>final", ""])
+def test_what_a_template_puts_before_an_answer_is_no_part_of_a_prediction(preface):
+    template = CHATML.replace(
+        "+ message['content']",
+        f"+ ({preface!r} if message['role'] == 'assistant' and loop.last else '') + message['content']",
+    )
+    processor = make_processor("qwen", template=template, **IM_END)
+    row = {"image": None, "question": "?", "answer": "so"}
+    split = MagicMock(rows=[dict(row)], encoded=[{"options": []}], __len__=lambda _: 1)
+    learned = encode(processor, row)
+    said = [token for token, is_answer in zip(learned["input_ids"], learned["is_answer"]) if is_answer]
+    output = PredictionOutput((np.array([said]), np.array([-1])), np.array([0]), {})
+    (record,) = make_records(make_task(), processor, split, output)
+    assert record["prediction"].strip() == record["expected"] == "so" and not record["cut"]
 
 
 def test_smollm2_answers_in_its_own_template():

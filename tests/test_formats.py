@@ -366,6 +366,7 @@ UNREAD = [
     (vqa, {"question": "?", "label": "x", "image": "a.png"}, "answer=label"),
     (vqa, {"question": "?", "caption": "x", "image": "a.png"}, "answer=caption"),
     (vqa, {"prompt": "?", "answer": "x", "image": "a.png"}, "question=prompt"),
+    (vqa, {"question": "?", "answer": "x", "image": "a.png", "hint": "h"}, "context=hint"),
     (chat, {"messages": MESSAGES[1:3], "picture": "a.png"}, "image=picture"),
     (chat, {"dialog": MESSAGES[1:3], "image": "a.png"}, "messages=dialog"),
 ]
@@ -473,6 +474,7 @@ FILES = [
     ("train.json", b'{\n "data": [\n 1\n]}', "train.json:1: no JSON.*Write one list of objects"),
     ("train.json", b'[{"question": }]', "train.json: row 0: no JSON: Expecting value at line 1, column 15"),
     ("train.json", b'[{"question": "?", "answer": "x"}', "train.json: row 1: the list is not closed"),
+    ("train.json", b'[{"question": "?", "answer": "x"}]\n[]', "train.json: row 1: something follows the end"),
     ("train.json", b'[{"question": "\xe4"}]', "train.json: no UTF-8 text"),
     ("train.json", b"[]", "train.json: no rows"),
     ("train.csv", b"question,answer\n?,x\n", None),
@@ -481,6 +483,11 @@ FILES = [
     ("train.csv", b"question,answer\n?,\n", "train.csv:2: there is no `answer`"),
     ("train.csv", b'question,answer\n"?,x\n', "train.csv: no CSV"),
     ("train.csv", b"question,answer\n\xe4,x\n", "train.csv: no UTF-8 text"),
+    (
+        "train.csv",
+        b"answer,question,answer\n?,x,y\n",
+        "train.csv:1: it names a column twice: answer,",
+    ),
     ("train.csv", b"", "train.csv: no rows"),
     ("train.txt", b"question", "holds no data set"),
 ]
@@ -498,6 +505,15 @@ def test_a_file_that_cannot_be_read_is_named_with_the_place(name, content, messa
     if name != "train.txt":
         assert not check(str(tmp_path), columns="image=none")
         assert re.search(message, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("columns", [{}, {"question": ["?"], "answer": ["x"], "more": [1]}], ids=["empty", "other"])
+def test_parquet_files_that_do_not_fit_are_named(columns, tmp_path):
+    rows = {"question": ["?"], "answer": ["x"]} if columns else {"question": [], "answer": []}
+    for number, own in enumerate((rows, columns or rows)):
+        Dataset.from_dict(own).to_parquet(tmp_path / f"train-{number}.parquet")
+    with pytest.raises(ValueError, match=f"(?s){tmp_path} cannot be read as Parquet.*the same columns"):
+        vqa.load("train", str(tmp_path))
 
 
 def test_data_that_were_changed_are_read_again_and_images_that_were_moved_are_found(tmp_path):
@@ -530,9 +546,14 @@ def test_the_check_command_notes_what_may_be_a_mistake(tmp_path, capsys):
     row = {"question": "<image>\nWhat?", "answer": "red</s>", "image": "a.png"}
     write_lines(tmp_path / "train.jsonl", [row, row, {**row, "answer": "Zoë"}])
     write_lines(tmp_path / "test.jsonl", [{**row, "question": "What?"}])
+    (tmp_path / "validation.csv").write_text("question,answer\n")
     assert check(str(tmp_path))
     printed = capsys.readouterr().out
+    unread = f"{tmp_path / 'validation.csv'} is not read, since other files are JSON Lines"
+    with pytest.raises(ValueError, match=re.escape(unread)):
+        vqa.load("validation", str(tmp_path))
     for note in (
+        f"note: {unread}",
         f"note: 2 times `</s>` in `answer`, which is read as letters and controls nothing, the first at {tmp_path}",
         f"note: 1 times a row that is repeated, the first at {tmp_path / 'train.jsonl'}:2",
         f"note: 1 times a row that is also in the train split, the first at {tmp_path / 'test.jsonl'}:1",

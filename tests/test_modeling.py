@@ -818,6 +818,8 @@ def test_wrong_inputs_are_refused_with_both_numbers():
         model(**{**inputs, "pixel_values": torch.zeros(3, 3, 16, 16)})
     with pytest.raises(ValueError, match=r"`image_mask` has the shape \(3,\)"):
         model(**inputs, image_mask=torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="2 samples have an image, but neither `pixel_values` nor `visual_memory`"):
+        model.generate(inputs["input_ids"], image_mask=torch.tensor([True, True]))
     memory = model.get_image_features(inputs["pixel_values"]).pooler_output
     with pytest.raises(ValueError, match="Give one of them"):
         model(**inputs, visual_memory=memory)

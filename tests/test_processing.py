@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -33,7 +34,7 @@ from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImag
 from dehvf import processing
 
 
-read_image = processing.read_image
+num_appended_tokens, read_image = processing.num_appended_tokens, processing.read_image
 
 
 def image(color="red", size=(20, 30)):
@@ -100,6 +101,34 @@ def test_the_assistant_mask_covers_answers_and_their_ends():
     assert texts == [[" ", "m", "e", "</s>", " A", "</s>"], [" ", "m", "e", "</s>"]]
     assert batch["image_mask"].tolist() == [True, True]
     assert processor.apply_chat_template(turns) == "<s>who?\nResponse: me</s>\nwhy?\nResponse: A</s>\n"
+
+
+@pytest.mark.parametrize(
+    "part, message",
+    [
+        ({"type": "image"}, "of type 'image' without the image. Put it there"),
+        ({"type": "image", "image": None}, "of type 'image' without the image"),
+        ({"type": "video", "video": "a.mp4"}, "a part of type 'video'. Give parts of type 'text' and 'image'"),
+    ],
+)
+def test_parts_of_messages_that_would_be_left_out_are_refused(part, message):
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "what"}]}]
+    processor = tiny_processor()
+    for chats in (messages, [messages]):
+        with pytest.raises(ValueError, match=message):
+            processor.apply_chat_template(chats, tokenize=True, return_dict=True)
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert processor(images=image(), text=text)["image_mask"].all()
+
+
+def test_threads_share_a_processor():
+    processor, texts = tiny_processor(), [["a" * number, "b"] for number in range(1, 30)]
+    expected = [processor(text=pair, return_tensors="pt")["input_ids"] for pair in texts]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda pair: processor(text=pair, return_tensors="pt")["input_ids"], 8 * texts))
+    assert all(torch.equal(ids, other) for ids, other in zip(found, 8 * expected, strict=True))
+    num_appended_tokens(processor.tokenizer)
+    assert processor.tokenizer.backend_tokenizer.padding is not None
 
 
 def test_a_tokenizers_own_chat_template_is_used(tmp_path):
@@ -296,6 +325,17 @@ def test_every_kind_of_image_gives_the_same_picture(kind):
     assert torch.equal(pixels_of([entry]), pixels_of(read))
 
 
+def test_a_dark_image_of_16_bits_stays_dark():
+    entry = file_of(Image.fromarray(GREY.astype(np.uint16)))
+    assert np.array_equal(read_image(entry), np.zeros_like(ARRAY))
+
+
+def test_an_image_that_needs_no_rescaling_is_read_as_any_other():
+    """`transformers` advises `do_rescale=False` for arrays up to 1."""
+    pixels = tiny_processor()(images=ARRAY / 255, text="a", do_rescale=False, return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels, pixels_of(shades("RGB")))
+
+
 @pytest.mark.parametrize("form", ["path", "Path", "datasets", "URL"])
 def test_an_image_is_read_from_where_it_is(form, tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
@@ -317,6 +357,10 @@ TRANSPARENT = {
     "PNG with a palette": file_of(drawing().quantize(4)),
     "GIF": file_of(drawing(), "GIF"),
     "PNG with a transparent shade": file_of(ImageChops.invert(drawing().getchannel("A")), transparency=255),
+    "PNG of 16 bits with a transparent shade": file_of(
+        Image.fromarray(257 * np.asarray(ImageChops.invert(drawing().getchannel("A"))).astype(np.uint16)),
+        transparency=65535,
+    ),
     "WebP": file_of(drawing(), "WEBP", lossless=True),
     "array": np.asarray(drawing()),
 }
@@ -354,6 +398,7 @@ def png_of(width: int, height: int) -> bytes:
         (np.full((5, 5, 3), np.nan), "between nan and nan"),
         (np.full((5, 5, 3), -1), "between -1 and -1"),
         (np.full((5, 5), 65536), "between 65536 and 65536"),
+        (np.linspace(0, 1.01, 25).reshape(5, 5), "between 0.0 and 1.01. Scale them"),  # as bicubic resizing gives them
         (np.zeros((0, 5, 3), np.uint8), r"shape is \(0, 5, 3\)"),
         (torch.zeros(3, 5, 5, 1), r"shape is \(3, 5, 5, 1\). Expected \(height, width\)"),
         (5, "type int cannot be read: expected a path"),

@@ -139,3 +139,14 @@ def test_an_adapter_that_is_disabled_in_one_thread_works_in_another(model):
     torch.testing.assert_close(with_adapter, expected)
     torch.testing.assert_close(model(**inputs).logits, expected)
     assert not torch.allclose(without, expected, atol=1e-3)
+
+
+def test_contexts_that_disable_an_adapter_may_overlap(model):
+    """As those of two coroutines or generators of one thread do."""
+    first, second = model.disable_adapter(), model.disable_adapter()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert model.model.is_disabled
+    second.__exit__(None, None, None)
+    assert not model.model.is_disabled

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -84,6 +85,21 @@ def test_the_default_recipe_finds_its_bases_from_any_folder(tmp_path, monkeypatc
     assert parse_arguments([])[2].vision_model == "assets/vision_model"
     monkeypatch.chdir(tmp_path)
     assert parse_arguments([])[2].vision_model == str(ROOT / "assets" / "vision_model")
+
+
+def test_the_paths_of_a_recipe_are_found_beside_it_first(tmp_path, monkeypatch):
+    for folder in (tmp_path / "own" / "data", tmp_path / "other" / "data", tmp_path / "other" / "more"):
+        folder.mkdir(parents=True)
+    (tmp_path / "own" / "base.yaml").write_text("data_path: data\ntext_model: more\nvision_model: org/model\n")
+    (tmp_path / "own" / "row.yaml").write_text("base: base.yaml\n")
+    monkeypatch.chdir(tmp_path / "other")
+    for recipe in ("../own/base.yaml", "../own/row.yaml"):
+        _, data, model, *_ = parse_arguments([recipe, "--task", "vqa"])
+        assert Path(data.data_path).samefile(tmp_path / "own" / "data")
+        assert (model.text_model, model.vision_model) == ("more", "org/model")
+    (tmp_path / "list.yaml").write_text("- seed: 5\n")
+    with pytest.raises(ValueError, match="list.yaml has no `name: value` on each line, but a list"):
+        parse_arguments([str(tmp_path / "list.yaml")])
 
 
 def test_a_recipe_changes_its_base_and_a_rate_overrides_the_rate_per_256(tmp_path):

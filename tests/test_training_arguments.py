@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import make_rows, read_predictions, tiny_flags
+from test_train import make_rows, make_split, read_predictions, tiny_flags
 from tiny import ROOT
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
@@ -262,6 +262,9 @@ def test_bfloat16_and_noise_change_the_losses_and_seeds_what_they_name(folder, p
     for made, has_same_adapters in ((other_rows, True), (other_adapters, False)):
         same = [torch.equal(value, plain.first[name]) for name, value in made.first.items()]
         assert all(same) == has_same_adapters and made.rows != plain.rows[:2]
+    streamed = [run(folder, data_seed=seed, streaming=True, max_steps=1) for seed in (1, 2)]
+    assert streamed[0].losses != streamed[1].losses
+    assert all(torch.equal(streamed[1].first[name], value) for name, value in streamed[0].first.items())
 
 
 def test_the_former_name_of_activation_checkpointing_is_understood():
@@ -299,6 +302,25 @@ def test_the_best_adapters_are_those_of_the_score_that_is_named(
     assert (state.best_metric, state.best_global_step) == (best, step)
     kept = load_file(f"{state.best_model_checkpoint}/model.safetensors")
     assert all(torch.equal(value, kept[name]) for name, value in made.trainer.trained_parameters.items())
+
+
+@pytest.mark.parametrize("method", ["dehvf", "llava-lora", "dehvf-instruction"])
+def test_the_loss_of_the_validation_split_is_that_of_training(folder, method):
+    flags = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "method": method}
+    made = run(folder, **flags, load_best_model_at_end=True, metric_for_best_model="eval_loss")
+    losses, trainer = logged(made, "eval_loss"), made.trainer
+    assert trainer.state.best_metric == min(losses) and len(losses) == 2
+    rows = make_split(folder / "data", "validation", processor=trainer.processing_class)
+    batch = trainer._prepare_inputs(trainer.data_collator(list(rows)))
+    expected = trainer.model.eval()(**{name: value for name, value in batch.items() if name != "index"}).loss
+    assert min(losses) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_model_that_computes_nan_is_not_evaluated(folder):
+    made = run(folder, max_steps=1)
+    made.trainer.model.model.memory_slots.key.data.fill_(1e38)
+    with pytest.raises(FloatingPointError, match="computes NaN.*smaller `--learning_rate`"):
+        made.trainer.predict(make_split(folder / "data", "test", training=False))
 
 
 def test_a_schedule_that_follows_a_score_takes_higher_for_better(folder):
@@ -386,7 +408,9 @@ def test_a_field_that_must_keep_its_value_is_refused_with_the_reason(name):
         ("--warmup_steps 1.5", "`--warmup_steps 1.5` was given"),
         ("--train_sampling_strategy batch_rebalance", "batch_rebalance` is not supported: it does not read `--seed`"),
         ("--streaming true --max_steps 1 --train_sampling_strategy group_by_length", "needs the lengths of all rows"),
-        ("--streaming true --max_steps 1 --data_seed 1", "does not read `--data_seed`"),
+        ("--max_new_tokens 0", "`--max_new_tokens 0` was given. It must be at least 1"),
+        ("--max_prompt_length=-1", "`--max_prompt_length -1` was given"),
+        ("--max_samples 0", "`--max_samples 0` was given"),
         ("--optim galore_adamw", "`--optim galore_adamw` is not supported: .*Use one of adamw_torch"),
         ("--optim sgd --optim_args momentun=0.9", "`--optim sgd` does not read `momentun`.* It reads momentum"),
         ("--optim sgd --optim_args momentum", "`--optim_args momentum` was given. Write it as `name=value"),
@@ -403,19 +427,23 @@ def test_a_field_that_must_keep_its_value_is_refused_with_the_reason(name):
 def test_what_would_have_no_effect_or_a_wrong_one_is_refused(flags, message, monkeypatch):
     monkeypatch.setattr(train, "load_processor", lambda *_: pytest.fail("too late"))
     with pytest.raises(ValueError, match=message):
-        train.main([*flags.split(), "--max_samples", "2"])
+        train.main(["--max_samples", "2", *flags.split()])
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
         (
-            {"eval_strategy": "epoch", "metric_for_best_model": "eval_loss"},
-            r"`--metric_for_best_model eval_loss` is no score .*There are: NAT, SOC, TXT, IMG, G1-6, average\.",
+            {"eval_strategy": "epoch", "metric_for_best_model": "accuracy"},
+            r"`--metric_for_best_model accuracy` is no score .*There are: NAT, SOC, TXT, IMG, G1-6, average, loss\.",
         ),
         (
             {"dataloader_drop_last": True, "per_device_train_batch_size": 9, "max_steps": 2},
             r"The train split has 8 rows, fewer than a batch on each process \(9 x 1\)",
+        ),
+        (
+            {"max_new_tokens": 500},
+            r"Row \d of the test split has \d+ tokens, and its answer may have 500, together more than the 512",
         ),
     ],
 )

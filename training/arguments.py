@@ -356,6 +356,9 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
     given = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in flags if word.startswith("--")}
     method, is_baseline = model_args.method, model_args.method in BASELINES
     check_training_arguments(given, training_args)
+    for name in ("max_prompt_length", "max_new_tokens", "max_samples"):
+        if (value := getattr(data_args, name)) is not None and value < 1:
+            raise ValueError(f"`--{name} {value}` was given. It must be at least 1.")
     if {"learning_rate", "base_learning_rate"} <= given:
         raise ValueError("`--learning_rate` and `--base_learning_rate` were both given. Remove one of them.")
     if training_args.early_stopping_patience is not None and not training_args.load_best_model_at_end:
@@ -372,8 +375,6 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
             "`--train_sampling_strategy group_by_length` needs the lengths of all rows, and `--streaming` reads one "
             "row after another. Remove one of them."
         )
-    if data_args.streaming and training_args.data_seed is not None:
-        raise ValueError("`--streaming` mixes rows by `--seed` and does not read `--data_seed`. Remove one of them.")
     if is_baseline and (model_args.load_in_4bit or model_args.load_in_8bit):
         raise ValueError(
             f"`--method {method}` does not support `--load_in_4bit` and `--load_in_8bit`. Remove one of them."

@@ -286,6 +286,16 @@ def check_same_arguments(now: dict, earlier: dict, checkpoint: Path):
         )
 
 
+def check_same_rows(rows: str, checkpoint: Path):
+    """Raises `ValueError` if a checkpoint belongs to a run on other rows, of which `rows` is the digest."""
+    if read_manifest(checkpoint, check_files=False).get("rows", rows) != rows:
+        raise ValueError(
+            f"{checkpoint} belongs to a run on another train split: rows were changed, added or removed, or are "
+            "encoded in another way. To resume that run, restore its data. For a new run, use another `--output_dir`, "
+            "perhaps with `--adapter` and this checkpoint. To replace that run, use `--resume_from_checkpoint never`."
+        )
+
+
 def check_same_engine(run: dict, manifest: dict, checkpoint: Path):
     """Raises `ValueError` if the optimizer's state is sharded in another way."""
     sharded = run["engine"] != ENGINE_OF_ONE

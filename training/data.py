@@ -5,6 +5,7 @@ Rows -> splits -> batches.
 Texts are encoded once, before training, into a memory-mapped file. Images are decoded when a batch needs them.
 """
 
+import hashlib
 import inspect
 import itertools
 import multiprocessing
@@ -23,6 +24,7 @@ from tasks._sources import IMAGE_FEATURES, list_images
 from training.encoding import RowEncoder
 
 
+LOSS = ("loss", "eval_loss")  # as `metric_for_best_model`
 logger = logging.get_logger("train")
 
 
@@ -106,14 +108,15 @@ def add_labels(encoded: dict) -> dict:
 class Split(torch.utils.data.Dataset):
     """
     A split of a task, encoded. An image that cannot be read is an error if the split is evaluated; in training it is
-    counted in `unreadable_images`, and the next row is used instead.
+    counted in `unreadable_images`, and the next row is used instead. For the loss of a split that is evaluated,
+    `with_loss` adds each row as in training, as `answered`.
 
     Raises:
         ValueError: as [`load_rows`] and [`RowEncoder`]; if a row has more images than the processor takes; or if an
-            image of a split to evaluate cannot be read.
+            image of a split to evaluate cannot be read, or its answers may exceed what the language model reads.
     """
 
-    def __init__(self, task, name: str, processor, arguments, training: bool):
+    def __init__(self, task, name: str, processor, arguments, training: bool, with_loss: bool = False):
         self.name, self.training, self.unreadable_images = name, training, Counter()
         self.rows = load_rows(task, name, arguments)
         if arguments.streaming:  # splits to evaluate are small
@@ -123,8 +126,11 @@ class Split(torch.utils.data.Dataset):
         self._check_numbers(processor.max_images)
         if not training:
             self._check_images()
-        encoder = RowEncoder(task, name, processor, arguments.max_prompt_length, training)
-        self.encoded = encoder.encode(self.rows.remove_columns(columns))
+        texts, limit = self.rows.remove_columns(columns), arguments.max_prompt_length
+        self.encoded = RowEncoder(task, name, processor, limit, training).encode(texts)
+        self.answered = RowEncoder(task, name, processor, limit, training=True).encode(texts) if with_loss else None
+        if not training and arguments.max_new_tokens is not None:
+            self._check_lengths(arguments.max_new_tokens, processor.tokenizer.model_max_length)
         self.num_shortened = int(self.encoded.with_format("numpy")["shortened"][:].sum())
         if self.num_shortened:
             logger.warning(
@@ -156,6 +162,24 @@ class Split(torch.utils.data.Dataset):
                 "them, or remove these rows from the split."
             )
 
+    def _check_lengths(self, max_new_tokens: int, limit: int):
+        lengths = pc.list_value_length(self.encoded.with_format("arrow")["input_ids"][:])
+        row = pc.index(lengths, longest := pc.max(lengths)).as_py()
+        if longest.as_py() + max_new_tokens > limit:
+            raise ValueError(
+                f"Row {row} of the {self.name} split has {longest} tokens, and its answer may have {max_new_tokens}, "
+                f"together more than the {limit} that the language model reads. Lower `--max_new_tokens` or "
+                "`--max_prompt_length`, or leave the row out."
+            )
+
+    def digest(self) -> str:
+        """SHA-256 of the tokens of all rows."""
+        sha256 = hashlib.sha256()
+        for chunk in self.encoded.data.column("input_ids").chunks:
+            for buffer in chunk.buffers():
+                sha256.update(buffer or b"")
+        return sha256.hexdigest()
+
     def __len__(self) -> int:
         return len(self.encoded)
 
@@ -172,8 +196,10 @@ class Split(torch.utils.data.Dataset):
                 self.unreadable_images.add_one()
                 logger.warning(f"{message}. The next row is used instead.")
                 continue
-            encoded = self.encoded[row]
-            return {"index": row, "image": image, **(add_labels(encoded) if self.training else encoded)}
+            encoded = add_labels(self.encoded[row]) if self.training else self.encoded[row]
+            if self.answered is not None:
+                encoded["answered"] = add_labels(self.answered[row])
+            return {"index": row, "image": image, **encoded}
         raise ValueError(f"No image of the {self.name} split can be read.")
 
 
@@ -220,12 +246,15 @@ def load_splits(task, processor, data_args, training_args) -> dict[str, Split | 
     splits = {}
     with training_args.main_process_first(desc="encode the data"):
         if training_args.num_train_epochs > 0 and data_args.streaming:
-            seed = None if training_args.train_sampling_strategy == "sequential" else training_args.seed
-            splits["train"] = StreamedSplit(task, "train", processor, data_args, seed)
+            seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+            shuffle_seed = None if training_args.train_sampling_strategy == "sequential" else seed
+            splits["train"] = StreamedSplit(task, "train", processor, data_args, shuffle_seed)
         elif training_args.num_train_epochs > 0:
             splits["train"] = Split(task, "train", processor, data_args, training=True)
-        for name in ("test",) if training_args.eval_strategy == "no" else ("validation", "test"):
-            splits[name] = Split(task, name, processor, data_args, training=False)
+        if training_args.eval_strategy != "no":
+            with_loss = training_args.metric_for_best_model in LOSS
+            splits["validation"] = Split(task, "validation", processor, data_args, training=False, with_loss=with_loss)
+        splits["test"] = Split(task, "test", processor, data_args, training=False)
     return splits
 
 
@@ -243,8 +272,9 @@ class Collator:
         pixel_values   (2, 3, 64, 64)  image_mask     [False, True]
 
     and `index` (2,), the indices of the rows. In training also `labels` (2, 3), -100 on padding and prompt; in
-    evaluation `options` (2, 4, 1), the tokens of the options, -1 where there is none. If a row has several images,
-    `pixel_values` (2, 3, 3, 64, 64) and `image_mask` (2, 3) have as many for all.
+    evaluation `options` (2, 4, 1), the tokens of the options, -1 where there is none, and, for a loss, `answered` with
+    the texts as in training. If a row has several images, `pixel_values` (2, 3, 3, 64, 64) and `image_mask` (2, 3)
+    have as many for all.
 
     Args:
         image_tokens: placeholders of each image, inserted after the first token. Baselines need them, DEHVF does not.
@@ -259,10 +289,24 @@ class Collator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         images = self.processor(images=[row["image"] for row in rows], return_tensors="pt")
         numbers = images["image_mask"].view(len(rows), -1).sum(dim=1).tolist() if images else [0] * len(rows)
+        batch = {**self._pad_texts(rows, numbers), "index": torch.tensor([row["index"] for row in rows])}
+        if "answered" in rows[0]:
+            batch["answered"] = self._pad_texts([row["answered"] for row in rows], numbers)
+        if "labels" not in rows[0]:
+            width = max(1, *(len(row["options"]) for row in rows))
+            depth = max([1, *(len(option) for row in rows for option in row["options"])])
+            options = torch.full((len(rows), width, depth), -1)
+            for index, row in enumerate(rows):
+                for number, option in enumerate(row["options"]):
+                    options[index, number, : len(option)] = torch.tensor(option)
+            batch["options"] = options
+        return {**batch, **images}
+
+    def _pad_texts(self, rows: list[dict], numbers: list[int]) -> dict[str, torch.Tensor]:
+        """The texts, with placeholders for so many images in each."""
         added = [self.image_tokens * number for number in numbers]
         tokens = [[*row["input_ids"][:1], *new, *row["input_ids"][1:]] for row, new in zip(rows, added)]
         batch = dict(self.processor.tokenizer.pad({"input_ids": tokens}, return_tensors="pt"))
-        batch["index"] = torch.tensor([row["index"] for row in rows])
         length = batch["input_ids"].shape[1]
 
         def pad(values: list[list[int]], filler: int) -> torch.Tensor:
@@ -274,12 +318,4 @@ class Collator:
             batch["instruction_mask"] = pad(masks, 0)
         if "labels" in rows[0]:
             batch["labels"] = pad([[-100] * len(new) + row["labels"] for row, new in zip(rows, added)], -100)
-        else:
-            width = max(1, *(len(row["options"]) for row in rows))
-            depth = max([1, *(len(option) for row in rows for option in row["options"])])
-            options = torch.full((len(rows), width, depth), -1)
-            for index, row in enumerate(rows):
-                for number, option in enumerate(row["options"]):
-                    options[index, number, : len(option)] = torch.tensor(option)
-            batch["options"] = options
-        return {**batch, **images}
+        return batch

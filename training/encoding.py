@@ -80,6 +80,16 @@ class ChatTokenizer:
             spans.append((len(before), end))
         return text[:end], spans
 
+    def answer_preface(self) -> str:
+        """
+        What the chat template puts between the generation prompt and an answer, such as an empty `<think>` block, as
+        it is decoded: a model learns to say it before each answer.
+        """
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "0"}]
+        text, before = self.render(messages), self.render(messages[:1], add_generation_prompt=True)
+        preface = text.removeprefix(before).partition("0")[0] if text.startswith(before) else ""
+        return self.tokenizer.decode(self.tokenizer(preface, add_special_tokens=False).input_ids, True).strip()
+
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """
         Token ids of a rendered chat, and where each begins and ends in it. The beginning-of-sequence token occurs
@@ -157,7 +167,8 @@ class RowEncoder:
         The text of prompt and answer, its tokens, which of them are answers, and whether the context was shortened for
         it.
         """
-        context, offsets, shortened = self.task.context(row), None, False
+        # Protected, so that it is cut where its own tokens end
+        context, offsets, shortened = self.chat.protect(self.task.context(row)), None, False
         while True:
             # Encoded in one piece, as the model will read it, and split where the prompt ends
             text, spans = self._render(row, context, answer)
@@ -171,8 +182,7 @@ class RowEncoder:
             if excess <= 0:
                 return text, tokens, is_answer, shortened
             if offsets is None:
-                tokenizer = self.processor.tokenizer
-                offsets = tokenizer(context, return_offsets_mapping=True, add_special_tokens=False).offset_mapping
+                offsets = [(begin, end) for begin, end in self.chat.encode(context)[1] if begin < end]
             if not offsets:
                 raise ValueError(
                     f"it has {length} tokens without any context, more than `max_prompt_length="

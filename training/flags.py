@@ -28,17 +28,21 @@ def recipes() -> list[Path]:
 def read_recipe(recipe: Path) -> dict:
     """
     The values of a recipe and of its `base`, a recipe in the same folder. A `null` removes a value of the base, and so
-    does another task for those that belong to a task. A folder of this repository is found from any working directory.
+    does another task for those that belong to a task. A relative path is that of a file or folder beside the recipe,
+    in the working directory or in this repository, the first that is there.
     """
     if not recipe.is_file():
         raise ValueError(f"There is no recipe {recipe}. recipes/ has {', '.join(path.name for path in recipes())}.")
     values = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{recipe} has no `name: value` on each line, but a {type(values).__name__}. Write flags so.")
     base = values.pop("base", None)
     values = values if base is None else keep_values(read_recipe(recipe.parent / base), values.get("task")) | values
     for name in (*PLACES, "chat_template"):
         place = values.get(name)
-        if place is not None and not Path(place).exists() and (ROOT / place).exists():
-            values[name] = str(ROOT / place)
+        if place is not None:
+            places = (recipe.absolute().parent / place, Path(place), ROOT / place)
+            values[name] = str(next(filter(Path.exists, places), place))
     return {name: value for name, value in values.items() if value is not None}
 
 

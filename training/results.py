@@ -17,7 +17,7 @@ from tasks import get_task, print_scores, score_folder
 from training.arguments import BASES, DEHVF_METHODS
 from training.checkpoints import RESULTS_FILE, describe_code, digest, write_json
 from training.data import Split
-from training.encoding import render
+from training.encoding import ChatTokenizer, render
 from training.flags import ROOT
 from training.fusion import describe_fusion
 
@@ -59,11 +59,16 @@ def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, mo
 
 
 def make_records(task, processor, split: Split, output) -> list[dict]:
-    """The lines of `predictions.jsonl`: each row of the split once, with what `AnswerTrainer` predicted for it."""
+    """
+    The lines of `predictions.jsonl`: each row of the split once, with what `AnswerTrainer` predicted for it, less what
+    the chat template puts before each answer.
+    """
     tokens, choices = output.predictions
     tokens = torch.as_tensor(tokens)
     tokens = tokens.masked_fill(tokens == -100, processor.tokenizer.pad_token_id)
     texts = processor.batch_decode(tokens, skip_special_tokens=True)
+    if not task.ANSWER_PREFIX and (preface := ChatTokenizer(processor).answer_preface()):
+        texts = [text.strip().removeprefix(preface) for text in texts]
     ended = torch.isin(tokens, torch.tensor(processor.tokenizer.all_special_ids)).any(dim=1)
     answers = dict(sorted(zip(output.label_ids.tolist(), zip(texts, choices.tolist(), ended.tolist()))))
     if list(answers) != list(range(len(split))):
@@ -93,11 +98,10 @@ def check_metric(task, processor, split: Split, metric: str):
     output = PredictionOutput((zeros[:, None], zeros), np.arange(len(split)), {})
     records = [{**record, "prediction": record["expected"]} for record in make_records(task, processor, split, output)]
     scores = task.score(records, len(split))
-    known = [name for name, value in scores.items() if value is not None and name not in NO_SCORES]
+    known = [name for name, value in scores.items() if value is not None and name not in NO_SCORES] + ["loss"]
     if metric.removeprefix("eval_") not in known:
         raise ValueError(
-            f"`--metric_for_best_model {metric}` is no score of the {split.name} split, whose rows are answered and "
-            f"have no loss. There are: {', '.join(known)}."
+            f"`--metric_for_best_model {metric}` is no score of the {split.name} split. There are: {', '.join(known)}."
         )
 
 

@@ -27,7 +27,8 @@ from training.fusion import FusionRecorder
 class AnswerTrainer(AdapterTrainer):
     """
     A Trainer for adapters on frozen bases. Evaluation generates an answer for each row: predictions are the new tokens
-    and the index of the most likely option (-1 for a row without options), labels are the indices of the rows.
+    and the index of the most likely option (-1 for a row without options), labels are the indices of the rows. It has
+    a loss if the split has the right answers as well, see [`Split`].
 
     Args:
         max_new_tokens: maximum length of an answer.
@@ -102,9 +103,10 @@ class AnswerTrainer(AdapterTrainer):
 
     # --- evaluation ---
 
+    @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        index, options = inputs.pop("index"), inputs.pop("options")
+        index, options, answered = inputs.pop("index"), inputs.pop("options"), inputs.pop("answered", None)
         generated = self.accelerator.unwrap_model(model).generate(
             **inputs,
             max_new_tokens=self.max_new_tokens,
@@ -113,9 +115,16 @@ class AnswerTrainer(AdapterTrainer):
             return_dict_in_generate=True,
             output_logits=True,
         )
+        if self.accelerator.reduce(generated.logits[0].isnan().any().int()):
+            raise FloatingPointError(
+                "The model computes NaN, so it has no answers: the adapters have diverged, or the base models "
+                "overflow in their dtype. Train with a smaller `--learning_rate`, or give another `--dtype`: "
+                "`bfloat16` or `float32`."
+            )
         likelihoods = self.option_likelihoods(model, inputs, options, generated.logits[0])
         choice = likelihoods.argmax(dim=1).masked_fill(options[:, 0, 0] < 0, -1)
-        return None, (generated.sequences[:, inputs["input_ids"].shape[1] :], choice), index
+        loss = None if answered is None else model(**{**inputs, **answered}).loss
+        return loss, (generated.sequences[:, inputs["input_ids"].shape[1] :], choice), index
 
     def option_likelihoods(self, model, inputs: dict, options: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """
