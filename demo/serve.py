@@ -189,11 +189,11 @@ class Answer:
         self._tokens = []  # where the text of each token begins, and the token
         self._num_sent = self._num_tokens_sent = 0
 
-    def add(self, token: int, likelihoods: torch.Tensor | None):
-        """Adds a token, given the logarithms of the likelihoods of all tokens where the request asks for them."""
+    def add(self, token: int, logprobs: torch.Tensor | None):
+        """Adds a token. `logprobs` are those of all tokens in its place, if the request asks for them."""
         job, replacement = self.job, "\N{REPLACEMENT CHARACTER}"  # of a character that is not complete
-        if likelihoods is not None:
-            self._tokens.append((len(self.text.rstrip(replacement)), job.describe(token, likelihoods)))
+        if logprobs is not None:
+            self._tokens.append((len(self.text.rstrip(replacement)), job.describe(token, logprobs)))
         self.ids.append(token)
         self.text = job.tokenizer.decode(self.ids, skip_special_tokens=True)
         found = [place for stop in job.request.stop if (place := self.text.find(stop)) >= 0]
@@ -260,12 +260,12 @@ class Job:
     def is_done(self) -> bool:
         return all(answer.finish_reason is not None for answer in self.answers)
 
-    def describe(self, token: int, likelihoods: torch.Tensor) -> Token:
+    def describe(self, token: int, logprobs: torch.Tensor) -> Token:
         """A token as clients read it, with the most likely ones in its place."""
-        best = likelihoods.topk(self.request.top_logprobs or 0)
+        best = logprobs.topk(self.request.top_logprobs or 0)
         decode = self.tokenizer.decode
         alternatives = [(decode(other), value) for value, other in zip(best.values.tolist(), best.indices.tolist())]
-        return Token(decode(token), likelihoods[token].item(), alternatives)
+        return Token(decode(token), logprobs[token].item(), alternatives)
 
     def put(self, piece: Piece | Exception | None):
         """A piece of an answer; the error of the model; or `None`, after the last piece of the last answer."""
@@ -282,23 +282,22 @@ class Job:
 class Batch:
     """
     The answers that one call of `generate` gives, a row for each. `grow` is a stopping criterion, by which the rows
-    end one by one, and `keep_likelihoods` a logits processor.
+    end one by one, and `keep_logprobs` a logits processor.
     """
 
     def __init__(self, jobs: list[Job]):
         self.jobs, self.answers = jobs, [answer for job in jobs for answer in job.answers]
-        self.likelihoods = [None] * len(self.answers)
+        self.logprobs = [None] * len(self.answers)
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """The inputs of the jobs as those of one call, padded on the left."""
         rows, tokenizer = [answer.job.inputs for answer in self.answers], self.jobs[0].tokenizer
         length = max(job.num_prompt_tokens for job in self.jobs)
-        inputs, padding = {}, {"input_ids": tokenizer.pad_token_id}
+        inputs = {}
         for name in tokenizer.model_input_names:
             if name in rows[0]:
-                padded = [
-                    F.pad(row[name], (length - row[name].shape[1], 0), value=padding.get(name, 0)) for row in rows
-                ]
+                value = tokenizer.pad_token_id if name == "input_ids" else 0
+                padded = [F.pad(row[name], (length - row[name].shape[1], 0), value=value) for row in rows]
                 inputs[name] = torch.cat(padded)
         images = [row.get("pixel_values") for row in rows]
         has_image = [image is not None for image in images]
@@ -312,19 +311,19 @@ class Batch:
     def max_new_tokens(self) -> int:
         return max(job.max_new_tokens for job in self.jobs)
 
-    def keep_likelihoods(self, input_ids, scores: torch.Tensor) -> torch.Tensor:
+    def keep_logprobs(self, input_ids, scores: torch.Tensor) -> torch.Tensor:
         """What the model gives each token, before temperature and `top_p`."""
         for row, answer in enumerate(self.answers):
             if answer.job.request.logprobs and answer.finish_reason is None:
-                self.likelihoods[row] = scores[row].float().log_softmax(-1)
+                self.logprobs[row] = scores[row].float().log_softmax(-1)
         return scores
 
     def grow(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
         """Hands each answer its new token. Returns which rows are done, also because their clients left."""
-        for answer, token, likelihoods in zip(self.answers, input_ids[:, -1].tolist(), self.likelihoods):
+        for answer, token, logprobs in zip(self.answers, input_ids[:, -1].tolist(), self.logprobs):
             job = answer.job
             if answer.finish_reason is None and not job.is_cancelled:
-                answer.add(token, likelihoods)
+                answer.add(token, logprobs)
                 if job.is_done:
                     job.put(None)
         is_done = [answer.finish_reason is not None or answer.job.is_cancelled for answer in self.answers]
@@ -417,7 +416,7 @@ class Engine:
         if not jobs:  # their turn came with others
             return
         batch, seed = Batch(jobs), jobs[0].seed
-        has_likelihoods = any(job.request.logprobs for job in jobs)
+        asks_logprobs = any(job.request.logprobs for job in jobs)
         try:
             # The seed of one request does not make those that follow repeat themselves
             with torch.random.fork_rng(enabled=seed is not None):
@@ -428,7 +427,7 @@ class Engine:
                     max_new_tokens=batch.max_new_tokens,
                     num_beams=1,  # beams have no first piece before the end
                     stopping_criteria=[batch.grow],
-                    logits_processor=[batch.keep_likelihoods] if has_likelihoods else [],
+                    logits_processor=[batch.keep_logprobs] if asks_logprobs else [],
                     **jobs[0].options,
                 )
         except Exception as error:
