@@ -6,11 +6,15 @@ the visual memory is mixed from. Needs `pip install -r requirements-app.txt`.
     python demo/app.py
     python demo/app.py --adapter org/dehvf-llama7b --revision <40 hex digits>
 
+By default it takes an adapter in examples/ whose base models are on this machine, or else that of the default training
+run. Images and questions to choose from are those of the task after which the adapter's folder is named, or digits.
+
 Loading an adapter runs the code in its repository: read it and pass the commit that you read. A Gradio Space takes
 both values from the variables DEHVF_ADAPTER and DEHVF_REVISION of its settings.
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -22,6 +26,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
+from transformers.utils import CONFIG_NAME, cached_file
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,12 +43,31 @@ from demo.pictures import (  # noqa: E402
     slot_activations,
 )
 from demo.serve import remember_images  # noqa: E402
-from tasks import digits  # noqa: E402
+from tasks import NAMES, get_task  # noqa: E402
 from training.data import read_image  # noqa: E402
 
 
 MAX_NEW_TOKENS = 64
 NUM_EXAMPLES = 6
+NUM_ROWS_READ = 60  # of a task, to find examples in
+ADAPTERS = Path(__file__).resolve().parents[1] / "examples"
+
+
+def find_adapter() -> str:
+    """The first adapter in `ADAPTERS` whose base models are here, or else the folder of the default training run."""
+    for file in sorted(ADAPTERS.glob(f"*/{CONFIG_NAME}")):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if is_here(config["vision_model_id"]) and is_here(config["text_model_id"]):
+            return str(file.parent)
+    return "outputs/digits"
+
+
+def is_here(base: str) -> bool:
+    """Whether a base model is a folder or in the Hub's cache."""
+    try:
+        return cached_file(base, CONFIG_NAME, local_files_only=True) is not None
+    except OSError:
+        return False
 
 
 def load(adapter: str, revision: str | None):
@@ -171,14 +195,23 @@ def draw_mixture(model, processor, image, message: str):
     return draw_fusion_weights(weights, model, "for this image")
 
 
-def make_examples() -> list[list]:
-    """Images and messages of the digits task's test split, one of each skill."""
-    rows = {row["skill"]: row for row in digits.load("test", max_samples=60) if row["image"] is not None}
-    return [[read_image(row["image"]), digits.prompt(row, row["hint"])] for row in rows.values()][:NUM_EXAMPLES]
+def make_examples(task_name: str) -> list[list]:
+    """Images and messages of a task's test split, one of each skill or else of each answer."""
+    task = get_task(task_name)
+    rows = task.load("test", **({"max_samples": NUM_ROWS_READ} if task_name == "digits" else {}))
+    rows = rows.select(range(min(NUM_ROWS_READ, len(rows))))
+    rows = {row.get("skill", row.get("answer")): row for row in rows if row["image"] is not None}
+    return [[read_image(row["image"]), task.prompt(row, task.context(row))] for row in rows.values()][:NUM_EXAMPLES]
 
 
-def build(model, processor) -> gr.Blocks:
-    """The page."""
+def task_of(adapter: str) -> str:
+    """The task after which the folder of an adapter is named."""
+    name = Path(adapter).name.replace("-", "_")
+    return name if name in NAMES else "digits"
+
+
+def build(model, processor, task_name: str) -> gr.Blocks:
+    """The page, with examples of a task."""
     with gr.Blocks(title="DEHVF") as page:
         gr.Markdown("# DEHVF\nA frozen language model that reads images as visual memory in its FFNs.")
         message = gr.Textbox(label="Question, with its options if any", lines=4, max_length=2000, render=False)
@@ -186,8 +219,8 @@ def build(model, processor) -> gr.Blocks:
             with gr.Column():
                 image = gr.Image(label="Image", type="pil", height=300, elem_id="image")
                 image.preprocess = read_upload  # reads images as training does, and says why one cannot be read
-                hint = "Examples from the test split of the digits task"
-                gr.Examples(make_examples(), [image, message], label=hint, visible_columns=[0])
+                hint = f"Examples from the test split of the {task_name} task"
+                gr.Examples(make_examples(task_name), [image, message], label=hint, visible_columns=[0])
             with gr.Column():
                 message.render()
                 button = gr.Button("Ask", variant="primary")
@@ -213,7 +246,7 @@ def build(model, processor) -> gr.Blocks:
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    adapter, revision = os.environ.get("DEHVF_ADAPTER", "outputs/digits"), os.environ.get("DEHVF_REVISION")
+    adapter, revision = os.environ.get("DEHVF_ADAPTER") or find_adapter(), os.environ.get("DEHVF_REVISION")
     parser.add_argument("--adapter", default=adapter, help="folder or Hub id of trained adapters")
     parser.add_argument("--revision", default=revision, help="commit of the adapters on the Hub")
     options = parser.parse_args(arguments)
@@ -224,7 +257,7 @@ def main(arguments=None):
     # System fonts, so that the page loads without a network
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     css = "#image img {width: 100%; height: 100%; object-fit: contain}"  # enlarges small images
-    return build(model, processor).launch(theme=theme, css=css, show_error=True)
+    return build(model, processor, task_of(options.adapter)).launch(theme=theme, css=css, show_error=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ one that it did not ask for.
 import json
 import reprlib
 import time
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from fastapi.responses import JSONResponse
 from pydantic import (
@@ -24,6 +24,7 @@ from pydantic import (
 
 
 MAX_MESSAGE_LENGTH = 1000
+MAX_CHOICES = 16
 
 
 class RequestError(Exception):
@@ -170,6 +171,16 @@ class ChatRequest(Request):
     max_completion_tokens: int | None = Field(None, ge=1)
     stop: list[Annotated[str, Field(min_length=1)]] = Field([], max_length=4, fail_fast=True)
     stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def needs_logprobs(cls, number, info):
+        if number and not info.data.get("logprobs"):
+            raise ValueError("it needs `logprobs`, true")
+        return number
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -180,12 +191,19 @@ class ChatRequest(Request):
     def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
 
 class ResponsesRequest(Request):
     input: list[Message] = Field(min_length=1, fail_fast=True)
     instructions: Text | None = None
     max_output_tokens: int | None = Field(None, ge=1)
+    # What chats alone may ask for
     stop: ClassVar[list[str]] = []
+    num_choices: ClassVar[int] = 1
+    logprobs: ClassVar[bool] = False
 
     @field_validator("input", mode="before")
     @classmethod
@@ -209,9 +227,6 @@ class ResponsesRequest(Request):
 
 # What this server does not do, and the values that do not ask for it. `None` never does.
 UNSUPPORTED_IN_CHATS = {
-    "n": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
@@ -310,51 +325,89 @@ def find_images(messages: list[Message], max_images: int) -> list[str]:
 # --- answers ---
 
 
+class Token(NamedTuple):
+    """A token of an answer, the logarithm of its likelihood, and those of the most likely tokens in its place."""
+
+    text: str
+    logprob: float
+    alternatives: list[tuple[str, float]]
+
+
+class Piece(NamedTuple):
+    """By what an answer grew. The tokens are there where a request asks for their likelihoods."""
+
+    index: int
+    text: str
+    tokens: list[Token]
+
+
 def event(data: dict | str) -> str:
     """One server-sent event."""
     return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n"
 
 
 class ChatWriter:
-    """An answer as `/v1/chat/completions` gives it."""
+    """The answers of a job as `/v1/chat/completions` gives them."""
 
     def __init__(self, request: ChatRequest, model: str, identifier: str):
+        self.request = request
         self.base = {"id": f"chatcmpl-{identifier}", "created": int(time.time()), "model": model}
         self.has_usage = request.stream_options is not None and request.stream_options.include_usage
 
-    def whole(self, text: str, reason: str, num_prompt_tokens: int, num_tokens: int) -> dict:
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": reason,
-        }
-        usage = self._usage(num_prompt_tokens, num_tokens)
-        return {**self.base, "object": "chat.completion", "choices": [choice], "usage": usage}
+    def whole(self, job) -> dict:
+        choices = [
+            {
+                "index": answer.index,
+                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "logprobs": self._logprobs(answer.tokens()),
+                "finish_reason": answer.finish_reason,
+            }
+            for answer in job.answers
+        ]
+        return {**self.base, "object": "chat.completion", "choices": choices, "usage": self._usage(job)}
 
     def first(self) -> list[str]:
-        return [self._chunk({"role": "assistant", "content": ""})]
+        return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self.request.num_choices)]
 
-    def piece(self, text: str) -> list[str]:
-        return [self._chunk({"content": text})]
+    def piece(self, piece: Piece) -> list[str]:
+        return [self._chunk(piece.index, {"content": piece.text}, self._logprobs(piece.tokens))]
 
-    def last(self, text: str, reason: str, num_prompt_tokens: int, num_tokens: int) -> list[str]:
-        events = [self._chunk({}, reason)]
+    def last(self, job) -> list[str]:
+        events = [self._chunk(answer.index, {}, reason=answer.finish_reason) for answer in job.answers]
         if self.has_usage:
-            usage = self._usage(num_prompt_tokens, num_tokens)
-            events.append(event({**self.base, "object": "chat.completion.chunk", "choices": [], "usage": usage}))
+            chunk = {**self.base, "object": "chat.completion.chunk", "choices": [], "usage": self._usage(job)}
+            events.append(event(chunk))
         return [*events, event("[DONE]")]
 
-    def _chunk(self, delta: dict, reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _chunk(self, index: int, delta: dict, logprobs: dict | None = None, reason: str | None = None) -> str:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return event({**self.base, "object": "chat.completion.chunk", "choices": [choice]})
 
+    def _logprobs(self, tokens: list[Token]) -> dict | None:
+        if not self.request.logprobs:
+            return None
+        content = [
+            {
+                **self._logprob(token.text, token.logprob),
+                "top_logprobs": [self._logprob(*alternative) for alternative in token.alternatives],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
     @staticmethod
-    def _usage(num_prompt_tokens: int, num_tokens: int) -> dict:
+    def _logprob(text: str, logprob: float) -> dict:
+        # A part of a character has no bytes here: what it is decoded to has others
+        known = "\N{REPLACEMENT CHARACTER}" not in text
+        # JSON has no infinity; OpenAI's lowest value stands for a token that cannot come
+        return {"token": text, "bytes": list(text.encode()) if known else None, "logprob": max(logprob, -9999.0)}
+
+    @staticmethod
+    def _usage(job) -> dict:
         return {
-            "prompt_tokens": num_prompt_tokens,
-            "completion_tokens": num_tokens,
-            "total_tokens": num_prompt_tokens + num_tokens,
+            "prompt_tokens": job.num_prompt_tokens,
+            "completion_tokens": job.num_tokens,
+            "total_tokens": job.num_prompt_tokens + job.num_tokens,
         }
 
 
@@ -380,19 +433,20 @@ class ResponsesWriter:
             "parallel_tool_calls": False,
         }
 
-    def whole(self, text: str, reason: str, num_prompt_tokens: int, num_tokens: int) -> dict:
-        is_cut = reason == "length"
+    def whole(self, job) -> dict:
+        (answer,) = job.answers
+        is_cut = answer.finish_reason == "length"
         return {
             **self.base,
             "status": "incomplete" if is_cut else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
-            "output": [self._item(text, "incomplete" if is_cut else "completed")],
+            "output": [self._item(answer.text, "incomplete" if is_cut else "completed")],
             "usage": {
-                "input_tokens": num_prompt_tokens,
+                "input_tokens": job.num_prompt_tokens,
                 "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-                "output_tokens": num_tokens,
+                "output_tokens": job.num_tokens,
                 "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": num_prompt_tokens + num_tokens,
+                "total_tokens": job.num_prompt_tokens + job.num_tokens,
             },
         }
 
@@ -407,11 +461,11 @@ class ResponsesWriter:
             self._event("response.content_part.added", **self._place, part=self._part("")),
         ]
 
-    def piece(self, text: str) -> list[str]:
-        return [self._event("response.output_text.delta", **self._place, delta=text, logprobs=[])]
+    def piece(self, piece: Piece) -> list[str]:
+        return [self._event("response.output_text.delta", **self._place, delta=piece.text, logprobs=[])]
 
-    def last(self, text: str, reason: str, num_prompt_tokens: int, num_tokens: int) -> list[str]:
-        response = self.whole(text, reason, num_prompt_tokens, num_tokens)
+    def last(self, job) -> list[str]:
+        response, text = self.whole(job), job.answers[0].text
         return [
             self._event("response.output_text.done", **self._place, text=text, logprobs=[]),
             self._event("response.content_part.done", **self._place, part=self._part(text)),

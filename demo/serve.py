@@ -33,7 +33,8 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
-from transformers import AutoModelForImageTextToText, StoppingCriteria, StoppingCriteriaList
+from torch.nn import functional as F
+from transformers import AutoModelForImageTextToText
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState
@@ -49,10 +50,12 @@ from demo.openai_api import (  # noqa: E402
     UNSUPPORTED_IN_RESPONSES,
     ChatRequest,
     ChatWriter,
+    Piece,
     Request,
     RequestError,
     ResponsesRequest,
     ResponsesWriter,
+    Token,
     error_body,
     event,
     find_images,
@@ -70,10 +73,14 @@ ENDPOINTS = {
     ("GET", "/v1/models"),
     ("GET", "/health"),
 }
+ONE_MODEL = "/v1/models/"  # followed by the name of a model
 DEFAULT_NEW_TOKENS = 1024  # as in `transformers serve`
 # A token of more characters than this on average is not expected, so that longer texts need not be tokenized
 MAX_CHARACTERS_PER_TOKEN = 32
 MIN_TEMPERATURE = 1e-3  # below it the best token has all the probability, and scores divided by it overflow
+MAX_PADDING = 2  # tokens of a batch for each one that is no padding
+# Settings of a generation config that read the whole prompt, and the values with which they do not
+READERS_OF_PROMPTS = {"repetition_penalty": (None, 1), "no_repeat_ngram_size": (None, 0), "min_length": (None, 0)}
 UPLOAD_SECONDS = 60  # for the body of a request, so that clients that send slowly do not block the others
 
 
@@ -90,27 +97,27 @@ class MemoryCache:
 
     def __init__(self, num_images: int):
         self.num_images = num_images
-        self._outputs = OrderedDict()
+        self._memories = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key):
         """The entry under this key, or `None`."""
         with self._lock:
-            if key in self._outputs:
-                self._outputs.move_to_end(key)
-            return self._outputs.get(key)
+            if key in self._memories:
+                self._memories.move_to_end(key)
+            return self._memories.get(key)
 
-    def put(self, key, output):
+    def put(self, key, memory):
         with self._lock:
-            self._outputs[key] = output
-            if len(self._outputs) > self.num_images:
-                self._outputs.popitem(last=False)
+            self._memories[key] = memory
+            if len(self._memories) > self.num_images:
+                self._memories.popitem(last=False)
 
 
 def remember_images(model, num_images: int = 64):
     """
-    Caches the visual memories of single images, so that another question about an image does not run the encoder.
-    At 7B in bf16 the memory of an image takes 4.2 MB.
+    Caches the visual memories of images, so that another question about an image does not run the encoder. Images of
+    a batch that are not cached are encoded together. At 7B in bf16 the memory of an image takes 4.2 MB.
 
     Args:
         model: `DehvfForConditionalGeneration`. Its adapters must not be trained afterwards.
@@ -122,20 +129,33 @@ def remember_images(model, num_images: int = 64):
     cache, encode = MemoryCache(num_images), model.model._encode
 
     def encode_or_look_up(adapter, pixel_values, image_mask, instruction, **kwargs):
-        is_single = len(pixel_values) == 1 and (image_mask is None or image_mask.all())
-        # A fuser that reads the question makes a memory for this question alone
-        if kwargs or not is_single or adapter.config.reads_instruction or torch.is_grad_enabled():
+        if pixel_values.ndim == 5:  # samples with several images, which come back here one by one
             return encode(adapter, pixel_values, image_mask, instruction, **kwargs)
-        key = adapter, hashlib.sha256(pixel_values.float().cpu().numpy().tobytes()).digest()
-        output = cache.get(key)
-        if output is None:
-            memory = encode(adapter, pixel_values, None, None).pooler_output
-            output = BaseModelOutputWithPooling(pooler_output=memory)
-            cache.put(key, output)
-        return output
+        num_rows, config = len(pixel_values), adapter.config
+        rows = range(num_rows) if image_mask is None else image_mask.nonzero().flatten().tolist()
+        # A fuser that reads the question makes a memory for this question alone
+        is_reusable = config.visual_prompts != "none" and not config.reads_instruction
+        if kwargs or not rows or not is_reusable or torch.is_grad_enabled():
+            return encode(adapter, pixel_values, image_mask, instruction, **kwargs)
+        keys = {row: (adapter, hash_pixels(pixel_values[row])) for row in rows}
+        memories = {key: cache.get(key) for key in keys.values()}
+        new = {key: row for row, key in keys.items() if memories[key] is None}
+        if new:
+            encoded = encode(adapter, pixel_values[list(new.values())], None, None).pooler_output
+            # Copies, since a part of a tensor keeps all of it
+            memories |= {key: memory[None].clone() for key, memory in zip(new, encoded)}
+            for key in new:
+                cache.put(key, memories[key])
+        blank = None if len(rows) == num_rows else torch.zeros_like(memories[keys[rows[0]]])
+        memory = [memories[keys[row]] if row in keys else blank for row in range(num_rows)]
+        return BaseModelOutputWithPooling(pooler_output=memory[0] if num_rows == 1 else torch.cat(memory))
 
     model.model._encode = encode_or_look_up
     return model
+
+
+def hash_pixels(pixels: torch.Tensor) -> bytes:
+    return hashlib.sha256(pixels.float().cpu().numpy().tobytes()).digest()
 
 
 class AutoModelWithCache:
@@ -156,88 +176,191 @@ def register():
 # --- answers ---
 
 
-class Answer(StoppingCriteria):
+class Answer:
     """
-    An answer that grows. `generate`, in its own thread, calls it with the tokens so far and stops when it says so;
-    the event loop iterates over the new pieces of text.
+    An answer that grows in the thread of the model.
 
     Args:
-        tokenizer: what decodes the tokens.
-        num_prompt_tokens: number of tokens before the answer.
-        max_new_tokens: number of tokens after which `generate` stops.
-        stops: texts before which the answer ends.
+        job: what it belongs to.
+        index: its number among the choices of the job.
     """
 
-    def __init__(self, tokenizer, num_prompt_tokens: int, max_new_tokens: int, stops: list[str]):
-        self.tokenizer, self.stops = tokenizer, stops
-        self.num_prompt_tokens, self.max_new_tokens = num_prompt_tokens, max_new_tokens
-        self.num_tokens, self.text = 0, ""
-        self.is_stopped = self.is_cancelled = self.has_ended = False
-        self._num_sent, self._pieces, self._loop = 0, asyncio.Queue(), asyncio.get_running_loop()
+    def __init__(self, job: "Job", index: int):
+        self.job, self.index = job, index
+        self.ids, self.text, self.finish_reason = [], "", None
+        self._tokens = []  # where the text of each token begins, and the token
+        self._num_sent = self._num_tokens_sent = 0
 
-    def __call__(self, input_ids, scores, **kwargs):
-        tokens = input_ids[0, self.num_prompt_tokens :].tolist()
-        self.num_tokens, self.text = len(tokens), self.tokenizer.decode(tokens, skip_special_tokens=True)
-        found = [place for stop in self.stops if (place := self.text.find(stop)) >= 0]
+    def add(self, token: int, logprobs: torch.Tensor | None):
+        """Adds a token. `logprobs` are those of all tokens in its place, if the request asks for them."""
+        job, replacement = self.job, "\N{REPLACEMENT CHARACTER}"  # of a character that is not complete
+        if logprobs is not None:
+            self._tokens.append((len(self.text.rstrip(replacement)), job.describe(token, logprobs)))
+        self.ids.append(token)
+        self.text = job.tokenizer.decode(self.ids, skip_special_tokens=True)
+        found = [place for stop in job.request.stop if (place := self.text.find(stop)) >= 0]
         if found:
-            self.text, self.is_stopped = self.text[: min(found)], True
-        elif not self.text.endswith("\N{REPLACEMENT CHARACTER}"):  # of a character that is not complete
+            self.text = self.text[: min(found)]
+        if found or token in job.end_tokens:
+            self.finish_reason = "stop"
+        elif len(self.ids) >= job.max_new_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
+            self._send(len(self.text))
+        elif not self.text.endswith(replacement):
             self._send(len(self.text) - self._num_held_back())
-        return torch.full(input_ids.shape[:1], self.is_stopped or self.is_cancelled, device=input_ids.device)
+
+    def tokens(self, end: int | None = None) -> list[Token]:
+        """The tokens whose text begins before this place, by default the end of the text."""
+        return [token for start, token in self._tokens if start < (len(self.text) if end is None else end)]
 
     def _num_held_back(self) -> int:
         """The length of the longest end of the text with which a stop may begin."""
-        lengths = (length for stop in self.stops for length in range(len(stop)) if self.text.endswith(stop[:length]))
+        stops = self.job.request.stop
+        lengths = (length for stop in stops for length in range(len(stop)) if self.text.endswith(stop[:length]))
         return max(lengths, default=0)
 
     def _send(self, end: int):
         if end > self._num_sent:
-            self._put(self.text[self._num_sent : end])
-            self._num_sent = end
+            tokens = self.tokens(end)
+            self.job.put(Piece(self.index, self.text[self._num_sent : end], tokens[self._num_tokens_sent :]))
+            self._num_sent, self._num_tokens_sent = end, len(tokens)
 
-    def end(self, has_ended: bool):
-        """Called after `generate`, with whether the last token was one that ends an answer."""
-        self.has_ended = has_ended
-        self._send(len(self.text))
-        self._put(None)
 
-    def fail(self, error: Exception):
-        """Called when `generate` raised."""
-        self._put(error)
+class Job:
+    """
+    A request at work. The event loop iterates over the pieces by which its answers grow.
 
-    def _put(self, piece: str | Exception | None):
+    Args:
+        request: what is asked.
+        inputs: those of the model, for one row.
+        max_new_tokens: number of tokens after which an answer ends.
+        options: arguments of `generate`.
+        seed: of the random numbers, where they are drawn.
+        tokenizer: what decodes the tokens.
+        end_tokens: ids of the tokens that end an answer.
+    """
+
+    def __init__(self, request: Request, inputs, max_new_tokens: int, options: dict, seed, tokenizer, end_tokens):
+        self.request, self.inputs, self.max_new_tokens = request, inputs, max_new_tokens
+        self.options, self.seed = options, seed
+        self.tokenizer, self.end_tokens = tokenizer, end_tokens
+        self.answers = [Answer(self, index) for index in range(request.num_choices)]
+        self.is_cancelled = False
+        self._pieces, self._loop = asyncio.Queue(), asyncio.get_running_loop()
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.inputs["input_ids"].shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all answers."""
+        return sum(len(answer.ids) for answer in self.answers)
+
+    @property
+    def is_done(self) -> bool:
+        return all(answer.finish_reason is not None for answer in self.answers)
+
+    def describe(self, token: int, logprobs: torch.Tensor) -> Token:
+        """A token as clients read it, with the most likely ones in its place."""
+        best = logprobs.topk(self.request.top_logprobs or 0)
+        decode = self.tokenizer.decode
+        alternatives = [(decode(other), value) for value, other in zip(best.values.tolist(), best.indices.tolist())]
+        return Token(decode(token), logprobs[token].item(), alternatives)
+
+    def put(self, piece: Piece | Exception | None):
+        """A piece of an answer; the error of the model; or `None`, after the last piece of the last answer."""
         self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     async def pieces(self):
-        """The pieces of the text. Raises the error of `generate`."""
+        """The pieces of all answers. Raises the error of `generate`."""
         while (piece := await self._pieces.get()) is not None:
             if isinstance(piece, Exception):
                 raise piece
             yield piece
 
+
+def stack_images(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """`pixel_values` and `image_mask` of samples that were processed one by one and may have any number of images."""
+    masks = [row["image_mask"].flatten() if "image_mask" in row else torch.zeros(0, dtype=torch.bool) for row in rows]
+    if not (most := max(map(len, masks))):
+        return {}
+    shape = next(row["pixel_values"].shape[-3:] for row in rows if "pixel_values" in row)
+    pixel_values, image_mask = torch.zeros(len(rows), most, *shape), torch.zeros(len(rows), most, dtype=torch.bool)
+    for index, (row, mask) in enumerate(zip(rows, masks)):
+        if len(mask):
+            pixel_values[index, : len(mask)] = row["pixel_values"].view(-1, *shape)
+            image_mask[index, : len(mask)] = mask
+    if most == 1:
+        return {"pixel_values": pixel_values[:, 0], "image_mask": image_mask[:, 0]}
+    return {"pixel_values": pixel_values, "image_mask": image_mask}
+
+
+class Batch:
+    """
+    The answers that one call of `generate` gives, a row for each. `grow` is a stopping criterion, by which the rows
+    end one by one, and `keep_logprobs` a logits processor.
+    """
+
+    def __init__(self, jobs: list[Job]):
+        self.jobs, self.answers = jobs, [answer for job in jobs for answer in job.answers]
+        self.logprobs = [None] * len(self.answers)
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """The inputs of the jobs as those of one call, padded on the left."""
+        rows, tokenizer = [answer.job.inputs for answer in self.answers], self.jobs[0].tokenizer
+        length = max(job.num_prompt_tokens for job in self.jobs)
+        inputs = {}
+        for name in tokenizer.model_input_names:
+            if name in rows[0]:
+                value = tokenizer.pad_token_id if name == "input_ids" else 0
+                padded = [F.pad(row[name], (length - row[name].shape[1], 0), value=value) for row in rows]
+                inputs[name] = torch.cat(padded)
+        return inputs | stack_images(rows)
+
     @property
-    def finish_reason(self) -> str:
-        is_cut = self.num_tokens >= self.max_new_tokens and not self.is_stopped and not self.has_ended
-        return "length" if is_cut else "stop"
+    def max_new_tokens(self) -> int:
+        return max(job.max_new_tokens for job in self.jobs)
+
+    def keep_logprobs(self, input_ids, scores: torch.Tensor) -> torch.Tensor:
+        """What the model gives each token, before temperature and `top_p`."""
+        for row, answer in enumerate(self.answers):
+            if answer.job.request.logprobs and answer.finish_reason is None:
+                self.logprobs[row] = scores[row].float().log_softmax(-1)
+        return scores
+
+    def grow(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        """Hands each answer its new token. Returns which rows are done, also because their clients left."""
+        for answer, token, logprobs in zip(self.answers, input_ids[:, -1].tolist(), self.logprobs):
+            job = answer.job
+            if answer.finish_reason is None and not job.is_cancelled:
+                answer.add(token, logprobs)
+                if job.is_done:
+                    job.put(None)
+        is_done = [answer.finish_reason is not None or answer.job.is_cancelled for answer in self.answers]
+        return torch.tensor(is_done, device=input_ids.device)
 
 
 class Engine:
     """
-    Answers requests with one model, one after another in a thread of its own.
+    Answers requests with one model, in a thread of its own: the one that has waited longest, and in the same call of
+    `generate` those that wait behind it, need the same options and would not be mostly padding.
 
     Args:
         model: `DehvfForConditionalGeneration`.
         processor: `DehvfProcessor`.
         reader: what reads the images of clients.
         max_context_tokens: number of tokens of a chat and its answer. A model for fewer lowers it.
+        max_batch_size: number of answers of a call. A request for more choices has one of its own.
     """
 
-    def __init__(self, model, processor, reader: ImageReader, max_context_tokens: int):
-        self.model, self.processor, self.reader = model, processor, reader
+    def __init__(self, model, processor, reader: ImageReader, max_context_tokens: int, max_batch_size: int):
+        self.model, self.processor, self.reader, self.max_batch_size = model, processor, reader, max_batch_size
         num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_context_tokens = min(max_context_tokens, num_positions or max_context_tokens)
         self._tokenizing = threading.Lock()  # a tokenizer sets its padding for each call
-        self._thread = ThreadPoolExecutor(1)
+        self._thread, self._waiting, self._queueing = ThreadPoolExecutor(1), [], threading.Lock()
 
     async def prepare(self, request: Request):
         """
@@ -277,43 +400,73 @@ class Engine:
                 code="invalid_messages",
             ) from error
 
-    def start(self, request: Request, inputs, max_new_tokens: int) -> Answer:
-        """An answer that the model gives after those that were started before."""
-        tokenizer = self.processor.tokenizer
-        answer = Answer(tokenizer, inputs["input_ids"].shape[1], max_new_tokens, request.stop)
-        self._thread.submit(self._generate, answer, inputs, request.seed, self._sampling(request))
-        return answer
+    def start(self, request: Request, inputs, max_new_tokens: int) -> Job:
+        """A job that the model begins after those that were started before, or together with them."""
+        options, config = self._sampling(request), self.model.generation_config
+        seed = request.seed if options.get("do_sample", config.do_sample) else None
+        end_tokens = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        job = Job(request, inputs, max_new_tokens, options, seed, self.processor.tokenizer, end_tokens)
+        with self._queueing:
+            self._waiting.append(job)
+        self._thread.submit(self._answer_next)
+        return job
 
     def _sampling(self, request: Request) -> dict:
         """The arguments of `generate`: the model's own where a request has neither `temperature` nor `top_p`."""
+        config = self.model.generation_config
         if request.temperature is not None and request.temperature < MIN_TEMPERATURE:
-            return {"do_sample": False}
+            return {"do_sample": False} if config.do_sample else {}
         if request.temperature is None and request.top_p is None:
             return {}
         given = {"temperature": request.temperature, "top_p": request.top_p}
         # OpenAI's API samples from all tokens, `generate` by default from the best 50
-        options = {"do_sample": True, "top_k": self.model.generation_config.top_k or 0}
+        options = {"do_sample": True, "top_k": config.top_k or 0}
         return {**options, **{name: value for name, value in given.items() if value is not None}}
 
-    def _generate(self, answer: Answer, inputs, seed: int | None, options: dict):
+    def _answer_next(self):
+        jobs = self._take()
+        if not jobs:  # their turn came with others
+            return
+        batch, seed = Batch(jobs), jobs[0].seed
+        asks_logprobs = any(job.request.logprobs for job in jobs)
         try:
-            if answer.is_cancelled:  # while it waited
-                return
             # The seed of one request does not make those that follow repeat themselves
             with torch.random.fork_rng(enabled=seed is not None):
                 if seed is not None:
                     torch.manual_seed(seed)
-                tokens = self.model.generate(
-                    **inputs.to(self.model.device),
-                    max_new_tokens=answer.max_new_tokens,
+                self.model.generate(
+                    **{name: tensor.to(self.model.device) for name, tensor in batch.inputs().items()},
+                    max_new_tokens=batch.max_new_tokens,
                     num_beams=1,  # beams have no first piece before the end
-                    stopping_criteria=StoppingCriteriaList([answer]),
-                    **options,
+                    stopping_criteria=[batch.grow],
+                    logits_processor=[batch.keep_logprobs] if asks_logprobs else [],
+                    **jobs[0].options,
                 )
-            end_tokens = self.model.generation_config.eos_token_id
-            answer.end(tokens[0, -1].item() in (end_tokens if isinstance(end_tokens, list) else [end_tokens]))
         except Exception as error:
-            answer.fail(error)
+            for job in jobs:
+                job.put(error)
+
+    def _take(self) -> list[Job]:
+        """Takes the job that has waited longest out of the queue, and those that are answered with it."""
+        with self._queueing:
+            jobs, left = [], []
+            for job in self._waiting:
+                if not job.is_cancelled:  # while it waited
+                    (jobs if not jobs or self._fits(jobs, job) else left).append(job)
+            self._waiting = left
+        return jobs
+
+    def _fits(self, jobs: list[Job], job: Job) -> bool:
+        """Whether a job is answered in the same call of `generate` as others, with the same result as alone."""
+        first, together = jobs[0], [*jobs, job]
+        if job.options != first.options or not job.seed is first.seed is None:
+            return False
+        lengths = [job.num_prompt_tokens for job in together for _ in job.answers]
+        # Some settings of a generation config count the padding before a prompt as a part of it
+        config = self.model.generation_config
+        if any(getattr(config, name, None) not in neutral for name, neutral in READERS_OF_PROMPTS.items()):
+            return len(set(lengths)) == 1 and len(lengths) <= self.max_batch_size
+        return len(lengths) <= self.max_batch_size and len(lengths) * max(lengths) <= MAX_PADDING * sum(lengths)
 
 
 def too_long(found: str, max_context_tokens: int) -> RequestError:
@@ -336,6 +489,15 @@ def server_error(error: Exception) -> dict:
     return error_body(message, "server_error", code="internal_error")
 
 
+def unknown_model(given: str, model: str) -> RequestError:
+    return RequestError(
+        f"The model {shorten(given)} does not exist here. Ask for {model!r}, the only one.",
+        status=404,
+        param="model",
+        code="model_not_found",
+    )
+
+
 class Handler:
     """
     An endpoint that answers chats, in the form in which `transformers serve` calls it.
@@ -355,42 +517,35 @@ class Handler:
     async def handle_request(self, body: dict, request_id: str) -> JSONResponse | StreamingResponse:
         request = parse(self.request_class, self.unsupported, body)
         if request.model not in (None, self.model):
-            raise RequestError(
-                f"The model {shorten(request.model)} does not exist here. Ask for {self.model!r}, the only one.",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
+            raise unknown_model(request.model, self.model)
         inputs, max_new_tokens = await self.engine.prepare(request)
         writer = self.writer_class(request, self.model, uuid.uuid4().hex)
         if request.stream:
             return StreamingResponse(
                 self._stream(writer, request, inputs, max_new_tokens), media_type="text/event-stream"
             )
-        answer = self.engine.start(request, inputs, max_new_tokens)
+        job = self.engine.start(request, inputs, max_new_tokens)
         try:
-            async for _ in answer.pieces():
+            async for _ in job.pieces():
                 pass
         finally:
-            answer.is_cancelled = True  # where the client left
-        return JSONResponse(
-            writer.whole(answer.text, answer.finish_reason, answer.num_prompt_tokens, answer.num_tokens)
-        )
+            job.is_cancelled = True  # where the client left
+        return JSONResponse(writer.whole(job))
 
     async def _stream(self, writer, request: Request, inputs, max_new_tokens: int):
-        answer = self.engine.start(request, inputs, max_new_tokens)
+        job = self.engine.start(request, inputs, max_new_tokens)
         try:
             for line in writer.first():
                 yield line
-            async for piece in answer.pieces():
+            async for piece in job.pieces():
                 for line in writer.piece(piece):
                     yield line
-            for line in writer.last(answer.text, answer.finish_reason, answer.num_prompt_tokens, answer.num_tokens):
+            for line in writer.last(job):
                 yield line
         except Exception as error:
             yield event(server_error(error))  # the status was sent before
         finally:
-            answer.is_cancelled = True  # where the client left
+            job.is_cancelled = True  # where the client left
 
 
 # --- the application ---
@@ -453,7 +608,8 @@ class Guard:
                 status=403,
                 code="origin_not_allowed",
             )
-        if (scope["method"], scope["path"]) not in ENDPOINTS:
+        asks_for_model = scope["method"] == "GET" and scope["path"].startswith(ONE_MODEL)
+        if not asks_for_model and (scope["method"], scope["path"]) not in ENDPOINTS:
             raise RequestError(
                 f"{scope['method']} {shorten(scope['path'])} is not served. There are "
                 f"{', '.join(' '.join(endpoint) for endpoint in sorted(ENDPOINTS))}.",
@@ -551,6 +707,7 @@ def build(
     origins: list[str] = (),
     max_context_tokens: int = 4096,
     max_requests: int = 32,
+    max_batch_size: int = 16,
 ) -> FastAPI:
     """
     The application of `transformers serve` for the model that `manager` was started with.
@@ -562,9 +719,11 @@ def build(
         origins: origins of web pages that may call it.
         max_context_tokens: number of tokens of messages and answer.
         max_requests: number of requests that are answered or wait at the same time.
+        max_batch_size: number of answers that one call of `generate` gives.
     """
     name = manager.force_model
-    engine = Engine(*manager.load_model_and_processor(manager.process_model_name(name)), reader, max_context_tokens)
+    model, processor = manager.load_model_and_processor(manager.process_model_name(name))
+    engine = Engine(model, processor, reader, max_context_tokens, max_batch_size)
     app = build_server(
         manager,
         chat_handler=Handler(engine, name, ChatRequest, UNSUPPORTED_IN_CHATS, ChatWriter),
@@ -575,6 +734,13 @@ def build(
         systemone_handler=None,
         generation_state=GenerationState(),
     )
+
+    @app.get(ONE_MODEL + "{asked:path}")
+    def one_model(asked: str):
+        if asked != name:
+            raise unknown_model(asked, name)
+        return JSONResponse(manager.list_models()[0])
+
     app.add_exception_handler(RequestError, answer_error)
     app.add_exception_handler(RequestValidationError, answer_malformed)
     app.add_exception_handler(HTTPException, answer_malformed)  # for JSON that is nested too deep
@@ -613,6 +779,7 @@ def main(
     max_image_seconds: Annotated[float, typer.Option(min=0, help="Time for fetching an image.")] = 10.0,
     max_context_tokens: Annotated[int, typer.Option(min=2, help="Tokens of messages and answer.")] = 4096,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests that are answered or wait.")] = 32,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Answers that the model gives at a time.")] = 16,
 ):
     """Serves one DEHVF adapter with an OpenAI-compatible API. docs/serving.md says who can reach what."""
     for origin in allow_origin:
@@ -635,7 +802,7 @@ def main(
         force_model=adapter,
     )
     hosts = ["localhost", host, *allow_host]
-    app = build(manager, reader, hosts, allow_origin, max_context_tokens, max_requests)
+    app = build(manager, reader, hosts, allow_origin, max_context_tokens, max_requests, max_batch_size)
     uvicorn.run(app, host=host, port=port)
 
 

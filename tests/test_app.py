@@ -1,5 +1,6 @@
 """The web page: its functions, its API, and the page in a browser."""
 
+import json
 import shutil
 import sys
 from functools import partialmethod
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_tasks import save_easy_vqa
 from tiny import ROOT, DehvfForConditionalGeneration, DehvfProcessor, run
 
 from demo.pictures import fusion_weights, slot_activations
@@ -114,8 +116,30 @@ def test_the_figures_are_those_of_the_image_and_the_token(loaded, image, answere
     assert app.draw_mixture(*loaded, None, MESSAGE) is None
 
 
+def test_an_adapter_of_the_examples_is_the_default_where_its_bases_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(app, "ADAPTERS", tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "vqa").mkdir()  # data, no adapter
+    assert app.find_adapter() == "outputs/digits"
+    for name, vision in (("a", "org/elsewhere"), ("b", str(tmp_path / "nothing")), ("easy-vqa", str(BASES[0]))):
+        (tmp_path / name).mkdir()
+        config = {"vision_model_id": vision, "text_model_id": str(BASES[1])}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    assert app.find_adapter() == str(tmp_path / "easy-vqa")
+    assert [app.task_of(name) for name in ("a/easy-vqa", "outputs/digits", "org/name")] == ["easy_vqa"] + 2 * [
+        "digits"
+    ]
+
+
+def test_examples_of_another_task_have_different_answers(tmp_path, monkeypatch):
+    save_easy_vqa(tmp_path)
+    monkeypatch.setattr("tasks.easy_vqa.download", lambda: tmp_path)
+    questions = [message for _, message in app.make_examples("easy_vqa")]
+    assert questions == ["is there a circle?", "what shape is present?", "what color is it?"]
+
+
 def test_examples_are_questions_about_images():
-    examples = app.make_examples()
+    examples = app.make_examples("digits")
     assert len(examples) == app.NUM_EXAMPLES
     for image, message in examples:
         assert image.size == (64, 64) and message.startswith("Question: ") and "Options: (A)" in message
@@ -178,6 +202,22 @@ def test_what_cannot_be_read_is_an_error_that_the_page_always_shows(tmp_path):
     assert app.read_upload(None) is None
 
 
+def test_two_at_once_get_their_own_answers(url, loaded, image, tmp_path):
+    from gradio_client import Client, handle_file
+
+    image.save(tmp_path / "image.png")
+    messages = [MESSAGE, "Which colour is there?", "Question: What is 2 + 3?", "a b c"]
+    clients = [Client(url, verbose=False, analytics_enabled=False) for _ in range(2)]
+    jobs = [
+        clients[number % 2].submit(handle_file(tmp_path / "image.png"), message, api_name="/ask")
+        for number, message in enumerate(messages)
+    ]
+    model = make_model()
+    answers = [list(app.ask(model, loaded[1], image, message))[-1][0] for message in messages]
+    assert [job.result() for job in jobs] == answers
+    assert len(set(answers)) > 1
+
+
 def test_a_client_sees_the_answer_grow(url, loaded, image, tmp_path):
     from gradio_client import Client, handle_file
 
@@ -208,7 +248,7 @@ def test_the_page_answers_and_draws_in_a_browser_without_the_net(url, tmp_path):
         wait = WebDriverWait(browser, 60, poll_frequency=0.1)
         wait.until(lambda _: browser.find_elements(By.CSS_SELECTOR, "button.gallery-item"))[0].click()
         question, answer = browser.find_elements(By.TAG_NAME, "textarea")
-        wait.until(lambda _: question.get_attribute("value") == app.make_examples()[0][1])
+        wait.until(lambda _: question.get_attribute("value") == app.make_examples("digits")[0][1])
         browser.find_element(By.XPATH, "//button[normalize-space()='Ask']").click()
         # Sources and no elements, which the page may replace before they are looked at
         images = "[...document.querySelectorAll('img[alt*=plot]')].filter(image => image.naturalWidth > 1000)"

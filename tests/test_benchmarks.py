@@ -7,11 +7,23 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from test_tasks import save_easy_vqa
 from tiny import IMAGE_SIZE, NUM_PATCHES, PATCH_SIZE, save_tiny_bases, tiny_processor
 from transformers import AutoModelForCausalLM
 
-from benchmarks import RESULTS, cuda_graphs, memory, operations, paper_tables, pretrained, resolutions, scaling, speed
+from benchmarks import (
+    RESULTS,
+    cuda_graphs,
+    memory,
+    operations,
+    paper_tables,
+    pretrained,
+    resolutions,
+    scaling,
+    serving,
+    speed,
+)
 from dehvf import processing
 from tasks import easy_vqa
 from training.arguments import parse_arguments
@@ -174,7 +186,7 @@ def test_resolutions_are_measured_trained_and_reported(bench, monkeypatch):
     assert (resolutions.RESULTS / "resolutions.png").stat().st_size > 10_000
 
 
-MODULES = [cuda_graphs, memory, operations, paper_tables, pretrained, resolutions, scaling, speed]
+MODULES = [cuda_graphs, memory, operations, paper_tables, pretrained, resolutions, scaling, serving, speed]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
@@ -214,3 +226,39 @@ def test_a_step_under_an_engine_is_limited_by_its_slowest_part():
     seconds = steps["FSDP2"]["seconds"]
     assert seconds["launches"] == 0.2
     assert steps["FSDP2"]["images_per_second"] == pytest.approx(64 * 32 / seconds["network"])
+
+
+@pytest.mark.slow
+def test_the_servers_that_are_compared_answer_under_load(tmp_path):
+    pytest.importorskip("uvicorn", reason="pip install -r requirements-app.txt")
+    vision, text = save_tiny_bases(tmp_path)
+    setting = serving.Setting(str(vision), str(text), IMAGE_SIZE, NUM_PATCHES + 4, (1, 3), (1, 2), (1, 2), 2)
+    with serving.servers((serving.TEXT_ONLY, serving.DEHVF, serving.MERGED), setting, threads=1) as urls:
+        report = {"note": "", "known": serving.measure_known(urls, setting)}
+        report["load"] = serving.measure_load(urls, setting, rounds=2)
+    serving.draw(report, tmp_path / "serving.png")
+    assert [(row["clients"], row["answer_tokens"]) for row in report["load"]] == [(1, 1), (1, 2), (3, 1), (3, 2)]
+    for row in report["load"]:
+        for samples in row["samples"].values():
+            assert [len(sample["whole"]) for sample in samples] == [
+                row["clients"] * (2 if row["clients"] > 1 else 1)
+            ] * 2
+            assert all(first <= whole for sample in samples for first, whole in zip(sample["first"], sample["whole"]))
+    for row in report["known"]:
+        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in row["samples"].values())
+    lines = [line for line in serving.markdown(report).splitlines() if line.startswith("| 3 ")]
+    assert ["met" in line for line in lines] == [True, False, True, False]
+
+
+def test_the_prompt_of_llava_has_a_placeholder_for_each_patch(tmp_path):
+    vision, text = save_tiny_bases(tmp_path)
+    setting = serving.Setting(str(vision), str(text), IMAGE_SIZE)
+    model, processor = serving.build(serving.MERGED, setting)
+    content = [{"type": "text", "text": "ab"}, {"type": "image", "image": Image.new("RGB", (20, 20))}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    placeholders = inputs["input_ids"][0] == model.config.image_token_id
+    assert placeholders.tolist() == [False, *[True] * NUM_PATCHES, *[False] * 3]  # after the first token
+    assert inputs["attention_mask"].shape == inputs["input_ids"].shape
+    assert model.generate(**inputs, max_new_tokens=3).shape[1] == len(placeholders) + 3
