@@ -385,7 +385,11 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
 
     def _encode(self, adapter: Adapter, pixel_values, image_mask, instruction, **kwargs) -> BaseModelOutputWithPooling:
         if pixel_values.ndim == 5:
-            return self._encode_several(adapter, pixel_values, image_mask, instruction, **kwargs)
+            images = flatten_images(adapter.config, pixel_values, image_mask, instruction)
+            outputs = self._encode(adapter, *images, **kwargs)  # of all samples as one batch
+            if outputs.pooler_output is not None:
+                outputs.pooler_output = join_images(outputs.pooler_output, pixel_values.shape[1])
+            return outputs
         check_pixel_values(adapter.config, pixel_values)
         if image_mask is not None:
             check_image_mask(image_mask, pixel_values.shape[:1], "rows of `pixel_values`")
@@ -414,15 +418,6 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _encode_several(self, adapter: Adapter, pixel_values, image_mask, instruction, **kwargs):
-        """`_encode` of samples with several images, which are encoded as one batch."""
-        num_images = pixel_values.shape[1]
-        images = flatten_images(adapter.config, pixel_values, image_mask, instruction)
-        outputs = self._encode(adapter, *images, **kwargs)
-        if outputs.pooler_output is not None:
-            outputs.pooler_output = join_images(outputs.pooler_output, num_images)
-        return outputs
 
     @torch.no_grad()
     def get_fusion_weights(self, pixel_values: torch.Tensor, instruction: torch.Tensor | None = None) -> torch.Tensor:

@@ -123,6 +123,7 @@ def test_each_kind_of_call_is_one_graph():
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")  # that inductor imports
 def test_training_compiled_by_inductor_is_as_without(tmp_path):
     model, compiled = shallow_model(), shallow_model()

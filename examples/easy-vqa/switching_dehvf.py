@@ -1,0 +1,1 @@
+../../switching_dehvf.py

@@ -1,0 +1,96 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+Makes a data set for `--task chat` of the named drawings of Noto Emoji: what kind of thing a drawing shows, and whether
+it shows a thing of some kind. Every fifth drawing is in the test split alone.
+
+    python examples/emoji.py outputs/emoji-data
+    accelerate launch train.py recipes/emoji-smollm2.yaml
+
+The drawings (64 x 64 pixels, Apache-2.0) and their categories come from the npm package `emoji-datasource-google`
+16.0.0 (MIT; 74 MB, kept in the cache folder).
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import tarfile
+import urllib.request
+from pathlib import Path
+
+from PIL import Image
+
+
+URL = "https://registry.npmjs.org/emoji-datasource-google/-/emoji-datasource-google-16.0.0.tgz"
+SHA256 = "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
+CACHE = Path.home() / ".cache" / "dehvf"
+KINDS = {
+    "Smileys & Emotion": "face",
+    "People & Body": "person",
+    "Animals & Nature": "animal",
+    "Food & Drink": "food",
+    "Travel & Places": "place",
+    "Activities": "activity",
+    "Objects": "object",
+    "Symbols": "symbol",
+    "Flags": "flag",
+}
+
+
+def download() -> Path:
+    """
+    The package in the cache folder.
+
+    Raises:
+        OSError: if the registry cannot be reached, or gives another file.
+    """
+    file = CACHE / URL.rpartition("/")[2]
+    if not file.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        urllib.request.urlretrieve(URL, part)
+        part.rename(file)
+    if (digest := hashlib.sha256(file.read_bytes()).hexdigest()) != SHA256:
+        raise OSError(f"{file} has the SHA-256 {digest}, expected {SHA256}. Delete it and try again.")
+    return file
+
+
+def questions(kind: str, rng: random.Random) -> list[tuple[str, str]]:
+    """One that asks for the kind, one with the answer yes, and one with the answer no."""
+    other = rng.choice([name for name in KINDS.values() if name != kind])
+    return [("what kind of thing is this?", kind), (f"is this a {kind}?", "yes"), (f"is this a {other}?", "no")]
+
+
+def make(package: Path, folder: Path):
+    rng = random.Random(0)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = {"train": [], "test": []}
+    with tarfile.open(package) as archive:
+        drawings = json.load(archive.extractfile("package/emoji.json"))
+        drawings = [entry for entry in drawings if entry["has_img_google"] and entry["category"] in KINDS]
+        rng.shuffle(drawings)
+        split_of = {entry["image"]: "train" if index % 5 else "test" for index, entry in enumerate(drawings)}
+        kind_of = {entry["image"]: KINDS[entry["category"]] for entry in drawings}
+        for member in archive:  # in the order of the archive, which is read once
+            name = Path(member.name).name
+            if "/img/google/64/" not in member.name or name not in kind_of:
+                continue
+            Image.open(archive.extractfile(member)).convert("RGBA").save(folder / "images" / name)
+            for question, answer in questions(kind_of[name], rng):
+                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                rows[split_of[name]].append({"image": f"images/{name}", "messages": messages})
+    for split, own in rows.items():
+        rng.shuffle(own)
+        text = "".join(json.dumps(row) + "\n" for row in own)
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        print(f"{folder / split}.jsonl: {len(own):,} questions about {len(own) // 3:,} drawings")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the data set is written")
+    make(download(), parser.parse_args().folder)
+
+
+if __name__ == "__main__":
+    main()
