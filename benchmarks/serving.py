@@ -78,7 +78,7 @@ class ImageTokenProcessor:
 
     def __init__(self, processor: DehvfProcessor, image_tokens: list[int]):
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.image_tokens = torch.tensor([image_tokens])
+        self.image_tokens, self.max_images = torch.tensor([image_tokens]), processor.max_images
 
     def apply_chat_template(self, chat, **kwargs):
         inputs = self.processor.apply_chat_template(chat, **kwargs)

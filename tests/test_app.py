@@ -135,7 +135,7 @@ def test_examples_of_another_task_have_different_answers(tmp_path, monkeypatch):
     save_easy_vqa(tmp_path)
     monkeypatch.setattr("tasks.easy_vqa.download", lambda: tmp_path)
     questions = [message for _, message in app.make_examples("easy_vqa")]
-    assert questions == ["is there a circle?", "what shape is present?", "what color is it?"]
+    assert questions == ["is it a square?", "what shape is present?", "what color is it?", "what shape is present?"]
 
 
 def test_examples_are_questions_about_images():

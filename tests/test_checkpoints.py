@@ -650,12 +650,12 @@ def test_a_disk_that_is_really_full_leaves_the_earlier_checkpoints(six_steps, tm
     flags, _ = six_steps
     disk = tmp_path / "disk"
     disk.mkdir()
-    # Room for one checkpoint of 270 kB and half of the next
+    # Room for one checkpoint of 300 kB and half of the next
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=440k", "tmpfs", disk], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=480k", "tmpfs", disk], capture_output=True, text=True
     )
     if mounted.returncode:
-        pytest.skip(f"a file system of 440 kB cannot be mounted here: {mounted.stderr.strip()}")
+        pytest.skip(f"a file system of 480 kB cannot be mounted here: {mounted.stderr.strip()}")
     try:
         with pytest.raises(OSError, match="checkpoint-4 could not be written.*The last complete .*checkpoint-2"):
             train.main(flags(disk / "output"))

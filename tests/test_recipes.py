@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -38,6 +39,12 @@ def stand_ins(tmp_path_factory):
     save_easy_vqa(folder / "easy_vqa_pairs")
     save_nlvr2(folder / "nlvr2")
     save_vqav2(folder / "vqav2")
+    (folder / "chat").mkdir()
+    shutil.copy(ROOT / "examples" / "vqa" / "images" / "circle.png", folder / "chat")
+    messages = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a circle"}]
+    for split in ("train", "test"):
+        row = json.dumps({"image": "circle.png", "messages": messages})
+        (folder / "chat" / f"{split}.jsonl").write_text(4 * f"{row}\n")
     return vision, text, folder
 
 

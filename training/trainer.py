@@ -188,7 +188,8 @@ class AnswerTrainer(AdapterTrainer):
                 resumable = not args.save_only_model
                 write_manifest(self.checkpoint, {**self.run, "train_seconds": seconds, "resumable": resumable})
         except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            from_writer = any(name in str(error) for name in ("PytorchStreamWriter", "inline_container"))
+            if isinstance(error, RuntimeError) and not from_writer:
                 raise  # not a fault of the disk
             free = shutil.disk_usage(args.output_dir).free
             raise OSError(
