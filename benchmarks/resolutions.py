@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from benchmarks import RESULTS, machine_in_words, memory, operations, pretrained, save_report, speed, spread
 from dehvf import ROOT, DehvfConfig
@@ -66,12 +66,6 @@ def count_operations(row: pretrained.Row) -> dict[str, int]:
     return {name: sum(counted[part] for part in parts) for name, parts in PARTS.items()}
 
 
-def load_bases(device: str) -> tuple:
-    classes = {pretrained.VISION_MODEL: AutoModel, pretrained.TEXT_MODEL: AutoModelForCausalLM}
-    bases = (auto.from_pretrained(place, dtype=torch.float32).to(device) for place, auto in classes.items())
-    return tuple(base.requires_grad_(False) for base in bases)
-
-
 def jobs_of(row: pretrained.Row, bases: tuple, device: str) -> tuple[Callable, Callable, torch.Tensor]:
     """Encoding an image, answering a question about it, and its visual memory."""
     model = pretrained.build(row, 0, *bases).to(device).eval()
@@ -108,7 +102,7 @@ def measure_seconds(bases: tuple, device: str) -> dict[str, dict[str, list[float
 
 def measure_memory(name: str, device: str) -> dict[str, int]:
     """Bytes of an encoded image, and by how many more than before are in use at most in each job."""
-    encode, answer, visual_memory = jobs_of(ROWS[name], load_bases(device), device)
+    encode, answer, visual_memory = jobs_of(ROWS[name], pretrained.load_bases(device), device)
 
     def peak_of(job: Callable) -> int:
         job()  # what is made once stays
@@ -132,7 +126,7 @@ def memory_in_a_fresh_process(name: str) -> dict[str, int]:
 
 def measure(device: str) -> dict:
     load = os.getloadavg()[0]
-    seconds = measure_seconds(load_bases(device), device)
+    seconds = measure_seconds(pretrained.load_bases(device), device)
     return {
         "machine_in_words": machine_in_words(),
         "load": round(load, 1),

@@ -459,7 +459,7 @@ class Engine:
     def _fits(self, jobs: list[Job], job: Job) -> bool:
         """Whether a job is answered in the same call of `generate` as others, with the same result as alone."""
         first, together = jobs[0], [*jobs, job]
-        if job.options != first.options or not job.seed is first.seed is None:
+        if job.options != first.options or job.seed is not None or first.seed is not None:
             return False
         lengths = [job.num_prompt_tokens for job in together for _ in job.answers]
         # Some settings of a generation config count the padding before a prompt as a part of it

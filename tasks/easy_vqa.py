@@ -26,7 +26,7 @@ from zipfile import ZipFile
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from filelock import FileLock
 
-from tasks import _sources, _wheels, require_files, vqa
+from tasks import _sources, _wheels, check_size, require_files, vqa
 
 
 COLUMNS = ("image", "question", "answer")
@@ -68,14 +68,12 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
     file = folder / "data" / ("test" if split == "test" else "train") / "questions.json"
     require_files([file], LAYOUT)
     rows, faults = read(file)
-    if faults:
-        raise ValueError(f"{faults[0]}\nThat is the first of {len(faults)}: `python -m tasks check {file}` names all.")
+    _sources.raise_first(faults, file)
     require_files(sorted({Path(row["image"]) for row in rows}), LAYOUT)
     if split != "test":
         held_out = hold_out({row["image_id"] for row in rows})
         rows = [row for row in rows if (row["image_id"] in held_out) == (split == "validation")]
-    rows = Dataset.from_list(rows, features=FEATURES)
-    return rows.to_iterable_dataset() if streaming else rows
+    return _sources.make_dataset(rows, FEATURES, streaming)
 
 
 def download() -> Path:
@@ -185,8 +183,7 @@ def score(records: list[dict], size: int) -> dict[str, float | None]:
     Accuracy in per cent of each type of question and of all questions (`average`). An answer is right if it is the
     expected word after `tasks.vqa.normalise`.
     """
-    if len(records) != size:
-        raise ValueError(f"There are {len(records)} predictions for a split of {size} rows. Score each row once.")
+    check_size(records, size)
     hits = {kind: [] for kind in ANSWERS}
     for record in records:
         hits[TYPES[record["answer"]]].append(vqa.normalise(record["prediction"]) == record["answer"])

@@ -9,8 +9,8 @@ import random
 
 from datasets import Dataset, Features, Image, IterableDataset, Value
 
-from tasks import easy_vqa, vqa
-from tasks._sources import IMAGE_FEATURES
+from tasks import check_size, easy_vqa, vqa
+from tasks._sources import IMAGE_FEATURES, make_dataset
 
 
 COLUMNS = ("image", "images", "answer")
@@ -42,8 +42,7 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
         for answer in ("yes", "no") * PAIRS_OF_EACH[split]:
             images = [left, numbers.choice(partners[shape, answer])]
             rows.append({"image": left, "images": images, "answer": answer})
-    rows = Dataset.from_list(rows, features=FEATURES)
-    return rows.to_iterable_dataset() if streaming else rows
+    return make_dataset(rows, FEATURES, streaming)
 
 
 def context(row: dict) -> str:
@@ -64,8 +63,7 @@ def options(row: dict) -> None:
 
 def score(records: list[dict], size: int) -> dict[str, float | None]:
     """Accuracy in per cent of the pairs that show the same shape ("yes"), of the others, and of all (`average`)."""
-    if len(records) != size:
-        raise ValueError(f"There are {len(records)} predictions for a split of {size} rows. Score each row once.")
+    check_size(records, size)
     hits = {"yes": [], "no": []}
     for record in records:
         hits[record["answer"]].append(vqa.normalise(record["prediction"]) == record["answer"])

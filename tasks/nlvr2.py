@@ -17,7 +17,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, IterableDataset, Value
 
-from tasks import _sources
+from tasks import _sources, run_metric
 from tasks._formats import read_records
 
 
@@ -71,11 +71,8 @@ def load(
         source = _sources.Source(sys.modules[__name__], path, columns, streaming)
         return source.rows(source.find_split(split))
     rows, faults = read(file)
-    if faults:
-        names_all = f"`python -m tasks check {path}` names all."
-        raise ValueError(f"{faults[0]}\nThat is the first of {len(faults)}: {names_all}")
-    rows = Dataset.from_list(rows, features=FEATURES)
-    return rows.to_iterable_dataset() if streaming else rows
+    _sources.raise_first(faults, path)
+    return _sources.make_dataset(rows, FEATURES, streaming)
 
 
 def find_files(path: Path) -> list[Path]:
@@ -157,9 +154,5 @@ def options(row: dict) -> list[str]:
 
 def score(records: list[dict], size: int) -> dict[str, float]:
     """The official accuracy and consistency, in per cent, and the share of answers that are neither label."""
-    import evaluate
-
-    metric = evaluate.load(str(METRIC), keep_in_memory=True)
     references = [{name: record[name] for name in ("label", "identifier")} for record in records]
-    predictions = [record["prediction"] for record in records]
-    return metric.compute(predictions=predictions, references=references, size=size)
+    return run_metric(METRIC, records, references, size)

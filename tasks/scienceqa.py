@@ -11,7 +11,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 
-from tasks import require_files
+from tasks import require_files, run_metric
 from tasks._formats import choose_split, open_dataset
 
 
@@ -79,8 +79,6 @@ def letter(index: int) -> str:
 
 def score(records: list[dict], size: int) -> dict[str, float | None]:
     """The nine columns of the ScienceQA table, in per cent, and the share of answers that are no letter."""
-    import evaluate
-
     references = [
         {
             "answer": record["answer"],
@@ -92,7 +90,4 @@ def score(records: list[dict], size: int) -> dict[str, float | None]:
         }
         for record in records
     ]
-    # In memory and under a name of its own, since processes that score side by side would share a file
-    metric = evaluate.load(str(METRIC), keep_in_memory=True)
-    predictions = [record["prediction"] for record in records]
-    return metric.compute(predictions=predictions, references=references, size=size)
+    return run_metric(METRIC, records, references, size)

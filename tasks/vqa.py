@@ -20,7 +20,7 @@ from functools import partial
 
 from datasets import Features, List, Value
 
-from tasks import _sources, scienceqa
+from tasks import _sources, check_size, scienceqa
 
 
 COLUMNS = ("image", "question", "answer")
@@ -127,8 +127,7 @@ def score(records: list[dict], size: int) -> dict[str, float | None]:
     """
     from metrics.scienceqa.scienceqa import parse
 
-    if len(records) != size:
-        raise ValueError(f"There are {len(records)} predictions for a split of {size} rows. Score each row once.")
+    check_size(records, size)
     said, hits = [], []
     for record in records:
         choices, text, wanted = record.get("choices"), record["prediction"], record["answer"]

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from tasks import _sources, require_files
+from tasks import _sources, require_files, run_metric
 
 
 COLUMNS = ("image", "question", "answer", "answers")
@@ -64,11 +64,8 @@ def load(
         raise ValueError(f"split is {split!r}, but must be one of {', '.join(PARTS)}.")
     if columns is None and find_files(Path(path)):
         rows, faults = read(Path(path) / questions_name(*PARTS[split]))
-        if faults:
-            names_all = f"`python -m tasks check {path}` names all."
-            raise ValueError(f"{faults[0]}\nThat is the first of {len(faults)}: {names_all}")
-        rows = Dataset.from_list(rows, features=FEATURES)
-        rows = rows.to_iterable_dataset() if streaming else rows
+        _sources.raise_first(faults, path)
+        rows = _sources.make_dataset(rows, FEATURES, streaming)
     else:
         source = _sources.Source(sys.modules[__name__], path, columns, streaming)
         rows = source.rows(source.find_split(split))
@@ -179,9 +176,5 @@ def options(row: dict) -> None:
 
 def score(records: list[dict], size: int) -> dict[str, float | None]:
     """The official accuracy in per cent of each type of answer and of all questions (`average`)."""
-    import evaluate
-
-    metric = evaluate.load(str(METRIC), keep_in_memory=True)
     references = [{name: record[name] for name in ("answers", "answer_type")} for record in records]
-    predictions = [record["prediction"] for record in records]
-    return metric.compute(predictions=predictions, references=references, size=size)
+    return run_metric(METRIC, records, references, size)
