@@ -83,6 +83,16 @@ def check_adapter_tensors(tensors: dict[str, torch.Tensor], expected: dict[str, 
         )
 
 
+def add_image_embeddings(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
+    """Adds the embeddings of images that the adapter was saved without. They start at zero, as in a new adapter."""
+    for name in (f"{PREFIX}memory_slots.image_{part}" for part in ("key", "value")):
+        if name in expected:
+            added = torch.zeros(expected[name].shape, dtype=tensors[f"{PREFIX}memory_slots.key"].dtype)
+            if name in tensors:
+                added[: len(tensors[name])] = tensors[name]
+            tensors[name] = added
+
+
 def count_parameters(model) -> tuple[int, int]:
     """The numbers of trained and of all parameters. ZeRO-3 leaves empty tensors and keeps the number in `ds_numel`."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
@@ -141,7 +151,8 @@ class AdapterMixin:
             pretrained_model_name_or_path: Hub id or folder that `save_pretrained` wrote. `None` takes all weights,
                 also those of the base models, from `state_dict`.
             vision_model, text_model: where to take the base models from instead: another id, or a folder.
-            kwargs: as in [`from_vision_text_pretrained`]; `generation_config`, `output_loading_info`.
+            kwargs: as in [`from_vision_text_pretrained`]; `generation_config`, `output_loading_info`. `max_images` may
+                be larger than in the saved config: further images then start without an embedding of their own.
 
         Raises:
             OSError: if there is no adapter, its file is damaged, or a base model cannot be found.
@@ -163,8 +174,11 @@ class AdapterMixin:
             config, kwargs = DehvfConfig.from_pretrained(location, return_unused_kwargs=True, **{**kwargs, **source})
             kwargs |= hub_arguments(source)
         # Before the base models, which may be many GB, so that a mistake here is reported at once
-        tensors = load_adapter_tensors(location, source)
-        check_adapter_tensors(tensors, cls._empty_adapter(config, location).state_dict(), location)
+        tensors, expected = load_adapter_tensors(location, source), cls._empty_adapter(config, location).state_dict()
+        if config.max_images > 1 and has_file(location, CONFIG_NAME, **source):
+            if config.max_images > DehvfConfig.get_config_dict(location, **source)[0].get("max_images", 1):
+                add_image_embeddings(tensors, expected)
+        check_adapter_tensors(tensors, expected, location)
         places = cls._find_bases(config, location, {"vision": vision_model, "text": text_model}, source)
         if config.merged_base:  # the base models came with the adapter, of which no pickle is read
             kwargs["use_safetensors"] = True

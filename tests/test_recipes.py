@@ -28,11 +28,13 @@ SIZES = {**DEHVF_SIZES, "lora_rank": 2, "lavin_image_tokens": 2, "adaption_promp
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
-    """Bases of 8 layers, which 8 groups need, and data for each task."""
+    """Bases of 8 layers, which 8 groups need, an adapter on them, and data for each task."""
     from datasets import DatasetDict
 
     folder = tmp_path_factory.mktemp("stand_ins")
     vision, text = save_tiny_bases(folder, num_vision_layers=8, num_hidden_layers=8, max_position_embeddings=512)
+    adapter = DehvfForConditionalGeneration.from_vision_text_pretrained(vision, text, **DEHVF_SIZES)
+    adapter.save_pretrained(folder / "adapter")
     DatasetDict(train=make_rows(), validation=make_rows(2), test=make_rows(4)).save_to_disk(str(folder / "scienceqa"))
     save_karpathy(folder / "coco_captions")
     save_easy_vqa(folder / "easy_vqa")
@@ -54,9 +56,9 @@ def test_each_recipe_starts(recipe, stand_ins, tmp_path, capsys):
     own = read_recipe(recipe)
     sizes = {name: value for name, value in SIZES.items() if name != "num_groups" or name not in own}
     sizes |= {"image_size": IMAGE_SIZE} if "image_size" in own else {}
+    new = {"vision_model": vision, "text_model": text, **sizes}
     flags = {
-        "vision_model": vision,
-        "text_model": text,
+        **({"adapter": data / "adapter"} if "adapter" in own else new),
         "data_path": data / own["task"],
         "dtype": "float32",
         "max_steps": 2,
@@ -64,7 +66,6 @@ def test_each_recipe_starts(recipe, stand_ins, tmp_path, capsys):
         "dataloader_num_workers": 0,
         "save_strategy": "no",
         "output_dir": tmp_path / "output",
-        **sizes,
     }
     train.main([str(recipe), *(str(word) for name, value in flags.items() for word in (f"--{name}", value))])
     rate = own.get("learning_rate") or own["base_learning_rate"] * 2 / 256

@@ -7,12 +7,16 @@ import datasets
 import pytest
 import torch
 from PIL import Image, ImageColor
+from safetensors.torch import load_file, save_file
 from test_modeling import ablations, reference_logits, reference_memory
 from test_train import make_split, tiny_flags
 from tiny import (
+    DEHVF_SIZES,
     IMAGE_SIZE,
     NUM_PATCHES,
+    DehvfForConditionalGeneration,
     DehvfProcessor,
+    save_tiny_bases,
     tiny_config,
     tiny_image_processor,
     tiny_inputs,
@@ -142,6 +146,40 @@ def test_each_sample_may_have_an_adapter_that_reads_another_number_of_images(tmp
         torch.testing.assert_close(logits[row], expected[0], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=r"2 images, but this adapter reads at most 1 \(max_images=1\)"):
         model(**inputs, adapter_names=["one"] * 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_saved_adapter_may_be_loaded_for_more_images(number, tmp_path):
+    """Such as one that was trained on single images, to be trained on pairs."""
+    sizes = {**DEHVF_SIZES, "max_images": number}
+    model = DehvfForConditionalGeneration.from_vision_text_pretrained(*save_tiny_bases(tmp_path), **sizes)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    inputs = several_inputs([[1] * number, [0] * number])
+    for load in (DehvfForConditionalGeneration.from_pretrained, AutoModelForImageTextToText.from_pretrained):
+        trust = {} if load.__self__ is DehvfForConditionalGeneration else {"trust_remote_code": True}
+        grown = load(tmp_path / "adapter", max_images=number + 2, **trust)
+        assert grown.config.max_images == number + 2
+        assert torch.equal(grown(**inputs).logits, model(**inputs).logits)
+        embeddings = grown.model.memory_slots.image_key
+        assert len(embeddings) == number + 1 and embeddings[:-2].any() == (number > 1) and not embeddings[-2:].any()
+    grown.save_pretrained(tmp_path / "grown")
+    again = DehvfForConditionalGeneration.from_pretrained(tmp_path / "grown")
+    more = several_inputs([[1] * (number + 2), [1, 0, 0, 0][: number + 2]])
+    assert torch.equal(again(**more).logits, grown(**more).logits)
+    tensors = load_file(tmp_path / "grown" / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if "image_key" not in name},
+        tmp_path / "grown" / "model.safetensors",
+    )
+    with pytest.raises(ValueError, match="missing: model.memory_slots.image_key"):
+        DehvfForConditionalGeneration.from_pretrained(tmp_path / "grown")
+    if number > 1:
+        with pytest.raises(ValueError, match="wrong shape|unexpected"):
+            DehvfForConditionalGeneration.from_pretrained(tmp_path / "adapter", max_images=1)
 
 
 @ablations
@@ -416,6 +454,17 @@ def test_a_run_trains_and_evaluates_on_several_images(method, pairs, monkeypatch
         processor = DehvfProcessor.from_pretrained(pairs / "output")
         assert (processor.max_images, processor.image_tiles, model.config.max_encoded_images) == (2, "1x2", 6)
         assert model.model.memory_slots.image_value[2].any(), "the embedding of the second image has learned"
+        more = {"task": "vqa", "max_images": 3, "max_steps": 1, "adapter": pairs / "output"}
+        train.main(tiny_flags(pairs, pairs, pairs / "more", **more))
+        processor = DehvfProcessor.from_pretrained(pairs / "more")
+        model = DehvfForConditionalGeneration.from_pretrained(pairs / "more")
+        assert (processor.max_images, model.config.max_images, len(model.model.memory_slots.image_key)) == (3, 3, 8)
+        with pytest.raises(ValueError, match="`--max_images 2` was given, but the adapter .* reads 3 images"):
+            train.main(
+                tiny_flags(pairs, pairs, pairs / "less", **{**more, "max_images": 2, "adapter": pairs / "more"})
+            )
+        with pytest.raises(ValueError, match="`--max_images` was given with `--adapter"):
+            train.main(tiny_flags(pairs, pairs, pairs / "less", **{**more, "max_images": 1}))
 
 
 def test_a_baseline_that_reads_one_image_refuses_several():

@@ -102,6 +102,21 @@ def test_the_paths_of_a_recipe_are_found_beside_it_first(tmp_path, monkeypatch):
         parse_arguments([str(tmp_path / "list.yaml")])
 
 
+def test_saved_adapters_name_their_bases_unless_others_are_named_with_them(tmp_path):
+    adapter, recipe = ["--adapter", "org/adapter"], tmp_path / "recipe.yaml"
+    for values, flags, expected in (
+        ({}, adapter, (None, None)),
+        ({}, [*adapter, "--text_model", "org/text"], (None, "org/text")),
+        ({"text_model": "org/new"}, adapter, (None, None)),
+        ({"adapter": "org/adapter"}, [], (None, None)),
+        ({"adapter": "org/adapter", "text_model": "org/text"}, [], (None, "org/text")),
+        ({"adapter": "org/other", "text_model": "org/text"}, adapter, (None, None)),
+    ):
+        recipe.write_text(json.dumps({"task": "vqa", **values}))
+        model = parse_arguments([str(recipe), *flags])[2]
+        assert (model.adapter, model.vision_model, model.text_model) == ("org/adapter", *expected)
+
+
 def test_a_recipe_changes_its_base_and_a_rate_overrides_the_rate_per_256(tmp_path):
     (tmp_path / "base.yaml").write_text("num_groups: 2\nseed: 5\nbase_learning_rate: 2e-2\noutput_dir: x\n")
     (tmp_path / "row.yaml").write_text("base: base.yaml\nnum_groups: 8\n")
@@ -341,7 +356,7 @@ def test_rows_without_an_image_can_be_left_out_of_training(scienceqa):
     assert len(make_split(scienceqa[0], "test", training=False, only_images=True)) == 4
 
 
-@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("streaming", [pytest.param(True, marks=pytest.mark.extended), False])
 def test_workers_need_not_be_forked(scienceqa, monkeypatch, streaming):
     """As on macOS, and on Linux from Python 3.14 on."""
     spawn = multiprocessing.get_context("spawn")

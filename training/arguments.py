@@ -259,9 +259,11 @@ def parse_arguments(arguments: list[str]):
     given = arguments if not arguments or arguments[0].startswith("-") else arguments[1:]
     parsed = parser.parse_args_into_dataclasses([*words, *given], look_for_args_file=False)
     _, model_args, adapter_args, _, _ = parsed
-    if "adapter" in flags:  # the config of the adapters names their bases, the recipe's are for new adapters
+    if model_args.adapter is not None:
+        # The config of the adapters names their bases. A recipe's are for new adapters, or for those that it names
+        named = flags if "adapter" in flags else {**values, **flags}
         for name in ("vision_model", "text_model"):
-            if name not in flags:
+            if name not in named:
                 setattr(model_args, name, None)
     set_method(model_args, adapter_args, flags)
     return recipe, *parsed
@@ -386,7 +388,10 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
             "another method, dehvf or llava-lora."
         )
     if model_args.adapter is not None:
-        own = ["method"] if method != "dehvf" else sorted(given & {*vars(adapter_args), "chat_template", "image_fit"})
+        values = {*vars(adapter_args), "chat_template", "image_fit"}
+        if adapter_args.max_images > 1:  # the one value that may grow
+            values -= {"max_images"}
+        own = ["method"] if method != "dehvf" else sorted(given & values)
         if own:
             raise ValueError(
                 f"`--{own[0]}` was given with `--adapter {model_args.adapter}`, which defines it itself. Remove one."

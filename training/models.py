@@ -18,7 +18,7 @@ def load_processor(model_args, adapter_args):
 
     Raises:
         OSError: if there is no tokenizer or image processor.
-        ValueError: if the tokenizer does not fit the language model.
+        ValueError: if the tokenizer does not fit the language model, or saved adapters read more images of a sample.
     """
     bases = (model_args.vision_model, model_args.text_model)
     chat_template = read_chat_template(model_args.chat_template)
@@ -26,6 +26,12 @@ def load_processor(model_args, adapter_args):
         if model_args.adapter is not None:
             source = {"revision": model_args.adapter_revision}
             processor = DehvfProcessor.from_pretrained(model_args.adapter, **source)
+            if 1 < adapter_args.max_images < processor.max_images:
+                raise ValueError(
+                    f"`--max_images {adapter_args.max_images}` was given, but the adapter {model_args.adapter} reads "
+                    f"{processor.max_images} images of a sample. Give a larger number, or leave it out."
+                )
+            processor.max_images = max(processor.max_images, adapter_args.max_images)
             config = DehvfConfig.from_pretrained(model_args.adapter, **source).text_config
         else:
             options = {"chat_template": chat_template, "image_fit": model_args.image_fit}
@@ -86,7 +92,10 @@ def base_revisions(model_args) -> dict[str, str | None]:
 
 
 def load_model(model_args, adapter_args, baseline_args):
-    """New adapters or a new baseline on the bases; or saved adapters, whose config then names the bases."""
+    """
+    New adapters or a new baseline on the bases; or saved adapters, whose config then names the bases, and which may
+    get embeddings of more images.
+    """
     bases = (model_args.vision_model, model_args.text_model)
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     if model_args.load_in_4bit or model_args.load_in_8bit:
@@ -104,6 +113,8 @@ def load_model(model_args, adapter_args, baseline_args):
         ids = {f"{base}_model_id": getattr(model_args, f"{base}_model_id") for base in BASES}
         options |= base_revisions(model_args) | ids | dataclasses.asdict(adapter_args)
         return DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **options)
+    if adapter_args.max_images > 1:
+        options["max_images"] = adapter_args.max_images
     model = DehvfForConditionalGeneration.from_pretrained(
         model_args.adapter,
         revision=model_args.adapter_revision,

@@ -1,0 +1,184 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+Seconds before anything is computed: imports, loading an adapter, and a training run up to its first step, also with
+COCO's 566,000 captions.
+
+    python -m benchmarks.start                  # minutes on 2 cores
+    python -m benchmarks.start --captions 0     # without COCO's layout, which takes most of them
+
+Each measurement is a fresh process; imports and loading take turns in rounds, of which medians are given. The imports
+of transformers that a model file needs are measured beside those of the shipped files. The captions are made up, five
+for each of links to one picture, in a temporary folder; a run on them is measured with an empty cache of encoded rows
+and again with a filled one, with 1 and 2 processes, and memory is the largest resident set of each process, of which
+`datasets` maps the encoded rows from the disk. The results go to `benchmarks/results`: `start.json` and `.md`.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from PIL import Image
+
+from benchmarks import RESULTS, machine_in_words, save_report
+from dehvf import DehvfForConditionalGeneration
+
+
+ROOT = Path(__file__).parents[1]
+BASES = ROOT / "assets" / "vision_model", ROOT / "assets" / "language_model"
+IMPORTS = "from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel, ProcessorMixin"
+OWN, SHIPPED = "importing what a model of transformers imports", "importing the shipped files as well"
+LOADING, HELP = "from_pretrained of an adapter with its bases", "accelerate launch train.py --help"
+STARTING = "accelerate launch train.py, to its first step"
+TARGETS = {LOADING: 3, HELP: 4, STARTING: 12}  # seconds on 2 cores
+ADDED = 1  # by the shipped files to transformers' own imports
+PROCESSES = (1, 2)
+CAPTIONS_PER_IMAGE = 5
+
+
+def seconds_of(command: list[str], **options) -> float:
+    start = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
+    return time.perf_counter() - start
+
+
+def seconds_of_loading(folder: Path) -> float:
+    """Of `from_pretrained` alone, after the imports."""
+    lines = (
+        f"{IMPORTS}, AutoModel",
+        "import time, dehvf",
+        "start = time.perf_counter()",
+        f"AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)",
+        "print(time.perf_counter() - start)",
+    )
+    command = [sys.executable, "-c", "\n".join(lines)]
+    process = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return float(process.stdout.split()[-1])
+
+
+def resident(pid: int) -> dict[str, int]:
+    """Bytes of memory that a process has: at most so far, and now without what it maps from files."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    kilobytes = {name: int(number) for name, number in re.findall(r"^(VmHWM|RssAnon):\s+(\d+) kB", status, re.M)}
+    return {"peak": kilobytes["VmHWM"] * 1024, "anonymous": kilobytes["RssAnon"] * 1024}
+
+
+def measure_run(launch: list[str], *flags: str, cache: Path) -> dict:
+    """Seconds from the command to the first step that is logged, and the memory of each training process then."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*launch, "train.py", *flags, "--logging_steps", "1", "--output_dir", folder]
+        environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
+        start = time.perf_counter()
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            has_started = any("'loss'" in line for line in iter(process.stdout.readline, ""))
+            seconds = time.perf_counter() - start
+            children = psutil.Process(process.pid).children(recursive=True) if has_started else []
+            trainers = [child.pid for child in children if child.cmdline()[1:2] == ["train.py"]]
+            memory = [resident(pid) for pid in trainers]
+            for child in children:
+                child.kill()
+            process.kill()
+    if not has_started:
+        raise RuntimeError(f"`{' '.join(command)}` ended before its first step. Run it alone to see why.")
+    return {"seconds": seconds, "memory": memory}
+
+
+def write_captions(folder: Path, size: int):
+    """A data set of so many captions to train on in COCO's layout, and ten images to test on."""
+    picture = folder / "picture.jpg"
+    Image.new("RGB", (64, 64), "red").save(picture)
+    images = []
+    for number in range(-(-size // CAPTIONS_PER_IMAGE) + 10):
+        part = "test" if number < 10 else "train"
+        place = folder / f"{part}2014"
+        place.mkdir(exist_ok=True)
+        (place / f"{number}.jpg").hardlink_to(picture)
+        sentences = [{"raw": f"picture {number} of a red square, said in way {way}"} for way in range(5)]
+        names = {"filepath": place.name, "filename": f"{number}.jpg", "cocoid": number, "split": part}
+        images.append({**names, "sentences": sentences})
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": images}), encoding="utf-8")
+
+
+def measure(rounds: int, size: int) -> dict:
+    folder = Path(tempfile.mkdtemp())
+    try:
+        model = DehvfForConditionalGeneration.from_vision_text_pretrained(*BASES, num_memory_slots=32)
+        model.save_pretrained(folder / "adapter", merge_base=True)
+        launch, cache = ["accelerate", "launch"], folder / "cache"
+        first = measure_run(launch, cache=cache)["seconds"]
+        seconds = {name: [] for name in (OWN, SHIPPED, LOADING, HELP, STARTING)}
+        for _ in range(rounds):
+            seconds[OWN].append(seconds_of([sys.executable, "-c", IMPORTS]))
+            seconds[SHIPPED].append(seconds_of([sys.executable, "-c", f"{IMPORTS}; import dehvf"]))
+            seconds[LOADING].append(seconds_of_loading(folder / "adapter"))
+            seconds[HELP].append(seconds_of([*launch, "train.py", "--help"]))
+            seconds[STARTING].append(measure_run(launch, cache=cache)["seconds"])
+        report = {"rounds": rounds, "seconds": seconds, "first_run": first, "captions": size, "runs": {}}
+        if size:
+            write_captions(folder, size)
+            flags = ("--task", "coco_captions", "--data_path", str(folder), "--use_cpu", "true")
+            for processes in PROCESSES:
+                launch = ["torchrun", "--nproc_per_node", str(processes)]
+                cache = folder / f"cache-{processes}"
+                report["runs"][processes] = [measure_run(launch, *flags, cache=cache) for _ in range(2)]
+        return report
+    finally:
+        shutil.rmtree(folder)
+
+
+def markdown(report: dict) -> str:
+    medians = {name: statistics.median(values) for name, values in report["seconds"].items()}
+    lines = [
+        "<!-- Written by `python -m benchmarks.start`. Do not edit. -->\n",
+        f"Medians of {report['rounds']} rounds, in seconds, each in a fresh process. {machine_in_words()}.\n",
+        "| | seconds | least to greatest | target |",
+        "|---|---|---|---|",
+    ]
+    for name, values in report["seconds"].items():
+        target = (
+            f"≤ {TARGETS[name]}: {'met' if medians[name] <= TARGETS[name] else 'not met'}" if name in TARGETS else ""
+        )
+        lines.append(f"| {name} | {medians[name]:.1f} | {min(values):.1f} to {max(values):.1f} | {target} |")
+    added = medians[SHIPPED] - medians[OWN]
+    lines.append(f"| the shipped files alone | {added:.1f} | | ≤ {ADDED}: {'met' if added <= ADDED else 'not met'} |")
+    lines.append(
+        "\nThe first run on a machine, which makes and encodes the rows of the default run, takes "
+        f"{report['first_run']:.0f} seconds to its first step."
+    )
+    if report["captions"]:
+        lines += [
+            f"\n{report['captions']:,} captions in COCO's layout, tiny bases; MB of each process when the first step "
+            "is logged, resident at most and without what is mapped from files:\n",
+            "| processes | cache of encoded rows | seconds to the first step | at most | without files |",
+            "|---|---|---|---|---|",
+        ]
+        for processes, runs in report["runs"].items():
+            for state, run in zip(("empty", "filled"), runs):
+                peak, anonymous = (
+                    ", ".join(f"{memory[kind] / 1e6:,.0f}" for memory in run["memory"])
+                    for kind in ("peak", "anonymous")
+                )
+                lines.append(f"| {processes} | {state} | {run['seconds']:.0f} | {peak} | {anonymous} |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--captions", type=int, default=566_000, help="rows to train on in COCO's layout")
+    arguments = parser.parse_args()
+    save_report(RESULTS, "start", measure(arguments.rounds, arguments.captions), markdown)
+
+
+if __name__ == "__main__":
+    main()
