@@ -47,9 +47,9 @@ def spread(values: list[float], digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}" if values else "–"
 
 
-def save_report(folder: Path, name: str, report: dict, markdown: Callable, draw: Callable):
+def save_report(folder: Path, name: str, report: dict, markdown: Callable, draw: Callable | None = None):
     """
-    Writes `name.json`, `name.md` and `name.png` into `folder`, and prints the table.
+    Writes `name.json`, `name.md` and, with `draw`, `name.png` into `folder`, and prints the table.
 
     Args:
         markdown: makes the text of the report.
@@ -60,5 +60,6 @@ def save_report(folder: Path, name: str, report: dict, markdown: Callable, draw:
     text = markdown(report)
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    draw(report, folder / f"{name}.png")
+    if draw is not None:
+        draw(report, folder / f"{name}.png")
     print(text)

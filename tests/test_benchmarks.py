@@ -23,9 +23,10 @@ from benchmarks import (
     scaling,
     serving,
     speed,
+    start,
 )
 from dehvf import processing
-from tasks import easy_vqa
+from tasks import coco_captions, easy_vqa
 from training.arguments import parse_arguments
 
 
@@ -114,7 +115,16 @@ def bench(tmp_path, monkeypatch):
     return pretrained.Bench({split: pretrained.load_questions(split, processor) for split in ("train", "test")}, "cpu")
 
 
-@pytest.mark.parametrize("name", pretrained.ROWS)
+# One row for each method and one of another fuser; the others are trained with the extended tests
+FIRST_ROWS = {
+    (row.method, row.fuser == "the paper's"): name for name, row in reversed(pretrained.ROWS.items())
+}.values()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in FIRST_ROWS else pytest.mark.extended) for name in pretrained.ROWS],
+)
 def test_rows_on_pretrained_bases_train_and_do_not_read_the_answer(name, bench):
     row = pretrained.ROWS[name]
     run = pretrained.Run(row, 0, bench)
@@ -262,3 +272,30 @@ def test_the_prompt_of_llava_has_a_placeholder_for_each_patch(tmp_path):
     assert placeholders.tolist() == [False, *[True] * NUM_PATCHES, *[False] * 3]  # after the first token
     assert inputs["attention_mask"].shape == inputs["input_ids"].shape
     assert model.generate(**inputs, max_new_tokens=3).shape[1] == len(placeholders) + 3
+
+
+def test_the_captions_that_a_start_is_measured_with_are_those_that_were_asked_for(tmp_path):
+    start.write_captions(tmp_path, 12)
+    assert (
+        len(coco_captions.load("train", str(tmp_path))) == 15 and len(coco_captions.load("test", str(tmp_path))) == 10
+    )
+
+
+def test_a_run_that_ends_before_its_first_step_is_not_measured(tmp_path):
+    with pytest.raises(RuntimeError, match="train.py --no_such_flag 1 .*` ended before its first step"):
+        start.measure_run([sys.executable], "--no_such_flag", "1", cache=tmp_path)
+
+
+def test_the_report_of_the_start_says_which_targets_are_met():
+    names = (start.OWN, start.SHIPPED, start.LOADING, start.HELP, start.STARTING)
+    memory = [{"peak": 2_000_000, "anonymous": 1_000_000}] * 2
+    report = {
+        **{"rounds": 3, "first_run": 99.0, "captions": 10},
+        "seconds": {name: [seconds, 9.0, seconds] for name, seconds in zip(names, (5.0, 7.5, 2.0, 4.1, 11.0))},
+        "runs": {2: [{"seconds": 30.0, "memory": memory}, {"seconds": 20.0, "memory": memory}]},
+    }
+    text = start.markdown(report)
+    assert f"| {start.LOADING} | 2.0 | 2.0 to 9.0 | ≤ 3: met |" in text
+    assert f"| {start.HELP} | 4.1 | 4.1 to 9.0 | ≤ 4: not met |" in text
+    assert "| the shipped files alone | 2.5 | | ≤ 1: not met |" in text
+    assert "| 2 | filled | 20 | 2, 2 | 1, 1 |" in text
