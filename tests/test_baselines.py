@@ -36,7 +36,13 @@ from dehvf import DehvfConfig
 METHODS = ("llava-lora", "lavin", "llama-adapter", "adem-vl", "igva")
 all_methods = pytest.mark.parametrize("method", METHODS)
 all_encoders = pytest.mark.parametrize(
-    ("vision_type", "image_size"), [("clip_vision_model", None), *((name, 24) for name in VISION_BACKBONES)]
+    ("vision_type", "image_size"),
+    [
+        ("clip_vision_model", None),
+        pytest.param("clip_vision_model", 24, marks=pytest.mark.extended),
+        pytest.param("siglip_vision_model", 24, marks=pytest.mark.extended),
+        ("dinov2", 24),
+    ],
 )
 NO_DROPOUT = {"lora_dropout": 0.0, "lavin_adapter_dropout": 0.0, "adem_adapter_dropout": 0.0}
 

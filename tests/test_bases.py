@@ -239,7 +239,12 @@ def assert_tokens_are_patches(tower, layers, prefix: int, pixel_values):
 @torch.no_grad()
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize(
-    ("text_type", "vision_type"), [("gpt2", "data2vec-vision"), ("mpt", "dinov3_vit"), ("granite", "vit")]
+    ("text_type", "vision_type"),
+    [
+        ("gpt2", "data2vec-vision"),
+        pytest.param("mpt", "dinov3_vit", marks=pytest.mark.extended),
+        pytest.param("granite", "vit", marks=pytest.mark.extended),
+    ],
 )
 def test_layers_of_other_layouts_are_traced_in_one_graph(text_type, vision_type):
     model, inputs = model_on(text_type, vision_type), tiny_inputs()

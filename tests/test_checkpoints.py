@@ -102,7 +102,7 @@ def test_a_checkpoint_of_one_process_holds_no_frozen_weight(large_base, tmp_path
 each_stage = pytest.mark.parametrize(
     "stage",
     [
-        pytest.param(None, id="DDP"),
+        pytest.param(None, id="DDP", marks=pytest.mark.extended),
         pytest.param(1, id="ZeRO-1", marks=pytest.mark.extended),
         pytest.param(2, id="ZeRO-2", marks=pytest.mark.extended),
         pytest.param(3, id="ZeRO-3"),

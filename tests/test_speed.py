@@ -239,6 +239,7 @@ def test_the_report_has_bytes_of_images_checkpoints_and_training(tmp_path, monke
     monkeypatch.setattr(operations, "SHAPES", {"tiny": ()})
     monkeypatch.setattr(memory, "PEAK_METHODS", (speed.DEHVF,))
     monkeypatch.setattr(memory, "PEAK_RUNS", 1)
+    monkeypatch.setattr(memory, "LOADED_LAYERS", 1)
     run_main(memory, tmp_path, monkeypatch, "--preset", "tiny")
     report = json.loads((tmp_path / "memory.json").read_text())
     image = report["shapes"]["tiny"]["image"]
