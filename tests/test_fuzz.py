@@ -337,7 +337,7 @@ def mutate_config(data: bytes, generator: random.Random) -> bytes:
 
 
 class Configs:
-    number = 400
+    number = 200
 
     def __init__(self, folder: Path):
         self.folder = folder / "adapter"
