@@ -158,7 +158,7 @@ def test_processes_whose_rows_have_different_numbers_of_images_stay_in_step(engi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["llava-lora", "lavin", "llama-adapter", "adem-vl"])
+@pytest.mark.parametrize("method", ["llava-lora", "lavin", "llama-adapter", "llama-adapter-v2", "adem-vl"])
 def test_a_baseline_is_trained_and_evaluated_under_zero_2_where_one_process_has_no_image(method, train_on):
     seen, _, answers = train_on("ZeRO-2", 2, f"ZeRO-2 {method}", method=method, max_steps=1)
     assert [process["batch_has_image"] for process in seen] == [[True], [False]] and len(answers) == 4
