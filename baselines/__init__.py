@@ -5,8 +5,8 @@ The baselines of the paper's tables, ADEM-VL and IGVA, on the same frozen bases 
     model = build("llava-lora", "openai/clip-vit-large-patch14", "huggyllama/llama-7b", lora_rank=8)
 
 Each method is `transformers`' LLaVA, whose vision tower and language model are the loaded bases, and has its trained
-modules in a file of its own: `llava_lora.py`, `lavin.py`, `llama_adapter.py`, `llama_adapter_v2.py`, `adem_vl.py`,
-`igva.py`. What all share is here.
+modules in a file of its own: `llava.py`, `llava_lora.py`, `lavin.py`, `llama_adapter.py`, `llama_adapter_v2.py`,
+`adem_vl.py`, `igva.py`. What all share is here.
 
 Letters at the end of a line give shapes: B samples, I images, n tokens per image, T tokens, L language layers,
 A prompt length, h language width.
@@ -28,7 +28,7 @@ from dehvf import DehvfConfig, bases, injection, layouts
 
 
 METHODS = {
-    **{"llava-lora": "llava_lora", "lavin": "lavin", "llama-adapter": "llama_adapter"},
+    **{"llava": "llava", "llava-lora": "llava_lora", "lavin": "lavin", "llama-adapter": "llama_adapter"},
     **{"llama-adapter-v2": "llama_adapter_v2", "adem-vl": "adem_vl", "igva": "igva"},
 }
 # Language models that all methods can adapt: their layers take further keyword arguments and hand them to `self_attn`
@@ -202,7 +202,7 @@ def spread_layers(num_layers: int, number: int) -> list[int]:
 
 class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
     """
-    `transformers`' LLaVA on loaded bases, which it freezes. Subclasses add what is trained; only that is saved.
+    `transformers`' LLaVA on loaded bases, which it freezes. Subclasses say what is trained; only that is saved.
 
     Args:
         vision_tower, causal_lm (`PreTrainedModel`): the bases, of a type in `VISION_TYPES` and `TEXT_TYPES`.
@@ -326,7 +326,7 @@ class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
         """
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`, if any sample has an image, or `(batch_size,
-                num_images, num_channels, height, width)`, which only LLaVA-LoRA reads.
+                num_images, num_channels, height, width)`, which only LLaVA and LLaVA-LoRA read.
             image_mask: `(batch_size,)` or `(batch_size, num_images)` booleans, which samples have which images. By
                 default all.
             features: the result of `image_features`, if it is there.

@@ -33,7 +33,7 @@ from baselines import BaselineArguments, assemble, build
 from dehvf import DehvfConfig
 
 
-METHODS = ("llava-lora", "lavin", "llama-adapter", "llama-adapter-v2", "adem-vl", "igva")
+METHODS = ("llava", "llava-lora", "lavin", "llama-adapter", "llama-adapter-v2", "adem-vl", "igva")
 all_methods = pytest.mark.parametrize("method", METHODS)
 all_encoders = pytest.mark.parametrize(
     ("vision_type", "image_size"), [("clip_vision_model", None), *((name, 24) for name in VISION_BACKBONES)]
@@ -229,7 +229,7 @@ def test_without_a_mask_all_samples_have_images(make, method):
     assert torch.equal(model(**batch).logits, expected)
 
 
-@pytest.mark.parametrize("method", ["llava-lora", "lavin", "adem-vl", "igva"])
+@pytest.mark.parametrize("method", ["llava", "llava-lora", "lavin", "adem-vl", "igva"])
 def test_placeholders_that_do_not_fit_the_images_are_an_error(make, method):
     model = make(method)
     batch = make_batch(model, ROWS)
@@ -241,7 +241,7 @@ def test_placeholders_that_do_not_fit_the_images_are_an_error(make, method):
 def test_the_tokens_of_an_image_are_all_patches_or_six_or_one_or_none(make):
     for size in (IMAGE_SIZE, 24):
         num_patches = (size // PATCH_SIZE) ** 2
-        expected = {"llava-lora": num_patches, "lavin": 6, "adem-vl": 1, "igva": num_patches}
+        expected = {"llava": num_patches, "llava-lora": num_patches, "lavin": 6, "adem-vl": 1, "igva": num_patches}
         for method, number in expected.items():
             assert make(method, image_size=size).image_tokens == [VOCAB_SIZE] * number
     assert not any(hasattr(make(method), "image_tokens") for method in ("llama-adapter", "llama-adapter-v2"))
@@ -636,6 +636,7 @@ def test_mistral_can_be_adapted_and_gpt2_is_refused(method):
 @pytest.mark.parametrize(
     ("method", "count", "paper"),
     [
+        ("llava", 6_738_415_616 + 20_979_712, 6.76e9),  # LLaMA-7B and the projector: no count is given
         ("llava-lora", 4_403_240, 4.4e6),
         ("lavin", 3_781_296, 3.8e6),
         ("llama-adapter", 1_758_208, 1.8e6),

@@ -380,10 +380,10 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
             f"`--method {method}` does not support `--load_in_4bit` and `--load_in_8bit`. Remove one of them."
         )
     several = [name for name in ("max_images", "image_tiles") if getattr(adapter_args, name) not in (1, None)]
-    if several and is_baseline and method != "llava-lora":
+    if several and is_baseline and method not in ("llava", "llava-lora"):
         raise ValueError(
             f"`--method {method}` reads one image of a row, but `--{several[0]}` was given. Remove it, or take "
-            "another method, dehvf or llava-lora."
+            "another method, dehvf, llava or llava-lora."
         )
     if model_args.adapter is not None:
         own = ["method"] if method != "dehvf" else sorted(given & {*vars(adapter_args), "chat_template", "image_fit"})
