@@ -484,7 +484,8 @@ def parse_arguments(arguments=None):
     parser.add_argument("--token", type=int, default=0, help="token of the answer to draw")
     parser.add_argument("--layers", type=int, nargs="+", help=f"language layers; by default up to {MAX_LAYERS}")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/pictures"))
-    parser.set_defaults(max_samples=None, streaming=False, only_images=False)  # which `load_rows` reads as well
+    # Which `load_rows` reads as well
+    parser.set_defaults(captions=None, max_samples=None, streaming=False, only_images=False)
     options = parser.parse_args(arguments)
     if options.num_samples < 1:
         parser.error(f"--num_samples is {options.num_samples}, but a mean needs at least 1.")

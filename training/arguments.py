@@ -64,6 +64,13 @@ class DataArguments:
             "none, and once more as the validation split. They are the same rows in every run."
         },
     )
+    captions: str | None = field(
+        default=None,
+        metadata={
+            "help": 'scienceqa: file with captions of images, {"captions": {"<number>": "<text>"}}, to add to the '
+            "context in evaluation."
+        },
+    )
     max_prompt_length: int = field(
         default=512,
         metadata={"help": "Longest prompt in tokens. Longer prompts lose the end of their context."},
