@@ -5,8 +5,8 @@ The baselines of the paper's tables, ADEM-VL and IGVA, on the same frozen bases 
     model = build("llava-lora", "openai/clip-vit-large-patch14", "huggyllama/llama-7b", lora_rank=8)
 
 Each method is `transformers`' LLaVA, whose vision tower and language model are the loaded bases, and has its trained
-modules in a file of its own: `llava_lora.py`, `lavin.py`, `llama_adapter.py`, `adem_vl.py`, `igva.py`. What all share
-is here.
+modules in a file of its own: `llava.py`, `llava_lora.py`, `lavin.py`, `llama_adapter.py`, `llama_adapter_v2.py`,
+`adem_vl.py`, `igva.py`. What all share is here.
 
 Letters at the end of a line give shapes: B samples, I images, n tokens per image, T tokens, L language layers,
 A prompt length, h language width.
@@ -28,8 +28,8 @@ from dehvf import DehvfConfig, bases, injection, layouts
 
 
 METHODS = {
-    **{"llava-lora": "llava_lora", "lavin": "lavin", "llama-adapter": "llama_adapter"},
-    **{"adem-vl": "adem_vl", "igva": "igva"},
+    **{"llava": "llava", "llava-lora": "llava_lora", "lavin": "lavin", "llama-adapter": "llama_adapter"},
+    **{"llama-adapter-v2": "llama_adapter_v2", "adem-vl": "adem_vl", "igva": "igva"},
 }
 # Language models that all methods can adapt: their layers take further keyword arguments and hand them to `self_attn`
 TEXT_TYPES = ("llama", "mistral")
@@ -41,8 +41,8 @@ VISION_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2")
 class BaselineArguments:
     """
     Sizes of the baselines. The defaults are those of the 7B rows of the paper's tables, whose trained parameters they
-    meet: 4.4 M (LLaVA-LoRA), 3.8 M (LaVIN), 1.8 M (LLaMA-Adapter), and for ADEM-VL those of its authors for ScienceQA
-    at 7B, 4.5 M. IGVA's are those of its authors as well. "ours" marks what no source gives.
+    meet: 4.4 M (LLaVA-LoRA), 3.8 M (LaVIN), 1.8 M (LLaMA-Adapter), 14 M (LLaMA-Adapter V2), and for ADEM-VL those of
+    its authors for ScienceQA at 7B, 4.5 M. IGVA's are those of its authors as well. "ours" marks what no source gives.
     """
 
     lora_rank: int = field(default=8, metadata={"help": "llava-lora: rank (ours, meets the paper's count)."})
@@ -72,17 +72,33 @@ class BaselineArguments:
         default=128, metadata={"help": "lavin: hidden width of the visual adapter (train.py there)."}
     )
     adaption_prompt_length: int = field(
-        default=10, metadata={"help": "llama-adapter: prompts per layer (arXiv 2303.16199)."}
+        default=10, metadata={"help": "llama-adapter and -v2: prompts per layer (arXiv 2303.16199)."}
     )
     adaption_prompt_layers: int | None = field(
         default=None,
-        metadata={"help": "llama-adapter: topmost layers with prompts; by default all but two, as there."},
+        metadata={
+            "help": "llama-adapter and -v2: topmost layers with prompts; by default all but two, or all but one for "
+            "-v2, as there."
+        },
     )
     adaption_image_layers: int = field(
         default=4, metadata={"help": "llama-adapter: vision layers whose class tokens make the image feature (ours)."}
     )
     adaption_projector_size: int = field(
         default=64, metadata={"help": "llama-adapter: hidden width of the projector (ours, meets the paper's count)."}
+    )
+    adapter_v2_prompts: int = field(
+        default=20, metadata={"help": "llama-adapter-v2: prompts made of an image (arXiv 2304.15010)."}
+    )
+    adapter_v2_size: int = field(
+        default=288,
+        metadata={"help": "llama-adapter-v2: width of the blocks that make them (ours, meets the paper's count)."},
+    )
+    adapter_v2_layers: int = field(
+        default=8, metadata={"help": "llama-adapter-v2: number of these blocks (llama_adapter.py there, v_depth)."}
+    )
+    adapter_v2_heads: int = field(
+        default=16, metadata={"help": "llama-adapter-v2: attention heads of these blocks (v_num_heads there)."}
     )
     adem_adapter_size: int = field(
         default=12, metadata={"help": "adem-vl: width of the vision adapters (README there, --adapter_dim)."}
@@ -186,7 +202,7 @@ def spread_layers(num_layers: int, number: int) -> list[int]:
 
 class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
     """
-    `transformers`' LLaVA on loaded bases, which it freezes. Subclasses add what is trained; only that is saved.
+    `transformers`' LLaVA on loaded bases, which it freezes. Subclasses say what is trained; only that is saved.
 
     Args:
         vision_tower, causal_lm (`PreTrainedModel`): the bases, of a type in `VISION_TYPES` and `TEXT_TYPES`.
@@ -310,7 +326,7 @@ class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
         """
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`, if any sample has an image, or `(batch_size,
-                num_images, num_channels, height, width)`, which only LLaVA-LoRA reads.
+                num_images, num_channels, height, width)`, which only LLaVA and LLaVA-LoRA read.
             image_mask: `(batch_size,)` or `(batch_size, num_images)` booleans, which samples have which images. By
                 default all.
             features: the result of `image_features`, if it is there.

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers.utils.versions import require_version
 
 
-require_version("peft>=0.21", "The baseline llama-adapter needs it: pip install peft")
+require_version("peft>=0.21", "The baselines llama-adapter and llama-adapter-v2 need it: pip install peft")
 
 from peft.tuners.adaption_prompt import AdaptedAttention  # noqa: E402
 from peft.tuners.adaption_prompt.utils import llama_compute_query_states  # noqa: E402
@@ -34,6 +34,26 @@ from . import (  # noqa: E402
     FrozenBasesForConditionalGeneration,
     spread_layers,
 )
+
+
+def read_prompts(attention, prompts: torch.Tensor, **kwargs) -> torch.Tensor:
+    """
+    What the queries of an attention read of prompts, whose keys and values have no position.
+
+    Args:
+        attention: that of a language layer, `kwargs` its arguments.
+        prompts: `(batch_size or 1, num_prompts, hidden_size)`.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_heads, sequence_length, head_dim)`.
+    """
+    query = llama_compute_query_states(model=attention, **kwargs)  # B heads T head_dim
+    prompts = prompts.to(query.dtype).expand(len(query), -1, -1)  # B A h
+    key, value = (
+        projection(prompts).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for projection in (attention.k_proj, attention.v_proj)
+    )
+    return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
 
 
 class ImageAdaptedAttention(AdaptedAttention):
@@ -53,51 +73,32 @@ class ImageAdaptedAttention(AdaptedAttention):
     def forward(self, visual_prompt: torch.Tensor | None = None, **kwargs):
         """visual_prompt: `(batch_size or 1, 1, hidden_size)`, added to all prompts. Others: those of the attention."""
         output, *rest = self.model(**kwargs)
-        prompt = self.adaption_prompt if visual_prompt is None else self.adaption_prompt + visual_prompt
-        query = llama_compute_query_states(model=self.model, **kwargs)  # B heads T head_dim
-        prompt = prompt.to(query.dtype).expand(len(query), -1, -1)  # B A h
-        key, value = (
-            projection(prompt).unflatten(-1, (-1, self.model.head_dim)).transpose(1, 2)
-            for projection in (self.model.k_proj, self.model.v_proj)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-        attended = (self.adaption_gate.tanh() * attended).to(query.dtype).transpose(1, 2).flatten(2)
-        return output + self.model.o_proj(attended), *rest
+        prompts = self.adaption_prompt if visual_prompt is None else self.adaption_prompt + visual_prompt
+        read = self.adaption_gate.tanh() * read_prompts(self.model, prompts, **kwargs)
+        return output + self.model.o_proj(read.to(output.dtype).transpose(1, 2).flatten(2)), *rest
 
 
-class LlamaAdapterForConditionalGeneration(FrozenBasesForConditionalGeneration):
-    """
-    LLaMA-Adapter. `visual_prompt`, an argument of the language model, reaches each of its layers.
+class VisualPromptForConditionalGeneration(FrozenBasesForConditionalGeneration):
+    """A method with prompts made of the image, `visual_prompt`, which reach each layer of the language model."""
 
-    Raises:
-        ValueError: if `adaption_prompt_layers` is not between 1 and the number of language layers.
-    """
+    def layers_with_prompts(self, number: int | None, default: int, most: int) -> torch.nn.ModuleList:
+        """
+        The topmost `number` layers of the language model, by default `default` of them.
 
-    def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
-        vision, act, number = vision_tower.config, "silu", arguments.adaption_image_layers
-        width = causal_lm.config.hidden_size
-        super().__init__(
-            vision_tower,
-            causal_lm,
-            ClassTokenProjector(vision, number, arguments.adaption_projector_size, width, act),
-            image_size,
-            projector_hidden_act=act,
-            vision_feature_layer=spread_layers(vision.num_hidden_layers, number),
-            vision_feature_select_strategy="full",
-        )
+        Raises:
+            ValueError: if it is not between 1 and `most`.
+        """
         layers = self.model.language_model.layers
-        adapted = arguments.adaption_prompt_layers
-        adapted = len(layers) - 2 if adapted is None else adapted
-        if not 1 <= adapted <= len(layers):
+        number = default if number is None else number
+        if not 1 <= number <= most:
             raise ValueError(
-                f"{adapted} layers shall have prompts, but the language model has {len(layers)} layers. Set "
-                f"`adaption_prompt_layers` to 1 to {len(layers)}."
+                f"{number} layers shall have prompts, but the language model has {len(layers)} layers. Set "
+                f"`adaption_prompt_layers` to 1 to {most}."
             )
-        for layer in layers[-adapted:]:
-            layer.self_attn = ImageAdaptedAttention(layer.self_attn, arguments.adaption_prompt_length)
+        return layers[-number:]
 
     def visual_prompt(self, pixel_values: torch.Tensor | None, image_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """What is added to the prompts, `(batch_size, 1, hidden_size)`, zeros for samples without an image."""
+        """`image_features` of each sample, `(batch_size, num_tokens, hidden_size)`, zeros for one without an image."""
         if pixel_values is None:
             # DDP stops at parameters without a gradient: without any image the vision path is run to zero effect
             return 0 * self.image_features() if self.training else None
@@ -145,6 +146,30 @@ class LlamaAdapterForConditionalGeneration(FrozenBasesForConditionalGeneration):
         images = (model_kwargs.pop(name, None) for name in ("pixel_values", "image_mask"))
         model_kwargs["visual_prompt"] = self.visual_prompt(*images)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+
+class LlamaAdapterForConditionalGeneration(VisualPromptForConditionalGeneration):
+    """
+    LLaMA-Adapter. Its visual prompt is one token, which is added to all learned prompts.
+
+    Raises:
+        ValueError: if `adaption_prompt_layers` is not between 1 and the number of language layers.
+    """
+
+    def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
+        vision, act, number = vision_tower.config, "silu", arguments.adaption_image_layers
+        width, depth = causal_lm.config.hidden_size, causal_lm.config.num_hidden_layers
+        super().__init__(
+            vision_tower,
+            causal_lm,
+            ClassTokenProjector(vision, number, arguments.adaption_projector_size, width, act),
+            image_size,
+            projector_hidden_act=act,
+            vision_feature_layer=spread_layers(vision.num_hidden_layers, number),
+            vision_feature_select_strategy="full",
+        )
+        for layer in self.layers_with_prompts(arguments.adaption_prompt_layers, default=depth - 2, most=depth):
+            layer.self_attn = ImageAdaptedAttention(layer.self_attn, arguments.adaption_prompt_length)
 
 
 assemble = LlamaAdapterForConditionalGeneration

@@ -1,10 +1,8 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-LLaVA-LoRA: each patch of the image becomes a token of the sequence, and LoRA (peft) adapts the language model.
+LLaVA-LoRA: LLaVA's image tokens, as in `llava.py`, and a language model that LoRA (peft) adapts.
 
-As in LLaVA 1.5 the patches are those of the penultimate vision layer without a class token, and the projector has
-two layers and a GELU. The paper gives 4.4 M trained parameters for LLaMA-7B and CLIP ViT-L/14, and not where they are.
-Ours:
+The paper gives 4.4 M trained parameters for LLaMA-7B and CLIP ViT-L/14, and not where they are. Ours:
 
     LoRA of rank 8 on q_proj and v_proj      32 x 2 x 8 x (4096 + 4096) = 4,194,304
     projector 1024 -> 40 -> 4096             40 x (1024 + 1) + 4096 x (40 + 1) = 208,936
@@ -22,7 +20,8 @@ require_version("peft>=0.21", "The baselines llava-lora and igva need it: pip in
 
 from peft import LoraConfig, LoraModel  # noqa: E402
 
-from . import BaselineArguments, ImageTokensForConditionalGeneration, Projector  # noqa: E402
+from . import BaselineArguments  # noqa: E402
+from .llava import PatchTokensForConditionalGeneration  # noqa: E402
 
 
 def add_lora(model, arguments: BaselineArguments):
@@ -40,21 +39,11 @@ def add_lora(model, arguments: BaselineArguments):
             parameter.data = parameter.data.float()  # peft makes them in the dtype of the base
 
 
-class LlavaLoraForConditionalGeneration(ImageTokensForConditionalGeneration):
+class LlavaLoraForConditionalGeneration(PatchTokensForConditionalGeneration):
     """LLaVA with LoRA on the language model, `model.language_model`, which is a `peft.LoraModel`."""
 
     def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
-        vision, act = vision_tower.config, "gelu"
-        super().__init__(
-            vision_tower,
-            causal_lm,
-            Projector(vision.hidden_size, arguments.lora_projector_size, causal_lm.config.hidden_size, act),
-            image_size,
-            projector_hidden_act=act,
-            vision_feature_layer=-2,
-        )
-        self.config.image_seq_length = self.grid_size**2
-        self.config.vision_feature_select_strategy = "default" if self.vision_layout.has_class_token else "full"
+        super().__init__(vision_tower, causal_lm, arguments.lora_projector_size, image_size)
         add_lora(self, arguments)
 
 

@@ -7,6 +7,7 @@ Draws what a trained adapter does with images, as PNG files.
 
     fusion_weights.png      which vision layers each language layer's memory is mixed from, mean over images
     fusion_curves.png       the same as curves over language layers, with their spread over images
+    fusion_groups.png       the same for each group, mean over its language layers as well
     slot_activations.png    how much each language layer read each patch of one image for one token of the answer
 
 Layers, rows and tokens are counted from 0. `fusion_weights` and `slot_activations` return the arrays that are drawn.
@@ -264,6 +265,49 @@ def draw_fusion_curves(weights: np.ndarray, model, title: str):
     return figure
 
 
+def draw_group_means(weights: np.ndarray, model, title: str):
+    """
+    Bars of the mean weight of each group's candidates over images and the group's language layers, with an error bar
+    for the standard deviation over these layers. Arguments and result as in [`draw_fusion_weights`].
+    """
+    by_layer = weights.mean(axis=0)
+    num_positions, names = by_layer.shape[1], position_names(model)
+    runs = groups(model)
+    num_columns = min(len(runs), 4)
+    num_rows = -(-len(runs) // num_columns)
+    width = max(3.2, 0.4 * max(len(candidates) for _, candidates in runs))
+    figure = new_figure(max(8, 1.5 + width * num_columns), 1.6 + 2.8 * num_rows)
+    axes = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flatten()
+    for axis, (layers, candidates) in zip(axes, runs):
+        places = np.arange(len(candidates))
+        for index, name in enumerate(names):
+            of_group = by_layer[layers, index][:, candidates]
+            shift = (index - (num_positions - 1) / 2) * 0.8 / num_positions
+            axis.bar(
+                places + shift,
+                of_group.mean(axis=0),
+                0.8 / num_positions,
+                yerr=of_group.std(axis=0),
+                label=name,
+                error_kw={"elinewidth": 0.8},
+            )
+        axis.set_xticks(places, candidates)
+        span = f"layers {layers[0]}–{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+        axis.set_title(f"language {span}", fontsize="medium")
+        axis.set_xlabel("vision layer")
+    for axis in axes[len(runs) :]:
+        axis.set_axis_off()
+    axes[0].set(ylabel="mean fusion weight", ylim=(0, None))
+    axes[0].legend(title="memory")
+    figure.suptitle(f"Vision layers that the memory of each group is mixed from\n{title}", parse_math=False)
+    figure.supxlabel(
+        "Error bars: standard deviation over the group's language layers. Layers are counted from 0."
+        + penultimate_note(model),
+        fontsize="small",
+    )
+    return figure
+
+
 def curve_styles(num_candidates: int) -> list[tuple[str, dict]]:
     """Label and colour of each place in a group's run, the same in all groups."""
     from matplotlib import colormaps
@@ -440,7 +484,8 @@ def parse_arguments(arguments=None):
     parser.add_argument("--token", type=int, default=0, help="token of the answer to draw")
     parser.add_argument("--layers", type=int, nargs="+", help=f"language layers; by default up to {MAX_LAYERS}")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/pictures"))
-    parser.set_defaults(max_samples=None, streaming=False, only_images=False)  # which `load_rows` reads as well
+    # Which `load_rows` reads as well
+    parser.set_defaults(captions=None, max_samples=None, streaming=False, only_images=False)
     options = parser.parse_args(arguments)
     if options.num_samples < 1:
         parser.error(f"--num_samples is {options.num_samples}, but a mean needs at least 1.")
@@ -474,7 +519,8 @@ def main(arguments=None):
     title = f"Mean over {len(rows)} images of the {options.split} split of {options.task}"
     draw_fusion_weights(weights, model, title).savefig(options.output_dir / "fusion_weights.png")
     draw_fusion_curves(weights, model, title).savefig(options.output_dir / "fusion_curves.png")
-    print(f"Wrote fusion_weights.png, fusion_curves.png and slot_activations.png to {options.output_dir}")
+    draw_group_means(weights, model, title).savefig(options.output_dir / "fusion_groups.png")
+    print(f"Wrote slot_activations.png and three figures of the fusion weights to {options.output_dir}")
 
 
 if __name__ == "__main__":

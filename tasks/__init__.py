@@ -26,6 +26,7 @@ in the split: another number of records is an error. A task may also have
     load(..., columns=None, holdout=None)
                                      for data of any origin: which column is read as what, and the share of the train
                                      split that becomes a split that is missing; see tasks/_sources.py
+    load(..., captions=None)         a file with captions of the images that are evaluated, for the context
     find_files(path), read(file, with_images=False)
                                      the files of a published layout in a folder; the rows of one, and what is wrong
                                      with others. For `python -m tasks check`, which lists such tasks.

@@ -4,6 +4,11 @@ that data set on the Hub, a folder that `save_to_disk` wrote, a folder with the 
 layout of the original release (github.com/lupantech/ScienceQA):
 
     problems.json   pid_splits.json   images/{train,val,test}/<number>/image.png
+
+There, a file with captions of the images may be added to the context of the rows that are evaluated, as MemVP does
+(`use_caption` in its eval.py):
+
+    {"captions": {"<number>": "a map of the world"}}
 """
 
 import json
@@ -28,19 +33,29 @@ FEATURES = Features(
 )
 
 
-def load(split: str, path: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
+def load(
+    split: str, path: str | None = None, streaming: bool = False, captions: str | None = None
+) -> Dataset | IterableDataset:
     """
+    Args:
+        captions: the file with captions. The train split gets none.
+
     Raises:
-        FileNotFoundError: if the original layout lacks a file or folder.
-        ValueError: if `path` holds none of the layouts or has no such split.
+        FileNotFoundError: if the original layout or the file with captions lacks a file or folder.
+        ValueError: if `path` holds none of the layouts or has no such split, or there are no captions for it.
     """
     if path is not None and any((Path(path) / name).exists() for name in ("problems.json", "pid_splits.json")):
-        rows = load_original(Path(path), split)
+        rows = load_original(Path(path), split, captions if split != "train" else None)
         return rows.to_iterable_dataset() if streaming else rows
+    if captions is not None:
+        raise ValueError(
+            f"Captions are found by the numbers of the problems, which {path or DATASET} does not have. Give "
+            "`--data_path` the folder of the original release, with problems.json, or remove `--captions`."
+        )
     return choose_split(open_dataset(path or DATASET, streaming), split, path or DATASET)
 
 
-def load_original(folder: Path, split: str) -> Dataset:
+def load_original(folder: Path, split: str, captions: str | None = None) -> Dataset:
     images = folder / "images" / {"validation": "val"}.get(split, split)
     layout = (
         "The original layout of ScienceQA is a folder with problems.json, pid_splits.json and the images as "
@@ -53,11 +68,40 @@ def load_original(folder: Path, split: str) -> Dataset:
     for number in splits[images.name]:
         row = {name: problems[number][name] for name in FEATURES}
         rows.append({**row, "image": row["image"] and str(images / number / row["image"])})
-    return Dataset.from_list(rows, features=FEATURES)
+    rows = Dataset.from_list(rows, features=FEATURES)
+    if captions is None:
+        return rows
+    known = read_captions(Path(captions))
+    if len(rows) and not any(number in known for number in splits[images.name]):
+        raise ValueError(
+            f"{captions} has no caption for any of the {len(rows)} problems of the {split} split, such as number "
+            f"{splits[images.name][0]}. Give the file that belongs to {folder}."
+        )
+    return rows.add_column("caption", [known.get(number, "") for number in splits[images.name]])
+
+
+def read_captions(file: Path) -> dict[str, str]:
+    """
+    Number of a problem -> caption of its image.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is another kind of file.
+    """
+    form = 'Captions are a JSON file, {"captions": {"<number>": "<text>"}}'
+    require_files([file], f"{form}, such as the captions.json of MemVP and LaVIN.")
+    try:
+        captions = json.loads(file.read_text(encoding="utf-8"))["captions"]
+        is_good = all(isinstance(text, str) for text in captions.values())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        is_good = False
+    if not is_good:
+        raise ValueError(f"{file} is none: {form}.")
+    return captions
 
 
 def context(row: dict) -> str:
-    return row["hint"]
+    return " ".join((row["hint"], row.get("caption", ""))).strip()
 
 
 def prompt(row: dict, context: str) -> str:

@@ -33,7 +33,7 @@ from baselines import BaselineArguments, assemble, build
 from dehvf import DehvfConfig
 
 
-METHODS = ("llava-lora", "lavin", "llama-adapter", "adem-vl", "igva")
+METHODS = ("llava", "llava-lora", "lavin", "llama-adapter", "llama-adapter-v2", "adem-vl", "igva")
 all_methods = pytest.mark.parametrize("method", METHODS)
 all_encoders = pytest.mark.parametrize(
     ("vision_type", "image_size"),
@@ -203,8 +203,9 @@ def test_a_new_baseline_is_its_language_model_for_text(make, bases, method):
     assert torch.equal(make(method, random=False)(**batch).logits, expected)
 
 
-def test_a_new_llama_adapter_is_its_language_model_for_images_too(make, bases):
-    model = make("llama-adapter", random=False)
+@pytest.mark.parametrize("method", ["llama-adapter", "llama-adapter-v2"])
+def test_a_new_llama_adapter_is_its_language_model_for_images_too(make, bases, method):
+    model = make(method, random=False)
     text = AutoModelForCausalLM.from_pretrained(bases[1])
     batch = make_batch(model, ROWS[1:2])
     expected = text(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -234,7 +235,7 @@ def test_without_a_mask_all_samples_have_images(make, method):
     assert torch.equal(model(**batch).logits, expected)
 
 
-@pytest.mark.parametrize("method", ["llava-lora", "lavin", "adem-vl", "igva"])
+@pytest.mark.parametrize("method", ["llava", "llava-lora", "lavin", "adem-vl", "igva"])
 def test_placeholders_that_do_not_fit_the_images_are_an_error(make, method):
     model = make(method)
     batch = make_batch(model, ROWS)
@@ -246,10 +247,10 @@ def test_placeholders_that_do_not_fit_the_images_are_an_error(make, method):
 def test_the_tokens_of_an_image_are_all_patches_or_six_or_one_or_none(make):
     for size in (IMAGE_SIZE, 24):
         num_patches = (size // PATCH_SIZE) ** 2
-        expected = {"llava-lora": num_patches, "lavin": 6, "adem-vl": 1, "igva": num_patches}
+        expected = {"llava": num_patches, "llava-lora": num_patches, "lavin": 6, "adem-vl": 1, "igva": num_patches}
         for method, number in expected.items():
             assert make(method, image_size=size).image_tokens == [VOCAB_SIZE] * number
-    assert not hasattr(make("llama-adapter"), "image_tokens")
+    assert not any(hasattr(make(method), "image_tokens") for method in ("llama-adapter", "llama-adapter-v2"))
 
 
 @pytest.mark.parametrize("method", ["lavin", "llama-adapter"])
@@ -390,6 +391,104 @@ def test_llama_adapter_without_images_is_the_adaption_prompt_of_peft(make, bases
     assert not torch.allclose(model(**batch).logits, logits, atol=1e-3), "each head has its own"
 
 
+def llama_adapter_v2_logits(model, bases, row):
+    """
+    Of the last token of one row: the formulas of arXiv 2304.15010, layer by layer on the stock bases, with the visual
+    network of OpenGVLab/LLaMA-Adapter (llama_adapter_v2_multimodal7b/llama/llama_adapter.py).
+    """
+    weights = {name: parameter.double() for name, parameter in trained(model).items()}
+    gelu, silu, layer_norm = (getattr(torch.nn.functional, name) for name in ("gelu", "silu", "layer_norm"))
+    vision, text = (
+        auto_class.from_pretrained(base, dtype=torch.float64)
+        for auto_class, base in zip((AutoModel, AutoModelForCausalLM), bases)
+    )
+
+    def affine(name, inputs):
+        return inputs @ weights[f"{name}weight"].T + weights[f"{name}bias"]
+
+    def norm(name, inputs):
+        return layer_norm(inputs, inputs.shape[-1:], weights[f"{name}weight"], weights[f"{name}bias"])
+
+    def attend(queries, keys, values):
+        return (queries @ keys.T / keys.shape[-1] ** 0.5).softmax(dim=-1) @ values
+
+    def visual_prompts(image):
+        arguments = {} if vision.config.model_type == "dinov2" else {"interpolate_pos_encoding": True}
+        tokens = vision(image[None].double(), output_hidden_states=True, **arguments).hidden_states[-1]
+        tokens = vision_parts(SimpleNamespace(vision_tower=vision))[1](tokens)[0]
+        queries = weights["prompter.queries"]
+        states = torch.cat((queries, norm("prompter.down_norm.", affine("prompter.down.", tokens))))
+        for index in range(2):
+            block = f"prompter.blocks.{index}"
+            parts = affine(f"{block}.self_attn.in_proj_", norm(f"{block}.norm1.", states)).chunk(3, dim=-1)
+            heads = zip(*(part.split(6, dim=-1) for part in parts))
+            read = torch.cat([attend(*head) for head in heads], dim=-1)
+            states = states + affine(f"{block}.self_attn.out_proj.", read)
+            hidden = gelu(affine(f"{block}.linear1.", norm(f"{block}.norm2.", states)))
+            states = states + affine(f"{block}.linear2.", hidden)
+        return norm("prompter.up_norm.", affine("prompter.up.", states[: len(queries)]))
+
+    def rms_norm(name, inputs):
+        name = f"model.language_model.{name}.norm.weight"
+        scale = (inputs.pow(2).mean(dim=-1, keepdim=True) + text.config.rms_norm_eps).rsqrt()
+        return weights[name] * inputs * scale
+
+    def linear(name, inputs):
+        layer, _, child = name.rpartition(".")
+        weight = text.model.get_submodule(name).weight
+        inner = f"{layer}.model.{child}" if "self_attn" in layer else name
+        scale, added = (weights[f"model.language_model.{inner}.{part}"] for part in ("scale", "bias"))
+        return scale * (inputs @ weight.T + added)
+
+    ids, image = row
+    states = text.get_input_embeddings()(torch.tensor(ids))
+    angles = torch.outer(torch.arange(len(ids)).double(), 10000 ** -(torch.arange(0, 8, 2).double() / 8))
+    cosines, sines = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+    causal = torch.full((len(ids), len(ids)), -torch.inf).triu(1)
+    for index in range(NUM_TEXT_LAYERS):
+        layer = f"layers.{index}"
+        name = f"model.language_model.{layer}.self_attn.adaption_"
+        inputs = rms_norm(f"{layer}.input_layernorm", states)
+        if index == 0:
+            prompts = None if image is None else visual_prompts(image)
+        else:
+            prompts = weights[f"{name}prompt"][0]
+        read = []
+        for head in range(4):
+            own, shared = slice(8 * head, 8 * head + 8), slice(8 * (head // 2), 8 * (head // 2) + 8)  # 2 heads a key
+            query, key, value = (
+                linear(f"{layer}.self_attn.{part}_proj", inputs)[:, place]
+                for part, place in (("q", own), ("k", shared), ("v", shared))
+            )
+            query, key = (
+                part * cosines + torch.cat((-part[:, 4:], part[:, :4]), dim=-1) * sines for part in (query, key)
+            )
+            found = (query @ key.T / 8**0.5 + causal).softmax(dim=-1) @ value
+            if prompts is not None:
+                key, value = (linear(f"{layer}.self_attn.{part}_proj", prompts)[:, shared] for part in "kv")
+                found = found + weights[f"{name}gate"][head, 0, 0].tanh() * attend(query, key, value)
+            read.append(found)
+        states = states + linear(f"{layer}.self_attn.o_proj", torch.cat(read, dim=-1))
+        inputs = rms_norm(f"{layer}.post_attention_layernorm", states)
+        gate, up = (linear(f"{layer}.mlp.{part}_proj", inputs) for part in ("gate", "up"))
+        states = states + linear(f"{layer}.mlp.down_proj", silu(gate) * up)
+    return text.lm_head(rms_norm("norm", states))[-1]
+
+
+@all_encoders
+def test_llama_adapter_v2_is_what_its_paper_says(make, bases_with, vision_type, image_size):
+    sizes = {"adapter_v2_size": 12, "adapter_v2_heads": 2, "adapter_v2_layers": 2, "adapter_v2_prompts": 3}
+    model = make("llama-adapter-v2", vision_type=vision_type, image_size=image_size, dtype=torch.float64, **sizes)
+    model.double()
+    for parameter in trained(model).values():  # scales and norms start at one
+        torch.nn.init.normal_(parameter, mean=float(parameter.eq(1).all()), std=0.5)
+    rows = rows_of(image_size)
+    with torch.no_grad():
+        expected = torch.stack([llama_adapter_v2_logits(model, bases_with[vision_type], row) for row in rows])
+    rows = [(ids, image if image is None else image.double()) for ids, image in rows]
+    torch.testing.assert_close(last_logits(model, rows), expected, atol=1e-6, rtol=1e-6)
+
+
 def adem_vl_logits(model, bases, row):
     """
     Of the last token of one row: the formulas of Hao840/ADEM-VL at cec09b8 (adem/adapter.py, adem/model.py,
@@ -504,6 +603,8 @@ def test_igva_reads_the_question_and_neither_the_image_nor_the_answer(make):
     ("method", "values", "message"),
     [
         ("llama-adapter", {"adaption_prompt_layers": 5}, "1 to 4"),
+        ("llama-adapter-v2", {"adaption_prompt_layers": 4}, "1 to 3"),
+        ("llama-adapter-v2", {"adapter_v2_heads": 5}, "no multiple of `adapter_v2_heads`, 5"),
         ("llama-adapter", {"adaption_image_layers": 7}, "1 to 6"),
         ("adem-vl", {"adem_pool_sizes": [1, 3]}, "divisors of 4"),
         ("adem-vl", {"image_size": 20}, "divisors of 5"),
@@ -541,9 +642,11 @@ def test_mistral_can_be_adapted_and_gpt2_is_refused(method):
 @pytest.mark.parametrize(
     ("method", "count", "paper"),
     [
+        ("llava", 6_738_415_616 + 20_979_712, 6.76e9),  # LLaMA-7B and the projector: no count is given
         ("llava-lora", 4_403_240, 4.4e6),
         ("lavin", 3_781_296, 3.8e6),
         ("llama-adapter", 1_758_208, 1.8e6),
+        ("llama-adapter-v2", 13_742_816, 14e6),
         ("adem-vl", 4_530_432 - 2 * 12 * 1024, 4.53e6),  # its authors count an adapter that they never run
         ("igva", 4_194_304 + 30_455_812 + 25_174_016, 59.8e6),  # LoRA, aggregator, projector: no count is given
     ],

@@ -164,7 +164,10 @@ def test_processes_whose_rows_have_different_numbers_of_images_stay_in_step(engi
     "method",
     [
         "llava-lora",
-        *(pytest.param(name, marks=pytest.mark.extended) for name in ("lavin", "llama-adapter", "adem-vl")),
+        *(
+            pytest.param(name, marks=pytest.mark.extended)
+            for name in ("lavin", "llama-adapter", "llama-adapter-v2", "adem-vl")
+        ),
     ],
 )
 def test_a_baseline_is_trained_and_evaluated_under_zero_2_where_one_process_has_no_image(method, train_on):

@@ -444,7 +444,7 @@ def test_a_split_that_is_missing_is_taken_from_the_train_split(tmp_path):
     write_lines(tmp_path / "few" / "x.jsonl", [{"question": "?", "answer": "so", "image": "a.png"}] * 2)
     with pytest.raises(ValueError, match="has 2 rows. `--holdout 0.1` takes 2 of them, for test and validation"):
         vqa.load("train", str(tmp_path / "few"), holdout=0.1)
-    with pytest.raises(ValueError, match="`--task digits` does not read `--holdout`"):
+    with pytest.raises(ValueError, match="`--task digits` does not read `--holdout`. Remove it, or use chat or"):
         load_rows(digits, "train", DataArguments(task="digits", holdout=0.1))
 
 

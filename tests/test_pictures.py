@@ -157,7 +157,7 @@ def texts_cut_off(figure) -> list[str]:
 def test_every_ablation_is_drawn(values, tmp_path):
     model = tiny_model(**values)
     weights = pictures.fusion_weights(model, tiny_inputs())
-    for draw in (pictures.draw_fusion_weights, pictures.draw_fusion_curves):
+    for draw in (pictures.draw_fusion_weights, pictures.draw_fusion_curves, pictures.draw_group_means):
         figure = draw(weights, model, "Mean over 200 images of the validation split of scienceqa")
         figure.savefig(tmp_path / "a.png")
         assert not is_blank(tmp_path / "a.png") and not texts_cut_off(figure)
@@ -181,6 +181,21 @@ def test_maps_and_curves_show_the_mean_weight_of_each_candidate_and_no_other_lay
         curves = sorted((*line.get_xdata(), *line.get_ydata()) for line in chart.lines if line.get_marker() == "o")
         expected = [(0, 1, *mean[:2, j]) for j in (0, 1, 2, 4)] + [(2, 3, *mean[2:, j]) for j in (3, 4, 5)]
         np.testing.assert_allclose(curves, sorted(expected), rtol=1e-6)
+
+
+def test_bars_are_the_mean_weights_of_a_group_over_images_and_its_language_layers():
+    model = tiny_model()
+    weights = pictures.fusion_weights(model, tiny_inputs())
+    axes = pictures.draw_group_means(weights, model, "2 images").axes
+    groups = [("layers 0–1", slice(0, 2), [0, 1, 2, 4]), ("layers 2–3", slice(2, 4), [3, 4, 5])]
+    assert [axis.get_title() for axis in axes] == [f"language {name}" for name, *_ in groups]
+    for axis, (_, layers, candidates) in zip(axes, groups):
+        assert [int(label.get_text()) for label in axis.get_xticklabels()] == candidates
+        bars = {container.get_label(): container for container in axis.containers}  # and error bars
+        for position, name in enumerate(("keys", "values")):
+            expected = [weights[:, layers, position, layer].mean() for layer in candidates]
+            np.testing.assert_allclose([bar.get_height() for bar in bars[name]], expected, rtol=1e-5)
+            assert sum(expected) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_patch_is_coloured_at_its_place_by_its_sign():
@@ -240,9 +255,9 @@ def draw(folder, adapter, *flags):
     return output
 
 
-def test_the_command_writes_three_figures(folder, capsys):
+def test_the_command_writes_four_figures(folder, capsys):
     files = sorted(draw(folder, "dehvf").iterdir())
-    assert [file.name for file in files] == ["fusion_curves.png", "fusion_weights.png", "slot_activations.png"]
+    assert [file.stem for file in files] == ["fusion_curves", "fusion_groups", "fusion_weights", "slot_activations"]
     assert not any(is_blank(file) for file in files)
     assert str(folder / "figures") in capsys.readouterr().out
 
@@ -255,7 +270,7 @@ def test_own_data_is_read_with_the_columns_and_the_held_out_rows_of_training(fol
     flags = ["--task", "vqa", "--data_path", folder / "own", "--columns", "question=prompt,answer=label"]
     flags += ["--holdout", "0.25", "--output_dir", folder / "own-figures"]
     pictures.main([str(argument) for argument in (folder / "dehvf", *flags)])
-    assert len(list((folder / "own-figures").iterdir())) == 3
+    assert len(list((folder / "own-figures").iterdir())) == 4
 
 
 @pytest.mark.parametrize("values", [{}, INSTRUCTION], ids=["network", "instruction"])

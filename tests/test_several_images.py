@@ -443,7 +443,7 @@ def pairs(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("method", ["dehvf", "llava-lora"])
+@pytest.mark.parametrize("method", ["dehvf", "llava", "llava-lora"])
 def test_a_run_trains_and_evaluates_on_several_images(method, pairs, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", pairs / "cache")
     flags = {"task": "vqa", "max_images": 2, "image_tiles": "1x2", "max_steps": 2, "method": method}

@@ -14,7 +14,7 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from benchmarks import memory, operations, speed
+from benchmarks import injection, memory, operations, speed
 
 
 TINY = speed.PRESETS["tiny"]
@@ -250,6 +250,38 @@ def test_the_report_has_bytes_of_images_checkpoints_and_training(tmp_path, monke
     assert "| tiny | 0.0 | 0.0 | 0.0 |" in table
     assert ("Not measured" in table) == (peaks is None)
     assert (tmp_path / "memory.png").stat().st_size > 10_000
+
+
+# --- ways of injection ---
+
+
+@torch.no_grad()
+def test_naive_injection_gives_the_same_logits_and_has_keys_and_values_in_full():
+    model = tiny_model(memory_form="factored").double()
+    config, ids = model.config, torch.tensor([[3, 4, 5, 6]])
+    visual_memory = memory.encoded_image(model)
+    factored = model.model.active.layer_memories(visual_memory, torch.float64)
+    naive = injection.naive_memories(model, visual_memory)
+    expected = model(ids, visual_memory=visual_memory).logits
+    torch.testing.assert_close(model(ids, layer_memories=naive).logits, expected)
+    assert not torch.allclose(model(ids).logits, expected), "the image matters"
+    assert injection.bytes_of_image(factored) == visual_memory.nbytes
+    text = config.text_config
+    in_full = 2 * text.num_hidden_layers * config.num_memory_slots * text.hidden_size
+    assert injection.bytes_of_image(naive) == 8 * in_full
+    seconds = injection.read(model, naive, ids)
+    assert seconds.keys() == {"prompt", "further token"} and min(seconds.values()) > 0
+
+
+def test_the_report_compares_the_ways_of_injection(tmp_path, monkeypatch):
+    run_main(injection, tmp_path, monkeypatch, "--preset", "tiny")
+    report = json.loads((tmp_path / "injection.json").read_text())
+    assert report["reading"]["bytes"].keys() == {"naive", "materialised", "factored"}
+    assert report["reading"]["samples"].keys() == report["reading"]["bytes"].keys()
+    assert report["training"].keys() == {"materialised", "factored"}
+    table = (tmp_path / "injection.md").read_text()
+    assert "| naive | 0.0 |" in table and "| naive, materialised | " in table
+    assert (tmp_path / "injection.png").stat().st_size > 10_000
 
 
 def test_what_autograd_keeps_is_counted_once_and_without_weights():

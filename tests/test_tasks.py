@@ -251,6 +251,34 @@ def test_a_folder_of_another_kind_or_without_the_split_is_refused(original, tmp_
         scienceqa.load("train", str(tmp_path / "saved"))
 
 
+def test_captions_of_scienceqa_follow_the_hint_in_evaluation(original, tmp_path):
+    """`get_context_text` of MemVP's util/base_prompt.py: hint and caption, one space between them; `N/A` for none."""
+    problems = json.loads((original / "problems.json").read_text())
+    problems["12"]["hint"] = ""
+    (original / "images" / "train" / "13").mkdir()
+    problems["13"] = scienceqa_problem(image=None, split="train")
+    (original / "problems.json").write_text(json.dumps(problems))
+    (original / "pid_splits.json").write_text(json.dumps({"train": ["13"], "val": ["8"], "test": ["12", "7"]}))
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps({"captions": {"7": "a red square", "13": "unread"}}))
+    rows = scienceqa.load("test", str(original), captions=str(file))
+    prompts = [scienceqa.prompt(row, scienceqa.context(row)).splitlines()[1] for row in rows.remove_columns("image")]
+    assert prompts == ["Context: N/A", "Context: hint a red square"]
+    assert rows["hint"] == ["", "hint"], "which the score reads"
+    assert "caption" not in scienceqa.load("train", str(original), captions=str(file)).column_names
+    with pytest.raises(ValueError, match="no caption for any of the 1 problems of the validation split.* number 8"):
+        scienceqa.load("validation", str(original), captions=str(file))
+    for text in ("no JSON", '{"7": "a red square"}', '{"captions": ["a"]}', '{"captions": {"7": 1}}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="captions.json is none: Captions are a JSON file"):
+            scienceqa.load("test", str(original), captions=str(file))
+    with pytest.raises(FileNotFoundError, match="absent.json is missing.*Captions are a JSON file"):
+        scienceqa.load("test", str(original), captions=str(tmp_path / "absent.json"))
+    DatasetDict(test=rows).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="numbers of the problems, which .*saved does not have.*problems.json"):
+        scienceqa.load("test", str(tmp_path / "saved"), captions=str(file))
+
+
 def test_scienceqa_is_scored_by_what_its_records_say(original):
     records = make_records(scienceqa, scienceqa.load("test", str(original)), [" A", " A"])
     scores = scienceqa.score(records, 2)

@@ -64,6 +64,13 @@ class DataArguments:
             "none, and once more as the validation split. They are the same rows in every run."
         },
     )
+    captions: str | None = field(
+        default=None,
+        metadata={
+            "help": 'scienceqa: file with captions of images, {"captions": {"<number>": "<text>"}}, to add to the '
+            "context in evaluation."
+        },
+    )
     max_prompt_length: int = field(
         default=512,
         metadata={"help": "Longest prompt in tokens. Longer prompts lose the end of their context."},
@@ -382,10 +389,10 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
             f"`--method {method}` does not support `--load_in_4bit` and `--load_in_8bit`. Remove one of them."
         )
     several = [name for name in ("max_images", "image_tiles") if getattr(adapter_args, name) not in (1, None)]
-    if several and is_baseline and method != "llava-lora":
+    if several and is_baseline and method not in ("llava", "llava-lora"):
         raise ValueError(
             f"`--method {method}` reads one image of a row, but `--{several[0]}` was given. Remove it, or take "
-            "another method, dehvf or llava-lora."
+            "another method, dehvf, llava or llava-lora."
         )
     if model_args.adapter is not None:
         values = {*vars(adapter_args), "chat_template", "image_fit"}

@@ -20,6 +20,7 @@ from PIL import Image
 from transformers.utils import logging
 
 import dehvf
+from tasks import NAMES, get_task
 from tasks._sources import IMAGE_FEATURES, list_images
 from training.encoding import RowEncoder
 
@@ -38,14 +39,18 @@ def load_rows(task, name: str, arguments):
     The rows of a split as the task gives them, with undecoded images.
 
     Raises:
-        ValueError: if the split is empty or lacks a column, or if the task does not read `columns` or `holdout`.
+        ValueError: if the split is empty or lacks a column, or if the task does not read `columns`, `holdout` or
+            `captions`.
     """
     limit, taken = arguments.max_samples, inspect.signature(task.load).parameters
     makes_any_size = "max_samples" in taken
-    given = {option: getattr(arguments, option) for option in ("columns", "holdout")}
+    given = {option: getattr(arguments, option) for option in ("columns", "holdout", "captions")}
     given = {option: value for option, value in given.items() if value is not None}
     for option in given.keys() - taken:
-        raise ValueError(f"`--task {arguments.task}` does not read `--{option}`. Remove it, or use `vqa` or `chat`.")
+        readers = [other for other in NAMES if option in inspect.signature(get_task(other).load).parameters]
+        raise ValueError(
+            f"`--task {arguments.task}` does not read `--{option}`. Remove it, or use {' or '.join(readers)}."
+        )
     sizes = {"max_samples": limit} if makes_any_size else {}
     rows = task.load(name, arguments.data_path, streaming=arguments.streaming, **given, **sizes)
     if limit is not None and not makes_any_size:

@@ -16,7 +16,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_RECIPE = ROOT / "recipes" / "digits.yaml"
 # Values of a recipe that belong to its task: another task does not take them over
-TASK_VALUES = ("data_path", "train_sampling_strategy")
+TASK_VALUES = ("data_path", "captions", "train_sampling_strategy")
 # Flags that name a folder or a repository on the Hub
 PLACES = ("data_path", "adapter", "vision_model", "text_model")
 
@@ -38,7 +38,7 @@ def read_recipe(recipe: Path) -> dict:
         raise ValueError(f"{recipe} has no `name: value` on each line, but a {type(values).__name__}. Write flags so.")
     base = values.pop("base", None)
     values = values if base is None else keep_values(read_recipe(recipe.parent / base), values.get("task")) | values
-    for name in (*PLACES, "chat_template"):
+    for name in (*PLACES, "chat_template", "captions"):
         place = values.get(name)
         if place is not None:
             places = (recipe.absolute().parent / place, Path(place), ROOT / place)

@@ -113,6 +113,7 @@ def describe_run(task, processor, model, split: Split, data_args, model_args, tr
         "data_path": data_args.data_path,
         "columns": data_args.columns,
         "holdout": data_args.holdout,
+        "captions": data_args.captions,
         "split": split.name,
         "size": len(split),
         "template": render(processor, task.prompt(split.rows[0], "{context}")) + task.ANSWER_PREFIX,

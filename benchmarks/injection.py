@@ -1,0 +1,196 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+Memory and seconds of naive and factored injection: the ways in which an FFN can read the memory of an image, which
+give the same numbers.
+
+    python -m benchmarks.injection             # 5 minutes
+
+    naive           keys and values in full, for all language layers, made once and kept (the paper's equation 13)
+    materialised    each FFN makes its keys and values in full when it reads them (`memory_form="materialised"`)
+    factored        keys and values are never made: all is read through the projector's width (`"factored"`)
+
+In training the first two are one, since backward needs the keys and values of all layers. The models are those of
+`benchmarks.speed`'s preset `small`, which explains how they take turns. Seconds are those that one thread works, so
+that what else the machine does is not counted. The results go to `benchmarks/results`: `injection.json`, `.md` and
+`.png`.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForCausalLM
+
+from benchmarks import RESULTS, machine_in_words, memory, save_report, speed
+from dehvf import injection
+
+
+NAIVE, MATERIALISED, FACTORED = "naive", "materialised", "factored"
+TRAINED_FORMS = (MATERIALISED, FACTORED)
+NEW_TOKENS = 8
+
+
+def build(preset: speed.Preset, form: str):
+    """The model of a preset, with `memory_form` as the way to read."""
+    config = speed.make_config(preset, preset.patches_per_side[0])
+    config.memory_form = form
+    vision = speed.random_base(AutoModel, config.vision_config, preset)
+    text = speed.random_base(AutoModelForCausalLM, config.text_config, preset)
+    return speed.build(speed.DEHVF, config, vision, text)
+
+
+def naive_memories(model, visual_memory: torch.Tensor) -> tuple[injection.LayerMemory, ...]:
+    """What the FFNs read of one image, without features of it: its keys and values stand in the matrices, in full."""
+    num_slots = model.config.num_memory_slots
+
+    def in_full(features: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        visual = features[0] @ matrix[num_slots:]  # n h
+        return matrix[:num_slots] + F.pad(visual, (0, 0, 0, num_slots - len(visual)))  # S h
+
+    return tuple(
+        injection.LayerMemory(
+            key_matrix=in_full(one.key_features, one.key_matrix),
+            value_matrix=in_full(one.value_features, one.value_matrix.T).T.contiguous(),
+            form=one.form,
+            scale=one.scale,
+            dropout=one.dropout,
+        )
+        for one in model.model.active.layer_memories(visual_memory, visual_memory.dtype)
+    )
+
+
+def bytes_of_image(memories: tuple[injection.LayerMemory, ...]) -> int:
+    """What belongs to the image alone, and not to all images."""
+    if memories[0].key_features is None:
+        return memory.bytes_of(tensor for one in memories for tensor in (one.key_matrix, one.value_matrix))
+    return memory.bytes_of(tensor for one in memories for tensor in (one.key_features, one.value_features))
+
+
+@torch.no_grad()
+def read(model, memories: tuple, ids: torch.Tensor) -> dict[str, float]:
+    """Seconds of a prompt and of a further token."""
+    start = time.process_time()
+    outputs = model(ids, layer_memories=memories, use_cache=True, logits_to_keep=1)
+    prompt = time.process_time()
+    for _ in range(NEW_TOKENS):
+        token = outputs.logits[:, -1].argmax(dim=-1, keepdim=True)
+        outputs = model(token, layer_memories=memories, cache=outputs.past_key_values, logits_to_keep=1)
+    return {"prompt": prompt - start, "further token": (time.process_time() - prompt) / NEW_TOKENS}
+
+
+def measure_reading(preset: speed.Preset) -> dict:
+    """Bytes of one encoded image, and seconds of a text about it."""
+    ways, models = {}, {form: build(preset, form) for form in TRAINED_FORMS}
+    with torch.no_grad():
+        for form, model in models.items():
+            visual_memory = memory.encoded_image(model)
+            ways[form] = model, model.model.active.layer_memories(visual_memory, visual_memory.dtype)
+        ways = {NAIVE: (model, naive_memories(model, visual_memory)), **ways}
+    ids = speed.make_inputs(model, preset, preset.patches_per_side[0], 1, preset.text_tokens[0])["input_ids"]
+    samples = speed.take_turns({name: partial(read, *way, ids) for name, way in ways.items()}, 0)
+    return {"bytes": {name: bytes_of_image(memories) for name, (_, memories) in ways.items()}, "samples": samples}
+
+
+def training_job(preset: speed.Preset, form: str):
+    model = build(preset, form)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    side, tokens = preset.patches_per_side[0], preset.text_tokens[0]
+    inputs = speed.make_inputs(model, preset, side, preset.training_batch, tokens)
+    return partial(speed.training_step, model, optimizer, inputs, time.process_time)
+
+
+def training_peak(preset: speed.Preset, form: str) -> int:
+    """Bytes that this process grows by in two steps, since in the first one AdamW has no state yet."""
+    step = training_job(preset, form)
+    return memory.growth_at_peak(lambda: [step() for _ in range(2)])
+
+
+def peaks_in_fresh_processes(preset: str) -> dict[str, int] | None:
+    """Form -> bytes; `None` where Linux's account of the resident set cannot be reset."""
+    if not os.access(memory.PROC / "clear_refs", os.W_OK):
+        return None
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    peaks = {}
+    for form in TRAINED_FORMS:
+        command = [sys.executable, "-m", "benchmarks.injection", "--preset", preset, "--peak-of", form]
+        process = subprocess.run(command, cwd=memory.ROOT, env=environment, check=True, stdout=subprocess.PIPE)
+        peaks[form] = int(process.stdout)
+    return peaks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def markdown(report: dict) -> str:
+    reading, training = report["reading"], report["training"]
+    lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"], "", "## Inference", ""]
+    lines += ["| | an image, 10⁶ bytes | prompt, ms | further token, ms |", "|---|---|---|---|"]
+    for name, num_bytes in reading["bytes"].items():
+        times = [speed.median_ms(reading["samples"][name][measure]) for measure in ("prompt", "further token")]
+        lines.append(f"| {name} | {num_bytes / 1e6:.1f} | {' | '.join(times)} |")
+    lines += ["", "## Training", "", "| | a step, ms | at the peak, 10⁶ bytes beyond the weights |", "|---|---|---|"]
+    for form in TRAINED_FORMS:
+        peaks = report["training_peaks"]
+        peak = "not measured" if peaks is None else f"{peaks[form] / 1e6:,.0f}"
+        name = f"{NAIVE}, {form}" if form == MATERIALISED else form
+        lines.append(f"| {name} | {speed.median_ms(training[form]['training step'])} | {peak} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(report: dict, file):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), dpi=110, layout="constrained")
+    image, token, peak = figure.subplots(1, 3)
+    reading, peaks = report["reading"], report["training_peaks"] or {}
+    panels = {
+        (image, "An encoded image: 10⁶ bytes"): {name: size / 1e6 for name, size in reading["bytes"].items()},
+        (token, "A further token: ms"): {
+            name: 1e3 * statistics.median(samples["further token"]) for name, samples in reading["samples"].items()
+        },
+        (peak, "The peak of a training step: 10⁶ bytes"): {form: size / 1e6 for form, size in peaks.items()},
+    }
+    for (axis, title), numbers in panels.items():
+        axis.bar_label(axis.bar(numbers.keys(), numbers.values(), color="tab:blue"), fmt="%.1f")
+        axis.set_title(title)
+    figure.savefig(file)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_cpu = [name for name, preset in speed.PRESETS.items() if preset.device == "cpu"]
+    parser.add_argument("--preset", choices=on_cpu, default="small", help="sizes of the models")
+    parser.add_argument("--peak-of", choices=TRAINED_FORMS, help="only print the bytes of this form's training peak")
+    arguments = parser.parse_args()
+    preset = speed.PRESETS[arguments.preset]
+    if arguments.peak_of:
+        print(training_peak(preset, arguments.peak_of))
+        return
+    torch.set_num_threads(1)
+    jobs = {form: training_job(preset, form) for form in TRAINED_FORMS}
+    report = {
+        "command": "python -m benchmarks.injection",
+        "preset": arguments.preset,
+        "note": f"Preset `{arguments.preset}` in {str(preset.dtype).removeprefix('torch.')}: "
+        f"{preset.patches_per_side[0] ** 2} patches and {preset.text_tokens[0]} text tokens; one prompt at a time, "
+        f"training with a batch of {preset.training_batch}. `naive` keeps keys and values in full for all language "
+        "layers, `materialised` makes them anew in each FFN, `factored` never makes them. Times are those that one "
+        f"thread works, medians of {speed.ROUNDS} rounds that take turns; a peak is that of a fresh process. "
+        f"{machine_in_words()}.",
+        "reading": measure_reading(preset),
+        "training": speed.take_turns(jobs, 0),
+        "training_peaks": peaks_in_fresh_processes(arguments.preset),
+    }
+    save_report(RESULTS, "injection", report, markdown, draw)
+
+
+if __name__ == "__main__":
+    main()
