@@ -127,6 +127,8 @@ def test_a_method_sets_its_switch():
         (["--adapter=./checkpoint"], "`--adapter ./checkpoint`: there is no such folder"),
         (["--method", "memvp", "--layer_fusion", "mean"], "means `--layer_fusion penultimate`, but `mean` was given"),
         (["--method", "memvp", "--layer_fusion", "adaptive"], "penultimate`, but `adaptive` was given"),
+        (["--lora_rank", "4"], "`--lora_rank` has no effect with `--method dehvf`: only llava-lora reads it"),
+        (["--method", "lavin", "--igva-num-heads=2"], "`--igva_num_heads` .* with `--method lavin`: only igva reads"),
         (["--streaming", "true"], "needs `--max_steps`"),
         (["--adapter", "x", "--method", "lavin"], "`--method` was given with `--adapter x`"),
         (["--adapter", "x", "--visual_prompts", "none"], "`--visual_prompts` was given with `--adapter x`"),
