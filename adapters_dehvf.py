@@ -429,6 +429,7 @@ class AdapterMixin:
         config = self.config
         # These change what is mixed, but no tensor of the adapter
         settings = ("num_groups", "layer_fusion", "layer_mapping", "layer_mapping_seed", "visual_prompts")
+        settings += ("fuser_num_heads", "fuser_hidden_act", "vision_adapter_scale")
         return {
             "adapters": f"{digest(self.adapter_state_dict())} in {self.base_model.memory_slots.key.dtype}",
             "image size": f"{config.resolution} with patches of {config.vision_config.patch_size}",
