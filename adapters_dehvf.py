@@ -141,6 +141,7 @@ class AdapterMixin:
             pretrained_model_name_or_path: Hub id or folder that `save_pretrained` wrote. `None` takes all weights,
                 also those of the base models, from `state_dict`.
             vision_model, text_model: where to take the base models from instead: another id, or a folder.
+            config: a config, or its Hub id or folder, in place of the one beside the adapter.
             kwargs: as in [`from_vision_text_pretrained`]; `generation_config`, `output_loading_info`.
 
         Raises:
@@ -159,8 +160,9 @@ class AdapterMixin:
         dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}  # not the config's
         for name in ("adapter_kwargs", "_from_auto", "_from_pipeline", "trust_remote_code"):
             kwargs.pop(name, None)
-        if config is None:
-            config, kwargs = DehvfConfig.from_pretrained(location, return_unused_kwargs=True, **{**kwargs, **source})
+        if config is None or isinstance(config, str | os.PathLike):
+            place = location if config is None else config
+            config, kwargs = DehvfConfig.from_pretrained(place, return_unused_kwargs=True, **{**kwargs, **source})
             kwargs |= hub_arguments(source)
         # Before the base models, which may be many GB, so that a mistake here is reported at once
         tensors = load_adapter_tensors(location, source)
