@@ -151,6 +151,7 @@ class AdapterMixin:
             pretrained_model_name_or_path: Hub id or folder that `save_pretrained` wrote. `None` takes all weights,
                 also those of the base models, from `state_dict`.
             vision_model, text_model: where to take the base models from instead: another id, or a folder.
+            config: a config, or its Hub id or folder, in place of the one beside the adapter.
             kwargs: as in [`from_vision_text_pretrained`]; `generation_config`, `output_loading_info`. `max_images` may
                 be larger than in the saved config: further images then start without an embedding of their own.
 
@@ -170,8 +171,9 @@ class AdapterMixin:
         dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}  # not the config's
         for name in ("adapter_kwargs", "_from_auto", "_from_pipeline", "trust_remote_code"):
             kwargs.pop(name, None)
-        if config is None:
-            config, kwargs = DehvfConfig.from_pretrained(location, return_unused_kwargs=True, **{**kwargs, **source})
+        if config is None or isinstance(config, str | os.PathLike):
+            place = location if config is None else config
+            config, kwargs = DehvfConfig.from_pretrained(place, return_unused_kwargs=True, **{**kwargs, **source})
             kwargs |= hub_arguments(source)
         # Before the base models, which may be many GB, so that a mistake here is reported at once
         tensors, expected = load_adapter_tensors(location, source), cls._empty_adapter(config, location).state_dict()
@@ -443,6 +445,7 @@ class AdapterMixin:
         config = self.config
         # These change what is mixed, but no tensor of the adapter
         settings = ("num_groups", "layer_fusion", "layer_mapping", "layer_mapping_seed", "visual_prompts")
+        settings += ("fuser_num_heads", "fuser_hidden_act", "vision_adapter_scale")
         return {
             "adapters": f"{digest(self.adapter_state_dict())} in {self.base_model.memory_slots.key.dtype}",
             "image size": f"{config.resolution} with patches of {config.vision_config.patch_size}",

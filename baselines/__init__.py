@@ -43,14 +43,15 @@ class BaselineArguments:
     Sizes of the baselines. The defaults are those of the 7B rows of the paper's tables, whose trained parameters they
     meet: 4.4 M (LLaVA-LoRA), 3.8 M (LaVIN), 1.8 M (LLaMA-Adapter), 14 M (LLaMA-Adapter V2), and for ADEM-VL those of
     its authors for ScienceQA at 7B, 4.5 M. IGVA's are those of its authors as well. "ours" marks what no source gives.
+    Each help begins with the methods that read the size.
     """
 
-    lora_rank: int = field(default=8, metadata={"help": "llava-lora: rank (ours, meets the paper's count)."})
-    lora_alpha: float = field(default=16, metadata={"help": "llava-lora: scale times rank (LLaVA's train.py)."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "llava-lora: dropout (LLaVA's train.py)."})
+    lora_rank: int = field(default=8, metadata={"help": "llava-lora, igva: rank (ours, meets the paper's count)."})
+    lora_alpha: float = field(default=16, metadata={"help": "llava-lora, igva: scale times rank (LLaVA's train.py)."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "llava-lora, igva: dropout (LLaVA's train.py)."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "v_proj"],
-        metadata={"help": "llava-lora: adapted linear layers of the language model (LoRA, arXiv 2106.09685)."},
+        metadata={"help": "llava-lora, igva: adapted linear layers of the language model (LoRA, arXiv 2106.09685)."},
     )
     lora_projector_size: int = field(
         default=40, metadata={"help": "llava-lora: hidden width of the projector (ours, meets the paper's count)."}
@@ -72,13 +73,13 @@ class BaselineArguments:
         default=128, metadata={"help": "lavin: hidden width of the visual adapter (train.py there)."}
     )
     adaption_prompt_length: int = field(
-        default=10, metadata={"help": "llama-adapter and -v2: prompts per layer (arXiv 2303.16199)."}
+        default=10, metadata={"help": "llama-adapter, llama-adapter-v2: prompts per layer (arXiv 2303.16199)."}
     )
     adaption_prompt_layers: int | None = field(
         default=None,
         metadata={
-            "help": "llama-adapter and -v2: topmost layers with prompts; by default all but two, or all but one for "
-            "-v2, as there."
+            "help": "llama-adapter, llama-adapter-v2: topmost layers with prompts; by default all but two, or all but "
+            "one for llama-adapter-v2, as there."
         },
     )
     adaption_image_layers: int = field(

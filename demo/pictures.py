@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tasks import NAMES, get_task  # noqa: E402
 from training.data import Collator, load_rows, read_image, read_images  # noqa: E402
 from training.encoding import RowEncoder  # noqa: E402
+from training.flags import check_place  # noqa: E402
 
 
 BATCH_SIZE = 32
@@ -494,6 +495,7 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     options = parse_arguments(arguments)
+    check_place("adapter", options.adapter)
     new_figure(1, 1)  # fails before anything is loaded if matplotlib is missing
     task = get_task(options.task)
     dataset = load_rows(task, options.split, options)

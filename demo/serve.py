@@ -62,6 +62,7 @@ from demo.openai_api import (  # noqa: E402
     parse,
     shorten,
 )
+from training.flags import check_place  # noqa: E402
 
 
 logger = logging.getLogger("uvicorn.error")  # uvicorn's log of everything but accesses
@@ -787,6 +788,7 @@ def main(
         if parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}":
             raise typer.BadParameter(f"The origin {origin!r} is no scheme and host, such as https://chat.example.org.")
     try:
+        check_place("adapter", adapter)
         reader = ImageReader(
             allow_image_host, allow_image_folder, max_image_bytes, max_image_pixels, max_image_seconds
         )

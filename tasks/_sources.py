@@ -177,16 +177,18 @@ class Reader:
     place: str  # for messages
     command: str  # which names all faults
     labels: dict[str, ClassLabel] = field(default_factory=dict)
+    similar: dict[str, tuple[str, str]] = field(default_factory=dict)  # see `Source.find_similar`
 
     def read(self, record: dict) -> tuple[dict, list[str]]:
         """The row of a record, and what is wrong with it."""
-        record, task = self._pick(record), import_module(self.task_name)
-        images = record["image"]
+        fields, task = self._pick(record), import_module(self.task_name)
+        images = fields["image"]
         if images in (None, []) and hasattr(task, "find_images"):
-            images = task.find_images(record)
+            images = task.find_images(fields)
         images, faults = find_images(images, self.folders)
-        row, more = task.parse(record, len(list_images(images)) + len(faults))
-        return {**images, **row}, faults + more
+        row, more = task.parse(fields, len(list_images(images)) + len(faults))
+        row, faults = {**images, **row}, faults + more
+        return row, faults or self._find_unread(record, row)
 
     def row(self, record: dict, index: int) -> dict:
         return self.check(f"{self.place}, row {index}", *self.read(record))
@@ -197,6 +199,7 @@ class Reader:
     def texts(self, record: dict, index: int) -> dict:
         """A row without its images, of a record that has `num_images` in place of them."""
         row, faults = import_module(self.task_name).parse(self._pick(record), record["num_images"])
+        faults = faults or self._find_unread(record, {**row, "image": record["num_images"] or None})
         return self.check(f"{self.place}, row {index}", row, faults)
 
     def check(self, where: str, row: dict | None, faults: list[str]) -> dict:
@@ -216,6 +219,15 @@ class Reader:
         if fields["image"] == []:  # of `images`, beside an `image`
             fields["image"] = next((record[column] for column in self.fields["image"] if record.get(column)), None)
         return fields
+
+    def _find_unread(self, record: dict, row: dict) -> list[str]:
+        """What a row lacks, but its record has under a similar name."""
+        return [
+            f"there is no `{name}`, but something in `{column}`, which is not read. Rename that to `{own}`, where "
+            f"other rows have it, or give `--columns {name}={own}` to do without."
+            for column, (name, own) in self.similar.items()
+            if row[name] is None and record.get(column) not in (None, "", [])
+        ]
 
 
 def make_dataset(rows: list[dict], features: Features, streaming: bool) -> Dataset | IterableDataset:
@@ -314,7 +326,8 @@ class Source:
                 for where, record, faults in read_records(file):
                     yield where, *((record, faults) if faults else reader.read(record))
             return
-        rows, reader = self._undecoded(part), self._reader(split)
+        reader = self._reader(split)
+        rows = self._undecoded(part, reader)
         for index, record in enumerate(rows):
             yield f"{reader.place}, row {index}", *reader.read(record)
 
@@ -381,6 +394,21 @@ class Source:
             faults.append(f"{self.label(split)}: no row has {what}. The columns are {', '.join(names)}. {advice}.")
         return faults
 
+    def find_similar(self, split: str) -> dict[str, tuple[str, str]]:
+        """
+        Columns that are not read beside one of a similar name that is: the field and that one. In rows from another
+        source only the former may have something. For fields that are not required and whose columns nobody chose.
+        """
+        names, similar = self.names(split), {}
+        read = {column for columns in self.fields.values() for column in columns}
+        chosen = {pair.partition("=")[0].strip() for pair in (self.columns or "").split(",")}
+        for name in (SYNONYMS.keys() & self.fields.keys()) - chosen - {*self.task.REQUIRED}:
+            own = next((column for column in self.fields[name] if column in names), None)
+            if own is not None:
+                words = SYNONYMS[name].split()
+                similar |= {other: (name, own) for other in names if other not in read and other.lower() in words}
+        return similar
+
     def find_unread(self) -> list[str]:
         """What to do about files of splits that are missing, in other formats than that of the data set."""
         found = [splits for pattern in FORMATS for splits in find_files(Path(self.path), pattern).items()]
@@ -417,7 +445,7 @@ class Source:
             features = self._part(split).features or {}
             labels = {name: feature for name, feature in features.items() if isinstance(feature, ClassLabel)}
         folders = tuple(folders) if path.exists() else ()
-        return Reader(task, self.fields, folders, self.label(split), command, labels)
+        return Reader(task, self.fields, folders, self.label(split), command, labels, self.find_similar(split))
 
     def _read_files(self, split: str, files: list[Path]) -> Rows:
         reader, features = self._reader(split), self.task.FEATURES
@@ -431,7 +459,8 @@ class Source:
             raise error.__cause__ or error from None
 
     def _read_rows(self, split: str, rows: Rows) -> Rows:
-        rows, reader, features = self._undecoded(rows), self._reader(split), self.task.FEATURES
+        reader, features = self._reader(split), self.task.FEATURES
+        rows = self._undecoded(rows, reader)
         if self.streaming:
             names = list(rows.features or next(iter(rows)))
             return rows.map(reader.row, with_indices=True, remove_columns=names, features=features)
@@ -455,10 +484,10 @@ class Source:
             concatenate_datasets([images, texts], axis=1).cast_column("image", Image()).select_columns(list(features))
         )
 
-    def _undecoded(self, rows: Rows) -> Rows:
-        """The columns that are read, with undecoded images."""
+    def _undecoded(self, rows: Rows, reader: Reader) -> Rows:
+        """The columns that a reader reads or looks into, with undecoded images."""
         names = list(rows.features or next(iter(rows)))
-        read = [column for columns in self.fields.values() for column in columns if column in names]
+        read = [column for columns in (*self.fields.values(), reader.similar) for column in columns if column in names]
         rows = rows.select_columns(list(dict.fromkeys(read)))
         for column, feature in (rows.features or {}).items():
             if isinstance(feature, Image):

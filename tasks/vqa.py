@@ -52,6 +52,7 @@ def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
     choices, answers = _sources.as_list(record["choices"]), _sources.as_list(record["answers"])
     if answer == record["answers"]:  # there is no other column with the answer
         answer = answers
+    is_list_of_python = isinstance(answers, str) and re.match(r"\[\s*['\"]", answers.strip())
     answers = answer if isinstance(answer, list) else answers if isinstance(answers, list) else None
     if isinstance(answer, list):
         answer = answer[0] if answer else None
@@ -68,6 +69,8 @@ def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
         context = None
     if context is not None:
         faults += _sources.find_text_faults("`context`", context)
+    if is_list_of_python:
+        faults.append(f'`answers` is {reprlib.repr(record["answers"])}, no JSON. Write a list as ["red", "blue"].')
     if not all(map(_sources.is_text, answers or ())):
         faults.append(f"`answers` is {reprlib.repr(answers)}. Make it a list of texts, none of them blank.")
     row = {"question": question, "choices": choices or None, "answer": answer, "answers": answers, "context": context}

@@ -1,6 +1,7 @@
 """The baselines of `baselines/`: what they train, what their images do, and the sizes that they claim."""
 
 import copy
+import dataclasses
 from functools import partial
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import baselines
 from baselines import BaselineArguments, assemble, build
 from dehvf import DehvfConfig
 
@@ -116,6 +118,22 @@ generate = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": 
 def last_logits(model, rows):
     with torch.no_grad():
         return model(**make_batch(model, rows)).logits[:, -1]
+
+
+@all_methods
+def test_the_help_of_a_size_names_the_methods_that_read_it(bases, method, monkeypatch):
+    """`train.py` refuses it with others."""
+    read = set()
+
+    class Recorded(BaselineArguments):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(baselines, "BaselineArguments", Recorded)
+    build(method, *bases)
+    sizes = {size.name: size.metadata["help"].partition(":")[0] for size in dataclasses.fields(BaselineArguments)}
+    assert read & sizes.keys() == {name for name, readers in sizes.items() if method in readers.split(", ")}
 
 
 # --- what is trained ---

@@ -390,6 +390,33 @@ def test_a_column_that_is_probably_meant_is_named(task, row, columns, layout, tm
     assert check(str(tmp_path), task=name, columns=columns)
 
 
+MIXED = [
+    ({"image": "a.png"}, {"img": "a.png"}, "image=image"),
+    ({"images": ["a.png"]}, {"Picture": "a.png"}, "image=images"),
+    ({"image": "a.png", "choices": ["x", "y"]}, {"image": "a.png", "options": ["x", "y"]}, "choices=choices"),
+    ({"image": "a.png", "context": "c"}, {"image": "a.png", "hint": "h"}, "context=context"),
+]
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "parquet"])
+@pytest.mark.parametrize("row, other, columns", MIXED, ids=[columns for *_, columns in MIXED])
+def test_so_is_one_that_only_some_rows_have(row, other, columns, layout, tmp_path, capsys):
+    write_image(tmp_path / "a.png")
+    rows = [{"question": "?", "answer": "x", **values} for values in (row, other)]
+    if layout == "jsonl":
+        write_lines(tmp_path / "train.jsonl", rows)
+    else:
+        Dataset.from_list([dict.fromkeys({**row, **other}) | values for values in rows]).to_parquet(
+            tmp_path / "train.parquet"
+        )
+    name, message = columns.partition("=")[0], f"there is no `{columns.partition('=')[0]}`.*`--columns {columns}`"
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=message):
+            list(vqa.load("train", str(tmp_path), streaming=streaming))
+    assert not check(str(tmp_path)) and f"`--columns {columns}`" in capsys.readouterr().out
+    assert [row[name] is None for row in read(vqa, tmp_path, columns=columns)] == [False, True]
+
+
 def test_a_split_without_any_image_must_be_meant(tmp_path):
     text = {"question": "Why?", "answer": "so", "image": None}
     write_lines(tmp_path / "train.jsonl", [text])

@@ -121,6 +121,9 @@ def test_saved_memory_answers_in_another_model_with_the_same_adapters(tmp_path):
         (lambda: with_another_encoder(tiny_model()), "^the vision encoder has other weights. Encode"),
         (lambda: tiny_model(image_size=20, num_memory_slots=30), "image size is 16 with patches of 4, here 20"),
         (lambda: tiny_model(layer_mapping="random"), "^layer_mapping is hierarchical, here random. Encode"),
+        (lambda: tiny_model(fuser_num_heads=2), "^fuser_num_heads is 4, here 2. Encode"),
+        (lambda: tiny_model(fuser_hidden_act="relu"), "^fuser_hidden_act is gelu, here relu. Encode"),
+        (lambda: tiny_model(vision_adapter_scale=1.0), "^vision_adapter_scale is 0.1, here 1.0. Encode"),
         (lambda: tiny_model().to(torch.bfloat16), "adapters is .* in torch.float32, here .* in torch.bfloat16"),
     ],
     ids=[
@@ -129,6 +132,9 @@ def test_saved_memory_answers_in_another_model_with_the_same_adapters(tmp_path):
         "another encoder",
         "another image size",
         "other layers",
+        "other heads",
+        "another activation",
+        "another scale",
         "other precision",
     ],
 )

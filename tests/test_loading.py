@@ -447,6 +447,16 @@ def test_arguments_of_from_pretrained_work_as_in_transformers(saved, loader):
     assert info.keys() >= {"missing_keys", "unexpected_keys"} and not any(info.values())
 
 
+def test_a_config_may_be_given_by_its_folder(saved, tmp_path):
+    config = dehvf.DehvfConfig.from_pretrained(saved / "adapter")
+    config.memory_scale = 0.25
+    config.save_pretrained(tmp_path)
+    for place in (config, tmp_path, str(tmp_path)):
+        model = DehvfForConditionalGeneration.from_pretrained(saved / "adapter", config=place)
+        assert model.config.memory_scale == model.model.config.memory_scale == 0.25
+    assert DehvfForConditionalGeneration.from_pretrained(saved / "adapter").config.memory_scale == 0.5
+
+
 # --- terminals, other users, changed base models ---
 
 

@@ -305,6 +305,7 @@ def test_what_is_drawn_is_read_at_the_token_before(values, token, folder):
         ("dehvf", ["--layers", "1", "4"], r"--layers names \[4\], but the language layers are 0 to 3"),
         ("blind", [], 'trained with `visual_prompts="none"`.*nothing to draw'),
         ("text", [], "is a `llama`.*Pass a DEHVF adapter"),
+        ("nothing", [], "`adapter .*/nothing`: there is no such folder"),
     ],
 )
 def test_what_cannot_be_drawn_is_named(adapter, flags, message, folder):

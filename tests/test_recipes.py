@@ -23,7 +23,7 @@ from training.flags import DEFAULT_RECIPE, read_recipe, recipes
 
 RECIPES = [recipe for recipe in recipes() if recipe != DEFAULT_RECIPE]  # test_readme.py runs that one
 PAPER_RECIPES = [recipe for recipe in RECIPES if "llama" in recipe.stem]
-SIZES = {**DEHVF_SIZES, "lora_rank": 2, "lavin_image_tokens": 2, "adaption_prompt_length": 3}
+BASELINE_SIZES = {"lora_rank": 2, "lavin_image_tokens": 2, "adaption_prompt_length": 3}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,10 @@ def stand_ins(tmp_path_factory):
 def test_each_recipe_starts(recipe, stand_ins, tmp_path, capsys):
     vision, text, data = stand_ins
     own = read_recipe(recipe)
-    sizes = {name: value for name, value in SIZES.items() if name != "num_groups" or name not in own}
+    sizes = {name: value for name, value in DEHVF_SIZES.items() if name != "num_groups" or name not in own}
+    for size in dataclasses.fields(baselines.BaselineArguments):
+        if size.name in BASELINE_SIZES and own.get("method") in size.metadata["help"].partition(":")[0].split(", "):
+            sizes[size.name] = BASELINE_SIZES[size.name]
     sizes |= {"image_size": IMAGE_SIZE} if "image_size" in own else {}
     new = {"vision_model": vision, "text_model": text, **sizes}
     flags = {

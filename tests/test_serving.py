@@ -261,14 +261,15 @@ def test_the_command_serves_with_its_flags(adapter, registered, monkeypatch, tmp
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--allow-image-host", "https://a.org/images"], "neither a name nor a name and a port"),
-        (["--allow-image-host", "*"], "neither a name nor a name and a port"),
-        (["--allow-image-folder", "nothing"], "does not exist"),
-        (["--allow-origin", "*"], "no scheme and host"),
+        (["nothing", "--allow-image-host", "https://a.org/images"], "neither a name nor a name and a port"),
+        (["nothing", "--allow-image-host", "*"], "neither a name nor a name and a port"),
+        (["nothing", "--allow-image-folder", "nothing"], "does not exist"),
+        (["nothing", "--allow-origin", "*"], "no scheme and host"),
+        (["/nothing"], "`adapter /nothing`: there is no such folder"),
     ],
 )
 def test_the_command_refuses_flags_that_allow_nothing_or_all(flags, words, monkeypatch, capsys):
-    code, served = command(monkeypatch, "nothing", *flags)
+    code, served = command(monkeypatch, *flags)
     assert code == 2 and not served
     assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
 

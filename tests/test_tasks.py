@@ -932,6 +932,8 @@ FAULTS = [
     ({"question": " ", "answer": "so"}, "`question` is ' '"),
     ({"question": "Why?", "answer": True}, "`answer` is True"),
     ({"question": "Why?", "answer": ["so", " "]}, "`answers` is ['so', ' ']"),
+    ({"question": "Why?", "answers": "['so', 'thus']"}, """`answers` is "['so', 'thus']", no JSON"""),
+    ({"question": "Why?", "answers": "['so' 'thus']"}, """`answers` is "['so' 'thus']", no JSON"""),
     ({"question": "Why \ud83d?", "answer": "so"}, "half of a surrogate pair"),
     ({"question": "<image>\nWhy?", "answer": "so"}, "there is no image"),
     ({**FREE, "context": ["so"]}, "`context` is ['so']"),
@@ -970,10 +972,10 @@ def test_the_check_command_names_every_bad_row_and_no_other(command, tmp_path):
     for number, (fault, (_, text)) in enumerate(zip(faults, FAULTS, strict=True)):
         assert fault.startswith(f"{file}:{3 + 2 * number}: ") and text in fault
         assert fault.endswith(".")  # what to do
-    assert summary == f"{file}: 25 good rows, 25 with an image, 25 with choices"
+    assert summary == f"{file}: 27 good rows, 27 with an image, 27 with choices"
     assert longest == "longest texts in characters: question 6, choices 5, answer 5, context 9"
-    assert note == f"note: 24 times a row that is repeated, the first at {file}:4"
-    assert "no test split" in missing and total == "24 faults"
+    assert note == f"note: 26 times a row that is repeated, the first at {file}:4"
+    assert "no test split" in missing and total == "26 faults"
 
 
 def test_the_check_command_names_all_faults_of_one_row(command, tmp_path):

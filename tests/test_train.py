@@ -15,8 +15,21 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import DEHVF_SIZES, IMAGE_SIZE, ROOT, DehvfConfig, run, save_tiny_bases, tiny_model, tiny_processor
-from transformers import AutoModelForImageTextToText
+from tiny import (
+    DEHVF_SIZES,
+    IMAGE_SIZE,
+    NUM_TEXT_LAYERS,
+    ROOT,
+    TEXT_SIZES,
+    DehvfConfig,
+    DehvfForConditionalGeneration,
+    run,
+    save_tiny_bases,
+    tiny_model,
+    tiny_processor,
+    tiny_vision_config,
+)
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import train
 from dehvf import DehvfProcessor
@@ -142,6 +155,8 @@ def test_a_method_sets_its_switch():
         (["--adapter=./checkpoint"], "`--adapter ./checkpoint`: there is no such folder"),
         (["--method", "memvp", "--layer_fusion", "mean"], "means `--layer_fusion penultimate`, but `mean` was given"),
         (["--method", "memvp", "--layer_fusion", "adaptive"], "penultimate`, but `adaptive` was given"),
+        (["--lora_rank", "4"], "`--lora_rank` has no effect with `--method dehvf`. It is for llava-lora, igva"),
+        (["--method", "lavin", "--igva-num-heads=2"], "`--igva_num_heads` .* with `--method lavin`. It is for igva"),
         (["--streaming", "true"], "needs `--max_steps`"),
         (["--adapter", "x", "--method", "lavin"], "`--method` was given with `--adapter x`"),
         (["--adapter", "x", "--visual_prompts", "none"], "`--visual_prompts` was given with `--adapter x`"),
@@ -276,6 +291,40 @@ def test_training_computes_the_logits_of_the_answers_alone(scienceqa, tmp_path):
     loss = trainer.compute_loss(model, dict(batch))
     torch.testing.assert_close(loss, model(**{name: batch[name] for name in batch if name != "index"}).loss)
     assert widths == [len("The answer is A.") + 2, batch["input_ids"].shape[1]]  # with EOS, and one before them
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neo", "llama"])
+def test_padding_changes_neither_a_loss_nor_a_likelihood(model_type, tmp_path):
+    """Also where positions have embeddings, and the padding before a text would be counted."""
+    names = ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size", "initializer_range")
+    sizes = {**{name: TEXT_SIZES[name] for name in names}, "max_position_embeddings": 64}
+    if model_type == "gpt_neo":
+        sizes["attention_types"] = [[["global"], NUM_TEXT_LAYERS]]
+    text_config = AutoConfig.for_model(model_type, **sizes)
+    vision_config = tiny_vision_config("clip_vision_model")
+    torch.manual_seed(0)
+    model = DehvfForConditionalGeneration(
+        DehvfConfig(vision_config=vision_config, text_config=text_config, **DEHVF_SIZES)
+    ).eval()
+    arguments, collator = DehvfTrainingArguments(str(tmp_path), use_cpu=True), Collator(tiny_processor())
+    trainer = AnswerTrainer(model=model, args=arguments, data_collator=collator, max_new_tokens=1, run={})
+
+    def loss(*lengths):
+        rows = [{"input_ids": [*range(3, 3 + length)], "labels": [-100, *range(4, 3 + length)]} for length in lengths]
+        batch = collator([{"index": 0, "image": None, **row} for row in rows])
+        return trainer.compute_loss(model, batch, num_items_in_batch=1)
+
+    def likelihoods(*lengths):
+        options = [[7, 8], [9], [10, 11, 12]]
+        rows = [{"input_ids": [*range(3, 3 + length)], "options": options} for length in lengths]
+        batch = collator([{"index": 0, "image": None, **row} for row in rows])
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        generated = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
+        return trainer.option_likelihoods(model, inputs, batch["options"], generated.logits[0])
+
+    with torch.no_grad():
+        torch.testing.assert_close(loss(5, 9), loss(5) + loss(9))
+        torch.testing.assert_close(likelihoods(5, 9), torch.cat([likelihoods(5), likelihoods(9)]))
 
 
 def test_a_chat_template_can_replace_that_of_the_tokenizer(tmp_path):

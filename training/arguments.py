@@ -384,6 +384,12 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
             "`--train_sampling_strategy group_by_length` needs the lengths of all rows, and `--streaming` reads one "
             "row after another. Remove one of them."
         )
+    for size in dataclasses.fields(BaselineArguments):
+        readers = size.metadata["help"].partition(":")[0]
+        if size.name in given and method not in readers.split(", "):
+            raise ValueError(
+                f"`--{size.name}` has no effect with `--method {method}`. It is for {readers}. Remove it."
+            )
     if is_baseline and (model_args.load_in_4bit or model_args.load_in_8bit):
         raise ValueError(
             f"`--method {method}` does not support `--load_in_4bit` and `--load_in_8bit`. Remove one of them."

@@ -80,7 +80,7 @@ def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None
                 raise ValueError(f"{place}: unknown argument `{name}`. {hint}")
     values = keep_values(values, flags.get("task"))
     for name in PLACES:
-        check_place(name, flags.get(name, values.get(name)))
+        check_place(f"--{name}", flags.get(name, values.get(name)))
     template = flags.get("chat_template", values.get("chat_template"))
     if template not in (None, "plain") and not Path(template).is_file():
         raise ValueError(f"`--chat_template {template}`: there is no such file. Give a Jinja file, or `plain`.")
@@ -96,12 +96,18 @@ def argument_names() -> set[str]:
     return {"help", *(field.id for field in fields if isinstance(field, ast.Name))}
 
 
-def check_place(name: str, place: str | None):
-    """Raises `ValueError` if a place is neither a folder (or file) nor a name that the Hub could have."""
+def check_place(argument: str, place: str | None):
+    """
+    Raises `ValueError` if a place is neither a folder (or file) nor a name that the Hub could have.
+
+    Args:
+        argument: what it was given as, for the message.
+    """
     if place is None or Path(place).exists():
         return
     # Some models on the Hub have no owner in their name (gpt2)
-    on_hub = r"[\w.-]+/[\w.-]+(:[\w.-]+)?" if name == "data_path" else r"([\w.-]+/)?[\w.-]+"
+    on_hub = r"[\w.-]+/[\w.-]+(:[\w.-]+)?" if argument == "--data_path" else r"([\w.-]+/)?[\w.-]+"
     if not re.fullmatch(on_hub, place) or place.startswith("."):
-        hint = " `python -m assets.real_bases` makes it." if place.startswith("assets/real/") else ""
-        raise ValueError(f"`--{name} {place}`: there is no such folder. Give a folder or a Hub id (`org/name`).{hint}")
+        advice = "Give a folder or a Hub id (`org/name`)."
+        advice += " `python -m assets.real_bases` makes it." if place.startswith("assets/real/") else ""
+        raise ValueError(f"`{argument} {place}`: there is no such folder. {advice}")

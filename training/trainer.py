@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -48,6 +49,10 @@ class AnswerTrainer(AdapterTrainer):
         if self.label_smoother is not None:
             self.label_smoother = ShiftedLabelSmoother(self.args.label_smoothing_factor)
         self.max_new_tokens, self.run = max_new_tokens, run
+        self.has_position_embeddings = False
+        if isinstance(self.model, DehvfForConditionalGeneration):  # the baselines take no such language model
+            embeddings = [part for part in self.model.model.language_model.modules() if isinstance(part, nn.Embedding)]
+            self.has_position_embeddings = len(embeddings) > 1
         self.losses = []  # of the current optimizer step: whether the loss of each batch is finite, its rows
         self.speed = Speed()
         self.add_callback(self.speed)
@@ -101,6 +106,15 @@ class AnswerTrainer(AdapterTrainer):
         finally:
             self.args = training_args
 
+    def add_positions(self, inputs: dict) -> dict:
+        """
+        The inputs with `position_ids` from the end of the padding on, as `generate` counts them, if the language model
+        has an embedding for each position (GPT-2): it would count the padding before a text.
+        """
+        if not self.has_position_embeddings:
+            return inputs
+        return {**inputs, "position_ids": (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)}
+
     # --- evaluation ---
 
     @torch.no_grad()
@@ -123,7 +137,7 @@ class AnswerTrainer(AdapterTrainer):
             )
         likelihoods = self.option_likelihoods(model, inputs, options, generated.logits[0])
         choice = likelihoods.argmax(dim=1).masked_fill(options[:, 0, 0] < 0, -1)
-        loss = None if answered is None else model(**{**inputs, **answered}).loss
+        loss = None if answered is None else model(**self.add_positions({**inputs, **answered})).loss
         return loss, (generated.sequences[:, inputs["input_ids"].shape[1] :], choice), index
 
     def option_likelihoods(self, model, inputs: dict, options: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -148,7 +162,8 @@ class AnswerTrainer(AdapterTrainer):
             added = {"input_ids": option.clamp(min=0), "attention_mask": is_own.long()}
             added["instruction_mask"] = torch.zeros_like(option)
             longer = {name: torch.cat([inputs[name], added[name]], dim=1) for name in added if name in inputs}
-            logits = model(**{**inputs, **longer}, logits_to_keep=option.shape[1] + 1).logits[:, :-1].float()
+            longer = self.add_positions({**inputs, **longer})
+            logits = model(**longer, logits_to_keep=option.shape[1] + 1).logits[:, :-1].float()
             each = logits.log_softmax(dim=-1).gather(2, option.clamp(min=0)[..., None])[..., 0]
             if number < num_options:
                 total = each.masked_fill(~is_own, 0).sum(dim=1)
@@ -260,7 +275,7 @@ class AnswerTrainer(AdapterTrainer):
             answers = (inputs["labels"] != -100).any(dim=0).int()
             inputs["logits_to_keep"] = len(answers) - int(answers.argmax()) + 1
         self.speed.count(inputs, self.model, len(self.data_collator.image_tokens))
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = super().compute_loss(model, self.add_positions(inputs), *args, **kwargs)
         self.losses.append((loss.detach().isfinite().all(), rows))
         if self.accelerator.sync_gradients:  # before `backward`, in which DeepSpeed takes the step
             finite, rows = zip(*self.losses)
