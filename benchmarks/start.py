@@ -10,10 +10,12 @@ Each measurement is a fresh process; imports and loading take turns in rounds, o
 of transformers that a model file needs are measured beside those of the shipped files. The captions are made up, five
 for each of links to one picture, in a temporary folder; a run on them is measured with an empty cache of encoded rows
 and again with a filled one, with 1 and 2 processes, and memory is the largest resident set of each process, of which
-`datasets` maps the encoded rows from the disk. The results go to `benchmarks/results`: `start.json` and `.md`.
+`datasets` maps the encoded rows from the disk. Reading 100,000 of them from there is measured beside encoding them
+into lists. The results go to `benchmarks/results`: `start.json` and `.md`.
 """
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -29,7 +31,9 @@ import psutil
 from PIL import Image
 
 from benchmarks import RESULTS, machine_in_words, save_report
-from dehvf import DehvfForConditionalGeneration
+from dehvf import DehvfForConditionalGeneration, DehvfProcessor
+from tasks import coco_captions
+from training.encoding import RowEncoder
 
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +46,7 @@ TARGETS = {LOADING: 3, HELP: 4, STARTING: 12}  # seconds on 2 cores
 ADDED = 1  # by the shipped files to transformers' own imports
 PROCESSES = (1, 2)
 CAPTIONS_PER_IMAGE = 5
+ROWS = 100_000  # that are read one by one
 
 
 def seconds_of(command: list[str], **options) -> float:
@@ -109,6 +114,36 @@ def write_captions(folder: Path, size: int):
     (folder / "dataset_coco.json").write_text(json.dumps({"images": images}), encoding="utf-8")
 
 
+def measure_rows(folder: Path, size: int) -> dict[str, dict[str, float]]:
+    """Rows per second and bytes of memory per row: encoded into lists, and read from the file of encoded rows."""
+    rows = coco_captions.load("train", str(folder)).remove_columns("image")
+    rows = rows.select(range(min(size, len(rows))))
+    processor = DehvfProcessor.from_vision_text_pretrained(*BASES)
+    encoder = RowEncoder(coco_captions, "train", processor, max_prompt_length=512, training=True)
+    encoder.encode(rows)  # into the file
+    ways = {
+        "encoded into lists": lambda: [encoder(row, index) for index, row in enumerate(rows)],
+        "read from the file": lambda: [None for _ in encoder.encode(rows)],
+    }
+    found = {}
+    for name, read in ways.items():
+        gc.collect()
+        before, start = resident(os.getpid())["anonymous"], time.perf_counter()
+        kept = read()
+        seconds = time.perf_counter() - start
+        grown = resident(os.getpid())["anonymous"] - before
+        found[name] = {"per_second": len(rows) / seconds, "bytes": max(0, grown) / len(rows)}
+        del kept
+    return found
+
+
+def rows_in_a_fresh_process(folder: Path, cache: Path) -> dict:
+    command = [sys.executable, "-m", "benchmarks.start", "--rows-of", str(folder)]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache)}
+    process = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(process.stdout.splitlines()[-1])
+
+
 def measure(rounds: int, size: int) -> dict:
     folder = Path(tempfile.mkdtemp())
     try:
@@ -126,6 +161,7 @@ def measure(rounds: int, size: int) -> dict:
         report = {"rounds": rounds, "seconds": seconds, "first_run": first, "captions": size, "runs": {}}
         if size:
             write_captions(folder, size)
+            report["rows"] = rows_in_a_fresh_process(folder, folder / "cache-rows")
             flags = ("--task", "coco_captions", "--data_path", str(folder), "--use_cpu", "true")
             for processes in PROCESSES:
                 launch = ["torchrun", "--nproc_per_node", str(processes)]
@@ -169,6 +205,13 @@ def markdown(report: dict) -> str:
                     for kind in ("peak", "anonymous")
                 )
                 lines.append(f"| {processes} | {state} | {run['seconds']:.0f} | {peak} | {anonymous} |")
+        lines += [
+            f"\n{min(ROWS, report['captions']):,} of these rows, without their images, by one process:\n",
+            "| | rows per second | bytes of memory per row |",
+            "|---|---|---|",
+        ]
+        for name, row in report["rows"].items():
+            lines.append(f"| {name} | {row['per_second']:,.0f} | {row['bytes']:,.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -176,7 +219,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--captions", type=int, default=566_000, help="rows to train on in COCO's layout")
+    parser.add_argument("--rows-of", type=Path, help="only print how fast the rows of this folder are read")
     arguments = parser.parse_args()
+    if arguments.rows_of:
+        print(json.dumps(measure_rows(arguments.rows_of, ROWS)))
+        return
     save_report(RESULTS, "start", measure(arguments.rounds, arguments.captions), markdown)
 
 

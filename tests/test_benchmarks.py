@@ -279,6 +279,8 @@ def test_the_captions_that_a_start_is_measured_with_are_those_that_were_asked_fo
     assert (
         len(coco_captions.load("train", str(tmp_path))) == 15 and len(coco_captions.load("test", str(tmp_path))) == 10
     )
+    found = start.rows_in_a_fresh_process(tmp_path, tmp_path / "cache")
+    assert all(way["per_second"] > 0 for way in found.values()) and list((tmp_path / "cache").glob("**/*.arrow"))
 
 
 def test_a_run_that_ends_before_its_first_step_is_not_measured(tmp_path):
@@ -292,10 +294,11 @@ def test_the_report_of_the_start_says_which_targets_are_met():
     report = {
         **{"rounds": 3, "first_run": 99.0, "captions": 10},
         "seconds": {name: [seconds, 9.0, seconds] for name, seconds in zip(names, (5.0, 7.5, 2.0, 4.1, 11.0))},
+        "rows": {"from the file": {"per_second": 1234.0, "bytes": 5.0}},
         "runs": {2: [{"seconds": 30.0, "memory": memory}, {"seconds": 20.0, "memory": memory}]},
     }
     text = start.markdown(report)
     assert f"| {start.LOADING} | 2.0 | 2.0 to 9.0 | ≤ 3: met |" in text
     assert f"| {start.HELP} | 4.1 | 4.1 to 9.0 | ≤ 4: not met |" in text
     assert "| the shipped files alone | 2.5 | | ≤ 1: not met |" in text
-    assert "| 2 | filled | 20 | 2, 2 | 1, 1 |" in text
+    assert "| 2 | filled | 20 | 2, 2 | 1, 1 |" in text and "| from the file | 1,234 | 5 |" in text
