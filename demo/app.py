@@ -49,7 +49,7 @@ from training.data import read_image  # noqa: E402
 
 MAX_NEW_TOKENS = 64
 NUM_EXAMPLES = 6
-NUM_ROWS_READ = 60  # of a task, to find examples in
+NUM_ROWS_READ = 100  # of a task, to find examples in
 ADAPTERS = Path(__file__).resolve().parents[1] / "examples"
 
 
@@ -196,12 +196,19 @@ def draw_mixture(model, processor, image, message: str):
 
 
 def make_examples(task_name: str) -> list[list]:
-    """Images and messages of a task's test split, one of each skill or else of each answer."""
+    """Images and messages of a task's test split: other images, and other skills or else other answers."""
     task = get_task(task_name)
     rows = task.load("test", **({"max_samples": NUM_ROWS_READ} if task_name == "digits" else {}))
     rows = rows.select(range(min(NUM_ROWS_READ, len(rows))))
-    rows = {row.get("skill", row.get("answer")): row for row in rows if row["image"] is not None}
-    return [[read_image(row["image"]), task.prompt(row, task.context(row))] for row in rows.values()][:NUM_EXAMPLES]
+    examples, seen = [], set()
+    for row in rows:
+        if (image := read_image(row["image"])) is None:
+            continue
+        kind = row.get("skill", row.get("answer"))
+        if not seen & {image.tobytes(), kind}:
+            seen |= {image.tobytes(), kind}
+            examples.append([image, task.prompt(row, task.context(row))])
+    return examples[:NUM_EXAMPLES]
 
 
 def task_of(adapter: str) -> str:

@@ -131,11 +131,13 @@ def test_an_adapter_of_the_examples_is_the_default_where_its_bases_are(tmp_path,
     ]
 
 
-def test_examples_of_another_task_have_different_answers(tmp_path, monkeypatch):
+def test_examples_of_another_task_have_different_images_and_answers(tmp_path, monkeypatch):
     save_easy_vqa(tmp_path)
+    for number, file in enumerate(sorted(tmp_path.rglob("*.png"))):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(file)
     monkeypatch.setattr("tasks.easy_vqa.download", lambda: tmp_path)
     questions = [message for _, message in app.make_examples("easy_vqa")]
-    assert questions == ["is it a square?", "what shape is present?", "what color is it?", "what shape is present?"]
+    assert questions == ["is it a square?", "what shape is present?"], "of two pictures, which have six"
 
 
 def test_examples_are_questions_about_images():
