@@ -192,8 +192,8 @@ class ImageReader:
             ) from error
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last for international names
             raise refuse(
-                f"The image {shorten(url)} cannot be fetched: {str(error) or type(error).__name__}. Check the address, "
-                "or send the image as `data:image/png;base64,...`."
+                f"The image {shorten(url)} cannot be fetched: {str(error) or type(error).__name__}. Check the "
+                "address, or send the image as `data:image/png;base64,...`."
             ) from error
         raise refuse(f"The image {shorten(url)} is behind more than {MAX_REDIRECTS} redirects. Give its own address.")
 
