@@ -219,9 +219,16 @@ class Answer:
 
     def _num_held_back(self) -> int:
         """The length of the longest end of the text with which a stop may begin."""
-        stops = self.job.request.stop
-        lengths = (length for stop in stops for length in range(len(stop)) if self.text.endswith(stop[:length]))
-        return max(lengths, default=0)
+        longest = len(self.text) + 1  # a stop may be much longer than the text
+        return max(
+            (
+                length
+                for stop in self.job.request.stop
+                for length in range(min(len(stop), longest))
+                if self.text.endswith(stop[:length])
+            ),
+            default=0,
+        )
 
     def _send(self, end: int):
         if end > self._num_sent:

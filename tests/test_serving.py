@@ -859,7 +859,7 @@ def test_an_answer_says_how_it_ended(server):
     usage = completion.usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (num_prompt_tokens, MAX_NEW_TOKENS)
     assert usage.total_tokens == num_prompt_tokens + MAX_NEW_TOKENS
-    for stop, expected in (("j2", "cj"), (["cc", "22"], "cjj"), ("x", text)):
+    for stop, expected in (("j2", "cj"), (["cc", "22"], "cjj"), ("x", text), (10**6 * "c", text)):
         for stream in (False, True):
             answer = server.ask(PICTURE, stop=stop, stream=stream)
             if stream:
