@@ -23,6 +23,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_REDIRECTS = 3
 # Addresses of IPv6 that stand for one of IPv4 behind a translator
 TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+# All that is given to hosts of the public internet. Of the rest `is_global` takes some for public, which old systems
+# and translators may lead elsewhere.
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 
 
 def is_public(address: str) -> bool:
@@ -34,6 +37,8 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
+        if ip not in GLOBAL_UNICAST:
+            return False
     return ip.is_global and not ip.is_multicast
 
 
@@ -45,7 +50,7 @@ def parse_host(entry: str) -> tuple[str, int | None]:
         ValueError: if it is more or less than a host and a port.
     """
     try:
-        url = httpx.URL(f"https://{entry}")
+        url = httpx.URL(f"image://{entry}")  # a scheme without a usual port, which would be dropped
         is_host = url.host and "*" not in entry and entry.lower() == url.netloc.decode("ascii")
     except (httpx.InvalidURL, UnicodeDecodeError):
         is_host = False
@@ -144,7 +149,7 @@ class ImageReader:
             raise refuse(f"The image address {shorten(url)} is no base64 data URL. Send `data:image/png;base64,...`.")
         self._check_size(len(encoded) * 3 // 4 - 2)  # before decoding, without the padding
         try:
-            return base64.b64decode("".join(encoded.split()), validate=True)
+            return base64.b64decode("".join(unquote(encoded).split()), validate=True)
         except (binascii.Error, ValueError) as error:
             raise refuse(
                 f"The image's data URL is not valid base64: {error}. Encode the bytes of the image file with the "
@@ -155,7 +160,9 @@ class ImageReader:
         try:
             parts = urlsplit(url)
             path = Path(unquote(parts.path, errors="strict")).resolve()  # follows links and `..`
-            is_inside = not parts.netloc and any(path.is_relative_to(folder) for folder in self.folders)
+            is_inside = parts.netloc in ("", "localhost") and any(
+                path.is_relative_to(folder) for folder in self.folders
+            )
             if is_inside and path.is_file():
                 self._check_size(path.stat().st_size)
                 return path.read_bytes()
@@ -185,8 +192,8 @@ class ImageReader:
             ) from error
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last for international names
             raise refuse(
-                f"The image {shorten(url)} cannot be fetched: {error or type(error).__name__}. Check the address, or "
-                "send the image as `data:image/png;base64,...`."
+                f"The image {shorten(url)} cannot be fetched: {str(error) or type(error).__name__}. Check the "
+                "address, or send the image as `data:image/png;base64,...`."
             ) from error
         raise refuse(f"The image {shorten(url)} is behind more than {MAX_REDIRECTS} redirects. Give its own address.")
 
@@ -221,13 +228,14 @@ class ImageReader:
 
     async def _resolve(self, url: httpx.URL) -> list[str]:
         """The IP addresses of a URL's host, if an image may be fetched from all of them."""
-        if url.scheme not in ("http", "https") or url.userinfo or (url.host, url.port) not in self.hosts:
+        is_web = url.scheme in ("http", "https")
+        port = url.port or (443 if url.scheme == "https" else 80)
+        if not is_web or url.userinfo or not {(url.host, url.port), (url.host, port)} & set(self.hosts):
             raise refuse(
                 f"The image address {shorten(str(url))} is on a host from which this server fetches no images "
                 "(`--allow-image-host`). Send the image as `data:image/png;base64,...`.",
                 code="image_not_allowed",
             )
-        port = url.port or {"http": 80, "https": 443}[url.scheme]
         try:
             found = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
         except (socket.gaierror, UnicodeError) as error:

@@ -25,6 +25,7 @@ from pydantic import (
 
 MAX_MESSAGE_LENGTH = 1000
 MAX_CHOICES = 16
+MAX_PARTS = 10_000  # messages and parts of a request: checking millions of them would stall other clients for seconds
 
 
 class RequestError(Exception):
@@ -77,9 +78,24 @@ Text = Annotated[str, AfterValidator(check_characters)]
 
 
 class Part(BaseModel):
-    """A part of a request. Fields that it does not name are ignored: hints, and what clients copy from an answer."""
+    """
+    A part of a request. Any field that is neither named nor `null` is refused, such as `images` of a message, except
+    hints and what clients copy from an answer.
+    """
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
+    ignored: ClassVar[set[str]] = {"detail", "annotations", "logprobs", "cache_control", "prompt_cache_breakpoint"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def leave_out(cls, given):
+        if not isinstance(given, dict):
+            return given
+        return {
+            name: value
+            for name, value in given.items()
+            if name in cls.model_fields or value is not None and name not in cls.ignored
+        }
 
 
 class TextPart(Part):
@@ -94,6 +110,13 @@ class Address(Part):
 class ImagePart(Part):
     type: Literal["image_url"]
     image_url: Address
+
+    @field_validator("image_url", mode="before")
+    @classmethod
+    def is_object(cls, given):
+        if isinstance(given, str):
+            raise ValueError('a part of the type `image_url` has an object here, {"url": "data:image/png;base64,..."}')
+        return given
 
     @property
     def url(self) -> str:
@@ -116,14 +139,22 @@ Parts = Annotated[
 
 
 class Message(Part):
+    ignored: ClassVar[set[str]] = {
+        *("id", "name", "status", "phase", "annotations"),
+        *("reasoning", "reasoning_content", "cache_control"),
+    }
+
     role: Literal["system", "developer", "user", "assistant"]
+    type: Literal["message"] | None = None
     content: Text | Parts | None = None
     tool_calls: list | None = Field(None, max_length=0)
 
     @model_validator(mode="after")
     def has_content(self):
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"a message of the role {self.role!r} needs `content`, a string or a list of parts")
+        if self.content in (None, []) and self.role != "assistant":
+            raise ValueError(
+                f"a message of the role {self.role!r} needs `content`, a string or a list of one or more parts"
+            )
         return self
 
     @property
@@ -154,14 +185,17 @@ class Request(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     # For OpenAI's own administration: they do not change an answer
     user: str | None = None
-    metadata: dict | None = None
+    metadata: dict | None = Field(None, max_length=16)
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     parallel_tool_calls: bool | None = None
 
 
 class StreamOptions(Part):
+    ignored: ClassVar[set[str]] = {"include_obfuscation"}
+
     include_usage: bool | None = None
 
 
@@ -185,7 +219,7 @@ class ChatRequest(Request):
     @field_validator("stop", mode="before")
     @classmethod
     def to_list(cls, stop):
-        return [stop] if isinstance(stop, str) else stop or []
+        return [] if stop is None else [stop] if isinstance(stop, str) else stop
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -200,6 +234,7 @@ class ResponsesRequest(Request):
     input: list[Message] = Field(min_length=1, fail_fast=True)
     instructions: Text | None = None
     max_output_tokens: int | None = Field(None, ge=1)
+    stream_options: StreamOptions | None = None
     # What chats alone may ask for
     stop: ClassVar[list[str]] = []
     num_choices: ClassVar[int] = 1
@@ -254,10 +289,26 @@ UNSUPPORTED_IN_RESPONSES = {
     "prompt": (),
     "background": (False,),
     "store": (False,),
-    "text": ({}, {"format": {"type": "text"}}),
+    "text": ({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
     "truncation": ("disabled",),
     "reasoning": ({},),
 }
+
+
+# In plainer words than pydantic's, which name its classes
+FAULTS = {
+    "extra_forbidden": "this server knows no such field here. Leave it out",
+    "model_type": "Input should be an object",
+    "model_attributes_type": "Input should be an object",
+}
+
+
+def count_parts(messages) -> int:
+    """The number of messages and of their parts, before their types are checked."""
+    if not isinstance(messages, list):
+        return 0
+    contents = (message.get("content") for message in messages if isinstance(message, dict))
+    return len(messages) + sum(len(content) for content in contents if isinstance(content, list))
 
 
 def parse(request_class: type[Request], unsupported: dict[str, tuple], body: dict[str, Any]) -> Request:
@@ -282,16 +333,28 @@ def parse(request_class: type[Request], unsupported: dict[str, tuple], body: dic
                 param=name,
                 code="unsupported_parameter",
             )
+    for name in ("messages", "input"):
+        if (num_parts := count_parts(body.get(name))) > MAX_PARTS:
+            raise RequestError(
+                f"`{name}` has {num_parts} messages and parts. This server reads up to {MAX_PARTS}. Send fewer, or "
+                "put their texts together.",
+                param=name,
+                code="too_many_parts",
+            )
     try:
         return request_class.model_validate(body)
     except ValidationError as error:
         # Of the alternatives of a union, the one that matched furthest is what the client meant
         fault = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
-        # Without the names of types, which are no fields
-        name = ".".join(str(part) for part in fault["loc"] if "[" not in str(part))
+        # Without the names of types, and the type of a part after its number: they are no fields
+        loc = [part for part in fault["loc"] if "[" not in str(part)]
+        if len(loc) > 5 and loc[2] == "content":
+            del loc[4]
+        name = ".".join(map(str, loc))
         given = "is missing" if fault["type"] == "missing" else f"is {shorten(fault['input'])}"
+        message = FAULTS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
         raise RequestError(
-            f"`{name}` {given}: {fault['msg'].removeprefix('Value error, ')}.",
+            f"`{name}` {given}: {message}.",
             param=str(fault["loc"][0]) if fault["loc"] else None,
             code="invalid_value",
         ) from error
@@ -425,7 +488,7 @@ class ResponsesWriter:
             "incomplete_details": None,
             "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens,
-            "metadata": {},
+            "metadata": request.metadata or {},
             "temperature": request.temperature,
             "top_p": request.top_p,
             "tools": [],

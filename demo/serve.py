@@ -203,13 +203,15 @@ class Answer:
         if found:
             self.text = self.text[: min(found)]
         if found or token in job.end_tokens:
-            self.finish_reason = "stop"
+            self.end("stop")
         elif len(self.ids) >= job.max_new_tokens:
-            self.finish_reason = "length"
-        if self.finish_reason is not None:
-            self._send(len(self.text))
+            self.end("length")
         elif not self.text.endswith(replacement):
             self._send(len(self.text) - self._num_held_back())
+
+    def end(self, reason: str):
+        self.finish_reason = reason
+        self._send(len(self.text))
 
     def tokens(self, end: int | None = None) -> list[Token]:
         """The tokens whose text begins before this place, by default the end of the text."""
@@ -217,9 +219,16 @@ class Answer:
 
     def _num_held_back(self) -> int:
         """The length of the longest end of the text with which a stop may begin."""
-        stops = self.job.request.stop
-        lengths = (length for stop in stops for length in range(len(stop)) if self.text.endswith(stop[:length]))
-        return max(lengths, default=0)
+        longest = len(self.text) + 1  # a stop may be much longer than the text
+        return max(
+            (
+                length
+                for stop in self.job.request.stop
+                for length in range(min(len(stop), longest))
+                if self.text.endswith(stop[:length])
+            ),
+            default=0,
+        )
 
     def _send(self, end: int):
         if end > self._num_sent:
@@ -446,6 +455,13 @@ class Engine:
         except Exception as error:
             for job in jobs:
                 job.put(error)
+            return
+        for job in jobs:
+            if not job.is_done:  # its client left, or a limit of the generation config came first, such as `max_time`
+                for answer in job.answers:
+                    if answer.finish_reason is None:
+                        answer.end("length")
+                job.put(None)
 
     def _take(self) -> list[Job]:
         """Takes the job that has waited longest out of the queue, and those that are answered with it."""

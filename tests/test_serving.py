@@ -16,6 +16,7 @@ import threading
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -358,10 +359,20 @@ def read(reader, url):
 
 
 @pytest.mark.parametrize(
-    "url", ["{data}", "http://{host}/image", "http://{host}/moved", "file://{folder}/an%20image.png"]
+    "url",
+    [
+        "{data}",
+        "{escaped}",
+        "http://{host}/image",
+        "http://{host}/moved",
+        "file://{folder}/an%20image.png",
+        "file://localhost{folder}/an%20image.png",
+    ],
 )
 def test_an_image_is_read_from_where_it_may(url, reader, image_host, folder):
-    url = url.format(data=data_url(png(image(1))), host=image_host.name, folder=folder)
+    data = data_url(png(image(1)))
+    escaped = data.replace("+", "%2B").replace("=", "%3D")
+    url = url.format(data=data, escaped=escaped, host=image_host.name, folder=folder)
     assert read(reader, url).tobytes() == image(1).tobytes()
 
 
@@ -422,6 +433,28 @@ def test_an_image_is_not_read_from_elsewhere_nor_without_limit(url, words, reade
 
 
 @pytest.mark.parametrize(
+    "host, urls",
+    [
+        (
+            "127.0.0.1",
+            ["http://127.0.0.1/a", "http://127.0.0.1:80/a", "https://127.0.0.1/a", "https://127.0.0.1:443/a"],
+        ),
+        ("127.0.0.1:80", ["http://127.0.0.1/a", "http://127.0.0.1:80/a", "https://127.0.0.1:80/a"]),
+        ("127.0.0.1:443", ["https://127.0.0.1/a", "https://127.0.0.1:443/a", "http://127.0.0.1:443/a"]),
+        ("127.0.0.1:8080", ["http://127.0.0.1:8080/a", "https://127.0.0.1:8080/a"]),
+    ],
+)
+def test_a_host_is_allowed_with_its_port(host, urls):
+    for scheme, port in itertools.product(("http", "https"), ("", ":80", ":443", ":8080")):
+        url = f"{scheme}://127.0.0.1{port}/a"
+        if url in urls:
+            assert asyncio.run(ImageReader([host])._resolve(httpx.URL(url))) == ["127.0.0.1"]
+        else:
+            with pytest.raises(RequestError, match=NO_HOST):
+                asyncio.run(ImageReader([host])._resolve(httpx.URL(url)))
+
+
+@pytest.mark.parametrize(
     "address, expected",
     [
         ("8.8.8.8", True),
@@ -429,6 +462,7 @@ def test_an_image_is_not_read_from_elsewhere_nor_without_limit(url, words, reade
         *((address, False) for address in ("127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254")),
         *((address, False) for address in ("0.0.0.0", "100.64.0.1", "224.0.0.1", "::1", "fe80::1%eth0", "fd00::1")),
         *((address, False) for address in ("::ffff:127.0.0.1", "64:ff9b::a00:1", "2002:7f00:1::")),
+        *((address, False) for address in ("64:ff9b:1::a00:1", "::127.0.0.1", "::ffff:0:127.0.0.1", "fec0::1")),
     ],
 )
 def test_which_addresses_are_public(address, expected):
@@ -443,6 +477,15 @@ def test_the_address_that_was_checked_is_the_one_that_is_called(image_host, monk
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **kwargs: look_up(next(answers), *args, **kwargs))
     monkeypatch.setattr("demo.client_images.is_public", lambda address: True)
     assert asyncio.run(ImageReader([name]).read(f"http://{name}/image")) == image_host.data
+
+
+def test_a_fault_without_words_is_named(reader, image_host, monkeypatch):
+    async def hang_up(self, *args, **kwargs):  # as the client says it where a host hangs up before TLS is agreed on
+        raise httpx.ConnectError("")
+
+    monkeypatch.setattr(httpx.AsyncClient, "send", hang_up)
+    with pytest.raises(RequestError, match="cannot be fetched: ConnectError. Check the address"):
+        read(reader, f"https://{image_host.name}/image")
 
 
 def noisy(*size: int) -> bytes:
@@ -816,7 +859,7 @@ def test_an_answer_says_how_it_ended(server):
     usage = completion.usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (num_prompt_tokens, MAX_NEW_TOKENS)
     assert usage.total_tokens == num_prompt_tokens + MAX_NEW_TOKENS
-    for stop, expected in (("j2", "cj"), (["cc", "22"], "cjj"), ("x", text)):
+    for stop, expected in (("j2", "cj"), (["cc", "22"], "cjj"), ("x", text), (10**6 * "c", text)):
         for stream in (False, True):
             answer = server.ask(PICTURE, stop=stop, stream=stream)
             if stream:
@@ -838,6 +881,13 @@ def test_an_answer_ends_with_the_end_token(server, monkeypatch):
 
     # Also where it is the last token that was asked for
     assert [reason(place + number) for number in range(3)] == ["length", "stop", "stop"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_with_the_time_of_the_generation_config(stream, server, monkeypatch):
+    monkeypatch.setattr(server.model.generation_config, "max_time", 1e-9)
+    texts, _ = contents(server.ask(PICTURE, n=2, stream=stream, timeout=60), stream)
+    assert texts == dict.fromkeys(range(2), server.expected(PICTURE, num_tokens=1))
 
 
 def test_answers_are_sampled_as_asked(server):
@@ -971,7 +1021,33 @@ TOO_MANY = [turn("user", PICTURE, "a"), turn("user", image(1), "b")]
         ({"messages": [{"role": "tool", "content": "a", "tool_call_id": "b"}]}, "is 'tool'"),
         ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, "'video_url'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]}]}, "is 5"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url` is missing"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "`messages.0.content.0.image_url` is missing",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "data:,"}]}]},
+            "`messages.0.content.0.image_url` is 'data:,': a part of the type `image_url` has an object here",
+        ),
+        # Images in the forms of other servers, which must not be left out silently
+        (
+            {"messages": [{"role": "user", "content": "a", "images": ["aaaa"]}]},
+            "`messages.0.images` is ['aaaa']: this server knows no such field",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image_url": {"url": "b"}}]}]},
+            "`messages.0.content.0.image_url` is {'url': 'b'}: this server knows no such field",
+        ),
+        (
+            {"messages": [turn("user", "a"), {"role": "assistant", "function_call": {"name": "f"}}]},
+            "`messages.1.function_call` is",
+        ),
+        ({"messages": [{"role": "user", "content": []}]}, "needs `content`, a string or a list of one or more parts"),
+        (
+            {"messages": [{"role": "user", "content": ["a"]}]},
+            "`messages.0.content.0` is 'a': Input should be an object",
+        ),
+        ({"messages": 5001 * [turn("user", "a")]}, "has 10002 messages and parts. This server reads up to 10000"),
         ({"messages": [{"role": "user", "content": 5000 * "a"}]}, "have 5000 characters, but the context"),
         (
             {"messages": [{"role": "user", "content": 130 * "a"}]},
@@ -987,11 +1063,13 @@ TOO_MANY = [turn("user", PICTURE, "a"), turn("user", image(1), "b")]
         ({"stop": ["a"] * 5}, "`stop` is"),
         ({"stop": ""}, "`stop.0` is ''"),
         ({"stop": [1]}, "`stop.0` is 1"),
+        ({"stop": 0}, "`stop` is 0"),
         ({"n": 0}, "`n` is 0: Input should be greater than or equal to 1"),
         ({"n": 17}, "`n` is 17: Input should be less than or equal to 16"),
         ({"top_logprobs": 2}, "`top_logprobs` is 2: it needs `logprobs`, true"),
         ({"logprobs": True, "top_logprobs": 21}, "`top_logprobs` is 21"),
         ({"logit_bias": {"5": 100}}, "`logit_bias` is"),
+        ({"metadata": {str(number): "a" for number in range(17)}}, "`metadata` is"),
         ({"frequency_penalty": 1}, "`frequency_penalty` is 1"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "`tools` is"),
         ({"response_format": {"type": "json_object"}}, "`response_format` is"),
@@ -1025,6 +1103,8 @@ def test_a_fault_of_a_client_is_an_error_in_words(options, words, stream, server
         ({"previous_response_id": "resp_1"}, "`previous_response_id` is 'resp_1', which this server does not support"),
         ({"include": ["message.output_text.logprobs"]}, "`include` is"),
         ({"max_output_tokens": 0}, "`max_output_tokens` is 0"),
+        ({"input": 10_001 * [{"type": "input_text", "text": "a"}]}, "has 10001 messages and parts"),
+        ({"input": [{"role": "user", "content": "a", "type": "reasoning"}]}, "`input.0.type` is 'reasoning'"),
         ({"extra_body": {"stop": "a"}}, "`stop` is 'a', but this server knows no such field"),
         ({"extra_body": {"n": 2}}, "`n` is 2, but this server knows no such field"),
     ],
@@ -1083,7 +1163,26 @@ def test_values_that_ask_for_nothing_else_are_taken(server):
         "top_p": 1,
         "temperature": 0,
     }
-    assert server.ask(PICTURE, **options).choices[0].message.content == server.expected(PICTURE)
+    message = server.ask(PICTURE, **options).choices[0].message
+    assert message.content == server.expected(PICTURE)
+    # What clients copy from an answer
+    text = server.expected(text=f"{QUESTION}\nResponse: {message.content}</s>\n{QUESTION}")
+    messages = [turn("user", QUESTION), message.model_dump(), {**turn("user", QUESTION), "name": "me"}]
+    assert server.ask(messages=messages).choices[0].message.content == text
+
+    ask = partial(server.client.responses.create, model=server.adapter, max_output_tokens=MAX_NEW_TOKENS)
+    question = in_responses_form(turn("user", QUESTION))
+    options = {
+        "text": {"format": {"type": "text"}, "verbosity": "medium"},
+        "metadata": {"a": "b"},
+        "truncation": "disabled",
+    }
+    response = ask(input=[question], **options)
+    assert response.output_text == server.expected() and response.metadata == {"a": "b"}
+    text = server.expected(text=f"{QUESTION}\nResponse: {response.output_text}</s>\n{QUESTION}")
+    assert ask(input=[question, *response.output, question]).output_text == text
+    *_, last = ask(input=QUESTION, stream=True, stream_options={"include_obfuscation": False})
+    assert last.response.output_text == server.expected()
 
 
 def test_an_answer_without_a_limit_ends_with_the_context(server):
