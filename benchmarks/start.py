@@ -8,7 +8,7 @@ COCO's 566,000 captions.
 
 Each measurement is a fresh process; imports and loading take turns in rounds, of which medians are given. The imports
 of transformers that a model file needs are measured beside those of the shipped files. The captions are made up, five
-for each of links to one picture, in a temporary folder; a run on them is measured with an empty cache of encoded rows
+for each of the copies of one picture, in a temporary folder; a run on them is measured with an empty cache of encoded rows
 and again with a filled one, with 1 and 2 processes, and memory is the largest resident set of each process, of which
 `datasets` maps the encoded rows from the disk. Reading 100,000 of them from there is measured beside encoding them
 into lists. The results go to `benchmarks/results`: `start.json` and `.md`.
@@ -16,6 +16,7 @@ into lists. The results go to `benchmarks/results`: `start.json` and `.md`.
 
 import argparse
 import gc
+import io
 import json
 import os
 import re
@@ -100,14 +101,14 @@ def measure_run(launch: list[str], *flags: str, cache: Path) -> dict:
 
 def write_captions(folder: Path, size: int):
     """A data set of so many captions to train on in COCO's layout, and ten images to test on."""
-    picture = folder / "picture.jpg"
-    Image.new("RGB", (64, 64), "red").save(picture)
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(picture, "JPEG")
     images = []
     for number in range(-(-size // CAPTIONS_PER_IMAGE) + 10):
         part = "test" if number < 10 else "train"
         place = folder / f"{part}2014"
         place.mkdir(exist_ok=True)
-        (place / f"{number}.jpg").hardlink_to(picture)
+        (place / f"{number}.jpg").write_bytes(picture.getvalue())
         sentences = [{"raw": f"picture {number} of a red square, said in way {way}"} for way in range(5)]
         names = {"filepath": place.name, "filename": f"{number}.jpg", "cocoid": number, "split": part}
         images.append({**names, "sentences": sentences})

@@ -125,7 +125,7 @@ def make_inputs(model, processor, image, message: str) -> dict[str, torch.Tensor
     return inputs.to(model.device)
 
 
-def ask(model, processor, image, message: str):
+def ask(model, processor, image, message: str | None):
     """
     Yields the answer so far and `None`, and finally the answer and `(image, message, tokens)`, where `tokens` are the
     ids of question and answer.
@@ -133,7 +133,7 @@ def ask(model, processor, image, message: str):
     Raises:
         gradio.Error: if there is no image or no question.
     """
-    if image is None or not message.strip():
+    if image is None or not (message or "").strip():
         raise gr.Error("Upload an image or choose an example, and enter a question.")
     inputs = make_inputs(model, processor, image, message)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)

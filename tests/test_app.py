@@ -65,7 +65,7 @@ def test_the_message_is_asked_as_in_training_and_the_answer_grows(loaded, answer
     assert len(set(shown)) > 2 and all(later.startswith(text) for text, later in zip(shown, shown[1:]))
 
 
-@pytest.mark.parametrize("given", [(None, MESSAGE), (Image.new("RGB", (8, 8)), " \n")])
+@pytest.mark.parametrize("given", [(None, MESSAGE), *((Image.new("RGB", (8, 8)), text) for text in (" \n", None))])
 def test_an_image_and_a_question_are_required(loaded, given):
     with pytest.raises(gr.Error, match="Upload an image or choose an example, and enter a question"):
         next(app.ask(*loaded, *given))
