@@ -8,8 +8,8 @@ COCO's 566,000 captions.
 
 Each measurement is a fresh process; imports and loading take turns in rounds, of which medians are given. The imports
 of transformers that a model file needs are measured beside those of the shipped files. The captions are made up, five
-for each of the copies of one picture, in a temporary folder; a run on them is measured with an empty cache of encoded rows
-and again with a filled one, with 1 and 2 processes, and memory is the largest resident set of each process, of which
+for each copy of one picture, in a temporary folder; a run on them is measured with an empty cache of encoded rows and
+again with a filled one, with 1 and 2 processes, and memory is the largest resident set of each process, of which
 `datasets` maps the encoded rows from the disk. Reading 100,000 of them from there is measured beside encoding them
 into lists. The results go to `benchmarks/results`: `start.json` and `.md`.
 """
