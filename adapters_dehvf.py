@@ -279,9 +279,9 @@ class AdapterMixin:
         own = self.adapter_state_dict()
         if differing := own.keys() ^ self._empty_adapter(self.config, save_directory).state_dict().keys():
             raise ValueError(
-                f"The adapter has other modules than its config asks for, so that it could not be loaded. They differ "
-                f"in {len(differing)} names, such as {min(differing)}. If `peft` or a parametrization wraps them, "
-                "save by `peft`, or merge or remove it first."
+                f"The modules of the adapter do not match its config, so it could not be loaded again. "
+                f"{len(differing)} names differ, such as {min(differing)}. If `peft` or a parametrization wraps the "
+                "modules, save with `peft`, or merge or remove the wrappers first."
             )
         given = {plain_name(name): tensor for name, tensor in (state_dict or own).items()}
         tensors = {name: tensor for name, tensor in given.items() if name in own}
@@ -323,7 +323,7 @@ class AdapterMixin:
         before, now = self._base_samples, self._sample_bases()
         if before is not None and (changed := find_changes(before, now)):
             logger.warning(
-                f"{len(changed)} tensors of the base models were changed since they were loaded, among them "
+                f"{len(changed)} tensors of the base models have changed since they were loaded, such as "
                 f"{changed[0]}. Only the adapter is saved, so these changes are lost. Save with "
                 "`model.save_pretrained(folder, merge_base=True)` to keep them."
             )
@@ -430,7 +430,7 @@ class AdapterMixin:
         if encoder is None or encoder.shape != sample.shape or not encoder.isclose(sample, 2**-7, 1e-6).all():
             differing.append("the vision encoder has other weights")
         if "visual_memory" not in tensors:
-            differing.append("it holds no tensor of that name")
+            differing.append("it has no tensor of that name")
         if differing:
             raise ValueError(
                 f"The visual memory in {file} was not encoded by this model: {'; '.join(differing)}. Encode the "

@@ -103,8 +103,8 @@ def _load_base(auto_class, location, key: str, config: DehvfConfig, **kwargs) ->
         )
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"{location} lacks {len(missing)} tensors of the {type(base).__name__} that the adapter needs, among them "
-            f"{missing[0]}; they would be random. Give the repository or folder of the whole model."
+            f"{location} lacks {len(missing)} tensors of the {type(base).__name__} that the adapter needs, such as "
+            f"{missing[0]}; they would be random. Give the repository or folder of the complete model."
         )
     base.config._name_or_path = getattr(config, f"{key}_model_id")  # a saved config names no folder of this machine
     setattr(config, f"{key}_config", base.config)
@@ -143,7 +143,7 @@ def _explain_base_errors(location, key: str):
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            f"The {BASE_NAMES[key]} {location} is a model with remote code, which DEHVF cannot extend. Take one whose "
+            f"The {BASE_NAMES[key]} {location} is a model with remote code, which DEHVF cannot extend. Use one whose "
             "class is part of transformers; docs/bases.md lists the types that work."
         ) from error
 
@@ -211,7 +211,7 @@ def save_base(base: PreTrainedModel, folder, is_main_process: bool, **kwargs):
     """
     if any(not parameter.numel() for parameter in base.parameters()):
         raise ValueError(
-            "`merge_base` was given, but ZeRO-3 has divided the base models among the processes. Save the adapter, "
+            "`merge_base` was given, but ZeRO-3 has sharded the base models across the processes. Save the adapter, "
             "load it in a single process, and merge there."
         )
     base.save_pretrained(folder, is_main_process, **kwargs)

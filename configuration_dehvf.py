@@ -240,7 +240,7 @@ class DehvfConfig(PreTrainedConfig):
         except Exception as error:  # a config from elsewhere can be wrong in more ways than could be listed
             raise ValueError(
                 f"The config in {pretrained_model_name_or_path} cannot be used ({type(error).__name__}: {error}). "
-                "Take the `config.json` that was saved with the adapters, and remove arguments that override it."
+                "Use the `config.json` that was saved with the adapters, and remove arguments that override it."
             ) from error
 
     @classmethod
@@ -248,8 +248,8 @@ class DehvfConfig(PreTrainedConfig):
         """As in `transformers`. Raises `ValueError` for the config of another model."""
         if (model_type := config_dict.get("model_type")) != cls.model_type:
             raise ValueError(
-                f"The config says `model_type={model_type!r}`, but that of DEHVF adapters is {cls.model_type!r}. Load "
-                "it with the class that it was made for."
+                f"The config has `model_type={model_type!r}`, but configs of DEHVF adapters have {cls.model_type!r}. "
+                "Load it with the class that it was made for."
             )
         return super().from_dict(config_dict, **kwargs)
 
@@ -317,7 +317,7 @@ class DehvfConfig(PreTrainedConfig):
             if num_layers < max(self.num_groups, 2):
                 raise ValueError(
                     f"`{key}` has {num_layers} layers, too few for `num_groups={self.num_groups}`: each group needs "
-                    "at least one layer, and the penultimate layer must exist. Lower `num_groups` or take a deeper "
+                    "at least one layer, and the penultimate layer must exist. Lower `num_groups` or use a deeper "
                     "model."
                 )
 
@@ -328,8 +328,8 @@ class DehvfConfig(PreTrainedConfig):
         num_text_layers, num_vision_layers = self.text_config.num_hidden_layers, self.vision_config.num_hidden_layers
         if self.layer_fusion == "penultimate":
             raise ValueError(
-                '`layer_mapping` lists vision layers, but `layer_fusion="penultimate"` reads the penultimate alone. '
-                'Remove `layer_mapping`, or set `layer_fusion` to "adaptive" or "mean".'
+                '`layer_mapping` lists vision layers, but `layer_fusion="penultimate"` reads only the penultimate '
+                'layer. Remove `layer_mapping`, or set `layer_fusion` to "adaptive" or "mean".'
             )
         if len(self.layer_mapping) != num_text_layers:
             raise ValueError(

@@ -42,7 +42,7 @@ def read_tensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
             A file without one, as other programs write it, is read as it is.
         ValueError: if a tensor is not of `FILE_DTYPES`, or not finite.
     """
-    remedy = "Copy or download it again (in a clone: `git lfs pull`), or take an earlier checkpoint."
+    remedy = "Copy or download it again (in a clone: `git lfs pull`), or use an earlier checkpoint."
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -51,13 +51,13 @@ def read_tensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
         raise OSError(f"{file} is damaged and cannot be read: {error}. {remedy}") from error
     for name, tensor in tensors.items():
         if tensor.dtype not in FILE_DTYPES:
-            raise ValueError(f"`{name}` in {file} is of {tensor.dtype}. Save it as one of {FILE_DTYPES}.")
+            raise ValueError(f"`{name}` in {file} has the dtype {tensor.dtype}. Save it as one of {FILE_DTYPES}.")
     if "sha256" in metadata and metadata["sha256"] != digest(tensors):
-        raise OSError(f"{file} is damaged: its tensors are not those that were saved. {remedy}")
+        raise OSError(f"{file} is damaged: its tensors differ from those that were saved. {remedy}")
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(
-                f"`{name}` in {file} has infinite or NaN values. If training had diverged when it was saved, take an "
+                f"`{name}` in {file} has infinite or NaN values. If training had diverged when it was saved, use an "
                 "earlier checkpoint and a lower learning rate."
             )
     return tensors, metadata

@@ -84,8 +84,8 @@ def check_hub_ids(**bases: str | None):
     for key, location in bases.items():
         if not is_hub_id(location):
             raise ValueError(
-                f"An adapter on the Hub names its base models by Hub id, but `{key}_model_id` is {location!r}. Say "
-                f"which repository that is a copy of: `--{key}_model_id org/name` of train.py, or `model.config."
+                f"An adapter on the Hub refers to its base models by Hub id, but `{key}_model_id` is {location!r}. "
+                f"Name the repository that it is a copy of: `--{key}_model_id org/name` of train.py, or `model.config."
                 f'{key}_model_id = "org/name"`, and its commit likewise as `{key}_model_revision`.'
             )
 

@@ -321,6 +321,6 @@ def checkpointing_arguments(given: dict | None) -> dict:
     if (given or {}).get("use_reentrant"):
         raise ValueError(
             "`use_reentrant=True` was given, but re-entrant checkpointing drops the gradients of arguments passed by "
-            "keyword, and what the adapter reads is one: it would not learn. Set `use_reentrant` to False."
+            "keyword, and the visual memory is one: the adapter would not learn. Set `use_reentrant` to False."
         )
     return {**(given or {}), "use_reentrant": False}

@@ -104,7 +104,7 @@ def _explained(key: str, requirement: str):
     return decorate
 
 
-@_explained("text", "It takes decoders in which each layer has one FFN module with one activation.")
+@_explained("text", "Supported are decoders in which each layer has one FFN module with one activation.")
 def find_text_layout(text_config: PreTrainedConfig) -> TextLayout:
     """
     Finds the places in a language model.
@@ -146,7 +146,7 @@ def find_text_layout(text_config: PreTrainedConfig) -> TextLayout:
     return layout
 
 
-@_explained("vision", "It takes stacks of layers, each with an FFN, that run on the pixels of square images alone.")
+@_explained("vision", "Supported are stacks of layers, each with an FFN, whose only input is square images.")
 def find_vision_layout(vision_config: PreTrainedConfig, image_size: int | None = None) -> VisionLayout:
     """
     Finds the places in a vision encoder.
@@ -203,7 +203,7 @@ def _empty_copy(base_config: PreTrainedConfig, mapping, kind: str) -> nn.Module:
         if isinstance(parameters, dict) and parameters.get("rope_type") in ROPE_OF_POSITIONS:
             parameters["rope_type"] = "default"
     if type(base_config) not in mapping:
-        raise Refusal(f"transformers has no class of it that is {kind}")
+        raise Refusal(f"transformers has no class for it that is {kind}")
     try:
         with torch.device("meta"):
             return mapping[type(base_config)](base_config).eval()
@@ -228,7 +228,7 @@ def _find_ffns(layers: nn.ModuleList, needs_activation: bool = True) -> tuple[st
     """The name of the FFN in each layer, and of the activation in the FFN."""
     parts = {name.lower() for layer in layers for name, _ in layer.named_modules()}
     if any(word in part for part in parts for word in EXPERTS):
-        raise Refusal("its FFNs are a mixture of experts, of which each token passes through some")
+        raise Refusal("its FFNs are a mixture of experts, and each token passes through some of them")
     if any(word in part for part in parts for word in CROSS_ATTENTION):
         raise Refusal("its layers read an encoder (cross-attention)")
     if needs_activation and all(hasattr(layer, name) for layer in layers for name in SPLIT_FFN):
@@ -240,9 +240,9 @@ def _find_ffns(layers: nn.ModuleList, needs_activation: bool = True) -> tuple[st
     if found == {1} and len(places) == 1:
         return places.pop()[0]
     if any(word in part for part in parts for word in STATE_SPACE):
-        raise Refusal("it is a state space model, not all of whose layers have an FFN")
+        raise Refusal("it is a state space model, and not all of its layers have an FFN")
     if found == {0}:
-        raise Refusal("its layers have no FFN module that holds its activation as a module")
+        raise Refusal("its layers have no FFN module that contains its activation as a module")
     raise Refusal("its layers differ in their FFNs, or have several")
 
 
@@ -299,7 +299,9 @@ def _run(base: nn.Module, what: str, *args, **kwargs):
 
 def _check_calls(calls: list[tuple], num_layers: int, shape: tuple[int, ...], checks_output: bool = True):
     if [index for index, *_ in calls] != list(range(num_layers)):
-        raise Refusal("its layers do not run their FFNs one after another, each once")
+        raise Refusal("its layers do not run their FFNs one after another and exactly once")
     for _, given, returned in calls:
         if given != shape or checks_output and returned != shape:
-            raise Refusal(f"its FFNs are given {given} and return {returned} where its hidden states are {shape}")
+            raise Refusal(
+                f"its FFNs take tensors of shape {given} and return {returned}, but its hidden states have {shape}"
+            )

@@ -490,8 +490,8 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
-                "Give one of `input_ids` and `inputs_embeds`: an image is read by the tokens of a text, so a call "
-                "needs one. `get_image_features(pixel_values)` encodes an image alone."
+                "Give one of `input_ids` and `inputs_embeds`: the tokens of a text read the image, so each call "
+                "needs a text. `get_image_features(pixel_values)` encodes an image alone."
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)

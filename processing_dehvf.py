@@ -115,8 +115,8 @@ def check_part(part: dict):
         raise ValueError(f"A message has a part of type {kind!r}. Give parts of type 'text' and 'image'.")
     if kind != "text" and all(part.get(name) is None for name in ("image", "url", "path", "base64", "image_url")):
         raise ValueError(
-            "A message has a part of type 'image' without the image. Put it there, as `image`, `url`, `path` or "
-            "`base64`; or render the text (`tokenize=False`) and call the processor with `images` and `text`."
+            "A message has a part of type 'image' without the image. Add it to the part as `image`, `url`, `path` "
+            "or `base64`; or render the text (`tokenize=False`) and call the processor with `images` and `text`."
         )
 
 
@@ -295,7 +295,7 @@ class DehvfProcessor(ProcessorMixin):
         if len(images) > self.max_images:
             raise ValueError(
                 f"A sample has {len(images)} images, but this adapter reads at most {self.max_images} per text "
-                "(`max_images`). Pass the others as samples of their own, or make an adapter with a larger "
+                "(`max_images`). Pass the others as separate samples, or make an adapter with a larger "
                 "`max_images`."
             )
         return [read_image(image) for image in images]

@@ -195,8 +195,8 @@ def spread_layers(num_layers: int, number: int) -> list[int]:
     """`number` of the layers `1..num_layers`, evenly spaced, the last one among them: 6 of 24 are 4, 8, ..., 24."""
     if not 1 <= number <= num_layers:
         raise ValueError(
-            f"Class tokens of {number} vision layers are wanted (`lavin_image_tokens`, `adaption_image_layers`), but "
-            f"the vision encoder has {num_layers} layers. Ask for 1 to {num_layers}."
+            f"Class tokens of {number} vision layers are needed (`lavin_image_tokens`, `adaption_image_layers`), but "
+            f"the vision encoder has {num_layers} layers. Set it to 1 to {num_layers}."
         )
     return [num_layers * (index + 1) // number for index in range(number)]
 
@@ -377,14 +377,14 @@ def assemble(method: str, vision_tower, causal_lm, arguments: BaselineArguments,
     """
     for base, known in ((vision_tower, VISION_TYPES), (causal_lm, TEXT_TYPES)):
         if base.config.model_type not in known:
-            raise ValueError(f"The baselines take {', '.join(known)}, not `{base.config.model_type}`.")
+            raise ValueError(f"The baselines support {', '.join(known)}, not `{base.config.model_type}`.")
     with causal_lm.device:
         return _method_module(method).assemble(vision_tower, causal_lm, arguments, image_size)
 
 
 def _method_module(method: str):
     if method not in METHODS:
-        raise ValueError(f"There is no baseline `{method}`. There are: {', '.join(METHODS)}.")
+        raise ValueError(f"There is no baseline `{method}`. Baselines: {', '.join(METHODS)}.")
     return import_module(f".{METHODS[method]}", __name__)  # here, so that peft is needed where it is used
 
 

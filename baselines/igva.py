@@ -84,7 +84,7 @@ class IgvaForConditionalGeneration(ImageTokensForConditionalGeneration):
         )
         if arguments.igva_hidden_size % arguments.igva_num_heads:
             raise ValueError(
-                f"`igva_hidden_size` is {arguments.igva_hidden_size}, which is no multiple of `igva_num_heads`, "
+                f"`igva_hidden_size` is {arguments.igva_hidden_size}, which is not a multiple of `igva_num_heads`, "
                 f"{arguments.igva_num_heads}. Change one of them."
             )
         if not 1 <= arguments.igva_num_groups <= vision.num_hidden_layers:

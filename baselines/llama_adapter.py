@@ -92,8 +92,8 @@ class VisualPromptForConditionalGeneration(FrozenBasesForConditionalGeneration):
         number = default if number is None else number
         if not 1 <= number <= most:
             raise ValueError(
-                f"{number} layers shall have prompts, but the language model has {len(layers)} layers. Set "
-                f"`adaption_prompt_layers` to 1 to {most}."
+                f"`adaption_prompt_layers` is {number}, but the language model has {len(layers)} layers. Set it to a "
+                f"number from 1 to {most}."
             )
         return layers[-number:]
 

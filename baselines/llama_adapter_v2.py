@@ -106,8 +106,8 @@ class VisualPrompter(nn.Module):
         size, heads = arguments.adapter_v2_size, arguments.adapter_v2_heads
         if size % heads:
             raise ValueError(
-                f"`adapter_v2_size` is {size}, which is no multiple of `adapter_v2_heads`, {heads}. Change one of "
-                "them."
+                f"`adapter_v2_size` is {size}, which is not a multiple of `adapter_v2_heads`, {heads}. Change one "
+                "of them."
             )
         self.queries = nn.Parameter(torch.randn(arguments.adapter_v2_prompts, size))
         self.down, self.down_norm = nn.Linear(vision_size, size), nn.LayerNorm(size)

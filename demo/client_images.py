@@ -52,7 +52,7 @@ def parse_host(entry: str) -> tuple[str, int | None]:
     if not is_host:
         raise ValueError(
             f"The image host {entry!r} is neither a name nor a name and a port. Give for example "
-            "`images.example.org`, `images.example.org:8080` or `[::1]:8080`, without `https://`, a path and `*`."
+            "`images.example.org`, `images.example.org:8080` or `[::1]:8080`, without `https://`, path or `*`."
         )
     return url.host, url.port
 
@@ -120,7 +120,7 @@ class ImageReader:
                 image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.UnidentifiedImageError as error:
             raise refuse(
-                f"The image cannot be read: its {len(data)} bytes are no {', '.join(FORMATS)} file. Send one of these."
+                f"The image cannot be read: its {len(data)} bytes are not a {', '.join(FORMATS)} file. Send one."
             ) from error
         except Exception as error:  # Pillow raises many kinds
             raise refuse(f"The image cannot be read: {error}. Save it again and send the new file.") from error
@@ -141,7 +141,9 @@ class ImageReader:
     def _read_data_url(self, url: str) -> bytes:
         head, comma, encoded = url.partition(",")
         if not comma or not head.lower().endswith(";base64"):
-            raise refuse(f"The image address {shorten(url)} is no base64 data URL. Send `data:image/png;base64,...`.")
+            raise refuse(
+                f"The image address {shorten(url)} is not a base64 data URL. Send `data:image/png;base64,...`."
+            )
         self._check_size(len(encoded) * 3 // 4 - 2)  # before decoding, without the padding
         try:
             return base64.b64decode("".join(encoded.split()), validate=True)
@@ -163,7 +165,7 @@ class ImageReader:
             pass
         # One message for what is outside and for what does not exist, so that it does not tell which files there are
         raise refuse(
-            f"The image address {shorten(url)} names no file below the folders that this server reads "
+            f"The image address {shorten(url)} does not name a file in the folders that this server reads "
             "(`--allow-image-folder`). Send the image as `data:image/png;base64,...`.",
             code="image_not_allowed",
         )
@@ -188,7 +190,7 @@ class ImageReader:
                 f"The image {shorten(url)} cannot be fetched: {error or type(error).__name__}. Check the address, or "
                 "send the image as `data:image/png;base64,...`."
             ) from error
-        raise refuse(f"The image {shorten(url)} is behind more than {MAX_REDIRECTS} redirects. Give its own address.")
+        raise refuse(f"The image {shorten(url)} has more than {MAX_REDIRECTS} redirects. Send its final address.")
 
     async def _get(self, url: httpx.URL) -> bytes | httpx.URL:
         """The image at an address, or the address that it redirects to."""
@@ -210,7 +212,7 @@ class ImageReader:
                 if response.has_redirect_location:
                     return url.join(response.headers["location"])
                 if response.status_code != 200:
-                    raise refuse(f"The image {shorten(str(url))} was answered with status {response.status_code}.")
+                    raise refuse(f"The image {shorten(str(url))} could not be fetched: status {response.status_code}.")
                 self._check_size(int(response.headers.get("content-length", "0")))
                 data = bytearray()
                 async for piece in response.aiter_raw():  # nothing is unpacked to more than was counted
@@ -237,8 +239,8 @@ class ImageReader:
         for address in addresses:
             if not is_public(address) and address not in listed:
                 raise refuse(
-                    f"The image host {shorten(url.host)} has an address that is not public, from which this server "
-                    "fetches no images unless the address itself is listed (`--allow-image-host`). Send the image as "
+                    f"The image host {shorten(url.host)} has an address that is not public. This server fetches no "
+                    "images from it unless the address itself is listed (`--allow-image-host`). Send the image as "
                     "`data:image/png;base64,...`.",
                     code="image_not_allowed",
                 )

@@ -69,7 +69,7 @@ def check_characters(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("it has half of a surrogate pair, which is no character") from error
+        raise ValueError("it contains half of a surrogate pair, which is not a character") from error
     return text
 
 
@@ -270,7 +270,7 @@ def parse(request_class: type[Request], unsupported: dict[str, tuple], body: dic
     for name, value in body.items():
         if name not in unsupported and name not in request_class.model_fields:
             raise RequestError(
-                f"`{name}` is {shorten(value)}, but this server knows no such field. Leave it out.",
+                f"`{name}` is {shorten(value)}, but this server does not know this field. Remove it.",
                 param=name,
                 code="unknown_parameter",
             )
@@ -278,7 +278,7 @@ def parse(request_class: type[Request], unsupported: dict[str, tuple], body: dic
         if value is not None and value not in neutral:
             instead = f" or give {' or '.join(map(json.dumps, neutral))}" if neutral else ""
             raise RequestError(
-                f"`{name}` is {shorten(value)}, which this server does not support. Leave it out{instead}.",
+                f"`{name}` is {shorten(value)}, which this server does not support. Remove it{instead}.",
                 param=name,
                 code="unsupported_parameter",
             )
@@ -314,8 +314,8 @@ def find_images(messages: list[Message], max_images: int) -> list[str]:
         limit = "one image" if max_images == 1 else f"{max_images} images"
         raise RequestError(
             f"The request has {len(urls)} different images (in messages {', '.join(map(str, places))}, counted from "
-            f"0), but the model reads {limit} for each request. Send no more, each of which may be repeated in "
-            "several turns, or ask about the others in requests of their own.",
+            f"0), but the model reads {limit} for each request. Send fewer images (each may be repeated in several "
+            "turns), or ask about the others in separate requests.",
             param="messages",
             code="too_many_images",
         )

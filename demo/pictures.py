@@ -60,7 +60,7 @@ def check_images(model, inputs):
     check_config(model.config)
     mask = inputs.get("image_mask")
     if inputs.get("pixel_values") is None or (mask is not None and not mask.all()):
-        raise ValueError("A row of the inputs has no image, so nothing can be drawn for it. Leave such rows out.")
+        raise ValueError("A row of the inputs has no image, so nothing can be drawn for it. Remove such rows.")
     if inputs["pixel_values"].ndim == 5:
         raise ValueError("A row of the inputs has several images or tiles, but a picture is of one. Leave it out.")
 
@@ -475,15 +475,15 @@ def look_for_token(model, processor, task, row: dict, token: int) -> tuple[np.nd
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", help="folder or Hub id of trained adapters")
-    parser.add_argument("--task", choices=NAMES, default="digits", help="file in tasks/ that reads the data")
-    parser.add_argument("--data_path", help="Hub id or folder of the data, if not the task's own")
+    parser.add_argument("--task", choices=NAMES, default="digits", help="task that reads the data")
+    parser.add_argument("--data_path", help="Hub id or folder of the data, if the task has no default")
     parser.add_argument("--columns", help="columns with other names, as in train.py: question=prompt,answer=label")
-    parser.add_argument("--holdout", type=float, help="share of the train split to test on, as in train.py")
+    parser.add_argument("--holdout", type=float, help="fraction of the train split to test on, as in train.py")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
-    parser.add_argument("--num_samples", type=int, default=200, help="largest number of images in the mean weights")
+    parser.add_argument("--num_samples", type=int, default=200, help="maximum number of images to average over")
     parser.add_argument("--row", type=int, help="row to draw; by default the first with an image")
     parser.add_argument("--token", type=int, default=0, help="token of the answer to draw")
-    parser.add_argument("--layers", type=int, nargs="+", help=f"language layers; by default up to {MAX_LAYERS}")
+    parser.add_argument("--layers", type=int, nargs="+", help=f"layers to draw; by default up to {MAX_LAYERS}")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/pictures"))
     # Which `load_rows` reads as well
     parser.set_defaults(captions=None, max_samples=None, streaming=False, only_images=False)

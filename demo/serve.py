@@ -486,13 +486,13 @@ def server_error(error: Exception) -> dict:
     """The body that a client gets for a fault of ours. What happened is in the log alone, under the same id."""
     identifier = uuid.uuid4().hex
     logger.error("Error %s", identifier, exc_info=error)
-    message = f"The server failed. Its log says why, under the id {identifier}. Send the id to whoever runs it."
+    message = f"Internal error. The server's log has the details under {identifier}. Send this id to its operator."
     return error_body(message, "server_error", code="internal_error")
 
 
 def unknown_model(given: str, model: str) -> RequestError:
     return RequestError(
-        f"The model {shorten(given)} does not exist here. Ask for {model!r}, the only one.",
+        f"This server has no model {shorten(given)}. Use {model!r}, the only one.",
         status=404,
         param="model",
         code="model_not_found",
@@ -596,8 +596,8 @@ class Guard:
         host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
         if not self._is_own_name(host):
             raise RequestError(
-                f"The server was called by the name {shorten(host)}, which is not one of its own. Call it by its IP "
-                "address or by `localhost`, or start it with `--allow-host` and this name.",
+                f"The server was called by the name {shorten(host)}, which is not one of its names. Call it by its "
+                "IP address or by `localhost`, or start it with `--allow-host` and this name.",
                 status=403,
                 code="host_not_allowed",
             )
@@ -612,7 +612,7 @@ class Guard:
         asks_for_model = scope["method"] == "GET" and scope["path"].startswith(ONE_MODEL)
         if not asks_for_model and (scope["method"], scope["path"]) not in ENDPOINTS:
             raise RequestError(
-                f"{scope['method']} {shorten(scope['path'])} is not served. There are "
+                f"{scope['method']} {shorten(scope['path'])} is not served. Available: "
                 f"{', '.join(' '.join(endpoint) for endpoint in sorted(ENDPOINTS))}.",
                 status=403,
                 code="endpoint_not_allowed",
@@ -632,7 +632,7 @@ class Guard:
     async def _answer(self, scope, receive, send):
         if self.num_requests >= self.max_requests:
             raise RequestError(
-                f"The server has {self.max_requests} requests at work, as many as it takes. Try again later.",
+                f"The server already has {self.max_requests} requests, its maximum. Try again later.",
                 status=429,
                 code="too_many_requests",
             )
@@ -678,11 +678,11 @@ class Guard:
                     more = message.get("more_body", False)
         except TimeoutError as error:
             raise RequestError(
-                f"The request did not arrive within {UPLOAD_SECONDS} seconds. Send less.", status=408
+                f"The request did not arrive within {UPLOAD_SECONDS} seconds. Send a smaller one.", status=408
             ) from error
         if num_bytes > self.max_body_bytes:
             raise RequestError(
-                f"The request has {num_bytes} bytes. This server reads up to {self.max_body_bytes}. Send a smaller "
+                f"The request has {num_bytes} bytes. This server accepts up to {self.max_body_bytes}. Send a smaller "
                 "image or a shorter text.",
                 status=413,
                 code="request_too_large",
@@ -757,36 +757,36 @@ def main(
     adapter: Annotated[str, typer.Argument(help="Folder or Hub id of the adapter, the only model that is served.")],
     trust_remote_code: Annotated[bool, typer.Option(help="Run the code in the adapter's repository.")] = False,
     device: Annotated[str, typer.Option(help="For example `auto`, `cuda:0`, `cpu`.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the model; `auto` is that of the files.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="dtype of the model; `auto` is the dtype in its files.")] = "auto",
     attn_implementation: Annotated[str | None, typer.Option(help="For example `sdpa`.")] = None,
     quantization: Annotated[str | None, typer.Option(help="`bnb-4bit` or `bnb-8bit`.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; `0.0.0.0` for all.")] = "localhost",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     allow_host: Annotated[
-        list[str], typer.Option(help="A further name by which clients call the server. May be repeated.")
+        list[str], typer.Option(help="Another host name of this server, used by clients. May be repeated.")
     ] = [],  # noqa: B006
     allow_origin: Annotated[
         list[str],
-        typer.Option(help="Origin of web pages that may call it, as `https://chat.example.org`. May be repeated."),
+        typer.Option(help="Origin of web pages that may call it: `https://chat.example.org`. May be repeated."),
     ] = [],  # noqa: B006
     allow_image_host: Annotated[
-        list[str], typer.Option(help="Host, or host:port, from which images are fetched. May be repeated.")
+        list[str], typer.Option(help="Host, or host:port, from which images may be fetched. May be repeated.")
     ] = [],  # noqa: B006
     allow_image_folder: Annotated[
-        list[str], typer.Option(help="Folder below which `file:` URLs of images are read. May be repeated.")
+        list[str], typer.Option(help="Folder from which images at `file:` URLs may be read. May be repeated.")
     ] = [],  # noqa: B006
-    max_image_bytes: Annotated[int, typer.Option(min=1, help="Size of an image file.")] = 20 * 2**20,
-    max_image_pixels: Annotated[int, typer.Option(min=1, help="Width times height of an image.")] = 25_000_000,
-    max_image_seconds: Annotated[float, typer.Option(min=0, help="Time for fetching an image.")] = 10.0,
-    max_context_tokens: Annotated[int, typer.Option(min=2, help="Tokens of messages and answer.")] = 4096,
-    max_requests: Annotated[int, typer.Option(min=1, help="Requests that are answered or wait.")] = 32,
-    max_batch_size: Annotated[int, typer.Option(min=1, help="Answers that the model gives at a time.")] = 16,
+    max_image_bytes: Annotated[int, typer.Option(min=1, help="Maximum size of an image file.")] = 20 * 2**20,
+    max_image_pixels: Annotated[int, typer.Option(min=1, help="Maximum width times height.")] = 25_000_000,
+    max_image_seconds: Annotated[float, typer.Option(min=0, help="Maximum time to fetch an image.")] = 10.0,
+    max_context_tokens: Annotated[int, typer.Option(min=2, help="Maximum tokens of messages and answer.")] = 4096,
+    max_requests: Annotated[int, typer.Option(min=1, help="Maximum requests in progress or waiting.")] = 32,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Maximum answers in one batch.")] = 16,
 ):
-    """Serves one DEHVF adapter with an OpenAI-compatible API. docs/serving.md says who can reach what."""
+    """Serves one DEHVF adapter with an OpenAI-compatible API. docs/serving.md explains access and limits."""
     for origin in allow_origin:
         parts = urlsplit(origin)
         if parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}":
-            raise typer.BadParameter(f"The origin {origin!r} is no scheme and host, such as https://chat.example.org.")
+            raise typer.BadParameter(f"The origin {origin!r} is not a scheme and host like https://chat.example.org.")
     try:
         check_place("adapter", adapter)
         reader = ImageReader(

@@ -47,7 +47,7 @@ NAMES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"
 
 def get_task(name: str) -> ModuleType:
     if name not in NAMES:
-        raise ValueError(f"There is no task `{name}`. There are: {', '.join(NAMES)}.")
+        raise ValueError(f"There is no task `{name}`. Tasks: {', '.join(NAMES)}.")
     return import_module(f"tasks.{name}")
 
 

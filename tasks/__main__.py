@@ -1,7 +1,7 @@
 """
-Work on data and answers that needs no model.
+Checks data and scores answers, without a model.
 
-    python -m tasks check examples/vqa       # names each bad row of your own data, and what may be a mistake
+    python -m tasks check examples/vqa       # lists the bad rows of your own data, and possible mistakes
     python -m tasks score outputs/digits     # scores the answers of a run again and writes its results.json
 """
 
@@ -32,8 +32,8 @@ CONTROL_TOKENS = re.compile(
 
 def check(path: str, task: str | None = None, columns: str | None = None) -> bool:
     """
-    Reads all rows of your own data as training does, and opens their images. Prints each fault, the number of rows,
-    and notes on what may be a mistake. Returns whether there is no fault.
+    Reads all rows of your own data in the same way as training, and opens their images. Prints each fault, the number
+    of rows, and notes about possible mistakes. Returns whether there is no fault.
     """
     if published := {file: module for module in PUBLISHED for file in module.find_files(Path(path))}:
         num_faults = sum(check_file(module, file) for file, module in published.items())
@@ -143,8 +143,8 @@ def main():
         subparser.set_defaults(command=command)
         if command is check:
             readers = ["vqa", *dict.fromkeys(TASK_OF_COLUMN.values())]
-            subparser.add_argument("--task", choices=readers, help="what reads the data, if not as its columns say")
-            subparser.add_argument("--columns", help="names of columns, as for train.py: question=prompt,answer=label")
+            subparser.add_argument("--task", choices=readers, help="task that reads it, if not as its columns say")
+            subparser.add_argument("--columns", help="columns with other names: question=prompt,answer=label")
     arguments = vars(parser.parse_args())
     sys.stdout.reconfigure(errors="backslashreplace")  # what is wrong with a text may be that it cannot be printed
     try:

@@ -99,7 +99,7 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
             ) from error
     if folder.exists():
         raise ValueError(
-            f"{path} holds no data set that this task reads: no `dataset_dict.json` or `state.json` (`save_to_disk` "
+            f"{path} has no data set that this task reads: no `dataset_dict.json` or `state.json` (`save_to_disk` "
             "writes them), no Parquet file, and none of the files that the task's docstring in tasks/ names."
         )
     name, _, config = path.partition(":")
@@ -130,9 +130,9 @@ def read_records(file: Path) -> Iterator[Record]:
             is_empty = False
             yield record
     except UnicodeDecodeError as error:
-        yield str(file), None, [f"no UTF-8 text: {error.reason} at byte {error.start + 1}. Save the file as UTF-8."]
+        yield str(file), None, [f"not UTF-8 text: {error.reason} at byte {error.start + 1}. Save the file as UTF-8."]
     except csv.Error as error:
-        yield str(file), None, [f"no CSV: {error}. Write a comma between cells, and quotes around one with a comma."]
+        yield str(file), None, [f"not CSV: {error}. Write a comma between cells, and quotes around one with a comma."]
     else:
         if is_empty:
             yield str(file), None, ["no rows. Write one JSON object on each line, one list of them, or CSV."]
@@ -148,9 +148,9 @@ def read_lines(file: Path) -> Iterator[Record]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 form = "one list of objects" if file.suffix == ".json" else "one whole object on each line"
-                faults = [f"no JSON: {error.msg} at character {error.pos + 1}. Write {form}."]
+                faults = [f"not JSON: {error.msg} at character {error.pos + 1}. Write {form}."]
             except UnicodeDecodeError as error:
-                faults = [f"no UTF-8 text: {error.reason} at byte {error.start + 1}. Save the file as UTF-8."]
+                faults = [f"not UTF-8 text: {error.reason} at byte {error.start + 1}. Save the file as UTF-8."]
             yield f"{file}:{number}", *check_record(record, faults)
             if faults and file.suffix == ".json":  # rather one value over many lines than many bad lines
                 return
@@ -164,7 +164,7 @@ def read_list(file: Path) -> Iterator[Record]:
         try:
             record, place = decoder.raw_decode(text, place)
         except json.JSONDecodeError as error:
-            fault = f"no JSON: {error.msg} at line {error.lineno}, column {error.colno}. Write one list of objects."
+            fault = f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}. Write one list of objects."
             yield f"{file}: row {number}", None, [fault]
             return
         yield f"{file}: row {number}", *check_record(record, [])
@@ -186,7 +186,7 @@ def read_csv(file: Path) -> Iterator[Record]:
             return
         for cells in reader:
             if None in cells or None in cells.values():
-                fault = f"it has not {len(names)} cells, as the first line has. Put texts with a comma into quotes."
+                fault = f"it does not have {len(names)} cells like the first line. Put texts with a comma into quotes."
                 yield f"{file}:{line}", None, [fault]
             else:
                 yield f"{file}:{line}", {name: cell or None for name, cell in cells.items()}, []
@@ -196,4 +196,4 @@ def read_csv(file: Path) -> Iterator[Record]:
 def check_record(record, faults: list[str]) -> tuple[dict | None, list[str]]:
     if faults or isinstance(record, dict):
         return record, faults
-    return None, [f'{reprlib.repr(record)} is no row. Write an object: {{"name": value, ...}}.']
+    return None, [f'{reprlib.repr(record)} is not a row. Write an object: {{"name": value, ...}}.']

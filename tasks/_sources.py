@@ -139,7 +139,7 @@ def find_image(value, folders: tuple[Path, ...]) -> tuple[dict | None, list[str]
         return {"bytes": None, "path": value}, []
     if not folders:
         return None, [
-            f"`image` is {value!r}, a file beside the data, which is not downloaded. Download the repository (`hf "
+            f"`image` is {value!r}, a file beside the data, which was not downloaded. Download the repository (`hf "
             "download --repo-type dataset`) and give its folder."
         ]
     places = (os.path.normpath(os.path.join(folder, name, value)) for folder in folders for name in IMAGE_FOLDERS)
@@ -204,7 +204,7 @@ class Reader:
 
     def check(self, where: str, row: dict | None, faults: list[str]) -> dict:
         if faults:
-            raise ValueError(f"{where}: {faults[0]}\n`{self.command}` names all such rows.")
+            raise ValueError(f"{where}: {faults[0]}\n`{self.command}` lists all such rows.")
         return row
 
     def _pick(self, record: dict) -> dict:
@@ -223,8 +223,8 @@ class Reader:
     def _find_unread(self, record: dict, row: dict) -> list[str]:
         """What a row lacks, but its record has under a similar name."""
         return [
-            f"there is no `{name}`, but something in `{column}`, which is not read. Rename that to `{own}`, where "
-            f"other rows have it, or give `--columns {name}={own}` to do without."
+            f"there is no `{name}`, but `{column}` has a value and is not read. Rename it to `{own}`, which other "
+            f"rows use, or give `--columns {name}={own}` to ignore it."
             for column, (name, own) in self.similar.items()
             if row[name] is None and record.get(column) not in (None, "", [])
         ]
@@ -238,8 +238,8 @@ def make_dataset(rows: list[dict], features: Features, streaming: bool) -> Datas
 def raise_first(faults: list[str], place: str | Path):
     """Raises ValueError with the first fault of a data set, and the command that names the others."""
     if faults:
-        names_all = f"`python -m tasks check {place}` names all."
-        raise ValueError(f"{faults[0]}\nThat is the first of {len(faults)}: {names_all}")
+        lists_all = f"`python -m tasks check {place}` lists all of them."
+        raise ValueError(f"{faults[0]}\nThis is the first of {len(faults)} faults: {lists_all}")
 
 
 def generate_rows(files: list[Path], reader: Reader) -> Iterator[dict]:
@@ -386,7 +386,7 @@ class Source:
                 continue
             advice = f"Give `--columns {name}={similar[0] if similar else 'COLUMN'}`"
             if name not in self.task.REQUIRED:
-                advice += f", or `--columns {name}=none` to do without"
+                advice += f", or `--columns {name}=none` to train without it"
             elif {"messages", "conversations"} & set(unread):
                 advice += ", or `--task chat` to train on messages"
             given = f" (`{columns[0]}`)" if columns != self.task.FIELDS[name] else ""
@@ -413,7 +413,7 @@ class Source:
         """What to do about files of splits that are missing, in other formats than that of the data set."""
         found = [splits for pattern in FORMATS for splits in find_files(Path(self.path), pattern).items()]
         unread = [file for split, files in found if self.files and split not in self.files for file in files]
-        return [f"{file} is not read, since other files are {self.format}. Save all as that." for file in unread]
+        return [f"{file} is not read, since other files are {self.format}. Save it as that too." for file in unread]
 
     def _needs_image(self, split: str) -> bool:
         """Whether it is a fault that a split has no image. A stream may have one in later rows."""
@@ -536,19 +536,19 @@ def load(
     known = {split_of(name) for name in source.splits}
     missing = [name for name in ("test", "validation") if name not in known]
     if not 0 < holdout < 0.5:
-        raise ValueError(f"`--holdout {holdout}` is no share of the rows between 0 and 0.5. Give one, such as 0.05.")
+        raise ValueError(f"`--holdout {holdout}` is not between 0 and 0.5. Give a fraction of the rows, such as 0.05.")
     if not missing:
         raise ValueError(f"`--holdout` was given, but {path} has a test and a validation split. Remove the flag.")
     if split not in ("train", *missing):
         return source.rows(split)
     if streaming:
-        raise ValueError("`--holdout` needs the number of rows, which a stream has not. Remove `--streaming`.")
+        raise ValueError("`--holdout` needs the number of rows, which a stream does not have. Remove `--streaming`.")
     rows = source.rows("train")
     size = max(1, round(holdout * len(rows)))
     if len(rows) <= size * len(missing):
         raise ValueError(
             f"The train split of {path} has {len(rows)} rows. `--holdout {holdout}` takes {size * len(missing)} of "
-            f"them, for {' and '.join(missing)}, and leaves none to train on. Add rows, or give a smaller share."
+            f"them, for {' and '.join(missing)}, and leaves none to train on. Add rows, or give a smaller fraction."
         )
     for name in missing:
         parts = rows.train_test_split(size, seed=0)

@@ -39,7 +39,7 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
         ValueError: without a path, or if there is no such split.
     """
     if path is None:
-        raise ValueError(f"path is None, but COCO Captions has no place of its own. {LAYOUT}")
+        raise ValueError(f"path is None, but COCO Captions has no default location. {LAYOUT}")
     if split not in PARTS:
         raise ValueError(f"split is {split!r}, but must be one of {', '.join(PARTS)}.")
     folder = Path(path)

@@ -350,7 +350,7 @@ def load(
     from easy to hard as well. All rows are made by this call, also when streaming.
     """
     if path is not None:
-        raise ValueError(f"path is {path!r}, but `digits` is made at run time and read from nowhere. Leave it out.")
+        raise ValueError(f"path is {path!r}, but `digits` is generated at run time and has no files. Remove it.")
     if split not in SIZES:
         raise ValueError(f"split is {split!r}, but must be one of {', '.join(SIZES)}.")
     if max_samples is not None and max_samples < 1:

@@ -127,7 +127,7 @@ def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        return [], [f"{file}: no JSON in UTF-8: {error}. Write one list of rows."]
+        return [], [f"{file}: not JSON in UTF-8: {error}. Write one list of rows."]
     if not isinstance(entries, list) or not entries:
         return [], [f"{file}: no rows. Write one list of rows."]
 
@@ -153,7 +153,7 @@ def find_faults(entry) -> list[str]:
         case [str(question), str(answer), int()] if question.strip() and answer in TYPES:
             return []
     return [
-        f'{reprlib.repr(entry)} is no row. Write ["question", "answer", number of the image], with one of these '
+        f'{reprlib.repr(entry)} is not a row. Write ["question", "answer", number of the image], with one of these '
         f"answers: {', '.join(TYPES)}."
     ]
 

@@ -63,7 +63,7 @@ def load(
         ValueError: without a path, if there is no such split, or if a row is not as it should be.
     """
     if path is None:
-        raise ValueError(f"path is None, but NLVR2 has no place of its own. {LAYOUT}")
+        raise ValueError(f"path is None, but NLVR2 has no default location. {LAYOUT}")
     if split not in PARTS:
         raise ValueError(f"split is {split!r}, but must be one of {', '.join(PARTS)}.")
     file = Path(path) / FILES[split]

@@ -45,42 +45,42 @@ class DataArguments:
     """The task and its data."""
 
     task: Literal[NAMES] = field(
-        default="digits", metadata={"help": "The file in tasks/ that reads and scores the data."}
+        default="digits", metadata={"help": "Name of a file in tasks/, which reads the data and scores the answers."}
     )
     data_path: str | None = field(
-        default=None, metadata={"help": "Hub id, folder or file of the data, where the task does not know it."}
+        default=None, metadata={"help": "Hub id, folder or file of the data, for tasks without a default."}
     )
     columns: str | None = field(
         default=None,
         metadata={
-            "help": "Columns of your own data with other names: question=prompt,answer=label. `image=none` for data "
-            "without images."
+            "help": "Columns of your own data that have other names: question=prompt,answer=label. Use `image=none` "
+            "for data without images."
         },
     )
     holdout: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the rows of your own train split, such as 0.05, to take as the test split if there is "
-            "none, and once more as the validation split. They are the same rows in every run."
+            "help": "Fraction of your own train split, such as 0.05, to use as the test split if there is none; as "
+            "many rows become the validation split if there is none. The rows are the same in every run."
         },
     )
     captions: str | None = field(
         default=None,
         metadata={
-            "help": 'scienceqa: file with captions of images, {"captions": {"<number>": "<text>"}}, to add to the '
-            "context in evaluation."
+            "help": 'scienceqa: file with captions of the images, {"captions": {"<number>": "<text>"}}, which are '
+            "added to the context in evaluation."
         },
     )
     max_prompt_length: int = field(
         default=512,
-        metadata={"help": "Longest prompt in tokens. Longer prompts lose the end of their context."},
+        metadata={"help": "Maximum number of tokens of a prompt. In longer ones the end of the context is removed."},
     )
     max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Longest answer in tokens, in evaluation. Defaults to that of the task."}
+        default=None, metadata={"help": "Maximum number of tokens of an answer in evaluation. Tasks have defaults."}
     )
     max_samples: int | None = field(
         default=None,
-        metadata={"help": "Use only the first rows of each split (digits: make smaller splits), for a quick test."},
+        metadata={"help": "Use only the first rows of each split (digits: smaller splits), for a quick test."},
     )
     only_images: bool = field(default=False, metadata={"help": "Remove rows without an image from the train split."})
     streaming: bool = field(
@@ -94,13 +94,13 @@ class ModelArguments:
     """The method and the frozen bases."""
 
     method: Literal[(*DEHVF_METHODS, *BASELINES)] = field(
-        default="dehvf", metadata={"help": "What is trained: DEHVF, a setting of it, or a baseline."}
+        default="dehvf", metadata={"help": "The method to train: DEHVF, a variant of it, or a baseline."}
     )
     adapter: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id or folder of DEHVF adapters to start from, with their config. --num_train_epochs 0 "
-            "evaluates them as they are."
+            "help": "Hub id or folder of DEHVF adapters to start from, with their config. Use --num_train_epochs 0 to "
+            "evaluate them without training."
         },
     )
     adapter_revision: str | None = field(default=None, metadata={"help": "Commit of the adapters."})
@@ -121,15 +121,15 @@ class ModelArguments:
     chat_template: str | None = field(
         default=None,
         metadata={
-            "help": "File with a Jinja chat template in place of the tokenizer's, or `plain`: the prompt, then "
-            "`Response:` on a line of its own, without a system message. It is saved with the processor."
+            "help": "File with a Jinja chat template that replaces the tokenizer's, or `plain`: the prompt, then "
+            "`Response:` on a separate line, without a system message. It is saved with the processor."
         },
     )
     image_fit: Literal["crop", "squash", "pad"] | None = field(
         default=None,
         metadata={
-            "help": "How an image becomes square: `crop` its centre, `squash` it, or `pad` it with the mean colour. "
-            "Defaults to what the image processor of the encoder does. It is saved with the processor."
+            "help": "How to make an image square: `crop` its centre, `squash` it, or `pad` it with the mean colour. "
+            "By default the image processor of the encoder decides. It is saved with the processor."
         },
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
@@ -164,24 +164,25 @@ class DehvfTrainingArguments(TrainingArguments):
     )
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "Stop after so many evaluations in a row without a better score. Keeps the best adapters."},
+        metadata={"help": "Stop after this number of evaluations without a better score, and keep the best adapters."},
     )
     metric_for_best_model: str | None = field(
-        default="score", metadata={"help": "score: the one that the model card states; or another score of the task."}
+        default="score",
+        metadata={"help": "`score` (as in the model card), another score of the task, or eval_loss."},
     )
     do_train: bool = field(default=True, metadata={"help": "Keep true: `--num_train_epochs 0` only evaluates."})
     do_predict: bool = field(default=True, metadata={"help": "Keep true: the test split is always evaluated."})
     resume_from_checkpoint: str | None = field(
         default="auto",
         metadata={
-            "help": "auto: resume an interrupted run in --output_dir; never: replace it; or the checkpoint in "
-            "--output_dir to resume from."
+            "help": "`auto`: resume an interrupted run in --output_dir; `never`: replace it; or the path of a "
+            "checkpoint in --output_dir to resume from."
         },
     )
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "Keep true, so that early stopping resumes."}
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Keep false: such a loss stops a run."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Keep false: a NaN loss stops a run."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep false: all columns are needed."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Not used."})
     hub_strategy: str = field(default="end", metadata={"help": "Keep: adapters are pushed once, with their results."})
@@ -217,8 +218,8 @@ def read_layer_mapping(text: str) -> str | list:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ArgumentTypeError(
-            f"{text!r} is none of {', '.join(names)} and no JSON. Give one of them, or lists such as '[[0, 1], [2]]', "
-            "one for each language layer."
+            f"{text!r} is neither {' nor '.join(names)} nor JSON. Give one of these, or lists such as '[[0, 1], "
+            "[2]]', one for each language layer."
         ) from error
 
 
@@ -323,7 +324,7 @@ KEPT = {
     "auto_find_batch_size": (False, "the learning rate and the checkpoints are those of one batch size"),
     "batch_eval_metrics": (False, "the task scores the whole split at once"),
     "bf16_full_eval": (False, "it would cast the adapters too; `--dtype bfloat16` casts the frozen bases alone"),
-    "dataloader_in_order": (True, "a run whose rows come in another order each time cannot be resumed"),
+    "dataloader_in_order": (True, "a run whose rows are in another order each time cannot be resumed"),
     "debug": ([], "a loss or gradient that is NaN or Inf stops the run anyway, and names the rows"),
     "do_predict": (True, "the test split is always evaluated"),
     "do_train": (True, "`--num_train_epochs 0` evaluates without training"),
@@ -332,18 +333,18 @@ KEPT = {
     "fp16_full_eval": (False, "it would cast the adapters too; `--dtype float16` casts the frozen bases alone"),
     "hub_always_push": (False, "adapters are pushed once, with their results"),
     "hub_strategy": ("end", "adapters are pushed once, with their results"),
-    "include_for_metrics": ([], "the scores of a task read answers alone"),
+    "include_for_metrics": ([], "the scores of a task depend on the answers only"),
     "label_names": (None, "the labels are always `labels`"),
     "length_column_name": ("length", "lengths are counted in tokens"),
-    "liger_kernel_config": (None, "Liger kernels replace layers of model types that they know, and `dehvf` is none"),
+    "liger_kernel_config": (None, "Liger kernels support certain model types only, and `dehvf` is not one of them"),
     "logging_nan_inf_filter": (False, "a loss that is NaN or Inf stops the run"),
-    "optim_target_modules": (None, "no optimizer of this script reads it"),
+    "optim_target_modules": (None, "no supported optimizer reads it"),
     "parallelism_config": (None, "frozen bases are sharded by DeepSpeed ZeRO-3 or FSDP2"),
     "prediction_loss_only": (False, "evaluation generates answers and computes no loss"),
     "remove_unused_columns": (False, "the collator needs all columns"),
     "restore_callback_states_from_checkpoint": (True, "a resumed run would forget when its score last improved"),
-    "use_cache": (False, "training reads whole rows, and generation has a cache anyway"),
-    "use_liger_kernel": (False, "Liger kernels replace layers of model types that they know, and `dehvf` is none"),
+    "use_cache": (False, "training reads whole rows, and generation always uses a cache"),
+    "use_liger_kernel": (False, "Liger kernels support certain model types only, and `dehvf` is not one of them"),
 }
 # The lowest value of a number, where another one fails late or means something else than it says
 LOWEST = {
@@ -377,7 +378,8 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
         )
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError(
-            "`--streaming` needs `--max_steps`, since the number of rows is unknown: rows x epochs / total batch size."
+            "`--streaming` needs `--max_steps`, since the number of rows is unknown. Set it to rows x epochs / total "
+            "batch size."
         )
     if data_args.streaming and training_args.train_sampling_strategy == "group_by_length":
         raise ValueError(
@@ -397,8 +399,8 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
     several = [name for name in ("max_images", "image_tiles") if getattr(adapter_args, name) not in (1, None)]
     if several and is_baseline and method not in ("llava", "llava-lora"):
         raise ValueError(
-            f"`--method {method}` reads one image of a row, but `--{several[0]}` was given. Remove it, or take "
-            "another method, dehvf, llava or llava-lora."
+            f"`--method {method}` reads one image of a row, but `--{several[0]}` was given. Remove it, or use "
+            "`--method` dehvf, llava or llava-lora."
         )
     if model_args.adapter is not None:
         values = {*vars(adapter_args), "chat_template", "image_fit"}
@@ -407,7 +409,7 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
         own = ["method"] if method != "dehvf" else sorted(given & values)
         if own:
             raise ValueError(
-                f"`--{own[0]}` was given with `--adapter {model_args.adapter}`, which defines it itself. Remove one."
+                f"`--{own[0]}` was given, but `--adapter {model_args.adapter}` already defines it. Remove one."
             )
     check_engine(is_baseline, method, training_args)
     if training_args.push_to_hub:
@@ -441,8 +443,8 @@ def check_training_arguments(given: Collection[str], training_args):
         raise ValueError("`--num_train_epochs 0` does not train, so `--max_steps` has no effect. Remove one of them.")
     if values["warmup_steps"] > 1 and values["warmup_steps"] % 1:
         raise ValueError(
-            f"`--warmup_steps {values['warmup_steps']}` was given. Give a whole number of steps, or a part of all "
-            "steps below 1."
+            f"`--warmup_steps {values['warmup_steps']}` was given. Give a whole number of steps, or a fraction "
+            "of all steps below 1."
         )
     if values["train_sampling_strategy"] == "batch_rebalance":
         raise ValueError(
@@ -486,8 +488,8 @@ def check_needs(given: Collection[str], training_args):
     for kind in kinds:
         if by_steps[kind] and not 0 < values[f"{kind}_steps"] < math.inf:
             raise ValueError(
-                f"`--{kind}_steps {values[f'{kind}_steps']}` was given. Give a positive number of steps, or a part of "
-                "all steps below 1."
+                f"`--{kind}_steps {values[f'{kind}_steps']}` was given. Give a positive number of steps, or a "
+                "fraction of all steps below 1."
             )
     evaluates = ("--eval_strategy steps` or `epoch", values["eval_strategy"] != "no")
     has_workers = ("--dataloader_num_workers 1` or more", values["dataloader_num_workers"] > 0)

@@ -277,7 +277,7 @@ def read_named_checkpoint(checkpoint: Path, output_dir: Path) -> dict:
 def check_same_arguments(now: dict, earlier: dict, checkpoint: Path):
     """Raises `ValueError` if a checkpoint belongs to a run with other arguments."""
     names = sorted(now.keys() & earlier.keys())  # other versions may have other arguments
-    differing = [f"`{name}` was {earlier[name]}, is {now[name]}" for name in names if now[name] != earlier[name]]
+    differing = [f"`{name}` was {earlier[name]} and is {now[name]}" for name in names if now[name] != earlier[name]]
     if differing:
         raise ValueError(
             f"{checkpoint} belongs to a run with other arguments: {'; '.join(differing)}. To resume that run, give "

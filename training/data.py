@@ -151,7 +151,7 @@ class Split(torch.utils.data.Dataset):
         if (most := max(numbers, default=0)) > max_images:
             raise ValueError(
                 f"Row {numbers.index(most)} of the {self.name} split has {most} images, but the adapter reads at most "
-                f"{max_images}. Train one with `--max_images {most}`, or leave such rows out."
+                f"{max_images}. Train one with `--max_images {most}`, or remove such rows."
             )
 
     def _check_images(self):

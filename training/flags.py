@@ -32,10 +32,10 @@ def read_recipe(recipe: Path) -> dict:
     in the working directory or in this repository, the first that is there.
     """
     if not recipe.is_file():
-        raise ValueError(f"There is no recipe {recipe}. recipes/ has {', '.join(path.name for path in recipes())}.")
+        raise ValueError(f"There is no recipe {recipe}. Recipes: {', '.join(path.name for path in recipes())}.")
     values = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
     if not isinstance(values, dict):
-        raise ValueError(f"{recipe} has no `name: value` on each line, but a {type(values).__name__}. Write flags so.")
+        raise ValueError(f"{recipe} contains a {type(values).__name__}. Write a flag on each line, as `name: value`.")
     base = values.pop("base", None)
     values = values if base is None else keep_values(read_recipe(recipe.parent / base), values.get("task")) | values
     for name in (*PLACES, "chat_template", "captions"):
@@ -76,7 +76,7 @@ def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None
         for name in names:
             if not {name, name.removeprefix("no_")} & known:
                 close = difflib.get_close_matches(name, known, n=1)
-                hint = f"Did you mean `{close[0]}`?" if close else "`train.py --help` lists all."
+                hint = f"Did you mean `{close[0]}`?" if close else "`train.py --help` lists all arguments."
                 raise ValueError(f"{place}: unknown argument `{name}`. {hint}")
     values = keep_values(values, flags.get("task"))
     for name in PLACES:

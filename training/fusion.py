@@ -59,8 +59,8 @@ def describe_fusion(figures: dict[str, float]) -> str:
     if not constant:
         return words
     return (
-        f"{words} They hardly depend on {' and '.join(constant)}: fixed weights would do, so this adapter shows no "
-        f"benefit of weights that adapt to {' and '.join(constant)}."
+        f"{words} They hardly depend on {' and '.join(constant)}: fixed weights would work as well, so this adapter "
+        f"does not show that adapting the weights to {' and '.join(constant)} helps."
     )
 
 

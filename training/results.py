@@ -101,7 +101,7 @@ def check_metric(task, processor, split: Split, metric: str):
     known = [name for name, value in scores.items() if value is not None and name not in NO_SCORES] + ["loss"]
     if metric.removeprefix("eval_") not in known:
         raise ValueError(
-            f"`--metric_for_best_model {metric}` is no score of the {split.name} split. There are: {', '.join(known)}."
+            f"`--metric_for_best_model {metric}` is not a score of the {split.name} split. Scores: {', '.join(known)}."
         )
 
 

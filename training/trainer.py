@@ -131,7 +131,7 @@ class AnswerTrainer(AdapterTrainer):
         )
         if self.accelerator.reduce(generated.logits[0].isnan().any().int()):
             raise FloatingPointError(
-                "The model computes NaN, so it has no answers: the adapters have diverged, or the base models "
+                "The model computes NaN, so it cannot answer: the adapters have diverged, or the base models "
                 "overflow in their dtype. Train with a smaller `--learning_rate`, or give another `--dtype`: "
                 "`bfloat16` or `float32`."
             )
@@ -381,7 +381,7 @@ def find_best_checkpoint(checkpoint: Path) -> str | None:
     except ValueError as error:
         raise ValueError(
             f"The run cannot be resumed from {checkpoint}, since its best checkpoint is lost: {error} Give an earlier "
-            "one as `--resume_from_checkpoint`, or start again with `--resume_from_checkpoint never`."
+            "checkpoint as `--resume_from_checkpoint`, or start again with `--resume_from_checkpoint never`."
         ) from error
     return str(best)
 
