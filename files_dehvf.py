@@ -13,7 +13,7 @@ FILE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of tensors and their names, whatever device they are on."""
+    """SHA-256 of tensors and their names, independent of their device."""
     sha256 = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha256.update(name.encode() + tensor.float().cpu().numpy().tobytes())
@@ -22,13 +22,13 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 def write_tensors(tensors: dict[str, torch.Tensor], file: str | os.PathLike, metadata: dict[str, str] | None = None):
     """
-    Writes a safetensors file with a digest of its tensors. Without further `metadata` equal tensors give equal files;
-    several entries would be written in no fixed order.
+    Writes a safetensors file with a digest of its tensors. Without `metadata`, equal tensors give identical files;
+    several metadata entries are written in no fixed order.
     """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     content = save(tensors, metadata={**(metadata or {}), "sha256": digest(tensors)})
     unfinished = f"{file}.{os.getpid()}.tmp"
-    with open(unfinished, "wb") as opened:  # with the mode of any new file; safetensors' own has 0600
+    with open(unfinished, "wb") as opened:  # creates the file with the default mode; safetensors uses 0600
         opened.write(content)
     os.replace(unfinished, file)
 
@@ -39,7 +39,7 @@ def read_tensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
 
     Raises:
         OSError: if it is damaged: truncated, not a safetensors file, or its tensors do not match the stored SHA-256.
-            A file without one, as other programs write it, is read as it is.
+            Files of other programs, which have no SHA-256, are read without this check.
         ValueError: if a tensor is not of `FILE_DTYPES`, or not finite.
     """
     remedy = "Copy or download it again (in a clone: `git lfs pull`), or use an earlier checkpoint."

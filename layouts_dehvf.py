@@ -1,11 +1,11 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Where a base model has what DEHVF extends and reads: its layers, their FFNs, the activation, the final norm, the tokens
-before the patches.
+Finds the parts of a base model that DEHVF extends and reads: its layers, their FFNs, the activation, the final norm
+and the tokens before the patches.
 
-These places are found by rules on an empty copy of the model, built from its config on the meta device, and checked by
-running that copy, which computes shapes and no numbers. So a model that DEHVF cannot serve is refused before any of
-its weights are loaded. Tables hold only what cannot be found in this way.
+They are found by rules on an empty copy of the model, which is built from its config on the meta device, and checked
+by running this copy, which only computes shapes. A model that is not supported is thus refused before its weights are
+loaded. The tables below contain only what cannot be found in this way.
 """
 
 import copy
@@ -23,16 +23,16 @@ from transformers.activations import GELUActivation
 from .configuration_dehvf import DehvfConfig
 
 
-# Modules where activations are defined. Some models have a GELU of their own.
+# Modules that define activations. Some models define their own GELU.
 ACTIVATION_MODULES = (GELUActivation.__module__, nn.GELU.__module__)
-# The two halves of an FFN that is not a module of its own
+# The two halves of an FFN that is not a single module
 SPLIT_FFN = ("intermediate", "output")
-# What parts of a layer are called by which models of other kinds are recognised
+# Words in the names of modules by which unsupported kinds of models are recognised
 EXPERTS, CROSS_ATTENTION = ("expert", "router"), ("encoder_attn", "cross_attn", "crossattention")
 STATE_SPACE = ("mamba", "mixer", "lstm", "time_shift")
 # Rotary embeddings whose frequencies follow the positions of a call, which an empty copy does not have
 ROPE_OF_POSITIONS = ("dynamic", "longrope")
-# What neither the modules of a model nor its shapes tell
+# Reasons that cannot be found from the modules of a model or its shapes
 TEXT_REFUSALS = {
     "dory": "it runs some of its layers several times",
     "moshi": "it reads text and audio tokens side by side",
@@ -44,7 +44,7 @@ VISION_REFUSALS = {
 
 
 class TextLayout(NamedTuple):
-    """Where a language model has what DEHVF extends."""
+    """The names of the modules of a language model that DEHVF extends."""
 
     layers: str  # the list of layers
     ffn: str  # in each layer
@@ -56,22 +56,22 @@ class TextLayout(NamedTuple):
 
 
 class VisionLayout(NamedTuple):
-    """Where a vision encoder has what DEHVF extends and reads."""
+    """The names of the modules of a vision encoder that DEHVF extends and reads."""
 
     layers: str  # the list of layers
     ffn: str | tuple[str, str]  # in each layer; or its two halves
     norm: str | None  # the norm after the last layer
     num_prefix_tokens: int  # tokens before the patches: the class token, registers, ...
-    interpolation: dict  # arguments by which its forward takes images of another size than its own
+    interpolation: dict  # arguments of `forward` for images of another size than the encoder's own
 
     @property
     def has_class_token(self) -> bool:
-        """Whether there is one, which is at position 0."""
+        """Whether there is a class token, at position 0."""
         return self.num_prefix_tokens > 0
 
 
 class Refusal(Exception):
-    """Why a base model cannot be extended, without its name."""
+    """The reason why a base model cannot be extended."""
 
 
 def check_layouts(config: DehvfConfig):
@@ -81,7 +81,7 @@ def check_layouts(config: DehvfConfig):
 
 
 def _explained(key: str, requirement: str):
-    """Decorator of a function of a base model's config: its results are kept, its refusals say what to do."""
+    """Decorator of a function of a base model's config: caches its results, and adds advice to its refusals."""
 
     def decorate(find: Callable):
         found = {}
@@ -107,7 +107,7 @@ def _explained(key: str, requirement: str):
 @_explained("text", "Supported are decoders in which each layer has one FFN module with one activation.")
 def find_text_layout(text_config: PreTrainedConfig) -> TextLayout:
     """
-    Finds the places in a language model.
+    Finds the modules of a language model.
 
     Raises:
         ValueError: if it cannot be extended; the message says why.
@@ -136,7 +136,7 @@ def find_text_layout(text_config: PreTrainedConfig) -> TextLayout:
         raise Refusal("it has no cache of earlier tokens for `generate`")
     layout = TextLayout(layers, ffn, activation)
     states = torch.empty(2, 3, text_config.hidden_size, device="meta")
-    # With a cache, since without one the making of masks looks at numbers
+    # With a cache, since without one the creation of masks reads values
     arguments = {"inputs_embeds": states, "use_cache": True}
     with _recorded(layout.ffns(base)) as calls:
         outputs = _run(base, "`inputs_embeds`", **arguments)
@@ -149,10 +149,10 @@ def find_text_layout(text_config: PreTrainedConfig) -> TextLayout:
 @_explained("vision", "Supported are stacks of layers, each with an FFN, whose only input is square images.")
 def find_vision_layout(vision_config: PreTrainedConfig, image_size: int | None = None) -> VisionLayout:
     """
-    Finds the places in a vision encoder.
+    Finds the modules of a vision encoder.
 
     Args:
-        image_size: side of the images that it is to take, if not its own.
+        image_size: side of the images, if it differs from the encoder's own.
 
     Raises:
         ValueError: if it cannot be extended, or does not take images of this size; the message says why.
@@ -172,7 +172,7 @@ def find_vision_layout(vision_config: PreTrainedConfig, image_size: int | None =
     interpolation = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in names else {}
     own_size, width = vision_config.image_size, vision_config.hidden_size
     first = ffn if isinstance(ffn, str) else ffn[0]
-    lengths = {}  # tokens that are no patches, by the side of the image
+    lengths = {}  # number of tokens that are not patches, by image size
     for side in {own_size, image_size or own_size}:
         pixel_values = torch.empty(2, vision_config.num_channels, side, side, device="meta")
         arguments = {} if side == own_size else interpolation
@@ -195,7 +195,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _empty_copy(base_config: PreTrainedConfig, mapping, kind: str) -> nn.Module:
-    """The model of a config on the meta device. Not by `from_config`, which under ZeRO-3 divides what it builds."""
+    """The model of a config on the meta device. Does not use `from_config`, which shards the model under ZeRO-3."""
     base_config = copy.deepcopy(base_config)
     base_config._attn_implementation = "eager"
     rope = getattr(base_config, "rope_parameters", None) or {}
@@ -212,7 +212,7 @@ def _empty_copy(base_config: PreTrainedConfig, mapping, kind: str) -> nn.Module:
 
 
 def _find_layers(base: nn.Module) -> str:
-    """The name of the only list of modules with children that is not within another."""
+    """The name of the only list of modules with children that is not inside another one."""
     stacks = []
     for name, module in base.named_modules():
         is_stack = isinstance(module, nn.ModuleList) and any(list(layer.children()) for layer in module)
@@ -225,7 +225,7 @@ def _find_layers(base: nn.Module) -> str:
 
 
 def _find_ffns(layers: nn.ModuleList, needs_activation: bool = True) -> tuple[str, str | None]:
-    """The name of the FFN in each layer, and of the activation in the FFN."""
+    """The names of the FFN in each layer and of the activation in the FFN."""
     parts = {name.lower() for layer in layers for name, _ in layer.named_modules()}
     if any(word in part for part in parts for word in EXPERTS):
         raise Refusal("its FFNs are a mixture of experts, and each token passes through some of them")
@@ -260,7 +260,7 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 def _find_norm(tower: nn.Module, layers: str) -> str | None:
-    """The norm beside the list of layers, or beside a module that holds it, that was registered after it."""
+    """The norm that is registered after the list of layers, or after a module that contains the list."""
     path = layers.split(".")
     for depth in range(len(path)):
         names = [name for name, _ in tower.get_submodule(".".join(path[:depth])).named_children()]
@@ -272,7 +272,10 @@ def _find_norm(tower: nn.Module, layers: str) -> str | None:
 
 @contextmanager
 def _recorded(modules: Iterable[nn.Module]):
-    """Gives a list of the calls of modules: the module's position, the shapes of its first input and of its output."""
+    """
+    Yields a list that records calls of modules: the index of the module and the shapes of its first input and of its
+    output.
+    """
     calls, hooks = [], []
 
     def record(index, module, args, kwargs, output):
