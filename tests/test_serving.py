@@ -379,7 +379,7 @@ NO_HOST, NO_FILE = "fetches no images", "does not name a file in the folders"
         ("http://{host}/file", NO_HOST),
         ("http://{host}/circle", "more than 3 redirects"),
         ("http://{host}/missing", "not be fetched: status 404"),
-        ("http://{host}/text", "are no PNG, JPEG, WEBP, GIF file"),
+        ("http://{host}/text", "are not a PNG, JPEG, WEBP, GIF file"),
         ("http://{host}/long", "has at least 1000000000 bytes. This server reads up to 200000"),
         ("http://{host}/endless", "This server reads up to 200000"),
         ("http://{host}:0:0/", "cannot be fetched"),
@@ -454,7 +454,7 @@ def noisy(*size: int) -> bytes:
     [
         (noisy(200, 100), "has 100 x 200 = 20000 pixels. This server reads up to 10000"),
         (png(image(1))[:300], "cannot be read: "),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "are no PNG, JPEG, WEBP, GIF file"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "are not a PNG, JPEG, WEBP, GIF file"),
         (b"", "its 0 bytes are no PNG"),
     ],
 )

@@ -445,7 +445,7 @@ def test_what_is_wrong_with_vqav2_is_named(command, tmp_path):
     code, output = command("check", tmp_path)
     assert code == 1 and output.count("question 400") == 3 and f"The image {photo} cannot be read" in output
     assert "question 50001: `answers` is None." in output and "question 50002 has no annotation in" in output
-    with pytest.raises(ValueError, match="question 5000.*\n.*first of 2: `python -m tasks check"):
+    with pytest.raises(ValueError, match="question 5000.*\n.*first of 2 faults: `python -m tasks check"):
         vqav2.load("test", str(tmp_path))
     annotations.write_text("[]")
     with pytest.raises(ValueError, match='annotations.json.*JSON object with a list "annotations"'):
@@ -871,7 +871,7 @@ def test_what_is_wrong_with_nlvr2_is_named(command, tmp_path):
     assert code == 1 and output.count("test1-7-1-img0.png cannot be read: there is no such file") == 2
     for text in ("test1.json:5: the statement is ' '", "the label is 'maybe'", "the identifier is '7-1'", "not JSON"):
         assert text in output
-    with pytest.raises(ValueError, match="test1.json:5: the statement.*\n.*first of 4: `python -m tasks check"):
+    with pytest.raises(ValueError, match="test1.json:5: the statement.*\n.*first of 4 faults: `python -m tasks check"):
         nlvr2.load("test", str(tmp_path))
     shutil.rmtree(tmp_path / "images")
     with pytest.raises(FileNotFoundError, match="There are no photos.*NLVR2 is read from"):
