@@ -162,7 +162,7 @@ class LayerMemory(ModelOutput):
             the key slots and, if the keys contain an image, lambda times `W_2` and `b_2`, so that one product with the
             tokens computes both. The same for all layers.
         value_matrix (`torch.Tensor` of shape `(language_hidden_size, num_memory_slots + projector_hidden_size + 1)`):
-            likewise.
+            the value slots, with `W_2` and `b_2` as above.
         slot_mask (`torch.Tensor` of shape `(batch_size, 1, num_memory_slots)`, *optional*): 0 for slots that are not
             read, if samples have different numbers of images, else 1.
         form (`str`), scale (`float`), dropout (`float`): `memory_form`, `memory_scale` and `memory_dropout`.

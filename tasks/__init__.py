@@ -1,5 +1,5 @@
 """
-One file a task. A task is a module with
+Each task is one file, a module with
 
     COLUMNS                          columns that its rows must have
     ANSWER_PREFIX, MAX_NEW_TOKENS    evaluation lets the model go on from prompt and prefix by so many greedy tokens
@@ -53,11 +53,12 @@ def get_task(name: str) -> ModuleType:
 
 def score_folder(folder: str | Path) -> dict:
     """
-    Scores the answers that `train.py` left in a folder; no model is needed. Reads `predictions.jsonl`, and `task` and
-    `size` from `results.json`; writes `scores` into the latter, and `scores_by_likelihood` if each row has a `choice`.
+    Scores the answers that `train.py` has written to a folder; no model is needed. Reads `predictions.jsonl`, and
+    `task` and `size` from `results.json`; writes `scores` into the latter, and `scores_by_likelihood` if each row has
+    a `choice`.
 
     Returns:
-        What `results.json` then holds.
+        The new content of `results.json`.
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
@@ -74,14 +75,14 @@ def score_folder(folder: str | Path) -> dict:
         chosen = [{**record, "prediction": task.options(record)[record["choice"]]} for record in records]
         scores["scores_by_likelihood"] = task.score(chosen, facts["size"])
     others = {name: fact for name, fact in facts.items() if name not in ("scores", "scores_by_likelihood")}
-    unfinished = results.with_name("results.json.tmp")  # a process that is killed here leaves the file as it was
+    unfinished = results.with_name("results.json.tmp")  # if the process is killed here, the old file is kept
     unfinished.write_text(json.dumps(scores | others, indent=2), encoding="utf-8")
     os.replace(unfinished, results)
     return scores | others
 
 
 def print_scores(results: dict):
-    """The scores that `score_folder` returns, a line for each way of choosing an answer."""
+    """Prints the scores of `score_folder`, one line for each way of choosing an answer."""
     for kind in ("scores", "scores_by_likelihood"):
         if kind in results:
             scores = {name: value for name, value in results[kind].items() if value is not None}
@@ -89,10 +90,10 @@ def print_scores(results: dict):
 
 
 def run_metric(metric: Path, records: list[dict], references: list, size: int) -> dict:
-    """The scores that one of the metrics in `metrics/` gives the predictions of records."""
+    """Computes the scores of the predictions in records with one of the metrics in `metrics/`."""
     import evaluate
 
-    # In memory and under a name of its own, since processes that score side by side would share a file
+    # In memory, since processes that score at the same time would share a file
     metric = evaluate.load(str(metric), keep_in_memory=True)
     predictions = [record["prediction"] for record in records]
     return metric.compute(predictions=predictions, references=references, size=size)

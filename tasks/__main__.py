@@ -23,10 +23,10 @@ PUBLISHED = (easy_vqa, nlvr2, vqav2)  # tasks that read the files of a published
 TASK_OF_COLUMN = {"messages": "chat", "conversations": "chat", "left_image": "nlvr2"}
 TASK_OF_COLUMN |= {"multiple_choice_answer": "vqav2"}
 
-# Tokens that control language models. In the texts of data they are read as letters.
+# Control tokens of language models. In the texts of data they are read as ordinary text.
 CONTROL_TOKENS = re.compile(
     r"</?s>|<\|[\w ]+\|>|<(?:bos|eos|pad|unk|video|audio|start_of_turn|end_of_turn)>|\[/?INST\]"
-    r"|</?(?i:img|image)(?:[ _]?\w+)?>|\[IMG\]"  # places of images, in the data of other models
+    r"|</?(?i:img|image)(?:[ _]?\w+)?>|\[IMG\]"  # image placeholders in the data of other models
 )
 
 
@@ -67,7 +67,7 @@ def check_file(task: ModuleType, file: Path) -> int:
 
 
 def check_split(source: Source, name: str, split: str, trained: set[int]) -> int:
-    """Prints what there is to say about a split. Adds its rows to `trained`. Returns the number of faults."""
+    """Checks a split and prints the result. Adds its rows to `trained`. Returns the number of faults."""
     if faults := source.find_missing(name, source.find_absent(name)):
         print(*faults, sep="\n")
         return len(faults)
@@ -146,10 +146,10 @@ def main():
             subparser.add_argument("--task", choices=readers, help="task that reads it, if not as its columns say")
             subparser.add_argument("--columns", help="columns with other names: question=prompt,answer=label")
     arguments = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # what is wrong with a text may be that it cannot be printed
+    sys.stdout.reconfigure(errors="backslashreplace")  # faulty texts may contain characters that cannot be printed
     try:
         is_right = arguments.pop("command")(**arguments)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:  # not a fault of this program
+    except (ImportError, OSError, RuntimeError, ValueError) as error:  # not an error of this program
         sys.exit(str(error))
     sys.exit(0 if is_right else 1)
 

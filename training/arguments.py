@@ -1,5 +1,5 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""The arguments of `train.py`: their dataclasses, how they are read, and what is refused before anything is loaded."""
+"""The arguments of `train.py`: their dataclasses, how they are parsed, and the checks before anything is loaded."""
 
 import dataclasses
 import json
@@ -24,14 +24,14 @@ from training.flags import read_command
 
 DESCRIPTION = "Trains adapters on frozen bases, evaluates them on the test split and saves them with a model card."
 BASES = ("vision", "text")
-# `--method` -> values of `DehvfConfig`. The baselines in `baselines/` are no settings of DEHVF.
+# `--method` -> values of `DehvfConfig`. The methods in `baselines/` are not variants of DEHVF.
 DEHVF_METHODS = {
     "dehvf": {},
     "memvp": {"layer_fusion": "penultimate"},
     "dehvf-instruction": {"fuser_query": "instruction"},
     "layer+instruction": {"fuser_query": "layer+instruction"},
 }
-# Schedules whose rate follows a score of the validation split
+# Schedules whose learning rate depends on a score of the validation split
 SCORE_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -151,7 +151,7 @@ class DehvfTrainingArguments(TrainingArguments):
     """
     `transformers.TrainingArguments` with three more fields and other defaults: the collator makes the model's inputs,
     so no column is removed; every adapter gets a gradient at every step; a run resumes exactly; a NaN loss stops it.
-    [`check_training_arguments`] refuses what would have no effect or a wrong one.
+    [`check_training_arguments`] refuses arguments that would have no effect or a wrong one.
     """
 
     base_learning_rate: float | None = field(
@@ -191,7 +191,7 @@ class DehvfTrainingArguments(TrainingArguments):
 
 
 def adapter_arguments() -> type:
-    """The numbers and switches of `DehvfConfig` as a dataclass: their defaults and descriptions stand there alone."""
+    """The fields of `DehvfConfig` as a dataclass. Their defaults and descriptions are taken from `DehvfConfig`."""
     own = {name: hint for name, hint in DehvfConfig.__annotations__.items() if "model_" not in name}
     for name in ("vision_config", "text_config", "tie_word_embeddings", "merged_base"):
         del own[name]
@@ -211,7 +211,7 @@ def adapter_arguments() -> type:
 
 
 def read_layer_mapping(text: str) -> str | list:
-    """`hierarchical` or `random` as it is, else a JSON list of lists."""
+    """Reads `hierarchical`, `random` or a JSON list of lists."""
     if text in (names := get_args(get_args(DehvfConfig.__annotations__["layer_mapping"])[0])):
         return text
     try:
@@ -244,7 +244,7 @@ def parse_arguments(arguments: list[str]):
         The recipe, and an object of each dataclass: data, model, adapters, baselines, training.
 
     Raises:
-        ValueError: as [`read_command`]; or if a flag contradicts `--method`.
+        ValueError: as in [`read_command`]; or if a flag contradicts `--method`.
         SystemExit: if a value has the wrong type or is none of the choices.
     """
     parser = HfArgumentParser(
@@ -255,7 +255,7 @@ def parse_arguments(arguments: list[str]):
     )
     recipe, values, flags = read_command(arguments)
     for name, other in (("learning_rate", "base_learning_rate"), ("num_train_epochs", "max_steps")):
-        if name in flags:  # the other one, in the recipe, would decide
+        if name in flags:  # otherwise the value of the other one in the recipe would take precedence
             values.pop(other, None)
     words = [f"--output_dir=outputs/{recipe.stem}"]
     for name, value in values.items():
@@ -268,7 +268,8 @@ def parse_arguments(arguments: list[str]):
     parsed = parser.parse_args_into_dataclasses([*words, *given], look_for_args_file=False)
     _, model_args, adapter_args, _, _ = parsed
     if model_args.adapter is not None:
-        # The config of the adapters names their bases. A recipe's are for new adapters, or for those that it names
+        # The config of the adapters contains their bases. The bases in a recipe are for new adapters, or for adapters
+        # that the recipe names
         named = flags if "adapter" in flags else {**values, **flags}
         for name in ("vision_model", "text_model"):
             if name not in named:
@@ -278,7 +279,7 @@ def parse_arguments(arguments: list[str]):
 
 
 def set_method(model_args, adapter_args, flags: Collection[str]):
-    """Sets the values of `DehvfConfig` that `--method` stands for. Raises `ValueError` if another was given."""
+    """Sets the values of `DehvfConfig` for `--method`. Raises `ValueError` if another value was given."""
     for name, value in DEHVF_METHODS.get(model_args.method, {}).items():
         given = getattr(adapter_args, name)
         if given != value and (name in flags or given != getattr(DehvfConfig, name)):
@@ -289,14 +290,14 @@ def set_method(model_args, adapter_args, flags: Collection[str]):
 
 
 def complete_arguments(task, data_args, training_args):
-    """Sets what follows from other arguments."""
+    """Sets arguments that follow from others."""
     if training_args.base_learning_rate is not None:
         batches = training_args.gradient_accumulation_steps * training_args.world_size
         batch_size = training_args.per_device_train_batch_size * batches
         training_args.learning_rate = training_args.base_learning_rate * batch_size / 256
     if data_args.max_new_tokens is None:
         data_args.max_new_tokens = task.MAX_NEW_TOKENS
-    if data_args.streaming:  # accelerate cannot split a batch without images like one with images
+    if data_args.streaming:  # accelerate cannot split batches with and without images in the same way
         training_args.accelerator_config.dispatch_batches = False
     follows_score = training_args.lr_scheduler_type in SCORE_SCHEDULES
     if training_args.metric_for_best_model == "score":
@@ -304,7 +305,7 @@ def complete_arguments(task, data_args, training_args):
             training_args.metric_for_best_model = task.CARD["score"]
         else:
             training_args.metric_for_best_model = training_args.greater_is_better = None
-    if follows_score:  # these two would take a higher score for a worse one
+    if follows_score:  # these two schedules would treat a higher score as worse
         mode = {"mode": "max" if training_args.greater_is_better else "min"}
         training_args.lr_scheduler_kwargs = mode | (training_args.lr_scheduler_kwargs or {})
 
@@ -313,7 +314,7 @@ def complete_arguments(task, data_args, training_args):
 # Checks
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Optimizers, and what each of them reads from `--optim_args`
+# Optimizers, and the `--optim_args` that each of them reads
 OPTIMIZERS = {
     **{"adamw_torch": (), "adamw_torch_fused": (), "adafactor": (), "sgd": ("momentum", "dampening", "nesterov")},
     **{"adagrad": ("lr_decay", "eps"), "rmsprop": ("momentum", "alpha", "eps", "centered")},
@@ -346,7 +347,7 @@ KEPT = {
     "use_cache": (False, "training reads whole rows, and generation always uses a cache"),
     "use_liger_kernel": (False, "Liger kernels support certain model types only, and `dehvf` is not one of them"),
 }
-# The lowest value of a number, where another one fails late or means something else than it says
+# The lowest value of numbers for which a lower one would fail late or have another meaning
 LOWEST = {
     **dict.fromkeys(("learning_rate", "base_learning_rate", "fuser_lr_ratio", "weight_decay", "max_grad_norm"), 0),
     **dict.fromkeys(("num_train_epochs", "warmup_steps", "eval_delay", "label_smoothing_factor"), 0),
@@ -358,7 +359,7 @@ LOWEST = {
 
 def check_arguments(flags: list[str], data_args, model_args, adapter_args, training_args):
     """
-    Raises `ValueError` for arguments that exclude each other, which would fail late or have no effect.
+    Raises `ValueError` for arguments that exclude each other, would fail late or have no effect.
 
     Args:
         flags: the words of the command.
@@ -404,7 +405,7 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
         )
     if model_args.adapter is not None:
         values = {*vars(adapter_args), "chat_template", "image_fit"}
-        if adapter_args.max_images > 1:  # the one value that may grow
+        if adapter_args.max_images > 1:  # the only value that may be increased
             values -= {"max_images"}
         own = ["method"] if method != "dehvf" else sorted(given & values)
         if own:
@@ -463,7 +464,7 @@ def check_training_arguments(given: Collection[str], training_args):
 
 
 def check_optimizer(training_args):
-    """Raises `ValueError` for an optimizer that is not supported, or does not read what `optim_args` gives it."""
+    """Raises `ValueError` for an optimizer that is not supported or does not read the given `optim_args`."""
     name = training_args.optim.value
     if name not in OPTIMIZERS:
         raise ValueError(
@@ -482,7 +483,7 @@ def check_optimizer(training_args):
 
 
 def check_needs(given: Collection[str], training_args):
-    """Raises `ValueError` for flags that have no effect, or fail late, without another one."""
+    """Raises `ValueError` for flags that have no effect, or fail late, without another flag."""
     values, kinds = vars(training_args), ("logging", "eval", "save")
     by_steps = {kind: values[f"{kind}_strategy"] == "steps" for kind in kinds}
     for kind in kinds:
@@ -495,7 +496,7 @@ def check_needs(given: Collection[str], training_args):
     has_workers = ("--dataloader_num_workers 1` or more", values["dataloader_num_workers"] > 0)
     pushes = ("--push_to_hub true", values["push_to_hub"])
     needs = {
-        **{  # whoever gives another strategy beside it knows
+        **{  # a strategy that is given together with it is deliberate
             f"{kind}_steps": (f"--{kind}_strategy steps", by_steps[kind] or f"{kind}_strategy" in given)
             for kind in kinds
         },
@@ -510,7 +511,7 @@ def check_needs(given: Collection[str], training_args):
 
 
 def check_engine(is_baseline: bool, method: str, training_args):
-    """Raises `ValueError` for what DeepSpeed or FSDP cannot do."""
+    """Raises `ValueError` for arguments that DeepSpeed or FSDP does not support."""
     engine = name_engine(training_args)
     if training_args.num_train_epochs <= 0 and engine not in (ENGINE_OF_ONE, "DeepSpeed ZeRO-3"):
         raise ValueError(
