@@ -315,7 +315,7 @@ class DehvfConfig(PreTrainedConfig):
     def validate_groups(self):
         """Each group gets at least one layer of both models."""
         if isinstance(self.layer_mapping, list):
-            return  # in place of groups
+            return  # the lists replace the groups
         for key in ("vision_config", "text_config"):
             num_layers = getattr(self, key).num_hidden_layers
             if num_layers < max(self.num_groups, 2):

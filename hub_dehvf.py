@@ -93,7 +93,7 @@ def check_hub_ids(**bases: str | None):
 def open_repository(repo_id: str, private: bool | None, token: bool | str | None, revision: str | None) -> str:
     """Creates a repository on the Hub and a branch in it, if they do not exist. Returns the id with its owner."""
     repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr/"):  # a pull request is no branch
+    if revision is not None and not revision.startswith("refs/pr/"):  # a pull request is not a branch
         create_branch(repo_id, branch=revision, token=token, exist_ok=True)
     return repo_id
 

@@ -112,7 +112,7 @@ def read_upload(upload) -> Image.Image | None:
         return read_image(Path(upload.path or ""))  # a path is never taken for a URL
     except ValueError as error:
         fault = error.__cause__
-        reason = "it is no image file" if isinstance(fault, UnidentifiedImageError) else str(fault)
+        reason = "it is not an image file" if isinstance(fault, UnidentifiedImageError) else str(fault)
         raise gr.Error(f"The image {upload.orig_name or ''} cannot be read: {reason}. Upload another file.") from error
 
 

@@ -197,7 +197,7 @@ def draw_fusion_weights(weights: np.ndarray, model, title: str):
 
     mean = weights.mean(axis=0)
     num_positions = mean.shape[1]
-    drawn = np.full(mean.shape, np.nan)  # layers that are no candidates stay blank
+    drawn = np.full(mean.shape, np.nan)  # layers that are not candidates stay blank
     figure = new_figure(1.5 + 5.5 * num_positions, 6)
     axes = figure.subplots(1, num_positions, sharey=True, squeeze=False)[0]
     for layers, candidates in groups(model):

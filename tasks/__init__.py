@@ -2,36 +2,37 @@
 Each task is one file, a module with
 
     COLUMNS                          columns that its rows must have
-    ANSWER_PREFIX, MAX_NEW_TOKENS    evaluation lets the model go on from prompt and prefix by so many greedy tokens
-    CARD                             the Hub's names of the task and of the metric, and which score a model card states
+    ANSWER_PREFIX, MAX_NEW_TOKENS    text that follows the prompt in evaluation, and the maximum number of tokens that
+                                     the model then generates greedily
+    CARD                             names of the task and the metric on the Hub, and the score for the model card
     load(split, path=None, streaming=False)
                                      -> `datasets.Dataset`, or `datasets.IterableDataset` when streaming, of the split
-                                     "train", "validation" or "test". Column `image` is a `datasets.Image`, None in a
-                                     row that is text alone; no image is decoded here. Rows may have several: then
-                                     `images` are all of them, None in the other rows, and `image` is the first.
+                                     "train", "validation" or "test". Column `image` is a `datasets.Image`, None in
+                                     rows without an image; images are not decoded here. If rows may have several
+                                     images, `images` has all of them (None in other rows) and `image` the first.
     context(row)                     -> str, the only part of a prompt that may be shortened
     prompt(row, context)             -> str, what the user says
     answer(row)                      -> str, what the model should say
-    options(row)                     -> list of str, what may stand right after the prefix; None if that is free
+    options(row)                     -> list of str, the possible answers after the prefix; None for a free answer
     score(records, size)             -> dict of numbers, None where there is no such row
 
 A record is a line of `predictions.jsonl`: a row without its image, with `index`, `prediction` (the text after the
-prefix), `cut` (whether it had not ended after the last token that it could have), `expected` (the row's answer),
-`has_image` and `choice` (the index of the most likely option, None where there is none). `size` is the number of rows
-in the split: another number of records is an error. A task may also have
+prefix), `cut` (whether it was cut off after MAX_NEW_TOKENS), `expected` (the row's answer), `has_image` and `choice`
+(the index of the most likely option, None without options). `size` is the number of rows in the split: another number
+of records is an error. A task may also have
 
-    DATASET                          the Hub's id of its data, for the card
-    check_scorer()                   raises before anything is generated if `score` would lack something
-    load(..., max_samples=None)      to make a smaller split, where its first rows would not do
+    DATASET                          Hub id of its data, for the model card
+    check_scorer()                   raises an error before training if a requirement of `score` is missing
+    load(..., max_samples=None)      to generate a smaller split instead of using the first rows
     load(..., columns=None, holdout=None)
-                                     for data of any origin: which column is read as what, and the share of the train
-                                     split that becomes a split that is missing; see tasks/_sources.py
-    load(..., captions=None)         a file with captions of the images that are evaluated, for the context
+                                     for your own data: the columns to read, and the fraction of the train split that
+                                     becomes a missing split; see tasks/_sources.py
+    load(..., captions=None)         a file with captions of the images, for the context in evaluation
     find_files(path), read(file, with_images=False)
-                                     the files of a published layout in a folder; the rows of one, and what is wrong
-                                     with others. For `python -m tasks check`, which lists such tasks.
+                                     the files of a published data set in a folder; the good rows of a file, and the
+                                     faults of the others. For `python -m tasks check`, which lists such tasks.
     messages(row)                    -> list of {"role": ..., "content": ...}, the last one the answer, for rows that
-                                     are conversations; `prompt` and `context` are not used then
+                                     are conversations; `prompt` and `context` are then not used
 """
 
 import json

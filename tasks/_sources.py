@@ -3,13 +3,13 @@ Your own data: makes the rows of a task from a file, a folder or a Hub id in any
 
 A task that reads such data (`tasks/vqa.py`, `tasks/chat.py`) has, in addition to the interface in `tasks/__init__.py`,
 
-    FEATURES                  of its rows; among them IMAGE_FEATURES
-    FIELDS                    what it reads: each field with the columns that it may be in, the first one that has it
+    FEATURES                  features of its rows, including IMAGE_FEATURES
+    FIELDS                    the fields that it reads, each with the columns that may contain it, in this order
     REQUIRED                  the fields that every row must have
-    parse(record, num_images) -> the row without its images, and what is wrong with it. The record has all fields,
-                              None where there is nothing.
+    parse(record, num_images) -> the row without its images, and what is wrong with it. The record has all fields;
+                              missing values are None.
     find_images(record)       optional: the images of a row that has none in a column
-    PARTS                     optional: each split with the names that it may have in the data, the first that there is
+    PARTS                     optional: each split with the names that it may have in the data, in this order
 """
 
 import difflib
