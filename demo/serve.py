@@ -194,7 +194,7 @@ class Answer:
 
     def add(self, token: int, logprobs: torch.Tensor | None):
         """Adds a token. `logprobs` are those of all tokens in its place, if the request asks for them."""
-        job, replacement = self.job, "\N{REPLACEMENT CHARACTER}"  # part of an incomplete character
+        job, replacement = self.job, "\N{REPLACEMENT CHARACTER}"  # for an incomplete character
         if logprobs is not None:
             self._tokens.append((len(self.text.rstrip(replacement)), job.describe(token, logprobs)))
         self.ids.append(token)
@@ -456,7 +456,7 @@ class Engine:
         with self._queueing:
             jobs, left = [], []
             for job in self._waiting:
-                if not job.is_cancelled:  # the client has disconnected while it waited
+                if not job.is_cancelled:  # its client has not disconnected meanwhile
                     (jobs if not jobs or self._fits(jobs, job) else left).append(job)
             self._waiting = left
         return jobs

@@ -529,7 +529,7 @@ def load(
     The rows of a split. With its first argument bound, this is the `load` function of a task.
 
     Args:
-        holdout: fraction of the train split that becomes the test split if there is none, and of another part that
+        holdout: fraction of the train split that becomes the test split if there is none; another part of this size
             becomes the validation split if there is none. The rows are always the same.
 
     Raises:
