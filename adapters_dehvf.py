@@ -1,5 +1,5 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Adapters and visual memories: loading, checking and saving."""
+"""Loads, checks and saves adapters and visual memories."""
 
 import copy
 import os
@@ -42,18 +42,18 @@ from .processing_dehvf import DehvfProcessor
 
 logger = logging.get_logger(__name__)
 
-# What is trained and saved: the parameters of these modules of `DehvfModel`, and no others
+# The modules of `DehvfModel` whose parameters are trained and saved; no others are
 ADAPTER_MODULES = ("vision_adapters", "fuser_query", "fuser", "projector", "memory_slots")
-PREFIX = "model."  # of their names in a file, which are those in `DehvfForConditionalGeneration`
+PREFIX = "model."  # of parameter names in a file, as in `DehvfForConditionalGeneration`
 
 
 def is_adapter_name(name: str) -> bool:
-    """Whether a parameter, by its full name, belongs to the adapter (and not to a frozen base model)."""
+    """Whether the parameter with this full name belongs to the adapter (and not to a frozen base model)."""
     return name.removeprefix(PREFIX).partition(".")[0] in ADAPTER_MODULES
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what `torch.compile` puts into the names of a part that it has wrapped."""
+    """The name of a parameter without the prefix that `torch.compile` adds to modules that it has wrapped."""
     return name.replace("_orig_mod.", "")
 
 
@@ -84,7 +84,10 @@ def check_adapter_tensors(tensors: dict[str, torch.Tensor], expected: dict[str, 
 
 
 def add_image_embeddings(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
-    """Adds the embeddings of images that the adapter was saved without. They start at zero, as in a new adapter."""
+    """
+    Adds the embeddings of further images that the saved adapter does not have. They start at zero, as in a new
+    adapter.
+    """
     for name in (f"{PREFIX}memory_slots.image_{part}" for part in ("key", "value")):
         if name in expected:
             added = torch.zeros(expected[name].shape, dtype=tensors[f"{PREFIX}memory_slots.key"].dtype)
@@ -105,8 +108,8 @@ class AdapterMixin:
     `from_bases(config, vision_tower, causal_lm)`; `base_model` is its [`DehvfModel`].
     """
 
-    _source = {}  # how the adapter was fetched from `name_or_path`: `revision`, `subfolder`, `token`, ...
-    _base_samples = None  # of the base models as they were loaded, see `sample_tensors`
+    _source = {}  # arguments with which the adapter was loaded from `name_or_path`: `revision`, `token`, ...
+    _base_samples = None  # samples of the base models as they were loaded, see `sample_tensors`
 
     # --- loading ---
 
@@ -124,19 +127,19 @@ class AdapterMixin:
 
         Raises:
             OSError: if a base model cannot be found.
-            ValueError: if it is not supported, or a config value is impossible.
+            ValueError: if a base model is not supported, or a config value is invalid.
         """
         own = DehvfConfig.__dataclass_fields__.keys() - {"dtype"}
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         places = {"vision": vision_model, "text": text_model}
         for key, place in places.items():
-            # A folder by its absolute path, so that a saved config finds it from every working directory
+            # Folders become absolute paths, so that a saved config works in every working directory
             places[key] = os.path.abspath(place) if os.path.isdir(place) else str(place)
             fields[f"{key}_model_id"] = fields.get(f"{key}_model_id") or places[key]
             revision = fields.get(f"{key}_model_revision")
             fields[f"{key}_config"] = load_base_config(places[key], key, revision, **hub_arguments(kwargs))
         config = DehvfConfig(**fields)
-        check_layouts(config)  # before the base models are loaded, which may be many GB
+        check_layouts(config)  # before loading the base models, which may have many GB
         return cls._from_places(config, places, hub_arguments(kwargs), kwargs)
 
     @classmethod
@@ -144,21 +147,21 @@ class AdapterMixin:
         cls, pretrained_model_name_or_path, *model_args, config=None, vision_model=None, text_model=None, **kwargs
     ):
         """
-        Loads the adapter from here and the frozen base models from their own places, at the revisions that the config
-        names. `revision` and `subfolder` apply to the adapter alone.
+        Loads the adapter, and the frozen base models from their own repositories at the revisions in the config.
+        `revision` and `subfolder` apply to the adapter only.
 
         Args:
-            pretrained_model_name_or_path: Hub id or folder that `save_pretrained` wrote. `None` takes all weights,
-                also those of the base models, from `state_dict`.
-            vision_model, text_model: where to take the base models from instead: another id, or a folder.
-            config: a config, or its Hub id or folder, in place of the one beside the adapter.
+            pretrained_model_name_or_path: Hub id, or folder written by `save_pretrained`. With `None`, all weights,
+                including those of the base models, are taken from `state_dict`.
+            vision_model, text_model: Hub ids or folders of the base models, which replace those in the config.
+            config: a config, or its Hub id or folder, which replaces the config of the adapter.
             kwargs: as in [`from_vision_text_pretrained`]; `generation_config`, `output_loading_info`. `max_images` may
-                be larger than in the saved config: further images then start without an embedding of their own.
+                be larger than in the saved config: the embeddings of the further images then start at zero.
 
         Raises:
             OSError: if there is no adapter, its file is damaged, or a base model cannot be found.
             ValueError: if the adapter or a base model does not fit the config, a tensor of the adapter is of another
-                dtype than float32, bfloat16 or float16, or not finite, or the config is not one of DEHVF.
+                dtype than float32, bfloat16 or float16, or not finite, or the config is not a DEHVF config.
         """
         location = pretrained_model_name_or_path
         if location is None:
@@ -175,14 +178,14 @@ class AdapterMixin:
             place = location if config is None else config
             config, kwargs = DehvfConfig.from_pretrained(place, return_unused_kwargs=True, **{**kwargs, **source})
             kwargs |= hub_arguments(source)
-        # Before the base models, which may be many GB, so that a mistake here is reported at once
+        # Before loading the base models, which may have many GB, so that mistakes are reported at once
         tensors, expected = load_adapter_tensors(location, source), cls._empty_adapter(config, location).state_dict()
         if config.max_images > 1 and has_file(location, CONFIG_NAME, **source):
             if config.max_images > DehvfConfig.get_config_dict(location, **source)[0].get("max_images", 1):
                 add_image_embeddings(tensors, expected)
         check_adapter_tensors(tensors, expected, location)
         places = cls._find_bases(config, location, {"vision": vision_model, "text": text_model}, source)
-        if config.merged_base:  # the base models came with the adapter, of which no pickle is read
+        if config.merged_base:  # then the base models come from the same repository, and no pickle may be read from it
             kwargs["use_safetensors"] = True
         model = cls._from_places(config, places, source, {**dtype, **kwargs})
         own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
@@ -192,13 +195,13 @@ class AdapterMixin:
             model.generation_config = generation_config
         elif has_file(location, GENERATION_CONFIG_NAME, **source):  # else the language model's own stays
             model.generation_config = GenerationConfig.from_pretrained(location, **source)
-        if wants_info:  # each problem that it could list is an error above
+        if wants_info:  # all problems that it could list have raised errors above
             return model, {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
         return model
 
     @staticmethod
     def _find_bases(config: DehvfConfig, location, given: dict, source: dict) -> dict[str, str]:
-        """The Hub ids or folders of the base models: those that the user gave, merged ones, or those of the config."""
+        """The Hub ids or folders of the base models: given by the user, merged, or from the config."""
         places = {"vision": config.vision_model_id, "text": config.text_model_id}
         if config.merged_base and None in given.values():
             places = fetch_merged_bases(location, **source)
@@ -212,21 +215,21 @@ class AdapterMixin:
 
     @classmethod
     def _from_places(cls, config: DehvfConfig, places: dict[str, str], source: dict, kwargs: dict):
-        """A new adapter on base models that are loaded from these places."""
+        """Creates a new adapter on base models that are loaded from these places."""
         vision_tower, causal_lm = load_bases(config, places["vision"], places["text"], **kwargs)
         with vision_tower.device:
             model = cls.from_bases(config, vision_tower, causal_lm)
         share_placement(causal_lm, model)
-        # The Trainer trains a quantized model only if it believes that it has adapters
+        # The Trainer only trains quantized models that are marked as having adapters
         model._hf_peft_config_loaded = getattr(model, "is_quantized", False)
-        # The processor is read from there when the model is saved, and need not be downloaded by force again
+        # Used to load the processor when the model is saved, where `force_download` is not needed again
         model._source = {name: value for name, value in source.items() if name != "force_download"}
         model._base_samples = model._sample_bases()
         return model.eval()
 
     @classmethod
     def _empty_adapter(cls, config: DehvfConfig, location) -> nn.ModuleDict:
-        """The modules that the config asks for, by their names in a file, without values."""
+        """The modules of an adapter with this config, named as in a file, on the meta device."""
         try:
             check_layouts(config)
             with torch.device("meta"):
@@ -240,7 +243,7 @@ class AdapterMixin:
     # --- saving ---
 
     def adapter_state_dict(self) -> dict[str, torch.Tensor]:
-        """The trained tensors by their full names: all that `save_pretrained` writes."""
+        """The trained tensors by their full names, which `save_pretrained` writes."""
         parameters = [(plain_name(name), parameter) for name, parameter in self.base_model.named_parameters()]
         return {PREFIX + name: parameter.detach() for name, parameter in parameters if is_adapter_name(name)}
 
@@ -255,21 +258,22 @@ class AdapterMixin:
         **kwargs,
     ):
         """
-        Writes the adapter alone (`model.safetensors`), the config with the ids and revisions of both base models, the
-        code, and, unless the folder has one already, the processor: the one beside the adapter that was loaded, or
-        that of the base models. The frozen base models are not written; a warning says so if they were changed.
+        Writes the adapter (`model.safetensors`), the config with the ids and revisions of both base models, the code,
+        and the processor. The processor is loaded from the folder of the adapter or from the base models, and not
+        written if the folder already has one. The frozen base models are not written; if they were changed, a warning
+        says so.
 
         Args:
-            state_dict: the tensors to save, as the Trainer gives them; the frozen ones among them are left out.
-            merge_base: write the base models too, into `vision_model` and `text_model` of the folder, for a machine
-                that must not fetch other repositories. Saving the adapter there again keeps them.
-            max_shard_size: of the base models, since the adapter is one file.
-            kwargs: of `transformers`; they concern the weights of whole models and are not used.
+            state_dict: the tensors to save, as passed by the Trainer; frozen tensors in it are ignored.
+            merge_base: also write the base models, to the subfolders `vision_model` and `text_model`, for machines
+                that should not download other repositories. If the adapter is saved there again, they are kept.
+            max_shard_size: maximum size of the files of the base models; the adapter is one file.
+            kwargs: further arguments of `transformers`, which are ignored.
 
         Raises:
-            ValueError: if the adapter's modules are wrapped by others, which the config does not describe; if an
-                adapter tensor is missing or empty, as happens when ZeRO-3 partitions were not gathered;
-                likewise of a base model with `merge_base`; or with `push_to_hub`, which would leave out the card.
+            ValueError: if the adapter's modules are wrapped by other modules; if a tensor of the adapter (or, with
+                `merge_base`, of a base model) is missing or empty, for example because ZeRO-3 partitions were not
+                gathered; or if `push_to_hub` is set, since it would not upload a card.
         """
         if push_to_hub:
             raise ValueError(
@@ -279,9 +283,9 @@ class AdapterMixin:
         own = self.adapter_state_dict()
         if differing := own.keys() ^ self._empty_adapter(self.config, save_directory).state_dict().keys():
             raise ValueError(
-                f"The adapter has other modules than its config asks for, so that it could not be loaded. They differ "
-                f"in {len(differing)} names, such as {min(differing)}. If `peft` or a parametrization wraps them, "
-                "save by `peft`, or merge or remove it first."
+                f"The modules of the adapter do not match its config, so it could not be loaded again. "
+                f"{len(differing)} names differ, such as {min(differing)}. If `peft` or a parametrization wraps the "
+                "modules, save with `peft`, or merge or remove the wrappers first."
             )
         given = {plain_name(name): tensor for name, tensor in (state_dict or own).items()}
         tensors = {name: tensor for name, tensor in given.items() if name in own}
@@ -303,7 +307,7 @@ class AdapterMixin:
         os.makedirs(save_directory, exist_ok=True)
         config = copy.copy(self.config)
         config.merged_base = merge_base or self._are_bases_in(save_directory)
-        # FSDP2 replaces the class of a model by a subclass of its own
+        # FSDP2 replaces the class of a model by a subclass
         model_class = next(cls for cls in type(self).__mro__ if not cls.__module__.startswith("torch."))
         config.architectures = [model_class.__name__]
         config.dtype = str(next(iter(own.values())).dtype).removeprefix("torch.")
@@ -323,13 +327,13 @@ class AdapterMixin:
         before, now = self._base_samples, self._sample_bases()
         if before is not None and (changed := find_changes(before, now)):
             logger.warning(
-                f"{len(changed)} tensors of the base models were changed since they were loaded, among them "
+                f"{len(changed)} tensors of the base models have changed since they were loaded, such as "
                 f"{changed[0]}. Only the adapter is saved, so these changes are lost. Save with "
                 "`model.save_pretrained(folder, merge_base=True)` to keep them."
             )
 
     def _are_bases_in(self, folder) -> bool:
-        """Whether `merge_base` has written these base models to a folder before."""
+        """Whether `merge_base` has already written these base models to a folder."""
         if not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
             return False
         there = DehvfConfig.get_config_dict(folder)[0]
@@ -337,7 +341,9 @@ class AdapterMixin:
         return there.get("merged_base", False) and all(there.get(n) == getattr(self.config, n) for n in names)
 
     def _load_processor(self, save_directory, merge_base: bool) -> DehvfProcessor | None:
-        """The processor that is to be written to `save_directory`; `None` where there is one, or none is found."""
+        """
+        The processor to write to `save_directory`; `None` if the folder has one already, or if none can be loaded.
+        """
         if not merge_base and os.path.isfile(os.path.join(save_directory, PROCESSOR_NAME)):
             return None
         location, source, config = self.name_or_path, self._source, self.config
@@ -348,7 +354,7 @@ class AdapterMixin:
             config.vision_model_id: config.vision_model_revision,
             config.text_model_id: config.text_model_revision,
         }
-        revisions = map(known.get, bases)  # none for a base model that was taken from elsewhere
+        revisions = map(known.get, bases)  # `None` for a base model that was loaded from another place
         try:
             options = {name: getattr(config, name) for name in ("image_size", "max_images", "image_tiles")}
             return DehvfProcessor.from_vision_text_pretrained(*bases, *revisions, **options, **hub_arguments(source))
@@ -359,7 +365,7 @@ class AdapterMixin:
             )
 
     def _save_bases(self, save_directory, is_main_process: bool, processor, max_shard_size: int | str):
-        """As two whole repositories in folders of their own."""
+        """Writes each base model to a separate folder, with its processor files."""
         vision, text = (os.path.join(save_directory, f"{key}_model") for key in ("vision", "text"))
         causal_lm = assemble_causal_lm(self.base_model.language_model, self.lm_head, self.generation_config)
         share_placement(self, causal_lm)
@@ -373,20 +379,21 @@ class AdapterMixin:
 
     def join_visual_memories(self, samples: Sequence[Sequence[torch.Tensor | ModelOutput]]) -> torch.Tensor:
         """
-        Makes the visual memory of samples with several images from those of single images, so that each image is
-        encoded once and compared with many others.
+        Joins the visual memories of single images into the memory of samples with several images, so that each image
+        is encoded once and compared with many others.
 
         Args:
-            samples: for each sample what `get_image_features` returned for each of its images, as batches of one. An
-                empty list is a sample without an image.
+            samples: for each sample a list of the results of `get_image_features` for its images, each with a batch
+                size of one. An empty list stands for a sample without an image.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_language_layers, num_positions, num_images * num_patches,
-            projector_hidden_size + 1)`, with zeros where a sample has fewer images than others: `visual_memory=` of
-            `forward` and `generate`.
+            projector_hidden_size + 1)`, padded with zeros if a sample has fewer images than others. Pass it to
+            `forward` or `generate` as `visual_memory=`.
 
         Raises:
-            ValueError: if there is no memory at all, one is a batch of several, or a sample has too many images.
+            ValueError: if there is no memory, a memory has a batch size other than one, or a sample has too many
+                images.
         """
         samples = [[as_visual_memory(memory) for memory in sample] for sample in samples]
         memories = [memory for sample in samples for memory in sample]
@@ -404,7 +411,7 @@ class AdapterMixin:
         return visual_memory
 
     def save_visual_memory(self, visual_memory: torch.Tensor | ModelOutput, file: str | os.PathLike):
-        """Writes what `get_image_features` returned to a file, for `load_visual_memory` in another process."""
+        """Writes a result of `get_image_features` to a file, which `load_visual_memory` reads in another process."""
         visual_memory = as_visual_memory(visual_memory)
         check_visual_memory(self.config, visual_memory)
         tensors = {"visual_memory": visual_memory, "vision_encoder": self._sample_encoder()}
@@ -412,38 +419,38 @@ class AdapterMixin:
 
     def load_visual_memory(self, file: str | os.PathLike) -> torch.Tensor:
         """
-        Reads what `save_visual_memory` wrote.
+        Reads a file written by `save_visual_memory`.
 
         Returns:
             `torch.Tensor`, the `pooler_output` of `get_image_features`, on the model's device.
 
         Raises:
             OSError: if the file is damaged.
-            ValueError: if it was encoded by another adapter, another vision encoder or at another image size, to which
-                this model's way of reading does not fit; the message names what differs. Or if it is not finite.
+            ValueError: if the memory was encoded with another adapter, vision encoder or image size, or other settings
+                of the config (the message names the differences); or if it is not finite.
         """
         tensors, found = read_tensors(file)
         origin = self._memory_origin()
         differing = [f"{n} is {found.get(n)}, here {value}" for n, value in origin.items() if found.get(n) != value]
         encoder, sample = tensors.get("vision_encoder"), self._sample_encoder()
-        # As far as rounding to bfloat16 goes, since the encoder may be loaded in any dtype
+        # Up to rounding to bfloat16, since the encoder may be loaded in any dtype
         if encoder is None or encoder.shape != sample.shape or not encoder.isclose(sample, 2**-7, 1e-6).all():
             differing.append("the vision encoder has other weights")
         if "visual_memory" not in tensors:
-            differing.append("it holds no tensor of that name")
+            differing.append("it has no tensor of that name")
         if differing:
             raise ValueError(
                 f"The visual memory in {file} was not encoded by this model: {'; '.join(differing)}. Encode the "
                 "images again with `get_image_features`, or load the adapter that the memory was made with."
             )
         check_visual_memory(self.config, tensors["visual_memory"])
-        # A copy, since what was read is mapped to the file, and would follow it when that is overwritten
+        # A copy, since the tensor is mapped to the file and would change if the file was overwritten
         return tensors["visual_memory"].to(self.device, copy=True)
 
     def _memory_origin(self) -> dict[str, str]:
-        """What an image's memory, and the way to read it, depend on, beside the weights of the vision encoder."""
+        """Everything that the memory of an image and its use depend on, except the weights of the vision encoder."""
         config = self.config
-        # These change what is mixed, but no tensor of the adapter
+        # These change the result but no tensor of the adapter
         settings = ("num_groups", "layer_fusion", "layer_mapping", "layer_mapping_seed", "visual_prompts")
         settings += ("fuser_num_heads", "fuser_hidden_act", "vision_adapter_scale")
         return {
@@ -453,17 +460,17 @@ class AdapterMixin:
         }
 
     def _sample_encoder(self) -> torch.Tensor:
-        """A few numbers of each of the vision encoder's tensors, by which another one is recognised."""
+        """A few values of each tensor of the vision encoder, to recognise another encoder."""
         parameters = self.base_model.vision_tower.parameters()
         return torch.cat([parameter.detach().flatten()[:8].float().cpu() for parameter in parameters])
 
     def dequantize(self, dtype=None):
-        """As in `transformers`; by default in the dtype of the language model."""
+        """As in `transformers`. The default dtype is that of the language model."""
         model = super().dequantize(dtype or self.get_input_embeddings().weight.dtype)
-        del self.config.text_config.quantization_config  # or the saved base model would be taken for a quantized one
+        del self.config.text_config.quantization_config  # or the saved base model would be loaded as quantized
         return model
 
-    # --- methods of `peft` models ---
+    # --- methods that `peft` models have ---
 
     def print_trainable_parameters(self):
         """Prints how many parameters are trained, as `peft` does."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""The frozen base models: how they are found, checked, loaded and saved."""
+"""Finds, checks, loads and saves the frozen base models."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ from .configuration_dehvf import DehvfConfig, disable_dropout
 
 BASE_NAMES = {"vision": "vision encoder", "text": "language model"}
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
-# What `transformers` sets on a quantized model, and what it and `peft` look for on the outer one
+# Attributes that `transformers` sets on a quantized model; it and `peft` also read them from the outer model
 QUANTIZATION_ATTRIBUTES = (
     *("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"),
     *("is_4bit_serializable", "is_8bit_serializable"),
@@ -29,12 +29,12 @@ QUANTIZATION_ATTRIBUTES = (
 
 
 def hub_arguments(arguments: dict) -> dict:
-    """Those that say how files are fetched, which holds for the adapter and for the base models."""
+    """The arguments about downloading files, which apply to the adapter and to the base models."""
     return {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
 
 
 def has_file(location, name: str, **source) -> bool:
-    """Whether a repository or folder has a file, as far as can be found out without raising an error."""
+    """Whether a repository or folder has a file. Returns `False` if this cannot be determined."""
     options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
         return cached_file(location, name, **options, **source) is not None
@@ -47,8 +47,8 @@ def has_file(location, name: str, **source) -> bool:
 
 def load_base_config(location, key: str, revision, **hub_kwargs):
     """
-    The config of a base model (`key` is `"vision"` or `"text"`) without dropout; of a two-tower model such as CLIP,
-    the config of the tower that is meant.
+    The config of a base model (`key` is `"vision"` or `"text"`) without dropout. For a two-tower model such as CLIP,
+    the config of the tower that is needed.
     """
     with _explain_base_errors(location, key):
         config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False, **hub_kwargs)
@@ -56,7 +56,7 @@ def load_base_config(location, key: str, revision, **hub_kwargs):
 
 
 def find_commit(location, revision: str | None, **source) -> str | None:
-    """The commit that a branch or tag of a repository on the Hub stands for; `None` for a folder."""
+    """The commit of a branch or tag of a repository on the Hub; `None` for a folder."""
     return extract_commit_hash(cached_file(location, CONFIG_NAME, revision=revision, **source), None)
 
 
@@ -67,18 +67,18 @@ def load_bases(config: DehvfConfig, vision_model, text_model, **kwargs) -> tuple
 
     Raises:
         OSError: if a base model cannot be found.
-        ValueError: if it lacks tensors, has another size than `config` says, or is a model with remote code.
+        ValueError: if it lacks tensors, has other sizes than in `config`, or is a model with remote code.
     """
     kwargs.setdefault("dtype", kwargs.pop("torch_dtype", "auto"))
     if attn_implementation := kwargs.pop("attn_implementation", None):
         config._attn_implementation = attn_implementation  # a string, or a dict with an entry for each sub-config
-    with torch.random.fork_rng(devices=[]):  # under ZeRO-3 a base model draws random numbers before it is loaded
+    with torch.random.fork_rng(devices=[]):  # under ZeRO-3, random numbers are drawn before a base model is loaded
         causal_lm = _load_base(AutoModelForCausalLM, text_model, "text", config, **kwargs)
         shared = {name: kwargs[name] for name in ("dtype", "use_safetensors") if name in kwargs}
         vision_tower = _load_base(AutoModel, vision_model, "vision", config, **shared, **hub_arguments(kwargs))
     for module in causal_lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # On such CPUs bitsandbytes repacks 4-bit weights at the first inference, for good, and has no backward
+            # On such CPUs, bitsandbytes permanently repacks 4-bit weights at the first inference and has no backward
             # for them: training after an evaluation would get no gradients
             module.support_avx512bf16_for_cpu = False
     vision_tower.to(execution_device(causal_lm))
@@ -103,16 +103,16 @@ def _load_base(auto_class, location, key: str, config: DehvfConfig, **kwargs) ->
         )
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"{location} lacks {len(missing)} tensors of the {type(base).__name__} that the adapter needs, among them "
-            f"{missing[0]}; they would be random. Give the repository or folder of the whole model."
+            f"{location} lacks {len(missing)} tensors of the {type(base).__name__} that the adapter needs, such as "
+            f"{missing[0]}; they would be random. Give the repository or folder of the complete model."
         )
-    base.config._name_or_path = getattr(config, f"{key}_model_id")  # a saved config names no folder of this machine
+    base.config._name_or_path = getattr(config, f"{key}_model_id")  # a saved config must not name a local folder
     setattr(config, f"{key}_config", base.config)
     return base
 
 
 def check_base(found, expected, location):
-    """Raises `ValueError` if a base model has other sizes than the one that an adapter was made for."""
+    """Raises `ValueError` if a base model has other sizes than the base model of the adapter."""
     for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "image_size", "patch_size"):
         sizes = getattr(found, name, None), getattr(expected, name, None)
         if sizes[0] != sizes[1]:
@@ -124,11 +124,11 @@ def check_base(found, expected, location):
 
 @contextmanager
 def _explain_base_errors(location, key: str):
-    """Says which base model could not be loaded, why, and what to do: the user has named only the adapter."""
+    """Explains which base model could not be loaded, since the user has only named the adapter."""
     try:
         yield
     except (OSError, HTTPError) as error:
-        # What the Hub said, from which `transformers` at times only guesses
+        # The error of the Hub is more precise than the message of `transformers`
         cause = error if isinstance(error, HTTPError) else error.__cause__ or error
         advice = f"If you have a copy of it, pass `{key}_model=` with its folder."
         if isinstance(cause, HTTPError):
@@ -143,7 +143,7 @@ def _explain_base_errors(location, key: str):
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            f"The {BASE_NAMES[key]} {location} is a model with remote code, which DEHVF cannot extend. Take one whose "
+            f"The {BASE_NAMES[key]} {location} is a model with remote code, which DEHVF cannot extend. Use one whose "
             "class is part of transformers; docs/bases.md lists the types that work."
         ) from error
 
@@ -151,8 +151,8 @@ def _explain_base_errors(location, key: str):
 @contextmanager
 def _zero3_dtype(dtype: torch.dtype | str | None):
     """
-    Under ZeRO-3 a base model is divided among the processes while it loads, in the dtype that DeepSpeed trains in.
-    That is float32, for the adapter's sake. Inside this context it is the base model's own.
+    Under ZeRO-3, a base model is sharded across the processes while it is loaded, in the training dtype of DeepSpeed.
+    This is float32, as the adapter needs. Inside this context it is the dtype of the base model.
     """
     if not is_deepspeed_zero3_enabled():
         yield
@@ -167,13 +167,16 @@ def _zero3_dtype(dtype: torch.dtype | str | None):
 
 
 def execution_device(causal_lm: PreTrainedModel) -> torch.device:
-    """Where a model computes. Weights that `device_map` offloads are on the meta device between their uses."""
+    """
+    The device on which a model computes. Weights that `device_map` offloads are on the meta device while they are not
+    used.
+    """
     places = getattr(causal_lm, "hf_device_map", {"": causal_lm.device}).values()
     return torch.device(next((place for place in places if place not in ("cpu", "disk")), "cpu"))
 
 
 def share_placement(source: PreTrainedModel, target: PreTrainedModel):
-    """Makes the device map and the quantization of a model known on another one that wraps it, or is part of it."""
+    """Copies the attributes about device map and quantization to a model that wraps `source` or is part of it."""
     for name in ("hf_device_map", *QUANTIZATION_ATTRIBUTES):
         if hasattr(source, name):
             setattr(target, name, getattr(source, name))
@@ -183,7 +186,7 @@ def share_placement(source: PreTrainedModel, target: PreTrainedModel):
 
 
 def fetch_merged_bases(location, subfolder: str = "", **source) -> dict[str, str]:
-    """The folders of the base models that `save_pretrained(..., merge_base=True)` wrote beside the adapter."""
+    """The folders of the base models that `save_pretrained(..., merge_base=True)` has written beside the adapter."""
     folder = location
     if not os.path.isdir(location):
         suffixes = ("safetensors", "json", "jinja", "txt", "model")
@@ -193,7 +196,7 @@ def fetch_merged_bases(location, subfolder: str = "", **source) -> dict[str, str
 
 
 def assemble_causal_lm(language_model: PreTrainedModel, head: torch.nn.Module, generation_config) -> PreTrainedModel:
-    """The language model and its head as the one model that they were loaded as."""
+    """Combines the language model and its head into one causal language model, as they were loaded."""
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(language_model.config)
     setattr(causal_lm, causal_lm.base_model_prefix, language_model)
@@ -204,19 +207,19 @@ def assemble_causal_lm(language_model: PreTrainedModel, head: torch.nn.Module, g
 
 def save_base(base: PreTrainedModel, folder, is_main_process: bool, **kwargs):
     """
-    Writes a base model as a repository of its own.
+    Writes a base model to a separate folder.
 
     Raises:
-        ValueError: if ZeRO-3 has divided it among the processes.
+        ValueError: if ZeRO-3 has sharded it across the processes.
     """
     if any(not parameter.numel() for parameter in base.parameters()):
         raise ValueError(
-            "`merge_base` was given, but ZeRO-3 has divided the base models among the processes. Save the adapter, "
+            "`merge_base` was given, but ZeRO-3 has sharded the base models across the processes. Save the adapter, "
             "load it in a single process, and merge there."
         )
     base.save_pretrained(folder, is_main_process, **kwargs)
     for file in os.scandir(folder) if is_main_process else ():
-        shutil.copymode(os.path.join(folder, CONFIG_NAME), file)  # safetensors hides its files from other users
+        shutil.copymode(os.path.join(folder, CONFIG_NAME), file)  # safetensors denies other users access
 
 
 # --- noticing changes ---
@@ -224,9 +227,10 @@ def save_base(base: PreTrainedModel, folder, is_main_process: bool, **kwargs):
 
 def sample_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple]:
     """
-    Of each tensor, by name, its shape, whether it is trained, and some of its numbers, if this process has them all.
-    Of a matrix these are one of each row, so that a single token's new embedding is noticed. Of one with more than
-    2**20 numbers they are the first 16: reading others would bring its whole mapped file into memory.
+    Returns for each tensor, by name, its shape, whether it is trained, and a sample of its values, if this process has
+    the whole tensor. For a matrix the sample has one value of each row, so that a new embedding of a single token is
+    noticed. For tensors with more than 2**20 values, it has the first 16 values: reading others would load the whole
+    mapped file into memory.
     """
     samples = {}
     for name, tensor in tensors:
@@ -240,7 +244,7 @@ def sample_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tup
 
 
 def find_changes(before: dict[str, tuple], now: dict[str, tuple]) -> list[str]:
-    """Names of the tensors that were added, removed, resized, trained or given other numbers."""
+    """Names of the tensors that were added, removed, resized or trained, or whose values have changed."""
     return sorted(
         (before.keys() ^ now.keys())
         | {name for name in before.keys() & now.keys() if before[name][:2] != now[name][:2]}
@@ -250,7 +254,7 @@ def find_changes(before: dict[str, tuple], now: dict[str, tuple]) -> list[str]:
 
 def _are_close(before: torch.Tensor | None, now: torch.Tensor | None) -> bool:
     if before is None or now is None or before.shape != now.shape:
-        return True  # offloaded, or of another shape, which is seen as such
+        return True  # offloaded, or of another shape, which is compared separately
     if before.dtype == now.dtype:
         return torch.equal(before, now)
-    return torch.allclose(before.double(), now.double(), rtol=2**-7, atol=1e-6)  # only the dtype was changed
+    return torch.allclose(before.double(), now.double(), rtol=2**-7, atol=1e-6)  # only the dtype has changed

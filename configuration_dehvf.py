@@ -1,7 +1,7 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-The numbers of DEHVF (arXiv 2508.17638), each with its meaning, the paper's symbol and the source of its default; and
-what is pure arithmetic on them.
+The configuration of DEHVF (arXiv 2508.17638). Each field is documented with its meaning, the paper's symbol and the
+source of its default. Functions that only depend on the configuration are here too.
 """
 
 import filecmp
@@ -16,8 +16,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 
-# Written to every config.json, so that a saved folder loads with its own code and never with that of the
-# repository it once came from.
+# Written to every config.json, so that a saved folder is loaded with its own code and not with the code of the
+# repository that it once came from.
 AUTO_MAP = {
     "AutoConfig": "configuration_dehvf.DehvfConfig",
     "AutoModel": "modeling_dehvf.DehvfForConditionalGeneration",
@@ -42,7 +42,7 @@ BASE_SIZES = {
     "vision_config": ("hidden_size", "num_hidden_layers", "image_size", "patch_size", "num_channels"),
     "text_config": ("hidden_size", "num_hidden_layers", "vocab_size"),
 }
-# Far more than any model has. A larger number means a damaged config, and to build so many layers would take forever.
+# Far more than any model has. A larger number means a damaged config, and building so many layers would never end.
 MAX_LAYERS = 1000
 
 
@@ -54,7 +54,7 @@ def _base_config(given: dict | PreTrainedConfig | None, model_type: str, default
 
 
 def _check_sizes(base_config: PreTrainedConfig, key: str):
-    """Raises `ValueError` if a base model does not say how large it is, as one whose layers differ in width."""
+    """Raises `ValueError` if a base model has no single size, for example because its layers differ in width."""
     for name in BASE_SIZES[key]:
         if not isinstance(size := getattr(base_config, name, None), int):
             raise ValueError(
@@ -66,8 +66,8 @@ def _check_sizes(base_config: PreTrainedConfig, key: str):
 
 def disable_dropout(base_config: PreTrainedConfig) -> PreTrainedConfig:
     """
-    Sets the dropout of a frozen base to zero, where it could only blur what the adapters learn from. The base has to
-    follow `train()` all the same, since a layer in eval mode is never checkpointed.
+    Sets the dropout of a frozen base to zero, since it would only add noise to the input of the adapters. The base
+    must still be switched by `train()`, because layers in eval mode are never checkpointed.
     """
     for name, value in vars(base_config).items():
         if "drop" in name and isinstance(value, float):
@@ -77,10 +77,11 @@ def disable_dropout(base_config: PreTrainedConfig) -> PreTrainedConfig:
 
 def shared(cls: type) -> type:
     """
-    Class decorator: returns the class that another copy of the same file has defined, if there is one.
+    Class decorator: returns the same class from another loaded copy of this file, if there is one.
 
-    `transformers` copies each file that it loads, with all that this one imports, into a folder of its own. Without
-    this, `AutoConfig` and `AutoModel` would each bring another `DehvfConfig`, and `isinstance` would be false.
+    `transformers` copies each remote code file that it loads, together with its imports, into a separate folder.
+    Without this decorator, `AutoConfig` and `AutoModel` would load two different `DehvfConfig` classes, and
+    `isinstance` checks would fail.
     """
     file_name, own_folder = cls.__module__.rpartition(".")[2], Path(sys.modules[cls.__module__].__file__).parent
     for name, module in list(sys.modules.items()):
@@ -96,8 +97,8 @@ def shared(cls: type) -> type:
 @strict
 class DehvfConfig(PreTrainedConfig):
     r"""
-    Configuration of [`DehvfForConditionalGeneration`]. The defaults are those of LLaMA-7B with CLIP ViT-L/14, which
-    trains 4,163,783 parameters.
+    Configuration of [`DehvfForConditionalGeneration`]. The defaults are for LLaMA-7B with CLIP ViT-L/14 and give
+    4,163,783 trained parameters.
 
     The bases:
         vision_config (`dict` or `PreTrainedConfig`): the frozen vision encoder, CLIP ViT-L/14 by default.
@@ -107,62 +108,63 @@ class DehvfConfig(PreTrainedConfig):
             folder.
         merged_base (`bool`): whether the frozen weights are saved with the adapters, in `vision_model` and
             `text_model`, and are loaded from there.
-        image_size (`int`, *optional*): side in pixels of the square images that the vision encoder is given, any
-            multiple of its patch size, to which its position embeddings are interpolated. By default its own.
-        max_images (`int`): images that a sample may have. With more than one, each further image has a learned
-            embedding that is added to its slots.
+        image_size (`int`, *optional*): side in pixels of the square images that the vision encoder is given. It may be
+            any multiple of the patch size; the position embeddings are interpolated. Defaults to the encoder's own
+            size.
+        max_images (`int`): maximum number of images per sample. If it is larger than 1, each image after the first has
+            a learned embedding that is added to its slots.
         image_tiles (`str`, *optional*): rows and columns of tiles, such as `"2x2"`, that an image larger than
-            `image_size` is cut into. The vision encoder is given them beside the whole image, as further images of
-            the sample, as in LLaVA-NeXT.
+            `image_size` is cut into. The vision encoder is given the tiles in addition to the whole image, as further
+            images of the sample, as in LLaVA-NeXT.
 
     The hierarchy and its fuser (method steps 2 to 5):
-        num_groups (`int`, K): runs that the layers of both models are cut into, shallow with shallow and deep with
-            deep (paper: 4).
-        layer_fusion (`str`): how a language layer weighs the candidates of its group. `"adaptive"`: the fuser decides
-            for each image; `"mean"`: all alike; `"penultimate"`: the penultimate vision layer alone, which is MemVP.
-        layer_mapping (`str` or `list[list[int]]`): which group a language layer reads. `"hierarchical"`: shallow with
-            shallow, deep with deep; `"random"`: each group is read as often as there, but by layers drawn at random.
-            Or in place of groups the candidates themselves: for each language layer a list of vision layers, counted
-            from 0, to which no penultimate layer is added.
-        layer_mapping_seed (`int`): of that draw.
-        fuser_query (`str`): what asks the fuser. `"network"`: the input embedding network, for each language layer
-            and position; `"tokens"`: one learned vector for each of them; `"instruction"`: the same network with
-            the user's text in place of the language layer (as IGVA does, arXiv 2501.08443);
+        num_groups (`int`, K): number of groups into which the layers of both models are split, in order of depth
+            (paper: 4).
+        layer_fusion (`str`): how a language layer weights the candidates of its group. `"adaptive"`: the fuser
+            computes the weights for each image; `"mean"`: equal weights; `"penultimate"`: only the penultimate vision
+            layer, which is MemVP.
+        layer_mapping (`str` or `list[list[int]]`): which group a language layer reads. `"hierarchical"`: shallow
+            layers read shallow groups, deep layers read deep groups; `"random"`: each group is read by as many layers,
+            but by randomly chosen ones. Alternatively, a list of vision layers, counted from 0, for each language
+            layer, which replaces the groups and to which the penultimate layer is not added.
+        layer_mapping_seed (`int`): random seed of `layer_mapping="random"`.
+        fuser_query (`str`): query of the fuser. `"network"`: the input embedding network, for each language layer and
+            position; `"tokens"`: one learned vector for each language layer and position; `"instruction"`: the input
+            embedding network with the user's text instead of the language layer (as in IGVA, arXiv 2501.08443);
             `"layer+instruction"`: with the sum of both.
-        layer_embedding_size (`int`): width of the embeddings that enter the input embedding network (64, which meets
-            the paper's parameter count).
+        layer_embedding_size (`int`): width of the embeddings that enter the input embedding network (64, chosen to
+            match the paper's parameter count).
         fuser_hidden_size (`int`, r): width of the fuser (paper: 64).
         fuser_num_layers (`int`, k): blocks of the fuser (paper: 4).
         fuser_num_heads (`int`): attention heads of the fuser (paper: 4).
-        fuser_intermediate_size (`int`): hidden width of the fuser's FFNs (256, which meets the parameter count).
+        fuser_intermediate_size (`int`): hidden width of the fuser's FFNs (256, chosen to match the parameter count).
         fuser_hidden_act (`str`): activation in the fuser's FFNs and in the input embedding network.
 
     The visual memory (method steps 6 to 9):
-        visual_prompts (`str`): which memory slots carry visual features. `"keys_and_values"`; `"shared"`: both carry
-            the same ones; `"keys"`; `"values"`; `"none"`: slots hold their position embeddings alone.
+        visual_prompts (`str`): which memory slots contain visual features. `"keys_and_values"`; `"shared"`: keys and
+            values contain the same features; `"keys"`; `"values"`; `"none"`: slots contain only position embeddings.
         num_memory_slots (`int`, *optional*, S): entries appended to each FFN, at least the number of patches (7B: 320,
             13B: 400). By default 320, or the number of patches if there are more.
         projector_hidden_size (`int`): hidden width of the projector (MemVP: 128).
-        projector_initializer (`str`): start of the projector's weights: `"normal"`, with `initializer_range`, or
-            `"xavier"`, uniform, as in MemVP's code.
+        projector_initializer (`str`): initialization of the projector's weights: `"normal"`, with `initializer_range`,
+            or `"xavier"` (uniform), as in MemVP's code.
         visual_scale (`float`, lambda): scale of the visual features (MemVP: 0.01).
         memory_scale (`float`, s): scale of what the memory adds to an FFN (MemVP's LLaMA code: 0.1).
-        memory_form (`str`): how FFNs read visual features. `"factored"`: through the projector's width, which is as
-            exact and nearly always cheaper; `"materialised"`: as keys and values of full width, made anew in each FFN;
-            `"auto"`: whichever takes fewer operations, see `MemoryFFN`.
+        memory_form (`str`): how FFNs read visual features. `"factored"`: in the width of the projector, which gives
+            the same result and is nearly always cheaper; `"materialised"`: as keys and values of full width, which are
+            computed in each FFN; `"auto"`: the one that takes fewer operations, see `MemoryFFN`.
         memory_dropout (`float`): dropout on the activations of the slots in training (MemVP: 0.1).
 
     The vision adapters (method step 10):
         vision_adapter_size (`int`): width of the adapter beside each FFN of the vision encoder (MemVP: 12).
-        vision_adapter_scale (`float`): scale of what it adds (MemVP: 0.1).
-        vision_adapter_dropout (`float`): dropout on its hidden activations in training (MemVP: 0.1).
+        vision_adapter_scale (`float`): scale of the output of these adapters (MemVP: 0.1).
+        vision_adapter_dropout (`float`): dropout on their hidden activations in training (MemVP: 0.1).
 
-    initializer_range (`float`): standard deviation of the projector, the vision adapters and the key position
-        embeddings at the start. The fuser and its query start as PyTorch's modules do.
+    initializer_range (`float`): standard deviation of the initial weights of the projector, the vision adapters and
+        the key position embeddings. The fuser and its query are initialized like PyTorch's own modules.
 
     Raises:
-        ValueError: if a number is impossible, or numbers contradict each other; the message names them and what to
-            change.
+        ValueError: if a value is invalid, or values contradict each other; the message says which and what to change.
     """
 
     model_type = "dehvf"
@@ -215,8 +217,8 @@ class DehvfConfig(PreTrainedConfig):
             _check_sizes(getattr(self, key), key)
         if self.num_memory_slots is None:
             self.num_memory_slots = max(NUM_MEMORY_SLOTS, self.num_patches)
-        # By default each base keeps its own: `None` would be set on the configs of loaded bases as well, whose layers
-        # would then attend without a causal mask
+        # By default each base keeps its own implementation: `None` would also be set on the configs of loaded bases,
+        # whose layers would then attend without a causal mask
         kwargs.setdefault("attn_implementation", {})
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
@@ -230,8 +232,8 @@ class DehvfConfig(PreTrainedConfig):
         As in `transformers`.
 
         Raises:
-            OSError: if there is no config, or it is no JSON.
-            ValueError: if it is not a DEHVF config, or has impossible values.
+            OSError: if there is no config, or it is not valid JSON.
+            ValueError: if it is not a DEHVF config, or has invalid values.
         """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -240,7 +242,7 @@ class DehvfConfig(PreTrainedConfig):
         except Exception as error:  # a config from elsewhere can be wrong in more ways than could be listed
             raise ValueError(
                 f"The config in {pretrained_model_name_or_path} cannot be used ({type(error).__name__}: {error}). "
-                "Take the `config.json` that was saved with the adapters, and remove arguments that override it."
+                "Use the `config.json` that was saved with the adapters, and remove arguments that override it."
             ) from error
 
     @classmethod
@@ -248,8 +250,8 @@ class DehvfConfig(PreTrainedConfig):
         """As in `transformers`. Raises `ValueError` for the config of another model."""
         if (model_type := config_dict.get("model_type")) != cls.model_type:
             raise ValueError(
-                f"The config says `model_type={model_type!r}`, but that of DEHVF adapters is {cls.model_type!r}. Load "
-                "it with the class that it was made for."
+                f"The config has `model_type={model_type!r}`, but configs of DEHVF adapters have {cls.model_type!r}. "
+                "Load it with the class that it was made for."
             )
         return super().from_dict(config_dict, **kwargs)
 
@@ -265,18 +267,20 @@ class DehvfConfig(PreTrainedConfig):
 
     @property
     def max_encoded_images(self) -> int:
-        """Images that the vision encoder is given for a sample at most: `max_images`, each with its tiles."""
+        """
+        Maximum number of images that the vision encoder is given for a sample: `max_images`, each with its tiles.
+        """
         return self.max_images * (1 + math.prod(read_tiles(self.image_tiles)))
 
     @property
     def memory_positions(self) -> list[int]:
-        """Which of key (0) and value (1) get features of their own."""
+        """The positions, key (0) and value (1), that have their own features."""
         positions = {"keys_and_values": [0, 1], "keys": [0], "values": [1], "shared": [0], "none": []}
         return positions[self.visual_prompts]
 
     @property
     def reads_instruction(self) -> bool:
-        """Whether an image's memory depends on the question as well."""
+        """Whether the memory of an image also depends on the question."""
         adaptive = self.layer_fusion == "adaptive" and self.visual_prompts != "none"
         return adaptive and "instruction" in self.fuser_query
 
@@ -311,25 +315,25 @@ class DehvfConfig(PreTrainedConfig):
     def validate_groups(self):
         """Each group gets at least one layer of both models."""
         if isinstance(self.layer_mapping, list):
-            return  # in place of groups
+            return  # the lists replace the groups
         for key in ("vision_config", "text_config"):
             num_layers = getattr(self, key).num_hidden_layers
             if num_layers < max(self.num_groups, 2):
                 raise ValueError(
                     f"`{key}` has {num_layers} layers, too few for `num_groups={self.num_groups}`: each group needs "
-                    "at least one layer, and the penultimate layer must exist. Lower `num_groups` or take a deeper "
+                    "at least one layer, and the penultimate layer must exist. Lower `num_groups` or use a deeper "
                     "model."
                 )
 
     def validate_layer_mapping(self):
-        """An explicit mapping has vision layers that there are for each language layer."""
+        """An explicit mapping lists existing vision layers for each language layer."""
         if not isinstance(self.layer_mapping, list):
             return
         num_text_layers, num_vision_layers = self.text_config.num_hidden_layers, self.vision_config.num_hidden_layers
         if self.layer_fusion == "penultimate":
             raise ValueError(
-                '`layer_mapping` lists vision layers, but `layer_fusion="penultimate"` reads the penultimate alone. '
-                'Remove `layer_mapping`, or set `layer_fusion` to "adaptive" or "mean".'
+                '`layer_mapping` lists vision layers, but `layer_fusion="penultimate"` reads only the penultimate '
+                'layer. Remove `layer_mapping`, or set `layer_fusion` to "adaptive" or "mean".'
             )
         if len(self.layer_mapping) != num_text_layers:
             raise ValueError(
@@ -377,10 +381,10 @@ class DehvfConfig(PreTrainedConfig):
 
 def read_tiles(image_tiles: str | None) -> tuple[int, int]:
     """
-    The rows and columns of tiles, both 0 for none.
+    The numbers of rows and columns of tiles; both are 0 if there are no tiles.
 
     Raises:
-        ValueError: if they are not given as two whole numbers.
+        ValueError: if `image_tiles` does not have the form of `"2x2"`.
     """
     if image_tiles is None:
         return 0, 0
@@ -400,8 +404,8 @@ def split_into_runs(num_layers: int, num_groups: int) -> list[range]:
 
 def candidate_layers(config: DehvfConfig) -> list[list[int]]:
     """
-    The vision layers, counted from 0, that each language layer may draw from (method step 2): those of its own group,
-    then the penultimate one; or those that `layer_mapping` lists.
+    The vision layers, counted from 0, that each language layer may read (method step 2): the layers of its group, then
+    the penultimate layer; or the layers that `layer_mapping` lists.
     """
     if isinstance(config.layer_mapping, list):
         return [list(candidates) for candidates in config.layer_mapping]

@@ -1,9 +1,9 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-The shipped `*_dehvf.py` files of this checkout as modules, loaded as `trust_remote_code=True` loads them.
+Imports the `*_dehvf.py` files of this checkout in the same way as `trust_remote_code=True` does.
 
-`train.py`, `tests/` and `benchmarks/` import the classes from here: the files import each other relatively, so a plain
-`import modeling_dehvf` fails, and loading two files one by one would load what both import twice.
+`train.py`, `tests/` and `benchmarks/` import the classes from here: the files use relative imports, so a plain `import
+modeling_dehvf` fails, and loading two files separately would load their common imports twice.
 """
 
 from importlib import import_module

@@ -13,7 +13,7 @@ FILE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of tensors and their names, whatever device they are on."""
+    """SHA-256 of tensors and their names, independent of their device."""
     sha256 = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha256.update(name.encode() + tensor.float().cpu().numpy().tobytes())
@@ -22,13 +22,13 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 def write_tensors(tensors: dict[str, torch.Tensor], file: str | os.PathLike, metadata: dict[str, str] | None = None):
     """
-    Writes a safetensors file with a digest of its tensors. Without further `metadata` equal tensors give equal files;
-    several entries would be written in no fixed order.
+    Writes a safetensors file with a digest of its tensors. Without `metadata`, equal tensors give identical files;
+    several metadata entries are written in no fixed order.
     """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     content = save(tensors, metadata={**(metadata or {}), "sha256": digest(tensors)})
     unfinished = f"{file}.{os.getpid()}.tmp"
-    with open(unfinished, "wb") as opened:  # with the mode of any new file; safetensors' own has 0600
+    with open(unfinished, "wb") as opened:  # creates the file with the default mode; safetensors uses 0600
         opened.write(content)
     os.replace(unfinished, file)
 
@@ -39,10 +39,10 @@ def read_tensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
 
     Raises:
         OSError: if it is damaged: truncated, not a safetensors file, or its tensors do not match the stored SHA-256.
-            A file without one, as other programs write it, is read as it is.
+            Files of other programs, which have no SHA-256, are read without this check.
         ValueError: if a tensor is not of `FILE_DTYPES`, or not finite.
     """
-    remedy = "Copy or download it again (in a clone: `git lfs pull`), or take an earlier checkpoint."
+    remedy = "Copy or download it again (in a clone: `git lfs pull`), or use an earlier checkpoint."
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -51,13 +51,13 @@ def read_tensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
         raise OSError(f"{file} is damaged and cannot be read: {error}. {remedy}") from error
     for name, tensor in tensors.items():
         if tensor.dtype not in FILE_DTYPES:
-            raise ValueError(f"`{name}` in {file} is of {tensor.dtype}. Save it as one of {FILE_DTYPES}.")
+            raise ValueError(f"`{name}` in {file} has the dtype {tensor.dtype}. Save it as one of {FILE_DTYPES}.")
     if "sha256" in metadata and metadata["sha256"] != digest(tensors):
-        raise OSError(f"{file} is damaged: its tensors are not those that were saved. {remedy}")
+        raise OSError(f"{file} is damaged: its tensors differ from those that were saved. {remedy}")
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(
-                f"`{name}` in {file} has infinite or NaN values. If training had diverged when it was saved, take an "
+                f"`{name}` in {file} has infinite or NaN values. If training had diverged when it was saved, use an "
                 "earlier checkpoint and a lower learning rate."
             )
     return tensors, metadata

@@ -1,6 +1,7 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Which vision layers the memory of each language layer is made of, decided anew for each image (method steps 2 to 4).
+The fuser, which computes for each image with which weights the vision layers are mixed into the memory of each
+language layer (method steps 2 to 4).
 
 Letters at the end of a line give shapes: B images, N vision layers, D language layers, M candidates per group, P
 positions (key and value), e width of the embeddings, r fuser width.
@@ -18,11 +19,11 @@ from .configuration_dehvf import DehvfConfig, candidate_layers
 
 class LayerHierarchy(nn.Module):
     """
-    Which vision layers each language layer may draw from (method step 2, [`candidate_layers`]).
+    The vision layers that each language layer may read (method step 2, [`candidate_layers`]).
 
-    `candidates` and `valid`, both of shape `(num_language_layers, num_candidates)`: the layers, where short rows are
-    filled up with layer 0; and booleans, false where there is such a filler. `layers_read` lists all N' of them, and
-    `read_index` is the same as a tensor: a list as an index would be copied to the device in each call.
+    `candidates` and `valid`, both of shape `(num_language_layers, num_candidates)`: the layers, with short rows padded
+    with layer 0; and booleans, false for this padding. `layers_read` lists all N' layers that are read. `read_index`
+    is the same list as a tensor, since indexing with a list would copy it to the device in each call.
     """
 
     def __init__(self, config: DehvfConfig):
@@ -55,9 +56,9 @@ class LayerHierarchy(nn.Module):
 
 class FuserLinear(nn.Linear):
     """
-    Starts as PyTorch's own `nn.Linear`, uniform within 1 / sqrt(in_features), and not with the `initializer_range`
-    of the other parts. With standard deviations of 0.02 or 0.05 the queries of all language layers are the same after
-    the first layer norm, and stay so.
+    Initialized like PyTorch's `nn.Linear`, uniform within 1 / sqrt(in_features), instead of with the
+    `initializer_range` of the other parts. With standard deviations of 0.02 or 0.05, the queries of all language
+    layers are the same after the first layer norm, and they stay the same during training.
     """
 
     def reset_parameters(self):
@@ -69,8 +70,8 @@ class FuserLinear(nn.Linear):
 class InputEmbeddingNetwork(nn.Module):
     """
     The fuser's query for language layer `l` and position `p`: `MLP([e_l ; e_p])` (method step 3). With
-    `visual_prompts="shared"` there is one position, and no `e_p`. Where the query reads the user's text, a projection
-    of it replaces `e_l`, or is added to it.
+    `visual_prompts="shared"` there is only one position and no `e_p`. If the query reads the user's text, a projection
+    of the text replaces `e_l` or is added to it.
     """
 
     def __init__(self, config: DehvfConfig):
@@ -82,7 +83,7 @@ class InputEmbeddingNetwork(nn.Module):
         self.layer_embedding = nn.Parameter(torch.empty(self.num_layers, size)) if reads_layer else None
         reads_text = config.fuser_query != "network"
         self.instruction_proj = FuserLinear(config.text_config.hidden_size, size) if reads_text else None
-        # One row each for key and value, also where only one of them carries an image, as the paper's counts have it
+        # One row each for key and value, even if only one of them contains visual features, as in the paper's counts
         shared = config.visual_prompts == "shared"
         self.position_embedding = None if shared else nn.Parameter(torch.empty(2, size))
         width = size if shared else 2 * size
@@ -92,7 +93,7 @@ class InputEmbeddingNetwork(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """The embeddings start as those of `nn.Embedding`; see [`FuserLinear`]."""
+        """The embeddings are initialized like `nn.Embedding`; see [`FuserLinear`]."""
         for embedding in (self.layer_embedding, self.position_embedding):
             if embedding is not None:
                 init.normal_(embedding)
@@ -100,7 +101,7 @@ class InputEmbeddingNetwork(nn.Module):
     def forward(self, instruction: torch.Tensor | None) -> torch.Tensor:
         """
         Args:
-            instruction: `(num_images, language_hidden_size)`, the user's text, where it is read.
+            instruction: `(num_images, language_hidden_size)`, features of the user's text, if the query reads it.
 
         Returns:
             `(num_images or 1, num_language_layers, num_positions, fuser_hidden_size)`.
@@ -120,7 +121,7 @@ class InputEmbeddingNetwork(nn.Module):
 
 
 class LearnableQueryTokens(nn.Module):
-    """The ablation of the input embedding network: one free vector per language layer and position."""
+    """Ablation of the input embedding network: one learned vector per language layer and position."""
 
     def __init__(self, config: DehvfConfig):
         super().__init__()
@@ -162,8 +163,8 @@ class FuserBlock(GradientCheckpointingLayer):
     def attend(
         self, query: torch.Tensor, features: torch.Tensor, candidates: torch.Tensor, valid: torch.Tensor
     ) -> torch.Tensor:
-        """The features are mapped to keys and values before each layer takes its candidates. Returns B D P r."""
-        # Images and language layers as one batch, since inductor compiles attention over four dimensions alone
+        """Maps the features to keys and values before selecting the candidates of each layer. Returns B D P r."""
+        # Images and language layers form one batch, since inductor only compiles attention with four dimensions
         attended = F.scaled_dot_product_attention(
             self._split_heads(self.q_proj(query).flatten(0, 1)),  # B*D heads P r/heads
             self._split_heads(self.k_proj(features)[:, candidates].flatten(0, 1)),  # B*D heads M r/heads
@@ -179,8 +180,8 @@ class FuserBlock(GradientCheckpointingLayer):
 
 class HierarchicalVisualFuser(nn.Module):
     """
-    Decides, for each image, which vision layers a language layer's memory is made of (method step 4). One fuser
-    serves all language layers and both positions, in one batch.
+    Computes the weights of the vision layers in the memory of each language layer, for each image (method step 4). One
+    fuser is used for all language layers and both positions, in one batch.
     """
 
     def __init__(self, config: DehvfConfig):

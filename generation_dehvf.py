@@ -1,5 +1,5 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""How `generate` encodes images once, and what it hands to every step."""
+"""Overrides of `generate`: images are encoded once, and the result is passed to every step."""
 
 from transformers import GenerationMixin
 
@@ -11,8 +11,8 @@ class DehvfGenerationMixin(GenerationMixin):
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """
-        Encodes before the batch is expanded, so that all beams of a sample share one run of the encoder. What is
-        expanded is brought into the form in which it is read, which is then handed to every step.
+        Encodes the images before the batch is expanded, so that all beams of a sample share one run of the encoder.
+        The memory is then converted into the form that the FFNs read, which is passed to every step.
         """
         images = {name: model_kwargs.pop(name, None) for name in IMAGE_ARGUMENTS}
         if not self.model.is_disabled:
@@ -25,7 +25,7 @@ class DehvfGenerationMixin(GenerationMixin):
         )
 
     def _get_candidate_generator(self, *args, model_kwargs: dict, **kwargs):
-        """An `assistant_model` drafts from the text alone; this model, which sees, decides."""
+        """An `assistant_model` drafts tokens from the text only; this model, which reads the image, verifies them."""
         model_kwargs = {name: value for name, value in model_kwargs.items() if name != "layer_memories"}
         return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
@@ -34,7 +34,7 @@ class DehvfGenerationMixin(GenerationMixin):
         Continuous batching, for texts without an image.
 
         Raises:
-            ValueError: if images are given, which its packed rows cannot tell apart.
+            ValueError: if images are given, since requests that are packed into one row would all read the same image.
         """
         if given := [name for name in IMAGE_ARGUMENTS if kwargs.get(name) is not None]:
             raise ValueError(

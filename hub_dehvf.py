@@ -1,5 +1,5 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Adapters on the Hub: repositories, uploads and the model card."""
+"""Pushes adapters to the Hub: repositories, uploads and the model card."""
 
 import hashlib
 import os
@@ -80,20 +80,20 @@ def is_hub_id(location) -> bool:
 
 
 def check_hub_ids(**bases: str | None):
-    """Raises `ValueError` if a base model (`vision=`, `text=`) has no id under which everyone finds it."""
+    """Raises `ValueError` if a base model (`vision=`, `text=`) has no Hub id."""
     for key, location in bases.items():
         if not is_hub_id(location):
             raise ValueError(
-                f"An adapter on the Hub names its base models by Hub id, but `{key}_model_id` is {location!r}. Say "
-                f"which repository that is a copy of: `--{key}_model_id org/name` of train.py, or `model.config."
+                f"An adapter on the Hub refers to its base models by Hub id, but `{key}_model_id` is {location!r}. "
+                f"Name the repository that it is a copy of: `--{key}_model_id org/name` of train.py, or `model.config."
                 f'{key}_model_id = "org/name"`, and its commit likewise as `{key}_model_revision`.'
             )
 
 
 def open_repository(repo_id: str, private: bool | None, token: bool | str | None, revision: str | None) -> str:
-    """Creates a repository on the Hub, and a branch of it, where there are none. Returns the id with its owner."""
+    """Creates a repository on the Hub and a branch in it, if they do not exist. Returns the id with its owner."""
     repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr/"):  # a pull request is no branch
+    if revision is not None and not revision.startswith("refs/pr/"):  # a pull request is not a branch
         create_branch(repo_id, branch=revision, token=token, exist_ok=True)
     return repo_id
 
@@ -119,11 +119,12 @@ def make_card(
     A model card with valid metadata.
 
     Args:
-        bases: id or folder of language model and vision encoder -> commit. The metadata names those on the Hub alone.
-        code: lines of Python that use the adapter, if it can be loaded.
-        versions: of the packages that it was made with.
-        adapter_digest: SHA-256 of the adapter's file, by which a later push recognises the card.
-        sections: Markdown to stand before the versions.
+        bases: id or folder of language model and vision encoder -> commit. The metadata only contains those on the
+            Hub.
+        code: Python code that uses the adapter, if it can be loaded.
+        versions: versions of the packages with which it was made.
+        adapter_digest: SHA-256 of the adapter's file. A later push compares it to decide whether to replace the card.
+        sections: Markdown that is inserted before the versions.
         metadata: further fields of `huggingface_hub.ModelCardData`, such as `datasets` and `eval_results`.
     """
     known = [base for base in bases if is_hub_id(base)]
@@ -152,12 +153,12 @@ def make_card(
 
 def write_eval_results(folder, dataset_id: str, task_id: str, value: float, **fields):
     """
-    Writes a score to `.eval_results/<task_id>.yaml` in a folder, which the Hub shows on the model's page and, if the
-    data set is a benchmark there, on its leaderboard. It must be pushed with the adapter.
+    Writes a score to `.eval_results/<task_id>.yaml` in a folder. If it is pushed with the adapter, the Hub shows it on
+    the model's page and, if the data set is a benchmark on the Hub, on its leaderboard.
 
     Args:
-        dataset_id: of the data set on the Hub.
-        task_id: which of the data set's tasks was evaluated.
+        dataset_id: id of the data set on the Hub.
+        task_id: task of the data set that was evaluated.
         fields: further fields of `huggingface_hub.EvalResultEntry`, such as `dataset_revision`, `date` and `notes`.
 
     Source: https://huggingface.co/docs/hub/eval-results
@@ -172,7 +173,9 @@ def write_eval_results(folder, dataset_id: str, task_id: str, value: float, **fi
 
 
 def _has_current_card(repo_id: str, adapter_digest: str, **source) -> bool:
-    """Whether there is a card to leave as it is: one of `make_card` for this adapter, or one that a person wrote."""
+    """
+    Whether the repository has a card that must be kept: a card for this adapter, or one that a person has written.
+    """
     if not file_exists(repo_id, "README.md", **source):
         return False
     with open(hf_hub_download(repo_id, "README.md", **source), encoding="utf-8") as card:
@@ -194,20 +197,20 @@ class HubMixin:
         **kwargs,
     ) -> CommitInfo:
         """
-        Uploads what `save_pretrained` writes, and a model card, to a repository on the Hub, in one commit. A card
-        that a person wrote stays; one that was written here for another adapter is replaced.
+        Uploads the files of `save_pretrained` and a model card to a repository on the Hub, in one commit. An existing
+        card is kept if a person has written it, and replaced if this method has written it for another adapter.
 
         Args:
-            repo_id: `org/name`. The repository is created if there is none.
-            private: whether it is then private.
-            token: of someone who may write there; by default the one that `hf auth login` keeps.
+            repo_id: `org/name`. The repository is created if it does not exist.
+            private: whether a new repository is private.
+            token: token with write access; by default the token of `hf auth login`.
             merge_base: as in `save_pretrained`.
-            tags: for the card, beside its own.
+            tags: additional tags of the card.
             kwargs: as in `huggingface_hub.upload_folder` (`commit_message`, `revision`, `create_pr`, ...).
 
         Raises:
-            TypeError: if `upload_folder` knows no such argument.
-            ValueError: if a base model is known by its folder alone, in which nobody else would find it.
+            TypeError: if `upload_folder` does not have such an argument.
+            ValueError: if the config has a local folder instead of a Hub id for a base model.
         """
         config = self.config
         check_hub_ids(vision=config.vision_model_id, text=config.text_model_id)

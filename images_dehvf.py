@@ -1,5 +1,5 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""The one reader of images: for the processor, training, checking and serving."""
+"""Reads images, for the processor, training, data checks and the server."""
 
 import base64
 import os
@@ -11,14 +11,15 @@ import torch
 from PIL import Image, ImageOps
 
 
-# Image processors resize the shorter side to a fixed length, at most about this one. The longer side grows with it.
+# Image processors resize the shorter side to a fixed length, which is at most about this. The longer side is scaled
+# too.
 RESIZED_SIDE = 512
 
 
 def read_image(entry) -> Image.Image:
     """
-    Reads an image in any common form as an RGB image: upright as its EXIF orientation says, the first frame of an
-    animation, on white where it is transparent, with 8 bits per channel.
+    Reads an image in any common form as an RGB image with 8 bits per channel. The EXIF orientation is applied, the
+    first frame of an animation is used, and transparent pixels are shown on white.
 
     Args:
         entry: one of
@@ -28,8 +29,8 @@ def read_image(entry) -> Image.Image:
             - PIL image of any mode;
             - array or tensor of shape `(height, width)`, `(height, width, channels)` or `(channels, height, width)`
               with 1, 3 or 4 channels and with values in 0..255, in 0..1 (floating point) or in 0..65535 (integers).
-              Floating point values whose maximum is between 1 and 2 may be in either range and are refused.
-              Where both layouts fit, an array has its channels last and a tensor first.
+              Floating point values whose maximum is between 1 and 2 are refused, since they may be in either range. If
+              both layouts are possible, arrays are read with channels last and tensors with channels first.
 
     Raises:
         ValueError: if the image cannot be read, has no pixels or values in another range, or has more than
@@ -55,7 +56,7 @@ def read_image(entry) -> Image.Image:
 
 
 def _find_file(source):
-    """What `Image.open` takes: a path or a binary file."""
+    """The source as an argument of `Image.open`: a path or a binary file."""
     if isinstance(source, (bytes, bytearray)):
         return BytesIO(source)
     if isinstance(source, str) and source.startswith(("http://", "https://")):
@@ -98,7 +99,7 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
         values = np.rint(values * 255.0)
     elif values.dtype.kind in "iu" and low >= 0 and 255 < high <= 65535:
         values = values // 257
-    elif not (low >= 0 and high <= 255) or is_float and high < 2:  # not a number fails every comparison
+    elif not (low >= 0 and high <= 255) or is_float and high < 2:  # NaN fails every comparison
         raise ValueError(f"its values are between {low} and {high}. Scale them to 0..1 (floating point) or 0..255")
     return np.rint(values).astype(np.uint8)
 
@@ -108,7 +109,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # `convert` would clip them to 0..255
         values, transparent = np.asarray(image), image.info.get("transparency")
-        has_16_bits = image.mode.startswith("I;16")  # also where all values are small
+        has_16_bits = image.mode.startswith("I;16")  # even if all values are small
         image = Image.fromarray((values // 257).astype(np.uint8) if has_16_bits else _to_8_bits(values))
         if transparent is not None:
             image.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))

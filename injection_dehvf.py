@@ -1,14 +1,15 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-How the FFNs of stock `transformers` layers are extended: by adapters in the vision encoder, by memory slots in the
+Extends the FFNs of stock `transformers` layers: with adapters in the vision encoder and with memory slots in the
 language model.
 
 The classes of layers and FFNs are replaced by subclasses of themselves, so parameters, names, hooks and `isinstance`
-stay as they were. What an FFN adds differs from call to call, and the FFN of a stock layer takes one argument. So it
-travels in two steps, and nothing of it is ever kept on a module: `run_extended` lays out the extensions of all layers
-for the current thread, each layer takes its own as an argument, and its FFN finds it for as long as that layer runs.
-The argument makes gradient checkpointing work: when a layer is run again during backward, it brings its extension
-along, in whichever thread that happens.
+do not change. The extension of an FFN (what it adds to its output) differs from call to call, but the FFN of a stock
+layer takes only one argument. The extension is therefore passed in two steps and never stored on a module:
+`run_extended` stores the extensions of all layers for the current thread, each layer receives its own as an argument,
+and the FFN reads it from the current thread while the layer runs. Passing it as an argument of the layer makes
+gradient checkpointing work: when a layer is recomputed during backward, possibly in another thread, it receives the
+same extension.
 """
 
 import threading
@@ -26,12 +27,12 @@ from .configuration_dehvf import DehvfConfig
 
 
 class _Running(threading.local):
-    """What runs in this thread. A `ContextVar` would do as well, but `torch.compile` cannot trace one."""
+    """State of the current thread. A `ContextVar` would work too, but `torch.compile` cannot trace it."""
 
-    def __init__(self):  # not as attributes of the class: `torch.compile` guards what the instance has
-        self.extensions = None  # of each layer of the base model that runs
-        self.extension = None  # of the layer that runs
-        self.layer_outputs = None  # of the layers that ran
+    def __init__(self):  # not class attributes: `torch.compile` guards instance attributes
+        self.extensions = None  # of all layers of the running base model
+        self.extension = None  # of the running layer
+        self.layer_outputs = None  # of the layers that have run
 
 
 _RUNNING = _Running()
@@ -42,9 +43,9 @@ def run_extended(base_model: nn.Module, extensions, *args, layer_outputs: list |
     Runs a base model whose layers were extended by `extend_layers`.
 
     Args:
-        extensions: for each layer what its FFN adds, or `None`; or `None` to run the base model as it is.
-        layer_outputs: a list to append the output of each layer to. `output_hidden_states` gives the same, but through
-            hooks that cannot be pickled, and behind a lock at which `torch.compile` breaks the graph.
+        extensions: for each layer the extension of its FFN, or `None`. `None` runs the base model unchanged.
+        layer_outputs: a list to which the output of each layer is appended. `output_hidden_states` returns the same,
+            but uses hooks that cannot be pickled and a lock at which `torch.compile` breaks the graph.
     """
     outer = _RUNNING.extensions, _RUNNING.layer_outputs
     _RUNNING.extensions, _RUNNING.layer_outputs = extensions, layer_outputs
@@ -55,20 +56,20 @@ def run_extended(base_model: nn.Module, extensions, *args, layer_outputs: list |
 
 
 def current_extension():
-    """What the FFN of the layer that runs in this thread adds, e.g. a [`LayerMemory`]; `None` if nothing."""
+    """The extension of the layer that is running in this thread, e.g. a [`LayerMemory`], or `None`."""
     return _RUNNING.extension
 
 
 class _Extended:
-    """Base of the classes that are put in front of a stock class."""
+    """Base class of the mixins that are put in front of a stock class."""
 
     def __reduce_ex__(self, protocol):
-        # `pickle` cannot find a class that was made at run time by its name
+        # `pickle` cannot find a class that was created at run time by its name
         return _new_extended, type(self).parts, vars(self)
 
 
 class ExtendedLayer(_Extended):
-    """Put in front of the class of an encoder or decoder layer: hands the layer's extension to its FFN."""
+    """Mixin for the class of an encoder or decoder layer: passes the layer's extension to its FFN."""
 
     def __call__(self, *args, **kwargs):
         if _RUNNING.extensions is not None:
@@ -87,18 +88,18 @@ class ExtendedLayer(_Extended):
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero."""
+    """A linear layer whose weights are initialized to zero."""
 
 
 class VisionAdapter(nn.Module):
     """
-    What is added to one FFN of the vision encoder: `scale * up(GELU(down(x)))` (method step 10, from MemVP).
+    The adapter of one FFN of the vision encoder, which adds `scale * up(GELU(down(x)))` (method step 10, from MemVP).
 
     Args:
         width: hidden size of the vision encoder.
         size: hidden width of the adapter.
-        scale: of what is added.
-        dropout: probability, on the hidden activations.
+        scale: scale of the output.
+        dropout: dropout probability of the hidden activations.
     """
 
     def __init__(self, width: int, size: int, scale: float, dropout: float):
@@ -120,8 +121,8 @@ class VisionAdapter(nn.Module):
 
 class AdaptedFFN(_Extended):
     """
-    Put in front of the class of a vision FFN: adds what its adapter computes (method step 10). DINOv2 multiplies the
-    sum by its layer scale.
+    Mixin for the class of a vision FFN: adds the output of the adapter (method step 10). DINOv2 multiplies the sum by
+    its layer scale.
     """
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -130,7 +131,7 @@ class AdaptedFFN(_Extended):
 
 
 class AdaptedFFNStart(_Extended):
-    """Put in front of the class of the first half of a vision FFN that is two modules: runs the adapter."""
+    """Mixin for the first half of a vision FFN that consists of two modules: runs the adapter."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if (adapter := current_extension()) is not None:
@@ -139,7 +140,7 @@ class AdaptedFFNStart(_Extended):
 
 
 class AdaptedFFNEnd(_Extended):
-    """Put in front of the class of the second half: adds what the adapter gave in the first."""
+    """Mixin for the second half: adds the output of the adapter that the first half has run."""
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
         output, adapted = super().forward(*args, **kwargs), current_extension()
@@ -149,19 +150,21 @@ class AdaptedFFNEnd(_Extended):
 @dataclass
 class LayerMemory(ModelOutput):
     """
-    What the FFN of one language layer reads. `num_patches` and `num_memory_slots` are those of all images of a sample.
+    The memory that the FFN of one language layer reads. `num_patches` and `num_memory_slots` count all images of a
+    sample.
 
     Args:
         key_features (`torch.Tensor` of shape `(batch_size, num_patches, projector_hidden_size + 1)`, *optional*):
-            visual features of the keys; `None` where keys carry no image. A batch size of 1 serves a whole batch.
-        value_features: likewise of the values.
+            visual features of the keys; `None` if the keys contain no image. With a batch size of 1, all samples read
+            the same memory.
+        value_features: the same for the values.
         key_matrix (`torch.Tensor` of shape `(num_memory_slots + projector_hidden_size + 1, language_hidden_size)`):
-            the key slots and, unless they carry no image, lambda times `W_2` and `b_2`, so that tokens are multiplied
-            by both at once. The same for all layers.
+            the key slots and, if the keys contain an image, lambda times `W_2` and `b_2`, so that one product with the
+            tokens computes both. The same for all layers.
         value_matrix (`torch.Tensor` of shape `(language_hidden_size, num_memory_slots + projector_hidden_size + 1)`):
-            likewise.
+            the value slots, with `W_2` and `b_2` as above.
         slot_mask (`torch.Tensor` of shape `(batch_size, 1, num_memory_slots)`, *optional*): 0 for slots that are not
-            read, where samples have different numbers of images, else 1.
+            read, if samples have different numbers of images, else 1.
         form (`str`), scale (`float`), dropout (`float`): `memory_form`, `memory_scale` and `memory_dropout`.
     """
 
@@ -175,13 +178,13 @@ class LayerMemory(ModelOutput):
     dropout: float | None = None
 
     def is_materialised(self, hidden_states: torch.Tensor) -> bool:
-        """Whether these tokens read keys and values in full, see [`MemoryFFN`]."""
+        """Whether these tokens read full keys and values, see [`MemoryFFN`]."""
         features = self.value_features if self.key_features is None else self.key_features
         if features is None or self.form == "factored":
             return False
         if self.form == "materialised":
             return True
-        # Backward would need the keys and values of all layers at once, and an exported graph serves all lengths
+        # Backward would need the keys and values of all layers at once, and an exported graph is used for all lengths
         if torch.is_grad_enabled() or torch.compiler.is_exporting():
             return False
         (num_images, num_patches, _), (batch_size, num_tokens, width) = features.shape, hidden_states.shape
@@ -191,11 +194,11 @@ class LayerMemory(ModelOutput):
 @dataclass
 class MixedLayerMemory(ModelOutput):
     """
-    What the FFN of one language layer reads where samples of a batch have adapters of their own.
+    The memory that the FFN of one language layer reads if the samples of a batch have different adapters.
 
     Args:
         memories (`tuple[LayerMemory]`): one for each adapter.
-        rows (`tuple[torch.LongTensor]`): for each of them the rows of the batch that read it.
+        rows (`tuple[torch.LongTensor]`): for each memory the rows of the batch that read it.
     """
 
     memories: tuple[LayerMemory, ...] | None = None
@@ -204,20 +207,20 @@ class MixedLayerMemory(ModelOutput):
 
 class MemoryFFN(_Extended):
     """
-    Put in front of the class of a language model's FFN: appends memory slots to it (method step 8).
+    Mixin for the class of a language model's FFN: appends memory slots to it (method step 8).
 
-    On a two-matrix FFN this is concatenating the keys to `W_1` and the values to `W_2` (paper, equation 13); in a
-    gated FFN the appended units have a gate of one.
+    In an FFN with two matrices, this concatenates the keys to `W_1` and the values to `W_2` (paper, equation 13). In a
+    gated FFN, the gate of the appended units is one.
 
     An image's visual features F (n c+1) and the shared basis W (h c+1) can be read in two ways with the same result.
-    Factored, `(x W) F^T`: `T (h + n) (c + 1)` products for T tokens of the image, keys and values alike. Materialised,
-    `x (W F^T)`: `n h (c + 1)` products whatever T is, since the slots themselves have to be read in both. So the first
-    is cheaper up to `T = n h / (n + h)`: at 7B 241 tokens, and always in decoding.
+    Factored, `(x W) F^T`: `T (h + n) (c + 1)` products for T tokens of the image, for keys and for values.
+    Materialised, `x (W F^T)`: `n h (c + 1)` products for any T. Reading the slots themselves costs the same in both.
+    The first is therefore cheaper up to `T = n h / (n + h)`: up to 241 tokens at 7B, and always in decoding.
     """
 
     @property
     def memory(self) -> LayerMemory | MixedLayerMemory | None:
-        """What this FFN reads in the call that runs in this thread."""
+        """The memory that this FFN reads in the current call of this thread."""
         return current_extension()
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -247,8 +250,8 @@ class MemoryFFN(_Extended):
         return F.linear(torch.cat((weights, visual), dim=-1), memory.value_matrix)
 
     def slot_activations(self, hidden_states: torch.Tensor, memory: LayerMemory) -> torch.Tensor:
-        """`phi(x K^T)`: how much each slot is read, B T S. The first n slots belong to the patches, row by row."""
-        # Slots past the patches have no visual part, and a sample without an image has rows of zeros
+        """`phi(x K^T)`: the activation of each slot, B T S. The first n slots belong to the patches, row by row."""
+        # Slots after the patches have no visual part, and a sample without an image has rows of zeros
         if memory.key_features is None:
             scores = F.linear(hidden_states, memory.key_matrix)  # B T S
         else:
@@ -262,7 +265,7 @@ class MemoryFFN(_Extended):
             else:
                 scores, inner = _split(F.linear(hidden_states, memory.key_matrix), num_slots)
                 first, rest = _split(scores, num_patches)
-                # This way round since both factors lie in memory as they are read, also for a single token
+                # In this order both factors are read in their memory layout, also for a single token
                 first = first + (memory.key_features @ inner.mT).mT
             scores = torch.cat((first, rest), dim=-1)
         activations = getattr(self, self.activation_name)(scores)
@@ -270,7 +273,7 @@ class MemoryFFN(_Extended):
 
 
 def _split(tensor: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `size` columns, and the others. Its backward writes the gradient once, unlike that of two slices."""
+    """The first `size` columns and the rest. Backward writes the gradient once, unlike with two slices."""
     return tensor.split((size, tensor.shape[-1] - size), dim=-1)
 
 
@@ -279,7 +282,7 @@ def extend_layers(layers: Iterable[nn.Module], ffn: str | tuple[str, str], ffn_c
     Extends the layers of a base model.
 
     Args:
-        ffn: the name of the FFN in each layer; or of its two halves, which only vision adapters extend.
+        ffn: the name of the FFN in each layer, or the names of its two halves (vision encoders only).
         ffn_class: [`AdaptedFFN`] or [`MemoryFFN`].
         attributes: set on each FFN.
     """
@@ -293,11 +296,11 @@ def extend_layers(layers: Iterable[nn.Module], ffn: str | tuple[str, str], ffn_c
 
 
 def _extend(module: nn.Module, behaviour: type, **attributes):
-    if isinstance(module, behaviour):  # a base model that another model has extended serves both
+    if isinstance(module, behaviour):  # the base model is shared with another model that has extended it
         return
     module.__class__ = _extended_class(behaviour, type(module))
     vars(module).update(attributes)
-    if hasattr(module, "_old_forward"):  # the hook of a dispatched base model calls the `forward` that it found
+    if hasattr(module, "_old_forward"):  # the hook of a dispatched base model calls the `forward` that it has stored
         module._old_forward = MethodType(type(module).forward, module)
 
 
@@ -321,6 +324,6 @@ def checkpointing_arguments(given: dict | None) -> dict:
     if (given or {}).get("use_reentrant"):
         raise ValueError(
             "`use_reentrant=True` was given, but re-entrant checkpointing drops the gradients of arguments passed by "
-            "keyword, and what the adapter reads is one: it would not learn. Set `use_reentrant` to False."
+            "keyword, and the visual memory is one: the adapter would not learn. Set `use_reentrant` to False."
         )
     return {**(given or {}), "use_reentrant": False}

@@ -1,12 +1,12 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Checks of the arguments of a call, and the instruction in its text."""
+"""Checks the arguments of a call, and finds the instruction in its text."""
 
 import torch
 
 from .configuration_dehvf import DehvfConfig
 
 
-# Arguments of a call that say what its texts read
+# Arguments of a call that determine what its texts read
 IMAGE_ARGUMENTS = ("pixel_values", "image_mask", "visual_memory", "adapter_names", "instruction_mask")
 
 
@@ -17,7 +17,9 @@ def check_pixel_values(config: DehvfConfig, pixel_values: torch.Tensor):
 
 
 def check_visual_memory(config: DehvfConfig, visual_memory: torch.Tensor, batch_size: int | None = None):
-    """Raises `ValueError` if the memory is not this adapter's, or has rows for another number of texts."""
+    """
+    Raises `ValueError` if the memory does not have the shape of this adapter or does not match the number of texts.
+    """
     sizes = (config.text_config.num_hidden_layers, len(config.memory_positions))
     num_images = max(1, visual_memory.shape[3] // config.num_patches) if visual_memory.ndim == 5 else 1
     num_patches = num_images * config.num_patches
@@ -41,7 +43,7 @@ def check_num_images(config: DehvfConfig, num_images: int):
 
 
 def check_instruction(config: DehvfConfig, instruction: torch.Tensor | None, num_images: int):
-    """Raises `ValueError` if the fuser needs the user's text and lacks it for some image."""
+    """Raises `ValueError` if the fuser needs the user's text and it is missing for some image."""
     given = "none" if instruction is None else f"one for {instruction.shape[0]} texts"
     if config.reads_instruction and (instruction is None or instruction.shape[0] != num_images):
         raise ValueError(
@@ -60,7 +62,7 @@ def check_image_mask(image_mask: torch.Tensor, expected: tuple[int, ...], of_wha
 
 
 def check_no_image(image_mask: torch.Tensor | None):
-    """Raises `ValueError` if a mask speaks of images in a call that has none."""
+    """Raises `ValueError` if `image_mask` marks images but the call has none."""
     if image_mask is not None and image_mask.any():
         raise ValueError(
             f"`image_mask` says that {int(image_mask.sum())} samples have an image, but neither `pixel_values` nor "
@@ -75,7 +77,7 @@ def check_one_of(**given):
 
 
 def find_instruction(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Which tokens are the user's, `(batch_size, sequence_length)`: those without a label that are no padding."""
+    """Mask of the user's tokens, `(batch_size, sequence_length)`: tokens without a label that are not padding."""
     is_instruction = labels == -100
     return is_instruction if attention_mask is None else is_instruction & attention_mask.bool()
 
@@ -85,7 +87,7 @@ def mean_embedding(inputs_embeds: torch.Tensor, mask: torch.Tensor | None) -> to
     The mean over the tokens of each text, `(batch_size, hidden_size)`, in float32.
 
     Args:
-        mask: `(batch_size, sequence_length)`, 1 or true for the tokens to take. By default all.
+        mask: `(batch_size, sequence_length)`, 1 or true for the tokens to average. By default all.
     """
     inputs_embeds = inputs_embeds.float()
     if mask is None:

@@ -1,11 +1,11 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Where a base model has what DEHVF extends and reads: its layers, their FFNs, the activation, the final norm, the tokens
-before the patches.
+Finds the parts of a base model that DEHVF extends and reads: its layers, their FFNs, the activation, the final norm
+and the tokens before the patches.
 
-These places are found by rules on an empty copy of the model, built from its config on the meta device, and checked by
-running that copy, which computes shapes and no numbers. So a model that DEHVF cannot serve is refused before any of
-its weights are loaded. Tables hold only what cannot be found in this way.
+They are found by rules on an empty copy of the model, which is built from its config on the meta device, and checked
+by running this copy, which only computes shapes. A model that is not supported is thus refused before its weights are
+loaded. The tables below contain only what cannot be found in this way.
 """
 
 import copy
@@ -23,16 +23,16 @@ from transformers.activations import GELUActivation
 from .configuration_dehvf import DehvfConfig
 
 
-# Modules where activations are defined. Some models have a GELU of their own.
+# Modules that define activations. Some models define their own GELU.
 ACTIVATION_MODULES = (GELUActivation.__module__, nn.GELU.__module__)
-# The two halves of an FFN that is not a module of its own
+# The two halves of an FFN that is not a single module
 SPLIT_FFN = ("intermediate", "output")
-# What parts of a layer are called by which models of other kinds are recognised
+# Words in the names of modules by which unsupported kinds of models are recognised
 EXPERTS, CROSS_ATTENTION = ("expert", "router"), ("encoder_attn", "cross_attn", "crossattention")
 STATE_SPACE = ("mamba", "mixer", "lstm", "time_shift")
 # Rotary embeddings whose frequencies follow the positions of a call, which an empty copy does not have
 ROPE_OF_POSITIONS = ("dynamic", "longrope")
-# What neither the modules of a model nor its shapes tell
+# Reasons that cannot be found from the modules of a model or its shapes
 TEXT_REFUSALS = {
     "dory": "it runs some of its layers several times",
     "moshi": "it reads text and audio tokens side by side",
@@ -44,7 +44,7 @@ VISION_REFUSALS = {
 
 
 class TextLayout(NamedTuple):
-    """Where a language model has what DEHVF extends."""
+    """The names of the modules of a language model that DEHVF extends."""
 
     layers: str  # the list of layers
     ffn: str  # in each layer
@@ -56,22 +56,22 @@ class TextLayout(NamedTuple):
 
 
 class VisionLayout(NamedTuple):
-    """Where a vision encoder has what DEHVF extends and reads."""
+    """The names of the modules of a vision encoder that DEHVF extends and reads."""
 
     layers: str  # the list of layers
     ffn: str | tuple[str, str]  # in each layer; or its two halves
     norm: str | None  # the norm after the last layer
     num_prefix_tokens: int  # tokens before the patches: the class token, registers, ...
-    interpolation: dict  # arguments by which its forward takes images of another size than its own
+    interpolation: dict  # arguments of `forward` for images of another size than the encoder's own
 
     @property
     def has_class_token(self) -> bool:
-        """Whether there is one, which is at position 0."""
+        """Whether there is a class token, at position 0."""
         return self.num_prefix_tokens > 0
 
 
 class Refusal(Exception):
-    """Why a base model cannot be extended, without its name."""
+    """The reason why a base model cannot be extended."""
 
 
 def check_layouts(config: DehvfConfig):
@@ -81,7 +81,7 @@ def check_layouts(config: DehvfConfig):
 
 
 def _explained(key: str, requirement: str):
-    """Decorator of a function of a base model's config: its results are kept, its refusals say what to do."""
+    """Decorator of a function of a base model's config: caches its results, and adds advice to its refusals."""
 
     def decorate(find: Callable):
         found = {}
@@ -104,10 +104,10 @@ def _explained(key: str, requirement: str):
     return decorate
 
 
-@_explained("text", "It takes decoders in which each layer has one FFN module with one activation.")
+@_explained("text", "Supported are decoders in which each layer has one FFN module with one activation.")
 def find_text_layout(text_config: PreTrainedConfig) -> TextLayout:
     """
-    Finds the places in a language model.
+    Finds the modules of a language model.
 
     Raises:
         ValueError: if it cannot be extended; the message says why.
@@ -136,7 +136,7 @@ def find_text_layout(text_config: PreTrainedConfig) -> TextLayout:
         raise Refusal("it has no cache of earlier tokens for `generate`")
     layout = TextLayout(layers, ffn, activation)
     states = torch.empty(2, 3, text_config.hidden_size, device="meta")
-    # With a cache, since without one the making of masks looks at numbers
+    # With a cache, since without one the creation of masks reads values
     arguments = {"inputs_embeds": states, "use_cache": True}
     with _recorded(layout.ffns(base)) as calls:
         outputs = _run(base, "`inputs_embeds`", **arguments)
@@ -146,13 +146,13 @@ def find_text_layout(text_config: PreTrainedConfig) -> TextLayout:
     return layout
 
 
-@_explained("vision", "It takes stacks of layers, each with an FFN, that run on the pixels of square images alone.")
+@_explained("vision", "Supported are stacks of layers, each with an FFN, whose only input is square images.")
 def find_vision_layout(vision_config: PreTrainedConfig, image_size: int | None = None) -> VisionLayout:
     """
-    Finds the places in a vision encoder.
+    Finds the modules of a vision encoder.
 
     Args:
-        image_size: side of the images that it is to take, if not its own.
+        image_size: side of the images, if it differs from the encoder's own.
 
     Raises:
         ValueError: if it cannot be extended, or does not take images of this size; the message says why.
@@ -172,7 +172,7 @@ def find_vision_layout(vision_config: PreTrainedConfig, image_size: int | None =
     interpolation = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in names else {}
     own_size, width = vision_config.image_size, vision_config.hidden_size
     first = ffn if isinstance(ffn, str) else ffn[0]
-    lengths = {}  # tokens that are no patches, by the side of the image
+    lengths = {}  # number of tokens that are not patches, by image size
     for side in {own_size, image_size or own_size}:
         pixel_values = torch.empty(2, vision_config.num_channels, side, side, device="meta")
         arguments = {} if side == own_size else interpolation
@@ -195,7 +195,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _empty_copy(base_config: PreTrainedConfig, mapping, kind: str) -> nn.Module:
-    """The model of a config on the meta device. Not by `from_config`, which under ZeRO-3 divides what it builds."""
+    """The model of a config on the meta device. Does not use `from_config`, which shards the model under ZeRO-3."""
     base_config = copy.deepcopy(base_config)
     base_config._attn_implementation = "eager"
     rope = getattr(base_config, "rope_parameters", None) or {}
@@ -203,7 +203,7 @@ def _empty_copy(base_config: PreTrainedConfig, mapping, kind: str) -> nn.Module:
         if isinstance(parameters, dict) and parameters.get("rope_type") in ROPE_OF_POSITIONS:
             parameters["rope_type"] = "default"
     if type(base_config) not in mapping:
-        raise Refusal(f"transformers has no class of it that is {kind}")
+        raise Refusal(f"transformers has no class for it that is {kind}")
     try:
         with torch.device("meta"):
             return mapping[type(base_config)](base_config).eval()
@@ -212,7 +212,7 @@ def _empty_copy(base_config: PreTrainedConfig, mapping, kind: str) -> nn.Module:
 
 
 def _find_layers(base: nn.Module) -> str:
-    """The name of the only list of modules with children that is not within another."""
+    """The name of the only list of modules with children that is not inside another one."""
     stacks = []
     for name, module in base.named_modules():
         is_stack = isinstance(module, nn.ModuleList) and any(list(layer.children()) for layer in module)
@@ -225,10 +225,10 @@ def _find_layers(base: nn.Module) -> str:
 
 
 def _find_ffns(layers: nn.ModuleList, needs_activation: bool = True) -> tuple[str, str | None]:
-    """The name of the FFN in each layer, and of the activation in the FFN."""
+    """The names of the FFN in each layer and of the activation in the FFN."""
     parts = {name.lower() for layer in layers for name, _ in layer.named_modules()}
     if any(word in part for part in parts for word in EXPERTS):
-        raise Refusal("its FFNs are a mixture of experts, of which each token passes through some")
+        raise Refusal("its FFNs are a mixture of experts, and each token passes through some of them")
     if any(word in part for part in parts for word in CROSS_ATTENTION):
         raise Refusal("its layers read an encoder (cross-attention)")
     if needs_activation and all(hasattr(layer, name) for layer in layers for name in SPLIT_FFN):
@@ -240,9 +240,9 @@ def _find_ffns(layers: nn.ModuleList, needs_activation: bool = True) -> tuple[st
     if found == {1} and len(places) == 1:
         return places.pop()[0]
     if any(word in part for part in parts for word in STATE_SPACE):
-        raise Refusal("it is a state space model, not all of whose layers have an FFN")
+        raise Refusal("it is a state space model, and not all of its layers have an FFN")
     if found == {0}:
-        raise Refusal("its layers have no FFN module that holds its activation as a module")
+        raise Refusal("its layers have no FFN module that contains its activation as a module")
     raise Refusal("its layers differ in their FFNs, or have several")
 
 
@@ -260,7 +260,7 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 def _find_norm(tower: nn.Module, layers: str) -> str | None:
-    """The norm beside the list of layers, or beside a module that holds it, that was registered after it."""
+    """The norm that is registered after the list of layers, or after a module that contains the list."""
     path = layers.split(".")
     for depth in range(len(path)):
         names = [name for name, _ in tower.get_submodule(".".join(path[:depth])).named_children()]
@@ -272,7 +272,10 @@ def _find_norm(tower: nn.Module, layers: str) -> str | None:
 
 @contextmanager
 def _recorded(modules: Iterable[nn.Module]):
-    """Gives a list of the calls of modules: the module's position, the shapes of its first input and of its output."""
+    """
+    Yields a list that records calls of modules: the index of the module and the shapes of its first input and of its
+    output.
+    """
     calls, hooks = [], []
 
     def record(index, module, args, kwargs, output):
@@ -299,7 +302,9 @@ def _run(base: nn.Module, what: str, *args, **kwargs):
 
 def _check_calls(calls: list[tuple], num_layers: int, shape: tuple[int, ...], checks_output: bool = True):
     if [index for index, *_ in calls] != list(range(num_layers)):
-        raise Refusal("its layers do not run their FFNs one after another, each once")
+        raise Refusal("its layers do not run their FFNs one after another and exactly once")
     for _, given, returned in calls:
         if given != shape or checks_output and returned != shape:
-            raise Refusal(f"its FFNs are given {given} and return {returned} where its hidden states are {shape}")
+            raise Refusal(
+                f"its FFNs take tensors of shape {given} and return {returned}, but its hidden states have {shape}"
+            )

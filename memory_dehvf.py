@@ -1,12 +1,13 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-The memory slots, and what a sample with several images reads.
+The memory slots, and the memory of samples with several images.
 
-Each image of a sample has a slot for each of its patches, and the slots past the patches are there once. So the memory
-of several images is that of single ones, one after the other along the patches, and FFNs read it like that of one
-image with more patches. Where a sample has fewer images than others of its batch, the memory has zeros, also in the
-last column, which has ones otherwise; such slots are left out, except those of the first image: a sample without any
-image reads its position embeddings alone (method step 9).
+Each image of a sample has a slot for each of its patches; the slots after the patches exist once per sample. The
+memory of several images is therefore the concatenation of the memories of single images along the patches, and FFNs
+read it like the memory of one image with more patches. If a sample has fewer images than other samples of its batch,
+its memory is padded with zeros, also in the last column, which otherwise contains ones. The slots of missing images
+are masked out, except those of the first image: a sample without any image reads only their position embeddings
+(method step 9).
 
 Letters at the end of a line give shapes, as in `modeling_dehvf.py`; I is the number of images of a sample.
 """
@@ -23,7 +24,7 @@ from .inputs_dehvf import check_image_mask, check_instruction, check_num_images
 class MemorySlots(nn.Module):
     """
     Position embeddings of the slots, `s_key` and `s_value`, shared by all layers (method step 7) and by all images of
-    a sample. The second image and those after it have an embedding each, which is added to those of their slots.
+    a sample. Each image after the first has an additional embedding, which is added to the embeddings of its slots.
     """
 
     def __init__(self, config: DehvfConfig):
@@ -39,34 +40,36 @@ class MemorySlots(nn.Module):
             self.image_value = nn.Parameter(torch.empty(shape))
 
     def forward(self, dtype: torch.dtype, num_images: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """The slots of keys and of values for samples with so many images: those of their patches, then the others."""
+        """
+        The slots of keys and values for samples with `num_images` images: the slots of their patches, then the others.
+        """
         if self.image_key is None:
-            # Copies, since under ZeRO-3 a parameter is there only while its own module runs
+            # Copies, since under ZeRO-3 a parameter is only available while its own module runs
             return self.key.to(dtype, copy=True), self.value.to(dtype, copy=True)
         pairs = (self.key, self.image_key), (self.value, self.image_value)
         return tuple(self._repeat(slots, images, num_images).to(dtype) for slots, images in pairs)
 
     def _repeat(self, slots: torch.Tensor, images: torch.Tensor, num_images: int) -> torch.Tensor:
-        # With one image as well, so that all parameters get a gradient in every batch, as DDP needs
+        # Also with one image, so that all parameters get a gradient in every batch, as DDP requires
         images = F.pad(images, (0, 0, 1, 0))[:num_images]  # I h
         patch_slots, other_slots = slots.split((self.num_patches, len(slots) - self.num_patches))
         return torch.cat(((patch_slots + images[:, None]).flatten(0, 1), other_slots))
 
 
 def as_visual_memory(features: torch.Tensor | ModelOutput | None) -> torch.Tensor | None:
-    """What `get_image_features` returned, or its `pooler_output`, as the latter."""
+    """Returns the `pooler_output` of a result of `get_image_features`, or the tensor that was given."""
     return features.pooler_output if isinstance(features, ModelOutput) else features
 
 
 def count_images(config: DehvfConfig, visual_memory: torch.Tensor | None) -> int:
-    """For how many images each sample has slots; those of one are there without an image, too."""
+    """Number of images for which each sample has slots, at least 1: samples without an image have slots too."""
     return 1 if visual_memory is None else visual_memory.shape[3] // config.num_patches
 
 
 def find_slot_mask(config: DehvfConfig, visual_memory: torch.Tensor | None, num_slots: int) -> torch.Tensor | None:
     """
-    1 for slots that are read and 0 for those of images that a sample does not have, `(batch_size, 1, num_slots)`.
-    `None` if there are slots for one image alone, which are always read.
+    1 for slots that are read and 0 for slots of images that a sample does not have, `(batch_size, 1, num_slots)`.
+    `None` if there are only slots for one image, which are always read.
     """
     if count_images(config, visual_memory) == 1:
         return None
@@ -79,7 +82,7 @@ def find_slot_mask(config: DehvfConfig, visual_memory: torch.Tensor | None, num_
 def mask_images(
     config: DehvfConfig, visual_memory: torch.Tensor, image_mask: torch.Tensor, num_texts: int
 ) -> torch.Tensor:
-    """A memory with zeros where `image_mask`, `(num_texts,)` or `(num_texts, num_images)`, is false."""
+    """Sets the memory to zero where `image_mask`, `(num_texts,)` or `(num_texts, num_images)`, is false."""
     num_images = count_images(config, visual_memory)
     if image_mask.ndim == 1:
         check_image_mask(image_mask, (num_texts,), "texts")
@@ -93,7 +96,8 @@ def flatten_images(
     config: DehvfConfig, pixel_values: torch.Tensor, image_mask: torch.Tensor | None, instruction: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """
-    The images of all samples in one batch, B I C H W to BI C H W, with the mask of each and the instruction about it.
+    Flattens the images of all samples into one batch, B I C H W to BI C H W, together with the mask and the
+    instruction of each image.
 
     Raises:
         ValueError: if a sample has more images than the adapter reads, or `image_mask` or `instruction` do not fit.
@@ -110,14 +114,18 @@ def flatten_images(
 
 
 def join_images(memory: torch.Tensor, num_images: int) -> torch.Tensor:
-    """The memories of the images of all samples, BI D P n c+1, as those of the samples, B D P In c+1."""
+    """
+    Turns the memories of the images of all samples, BI D P n c+1, into the memories of the samples, B D P In c+1.
+    """
     return memory.unflatten(0, (-1, num_images)).movedim(1, 3).flatten(3, 4)
 
 
 def drop_absent_images(
     pixel_values: torch.Tensor | None, image_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Without those after the last image that any sample has, and in the form of one image if there is no other."""
+    """
+    Removes the images after the last one that any sample has. If one image remains, its dimension is removed too.
+    """
     if image_mask is None or image_mask.ndim == 1:
         return pixel_values, image_mask
     present = image_mask.any(dim=0).nonzero().flatten().tolist()

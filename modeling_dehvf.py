@@ -3,8 +3,8 @@
 DEHVF: dynamic embedding of hierarchical visual features (arXiv 2508.17638) for stock `transformers` models.
 
 The file follows the data: pixels -> features of all vision layers -> fuser -> visual memory -> FFNs of the frozen
-language model. An image is encoded once; its `visual_memory`, one tensor with the batch first, is read by every FFN in
-every forward.
+language model. An image is encoded once. Its `visual_memory`, one tensor with the batch first, is read by every FFN in
+every forward pass.
 
 Letters at the end of a line give shapes: B samples, N vision layers (N' of them read), D language layers, K groups, M
 candidates per group, P positions (key and value), n patches, S memory slots, T tokens, d vision width, h language
@@ -78,8 +78,8 @@ from .switching_dehvf import BASE_MODEL, AdapterSet, SwitchingMixin
 
 class ProjectorBasis(nn.Module):
     """
-    `W_2` and `b_2`, which the reading FFN applies: `(language_hidden_size, projector_hidden_size + 1)`. It takes no
-    input, so it is no `nn.Linear`, which `peft` would wrap.
+    `W_2` and `b_2`, which are applied in the FFNs: `(language_hidden_size, projector_hidden_size + 1)`. The module
+    takes no input; it is not an `nn.Linear`, since `peft` would wrap it.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -95,9 +95,9 @@ class VisualProjector(nn.Module):
     """
     The two-layer network `g(F) = W_2 SiLU(W_1 F + b_1) + b_2` from vision to language width (method step 6).
 
-    It is never run as a whole. Fusing is linear with weights that sum to one, so `down` is applied to each vision
-    layer once and its results are fused; `W_2` is left to the reading FFN. An image's memory is then as wide as the
-    projector and not as the language model (in exact arithmetic nothing else changes).
+    It is never run as a whole. Fusion is linear with weights that sum to one, so `down` is applied once to each vision
+    layer and its outputs are fused; `W_2` is applied in the FFNs. The memory of an image then has the width of the
+    projector instead of the language model (in exact arithmetic the result is the same).
     """
 
     def __init__(self, config: DehvfConfig):
@@ -114,9 +114,9 @@ class VisualProjector(nn.Module):
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """
-    The modules of one adapter and its config. A call holds on to the one that it began with, so that another thread
-    may activate another one meanwhile. Modules that the config leaves unused are `None`, since DDP stops at parameters
-    that get no gradient.
+    The modules of one adapter and its config. A call keeps the adapter with which it began, so that other threads may
+    activate another one. Modules that the config does not use are `None`, since DDP fails if parameters get no
+    gradient.
     """
 
     config: DehvfConfig
@@ -151,14 +151,14 @@ class Adapter:
 
     def hierarchical_features(self, vision_tower, pixel_values: torch.Tensor, **kwargs):
         """
-        Method step 1, and `W_1`, `b_1` of step 6. Returns class features B N d, projected patches B N' n c of the
-        layers that are read, and the encoder's own output.
+        Method step 1, and `W_1` and `b_1` of step 6. Returns class features B N d, projected patches B N' n c of the
+        layers that are read, and the encoder's output.
         """
         layout = self.vision_layout
         norm = nn.Identity() if layout.norm is None else vision_tower.get_submodule(layout.norm)
         if self.config.resolution != self.config.vision_config.image_size:
             kwargs |= layout.interpolation
-        # Layers above the last one that is read have none
+        # Layers above the last one that is read have no adapter
         adapters = [*self.vision_adapters, *[None] * (self.hierarchy.num_vision_layers - len(self.vision_adapters))]
         hidden_states = []
         outputs = run_extended(vision_tower, adapters, pixel_values, layer_outputs=hidden_states, **kwargs)
@@ -188,14 +188,14 @@ class Adapter:
         return torch.cat((memory, memory.new_ones(*memory.shape[:-1], 1)), dim=-1), outputs
 
     def layer_memories(self, visual_memory: torch.Tensor | None, dtype: torch.dtype) -> tuple[LayerMemory, ...]:
-        """What the FFN of each language layer reads (method step 7), once for all tokens of a `generate`."""
+        """The memories of the FFNs of all language layers (method step 7), computed once per call of `generate`."""
         config = self.config
         key_features = value_features = [None] * config.text_config.num_hidden_layers
         keys, values = self.memory_slots(dtype, count_images(config, visual_memory))  # S h, S of all images
         slot_mask = find_slot_mask(config, visual_memory, len(keys))
         if visual_memory is not None:
             basis = (config.visual_scale * self.projector.up()).to(dtype).T  # c+1 h
-            # `unbind` and not an index for each layer, whose backward would fill a whole memory with zeros each time
+            # `unbind`, since the backward of an index per layer would fill a whole memory with zeros each time
             positions = visual_memory.to(dtype).unbind(2)  # P times B D n c+1
             if config.visual_prompts != "values":
                 key_features, keys = positions[0].unbind(1), torch.cat((keys, basis))
@@ -235,7 +235,7 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)  # the vision encoder starts as it is
+            init.zeros_(module.weight)  # at first the vision encoder is unchanged
         elif isinstance(module, ProjectorBasis):
             init.normal_(module.weight, std=std)
             init.zeros_(module.bias)
@@ -244,41 +244,41 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
                 init.xavier_uniform_(part.weight)
         elif isinstance(module, MemorySlots):
             init.normal_(module.key, std=std)
-            init.zeros_(module.value)  # as in MemVP: the memory starts with almost no effect
-            if module.image_key is not None:  # at the start all images are read alike
+            init.zeros_(module.value)  # as in MemVP: at first the memory has almost no effect
+            if module.image_key is not None:  # at first all images are read in the same way
                 init.zeros_(module.image_key)
                 init.zeros_(module.image_value)
 
     @classmethod
     def is_custom_code(cls) -> bool:
         """
-        Whether modules without parameters of their own are left out of `_init_weights`, here and in the base models,
-        because it might overwrite what is loaded. `transformers.initialization`, used above, does not.
+        Whether `_init_weights` skips modules without own parameters, here and in the base models, since it might
+        overwrite loaded values. `transformers.initialization`, which is used above, does not overwrite them.
         """
         return False
 
     def post_init(self):
         super().post_init()
-        # The list of CLIP also names modules of its text tower, and FSDP stops at one that it does not find
+        # The list of CLIP also contains modules of its text tower, and FSDP fails if it does not find a module
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = [name for name in self._no_split_modules or () if name in present]
 
     def freeze_bases(self):
-        """Leaves `requires_grad` to the parameters of the adapter alone."""
+        """Sets `requires_grad` to true for the parameters of the adapter only."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_adapter_name(name))
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
         """
         Raises:
-            ValueError: if re-entrant checkpointing is asked for.
+            ValueError: if re-entrant checkpointing is requested.
         """
         super().activation_checkpointing_enable(checkpointing_arguments(activation_checkpointing_kwargs), **kwargs)
 
 
 class DehvfModel(AdapterSet, DehvfPreTrainedModel):
     """
-    The frozen base models, the adapters between them, and no head.
+    The frozen base models and the adapters, without a head.
 
     The modules of the active adapter are its attributes (`fuser`, `projector`, ...), see [`AdapterSet`].
 
@@ -307,7 +307,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         return cls(config, vision_tower, causal_lm.base_model)
 
     def __setattr__(self, name, value):
-        """Extends the layers of a base model, also of one that takes the place of another."""
+        """Extends the layers of a base model that is set, also if it replaces another one."""
         super().__setattr__(name, value)
         if name == "vision_tower":
             layout = self.vision_layout
@@ -332,13 +332,12 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        The user's text as `get_image_features` takes it: the mean of its word embeddings, normalised, since language
-        models differ in how large their embeddings are. (IGVA takes a sentence encoder, which we would have to add.)
+        Features of the user's text for `get_image_features`: the normalised mean of its word embeddings, since the
+        scale of embeddings differs between language models. (IGVA uses an additional sentence encoder.)
 
         Args:
             input_ids, inputs_embeds: `(batch_size, sequence_length)` tokens, or their embeddings.
-            instruction_mask: `(batch_size, sequence_length)`, 1 or true where the tokens are the user's. By default
-                all are.
+            instruction_mask: `(batch_size, sequence_length)`, 1 or true for tokens of the user. By default all.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, language_hidden_size)`, in float32.
@@ -357,29 +356,29 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
-        Encodes images into visual memory, once, for any number of questions. To keep it, call this under
-        `torch.no_grad()`: else it holds on to what the encoder's backward would need, 84 times its size at 7B.
+        Encodes images into visual memory once, for any number of questions. If you keep the result, use
+        `torch.no_grad()`: otherwise it also keeps the activations for the encoder's backward, 84 times its size at 7B.
 
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`, or `(batch_size, num_images, num_channels,
                 height, width)` for samples with several images.
-            image_mask: `(batch_size,)` or `(batch_size, num_images)` booleans, false where a sample has no image,
-                whose `pixel_values` are ignored. By default all samples have all.
-            instruction: `(batch_size, language_hidden_size)`, the result of `get_instruction_features`. Needed where
-                `fuser_query` reads the user's text, which makes the memory one of this question alone.
-            kwargs: as in the vision encoder (`output_hidden_states`, `output_attentions`, ...).
+            image_mask: `(batch_size,)` or `(batch_size, num_images)` booleans, false if a sample has no image; its
+                `pixel_values` are then ignored. By default all are true.
+            instruction: `(batch_size, language_hidden_size)`, the result of `get_instruction_features`. Required if
+                `fuser_query` reads the user's text; the memory then is for this question only.
+            kwargs: arguments of the vision encoder (`output_hidden_states`, ...).
 
         Returns:
-            The vision encoder's output, of the samples that have an image, with the visual memory as `pooler_output`:
-            a `torch.Tensor` of shape `(batch_size, num_language_layers, num_positions, num_patches,
+            The vision encoder's output for the samples with an image, with the visual memory as `pooler_output`: a
+            `torch.Tensor` of shape `(batch_size, num_language_layers, num_positions, num_patches,
             projector_hidden_size + 1)`, for each language layer `SiLU(W_1 F_{l,p} + b_1)` and a last column of ones
-            that carries `b_2`; of several images the patches of each after those of the one before. A sample without
-            an image has zeros. In the language model's dtype. It is `None` with `visual_prompts="none"`. Pass either
-            as `visual_memory=` to `forward` or `generate`.
+            for `b_2`. The patches of several images are concatenated; samples without an image have zeros. The dtype
+            is the language model's. It is `None` with `visual_prompts="none"`. Pass the output or this tensor to
+            `forward` or `generate` as `visual_memory=`.
 
         Raises:
-            ValueError: if `pixel_values` does not have the adapter's image size or more images than its `max_images`,
-                `image_mask` or `instruction` another batch size, or an instruction is needed and missing.
+            ValueError: if `pixel_values` has another image size or more images than the adapter, `image_mask` or
+                `instruction` has another batch size, or a required instruction is missing.
         """
         return self._encode(self.active, pixel_values, image_mask, instruction, **kwargs)
 
@@ -397,7 +396,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             return BaseModelOutputWithPooling()
         check_instruction(adapter.config, instruction, pixel_values.shape[0])
         device = adapter.memory_slots.key.device
-        if device.type != "meta":  # as it is while the adapter is offloaded
+        if device.type != "meta":  # which is the case while the adapter is offloaded
             pixel_values = pixel_values.to(device)
         keeps_all = image_mask is None or torch.compiler.is_compiling()  # where shapes cannot depend on values
         rows = slice(None)
@@ -422,18 +421,17 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
     @torch.no_grad()
     def get_fusion_weights(self, pixel_values: torch.Tensor, instruction: torch.Tensor | None = None) -> torch.Tensor:
         """
-        What each language layer's memory is mixed from, for each image (method step 4).
+        The weights of the vision layers in the memory of each language layer, for each image (method step 4).
 
         Args:
             pixel_values, instruction: as in `get_image_features`, with one image for each sample.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_language_layers, num_positions, num_vision_layers)`. Each row
-            sums to one; layers of other groups have zero.
+            sums to one; the weights of other groups are zero.
 
         Raises:
-            ValueError: if the config says `visual_prompts="none"`, so that nothing is mixed; or as in
-                `get_image_features`.
+            ValueError: if the config has `visual_prompts="none"`; or as in `get_image_features`.
         """
         if self.config.visual_prompts == "none":
             raise ValueError('There are no fusion weights with `visual_prompts="none"`: no image enters the memory.')
@@ -446,12 +444,12 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
 
     @property
     def candidates(self) -> torch.Tensor:
-        """Vision layers that each language layer may draw from, D M, see [`LayerHierarchy`]."""
+        """Vision layers that each language layer may read, D M, see [`LayerHierarchy`]."""
         return self.hierarchy.candidates
 
     @property
     def valid_candidates(self) -> torch.Tensor:
-        """Which of `candidates` are no fillers, D M."""
+        """False for padding in `candidates`, D M."""
         return self.hierarchy.valid
 
     # --- read ---
@@ -473,25 +471,24 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         """
         Args:
             pixel_values: as in `get_image_features`, if any sample has an image.
-            image_mask: likewise, which samples have which images. By default all, also of `visual_memory`.
-            instruction_mask: `(batch_size, sequence_length)`, which tokens are the user's, for a `fuser_query` that
-                reads them. By default those of `attention_mask`.
-            visual_memory: result of `get_image_features`, in place of `pixel_values`. One row serves a whole batch.
-            adapter_names: for each sample the name of the adapter that it is to have, or `"__base__"` for none. Not
-                for training.
-            layer_memories: what `generate` makes of all these, once for all tokens.
+            image_mask: as in `get_image_features`, also for `visual_memory`. By default all are true.
+            instruction_mask: `(batch_size, sequence_length)`, 1 for tokens of the user, for a `fuser_query` that reads
+                them. By default `attention_mask`.
+            visual_memory: result of `get_image_features`, instead of `pixel_values`. One row is used for all texts.
+            adapter_names: for each sample the name of its adapter, or `"__base__"` for none. Only for inference.
+            layer_memories: computed by `generate` from the arguments above, once for all tokens.
 
-        All others are those of the language model. A cache (`past_key_values`) holds nothing of the image: give
-        `pixel_values` or `visual_memory` again with each call that continues from one.
+        All other arguments are those of the language model. A cache (`past_key_values`) does not contain the image:
+        pass `pixel_values` or `visual_memory` again with each call that continues from it.
 
         Raises:
-            ValueError: if there is no text, images, texts or names of adapters differ in number, there is no such
-                adapter, or two are given that exclude each other.
+            ValueError: if there is no text, the numbers of images, texts and adapter names differ, an adapter does not
+                exist, or two arguments exclude each other.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
-                "Give one of `input_ids` and `inputs_embeds`: an image is read by the tokens of a text, so a call "
-                "needs one. `get_image_features(pixel_values)` encodes an image alone."
+                "Give one of `input_ids` and `inputs_embeds`: the tokens of a text read the image, so each call "
+                "needs a text. `get_image_features(pixel_values)` encodes an image alone."
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -521,8 +518,8 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         **kwargs,
     ) -> tuple[tuple[LayerMemory | MixedLayerMemory, ...], BaseModelOutputWithPooling | None]:
         """
-        What the FFNs read in a batch, of whose rows `copies` follow each other, and what `get_image_features` gives
-        for it. The arguments are those of `forward`.
+        The memory that the FFNs read in a batch, with each row repeated `copies` times, and the result of
+        `get_image_features`. The arguments are those of `forward`.
         """
         check_one_of(pixel_values=pixel_values, visual_memory=visual_memory)
         check_one_of(visual_memory=visual_memory, adapter_names=adapter_names)
@@ -540,7 +537,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
     def _image_outputs(
         self, adapter: Adapter, inputs_embeds, instruction_mask, pixel_values, image_mask, visual_memory, **kwargs
     ) -> BaseModelOutputWithPooling | None:
-        """What `get_image_features` gives for a batch, with a given visual memory or an encoded one."""
+        """The result of `get_image_features` for a batch, for a given visual memory or for pixels."""
         if pixel_values is None and visual_memory is None:
             check_no_image(image_mask)
             if not self._needs_images:
@@ -555,27 +552,27 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
                 instruction = self.get_instruction_features(None, instruction_mask, inputs_embeds)
             outputs = self._encode(adapter, pixel_values, image_mask, instruction, **kwargs)
         else:
-            if image_mask is not None:  # of texts; the memory may have been made without it
+            if image_mask is not None:  # applies to the texts; the memory may have been encoded without it
                 visual_memory = mask_images(adapter.config, visual_memory, image_mask, inputs_embeds.shape[0])
             outputs = BaseModelOutputWithPooling(pooler_output=visual_memory)
         if outputs.pooler_output is not None:
             check_visual_memory(adapter.config, outputs.pooler_output, inputs_embeds.shape[0])
             moved = {"pooler_output": outputs.pooler_output.to(inputs_embeds.device)}
-            outputs = BaseModelOutputWithPooling(**{**outputs, **moved})  # the given one may be used by other threads
+            outputs = BaseModelOutputWithPooling(**{**outputs, **moved})  # a copy: other threads may use the original
         return outputs
 
     @property
     def _needs_images(self) -> bool:
         """
-        Whether a batch without any image is given a blank one, to no effect. Half of ScienceQA has no image, and all
-        processes must run the same modules at each step: in training (DDP), and wherever the base models are divided
+        Whether a batch without any image encodes a blank one, which has no effect. Half of ScienceQA has no image, and
+        all processes must run the same modules at each step: in training (DDP), and if the base models are sharded
         (ZeRO-3, FSDP2).
         """
         is_divided = isinstance(next(self.vision_tower.parameters()), DTensor)
         return self.training or is_deepspeed_zero3_enabled() or is_divided
 
     def _mix_layer_memories(self, adapter_names: list[str], parts, copies: int) -> tuple[MixedLayerMemory, ...]:
-        """What the FFNs read where each sample has the adapter that it names, for its image as well."""
+        """The memory that the FFNs read if each sample has its own adapter, which also encodes its image."""
         if self.training:
             raise ValueError("`adapter_names` is for inference. To train, make one adapter active with `set_adapter`.")
         if len(adapter_names) != len(parts[0]):
@@ -592,7 +589,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             adapter, own = self.get_adapter(name), [row for row, other in enumerate(adapter_names) if other == name]
             rows = torch.tensor(own, device=parts[0].device)
             own_parts = [None if part is None else part[rows.to(part.device)] for part in parts]
-            own_parts[2:] = drop_absent_images(*own_parts[2:])  # this adapter may read fewer than the others
+            own_parts[2:] = drop_absent_images(*own_parts[2:])  # this adapter may read fewer images than the others
             visual_memory = as_visual_memory(self._image_outputs(adapter, *own_parts, None))
             if visual_memory is not None:
                 visual_memory = visual_memory.repeat_interleave(copies, dim=0)
@@ -664,10 +661,11 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
     ) -> DehvfCausalLMOutputWithPast:
         """
         Args:
-            labels: `(batch_size, sequence_length)` token ids, -100 where no loss is taken.
-            logits_to_keep: compute logits, and the loss, for the last so many positions only; 0 is all.
+            labels: `(batch_size, sequence_length)` token ids, -100 for tokens without a loss.
+            logits_to_keep: number of last positions for which logits and loss are computed; 0 means all.
 
-        All others as in [`DehvfModel.forward`]; with `labels`, the tokens without a loss are the user's by default.
+        All others as in [`DehvfModel.forward`]. With `labels`, the default `instruction_mask` is the tokens without a
+        loss.
         """
         reads_instruction = self.config.reads_instruction or adapter_names is not None  # one of them may
         if reads_instruction and instruction_mask is None and labels is not None:

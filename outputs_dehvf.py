@@ -1,5 +1,5 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""What a call gives: the outputs of both models, and the logits as the language model computes them."""
+"""Output classes of both models, and the logits as the language model computes them."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ class VisualMemoryOutput:
     @property
     def visual_memory(self) -> torch.Tensor | None:
         """
-        What the images were encoded to, `(batch_size, num_language_layers, num_positions, num_patches,
-        projector_hidden_size + 1)`. Pass it back as `visual_memory=` to ask again without encoding again.
+        The encoded images, `(batch_size, num_language_layers, num_positions, num_patches, projector_hidden_size + 1)`.
+        Pass it as `visual_memory=` to ask again without running the encoder.
         """
         return as_visual_memory(self.image_outputs)
 
@@ -27,7 +27,8 @@ class VisualMemoryOutput:
 class DehvfModelOutputWithPast(VisualMemoryOutput, BaseModelOutputWithPast):
     """
     Adds to the language model's output:
-        image_outputs (`BaseModelOutputWithPooling`, *optional*): of the images, as `get_image_features` returns them.
+        image_outputs (`BaseModelOutputWithPooling`, *optional*): the encoded images, as returned by
+            `get_image_features`.
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
@@ -42,8 +43,8 @@ class DehvfCausalLMOutputWithPast(VisualMemoryOutput, CausalLMOutputWithPast):
 
 def compute_logits(lm_head: nn.Module, hidden_states: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
     """
-    The logits as the language model itself computes them, bit for bit: some models scale or cap the results of their
-    head, by numbers of their config.
+    Computes the logits bit for bit as the language model itself does: some models scale or cap the output of their
+    head with values of their config.
 
     Args:
         hidden_states: `(batch_size, num_tokens, language_hidden_size)`.

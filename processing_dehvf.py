@@ -1,5 +1,5 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Images and text, or chat messages, to the tensors that DEHVF takes."""
+"""Converts images and text, or chat messages, into the input tensors of DEHVF."""
 
 import os
 from itertools import takewhile
@@ -20,7 +20,7 @@ from .hub_dehvf import open_repository
 from .images_dehvf import read_image
 
 
-# Leaves the text of each message and drops its images, since templates of language models expect plain strings
+# Keeps the text of each message and removes its images, since templates of language models expect plain strings
 KEEP_TEXT = """\
 {%- set chat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -54,7 +54,10 @@ CHAT_TEMPLATE = """\
 
 
 def set_image_size(image_processor, image_size: int):
-    """Makes an image processor return square images of this side. One that crops them cuts off the same share."""
+    """
+    Makes an image processor return square images of this size. If it crops images, the cropped fraction does not
+    change.
+    """
     square = {"height": image_size, "width": image_size}
     if getattr(image_processor, "do_center_crop", None):
         scale = image_size / image_processor.crop_size["height"]
@@ -65,7 +68,7 @@ def set_image_size(image_processor, image_size: int):
 
 
 def result_size(image_processor) -> tuple[int, int]:
-    """Width and height of an image processor's results."""
+    """Width and height of the images that an image processor returns."""
     crops = getattr(image_processor, "do_center_crop", None)
     side = dict(image_processor.crop_size if crops else image_processor.size)
     return (side["width"], side["height"]) if "width" in side else (side["shortest_edge"],) * 2
@@ -79,7 +82,7 @@ def cut_tiles(image: Image.Image, rows: int, columns: int) -> list[Image.Image]:
 
 
 def fit_image(image: Image.Image, image_fit: str, image_processor, rows: int = 1, columns: int = 1) -> Image.Image:
-    """Makes an image as large as so many rows and columns of the image processor's results."""
+    """Fits an image to the size of a grid of images of the image processor, by default a single one."""
     width, height = result_size(image_processor)
     size = (columns * width, rows * height)
     if image_fit == "squash":
@@ -90,18 +93,18 @@ def fit_image(image: Image.Image, image_fit: str, image_processor, rows: int = 1
     return ImageOps.pad(image, size, image_processor.resample, colour)
 
 
-# A tokenizer of one word, to which a post-processor adds special tokens
+# A tokenizer with one word, used to find the special tokens that a post-processor adds
 ONE_WORD = '{"added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}'
 
 
 def num_appended_tokens(tokenizer) -> int:
-    """Number of special tokens that a tokenizer appends to each text, such as that of `add_eos_token`."""
+    """Number of special tokens that a tokenizer appends to each text, for example because of `add_eos_token`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         is_special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
     elif backend.post_processor is None:
         return 0
-    else:  # the tokenizer itself would forget its padding, while another thread may be using it
+    else:  # calling the tokenizer would reset its padding, which another thread may be using
         one_word = type(backend).from_str(ONE_WORD)
         one_word.post_processor = backend.post_processor
         is_special = one_word.encode("a").special_tokens_mask
@@ -109,14 +112,14 @@ def num_appended_tokens(tokenizer) -> int:
 
 
 def check_part(part: dict):
-    """Raises `ValueError` if a part of a message can be read by nothing."""
+    """Raises `ValueError` if a part of a message is not supported."""
     kind = part.get("type")
     if kind not in ("text", "image", "image_url"):
         raise ValueError(f"A message has a part of type {kind!r}. Give parts of type 'text' and 'image'.")
     if kind != "text" and all(part.get(name) is None for name in ("image", "url", "path", "base64", "image_url")):
         raise ValueError(
-            "A message has a part of type 'image' without the image. Put it there, as `image`, `url`, `path` or "
-            "`base64`; or render the text (`tokenize=False`) and call the processor with `images` and `text`."
+            "A message has a part of type 'image' without the image. Add it to the part as `image`, `url`, `path` "
+            "or `base64`; or render the text (`tokenize=False`) and call the processor with `images` and `text`."
         )
 
 
@@ -127,29 +130,30 @@ class DehvfProcessorKwargs(ProcessingKwargs, total=False):
 @shared
 class DehvfProcessor(ProcessorMixin):
     """
-    Combines an image processor and a tokenizer. There is no image token: a question has the same text with and
-    without an image, and image `i` belongs to text `i`. For a text with several images, entry `i` is a list of them.
+    Combines an image processor and a tokenizer. There is no image token: a question has the same text with and without
+    an image, and image `i` belongs to text `i`. For a text with several images, entry `i` of `images` is a list.
 
     A call with `images` and `text` returns `input_ids` and `attention_mask`, padded on the left, and, if any sample
     has an image, `pixel_values` of shape `(batch_size, num_channels, height, width)` and `image_mask` of shape
     `(batch_size,)`, which is false for samples without an image (their pixels are zero). If any sample has several,
     or tiles, the shapes are `(batch_size, num_images, num_channels, height, width)` and `(batch_size, num_images)`:
-    the images of a sample in their order, each followed by its tiles, row by row. One text gives a batch of one. A
-    text that already begins with the beginning-of-sequence token, as rendered by the chat template, gets no
-    special tokens, and no text ends with an end-of-sequence token that the tokenizer would append.
+    the images of a sample in their order, each followed by its tiles, row by row. A single text gives a batch of one.
+    No special tokens are added to texts that already begin with the beginning-of-sequence token, such as the output of
+    the chat template, and end-of-sequence tokens that the tokenizer appends are removed.
 
     Args:
         image_processor: image processor of the vision encoder.
-        tokenizer: tokenizer of the language model. It is set to pad on the left, which generation needs; without a
-            padding token it pads with the unknown token or else the end-of-sequence token.
-        chat_template (`str`, *optional*): Jinja template. Defaults to that of the tokenizer. If it has none, each
-            message is a line of its own, and the answer follows `Response:`.
-        image_fit (`str`, *optional*): how an image that is not square becomes so: `crop` (its centre), `squash`
-            (other proportions), or `pad` (with the mean colour of `image_processor`). Defaults to what
-            `image_processor` does.
-        max_images (`int`): images that a sample may have, as in [`DehvfConfig`].
+        tokenizer: tokenizer of the language model. It is set to pad on the left, as generation requires. If it has no
+            padding token, it pads with the unknown token or else the end-of-sequence token.
+        chat_template (`str`, *optional*): Jinja template. Defaults to the template of the tokenizer. If there is none,
+            each message is a separate line, and the answer follows `Response:`.
+        image_fit (`str`, *optional*): how an image that is not square is made square: `crop` (to its centre), `squash`
+            (change its proportions), or `pad` (with the mean colour of `image_processor`). By default
+            `image_processor` decides.
+        max_images (`int`): maximum number of images per sample, as in [`DehvfConfig`].
         image_tiles (`str`, *optional*): rows and columns of tiles, as in [`DehvfConfig`]. An image that is wider or
-            higher than the results of `image_processor` is made as large as all tiles together, as `image_fit` says.
+            higher than the output of `image_processor` is fitted to the size of all tiles together, according to
+            `image_fit`.
 
     Raises:
         ValueError: if `image_fit` or `image_tiles` has another value, a sample has more than `max_images` images, the
@@ -205,10 +209,10 @@ class DehvfProcessor(ProcessorMixin):
     ):
         """
         Loads the image processor of `vision_model` and the tokenizer of `text_model`, each a Hub id or folder.
-        `chat_template` replaces that of the tokenizer and reads each message's `content` as a string; `image_size` is
-        that of [`DehvfConfig`]; the others are as above.
+        `chat_template` replaces the template of the tokenizer; in it, the `content` of each message is a string.
+        `image_size` is the same as in [`DehvfConfig`]; the other arguments are described above.
         """
-        kwargs.setdefault("trust_remote_code", False)  # `None` asks in a terminal
+        kwargs.setdefault("trust_remote_code", False)  # `None` would prompt in a terminal
         image_processor = AutoImageProcessor.from_pretrained(vision_model, revision=vision_model_revision, **kwargs)
         if image_size is not None:
             set_image_size(image_processor, image_size)
@@ -219,7 +223,9 @@ class DehvfProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """Loads a saved processor or, from a folder or repository that has only a config, those of its bases."""
+        """
+        Loads a saved processor. If the folder or repository only has a config, loads the processors of its bases.
+        """
         kwargs.setdefault("trust_remote_code", False)  # as above
         hub_kwargs = hub_arguments(kwargs)
         source = {**hub_kwargs, **{name: kwargs[name] for name in ("revision", "subfolder") if name in kwargs}}
@@ -245,8 +251,8 @@ class DehvfProcessor(ProcessorMixin):
         self, repo_id: str, *, private: bool | None = None, token: bool | str | None = None, **kwargs
     ) -> CommitInfo:
         """
-        Uploads the processor's files to a repository on the Hub, in one commit, without a card, which the model's
-        `push_to_hub` writes. The arguments are the same.
+        Uploads the processor's files to a repository on the Hub, in one commit. It does not write a card; the model's
+        `push_to_hub`, which has the same arguments, does.
         """
         repo_id = open_repository(repo_id, private, token, kwargs.get("revision"))
         with TemporaryDirectory() as folder:
@@ -264,7 +270,7 @@ class DehvfProcessor(ProcessorMixin):
         inputs = super().__call__(images=images, text=text, **kwargs)
         adds = kwargs.get("add_special_tokens", kwargs.get("text_kwargs", {}).get("add_special_tokens", True))
         if text is not None and adds and (appended := num_appended_tokens(self.tokenizer)):
-            # An answer cannot follow a prompt that ends with EOS
+            # The model cannot answer a prompt that ends with EOS
             for name in self.tokenizer.model_input_names:
                 rows = inputs[name]
                 inputs[name] = [row[:-appended] for row in rows] if isinstance(rows, list) else rows[:, :-appended]
@@ -272,8 +278,8 @@ class DehvfProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation, *args, tokenize: bool = False, **kwargs):
         """
-        As in `transformers`. Raises `ValueError` if messages that are tokenized have parts that are neither text nor
-        image, or images that are not there, which would be left out in silence.
+        As in `transformers`. With `tokenize=True`, raises `ValueError` if messages have parts that are neither text
+        nor image, or image parts without an image, which would otherwise be ignored silently.
         """
         if tokenize:
             chats = [conversation] if conversation and isinstance(conversation[0], dict) else conversation
@@ -290,12 +296,12 @@ class DehvfProcessor(ProcessorMixin):
         return images, text, videos, audio
 
     def _read_sample(self, sample) -> list[Image.Image]:
-        """The images of a sample, which may be an image, `None`, or a list of images."""
+        """Reads the images of a sample, which is an image, `None`, or a list of images."""
         images = [image for image in (sample if isinstance(sample, (list, tuple)) else [sample]) if image is not None]
         if len(images) > self.max_images:
             raise ValueError(
                 f"A sample has {len(images)} images, but this adapter reads at most {self.max_images} per text "
-                "(`max_images`). Pass the others as samples of their own, or make an adapter with a larger "
+                "(`max_images`). Pass the others as separate samples, or make an adapter with a larger "
                 "`max_images`."
             )
         return [read_image(image) for image in images]
@@ -316,14 +322,14 @@ class DehvfProcessor(ProcessorMixin):
             for number, image in enumerate(own):
                 new = self._views(image, rows, columns)
                 views += new
-                # A tile is always in the same place, also after an image that is too small for tiles
+                # A tile always has the same index, also after an image that is too small for tiles
                 places += [(sample, number * (1 + rows * columns) + view) for view in range(len(new))]
         if not views:
             return {}, []
         if self.image_fit is not None and getattr(self.image_processor, "do_center_crop", None):
-            # DINOv2's would enlarge what was fitted, and crop it again
+            # The image processor of DINOv2 would enlarge the fitted image and crop it again
             kwargs |= {"do_resize": False, "do_center_crop": False}
-        kwargs["do_rescale"] = getattr(self.image_processor, "do_rescale", True)  # since all were read with 8 bits
+        kwargs["do_rescale"] = getattr(self.image_processor, "do_rescale", True)  # all were read with 8 bits
         processed = self.image_processor(views, **{**kwargs, "return_tensors": "np"})
         pixels, where = np.asarray(processed["pixel_values"]), tuple(np.transpose(places))
         # One row per sample, so that batches can be sliced, gathered and repeated like every other input
@@ -337,7 +343,7 @@ class DehvfProcessor(ProcessorMixin):
         return {"pixel_values": pixel_values, "image_mask": image_mask}, []
 
     def _views(self, image: Image.Image, rows: int, columns: int) -> list[Image.Image]:
-        """What the image processor is given for an image: the whole, and its tiles if it is large."""
+        """The inputs of the image processor for an image: the whole image, and its tiles if it is large."""
         if self.image_fit is None:
             return [image]
         views = [fit_image(image, self.image_fit, self.image_processor)]

@@ -1,9 +1,9 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Several adapters on one pair of base models: loaded, switched, chosen for each sample, disabled.
+Several adapters on one pair of base models: loading, switching, selecting one for each sample, disabling.
 
-A call holds on to the adapter that it began with, and nothing that other threads read is changed in place: a new dict
-takes the place of the old one. So adapters can be loaded, switched and deleted while other threads generate.
+A call keeps the adapter with which it began, and nothing that other threads read is changed in place: dicts are
+replaced by new ones. Adapters can therefore be loaded, switched and deleted while other threads generate.
 """
 
 import threading
@@ -21,13 +21,13 @@ from .configuration_dehvf import DehvfConfig
 
 logger = logging.get_logger(__name__)
 
-ADAPTER_FIELDS = ("hierarchy", *ADAPTER_MODULES)  # the modules of an adapter, also those without parameters
-BASE_MODEL = "__base__"  # in place of an adapter's name
-_CHANGES = threading.RLock()  # held by whoever adds, removes or activates an adapter; calls need no lock
+ADAPTER_FIELDS = ("hierarchy", *ADAPTER_MODULES)  # the modules of an adapter, including those without parameters
+BASE_MODEL = "__base__"  # used instead of the name of an adapter
+_CHANGES = threading.RLock()  # held while an adapter is added, removed or activated; calls need no lock
 
 
 class _Disabled(threading.local):
-    """The models whose adapter is disabled in this thread."""
+    """The models whose adapters are disabled in this thread."""
 
     models = ()
 
@@ -37,8 +37,9 @@ _DISABLED = _Disabled()
 
 class AdapterSet:
     """
-    The adapters of a [`DehvfModel`]: `adapters` has all by name, `active` is one of them, called `active_adapter`. The
-    modules of the active one are also the model's own (`fuser`, `projector`, ...), so that they are its parameters.
+    The adapters of a [`DehvfModel`]: `adapters` contains all of them by name, `active` is the active one, and
+    `active_adapter` is its name. The modules of the active adapter are also attributes of the model (`fuser`,
+    `projector`, ...), so that the model has their parameters.
     """
 
     adapters, active, active_adapter = {}, None, None
@@ -54,7 +55,7 @@ class AdapterSet:
         return adapters[adapter_name]
 
     def add_adapter_modules(self, adapter_name: str, adapter):
-        """Adds an adapter with the dtype of the active one, or in float32."""
+        """Adds an adapter, in the dtype of the active adapter or else in float32."""
         dtype = torch.float32 if self.active is None else self.active.memory_slots.key.dtype
         for module in adapter.modules().values():
             module.to(dtype).eval()
@@ -70,7 +71,7 @@ class AdapterSet:
             for other in self.adapters.values():
                 for module in other.modules().values():
                     module.train(self.training and other is adapter)
-            # As a whole: whoever iterates over the modules in another thread sees those of one adapter
+            # Replaced in one step, so that another thread that iterates over the modules sees one adapter only
             others = {name: module for name, module in self._modules.items() if name not in ADAPTER_FIELDS}
             self._modules = {**others, **adapter.modules()}
             self.active, self.active_adapter, self.config = adapter, adapter_name, adapter.config
@@ -85,7 +86,7 @@ class AdapterSet:
             self.adapters = {name: adapter for name, adapter in self.adapters.items() if name != adapter_name}
 
     def __setattr__(self, name, value):
-        """A module of the active adapter that is replaced, by `peft` for instance, is replaced for calls as well."""
+        """If a module of the active adapter is replaced, for example by `peft`, calls use the new module too."""
         super().__setattr__(name, value)
         if name in ADAPTER_FIELDS:
             with _CHANGES:
@@ -93,10 +94,10 @@ class AdapterSet:
                 self.adapters = {**self.adapters, self.active_adapter: self.active}
 
     def add_module(self, name, module):
-        setattr(self, name, module)  # `nn.Module` would pass by what is done above
+        setattr(self, name, module)  # `nn.Module` would bypass `__setattr__`
 
     def _apply(self, fn, recurse=True):
-        """Inactive adapters follow when the model is moved or converted."""
+        """Moves or converts inactive adapters together with the model."""
         for adapter in self.adapters.values():
             for module in adapter.modules().values() if adapter is not self.active else ():
                 module._apply(fn, recurse)
@@ -109,7 +110,7 @@ class AdapterSet:
         try:
             yield
         finally:
-            # One of those that are there now: contexts of two coroutines or generators need not end in reverse order
+            # Removes one entry: the contexts of two coroutines or generators may not end in reverse order
             models = list(_DISABLED.models)
             del models[next(index for index, model in enumerate(models) if model is self)]
             _DISABLED.models = tuple(models)
@@ -126,7 +127,7 @@ class SwitchingMixin:
 
     @property
     def adapter_names(self) -> list[str]:
-        """The names of all adapters that are loaded, the active one first."""
+        """The names of all loaded adapters, the active one first."""
         model = self.base_model
         return [model.active_adapter, *(name for name in model.adapters if name != model.active_adapter)]
 
@@ -136,9 +137,9 @@ class SwitchingMixin:
 
     def load_adapter(self, pretrained_model_name_or_path, adapter_name: str, **kwargs):
         """
-        Loads a further adapter onto the base models that are there. It may have another config, but not other base
-        models: a warning says if their ids or commits differ, since copies may have several names. The first adapter
-        is called `"default"` and stays active until `set_adapter` is called.
+        Loads a further adapter for the current base models. Its config may differ, but not its base models. If their
+        ids or commits differ, there is only a warning, since copies of a model may have different names. The first
+        adapter is called `"default"` and stays active until `set_adapter` is called.
 
         Args:
             pretrained_model_name_or_path: Hub id or folder that `save_pretrained` wrote.
@@ -147,7 +148,7 @@ class SwitchingMixin:
 
         Raises:
             OSError: if there is no adapter.
-            ValueError: if the name is taken, the adapter does not fit its config, or was made for base models of
+            ValueError: if the name is taken, the adapter does not fit its config, or it was made for base models of
                 other sizes.
         """
         if adapter_name in (taken := [*self.adapter_names, BASE_MODEL]):
@@ -161,7 +162,7 @@ class SwitchingMixin:
         self._take_over_bases(config, adapter_name)
         empty = self._empty_adapter(config, pretrained_model_name_or_path)
         check_adapter_tensors(tensors, empty.state_dict(), pretrained_model_name_or_path)
-        with torch.device("meta"):  # draws no random numbers, which other threads may be drawing
+        with torch.device("meta"):  # without drawing random numbers, since other threads may be drawing some
             adapter = self.build_adapter(config)
         modules = nn.ModuleDict(adapter.modules()).to_empty(device=self.base_model.memory_slots.key.device)
         modules.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
@@ -169,7 +170,7 @@ class SwitchingMixin:
         self.base_model.add_adapter_modules(adapter_name, adapter)
 
     def _take_over_bases(self, config: DehvfConfig, adapter_name: str):
-        """Makes a config refer to this model's base models, and warns if it was made for others."""
+        """Sets the base models of a config to those of this model, and warns if it was made for others."""
         config._attn_implementation = self.config._attn_implementation
         for key in ("vision", "text"):
             check_base(getattr(self.config, f"{key}_config"), getattr(config, f"{key}_config"), "this model")
@@ -185,8 +186,8 @@ class SwitchingMixin:
 
     def set_adapter(self, adapter_name: str):
         """
-        Makes an adapter the active one: the one that calls use by default, and that is trained and saved. Calls that
-        run in other threads finish with the adapter that they began with.
+        Activates an adapter: calls use it by default, and it is trained and saved. Calls that are running in other
+        threads finish with the adapter with which they began.
 
         Raises:
             ValueError: if none of this name is loaded.
@@ -207,9 +208,9 @@ class SwitchingMixin:
     @contextmanager
     def disable_adapter(self):
         """
-        Inside this context the model is its language model alone, bit for bit, and images are ignored. This
-        holds for calls that are made in the same thread, also by other coroutines while this one waits. To call it
-        from several threads or coroutines, or for some samples of a batch, `adapter_names=["__base__"]` does the same.
+        Inside this context the model computes the same as its language model, bit for bit, and ignores images. This
+        applies to calls in the same thread, including other coroutines while this one waits. To disable the adapter
+        for single threads, coroutines or samples of a batch, use `adapter_names=["__base__"]`.
         """
         with self.base_model.disabled_in_this_thread():
             yield

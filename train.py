@@ -11,8 +11,8 @@ Trains adapters on frozen bases, evaluates them on the test split and saves them
     accelerate launch train.py recipes/scienceqa-llama7b.yaml --push_to_hub true --hub_model_id org/dehvf-llama7b
 
 A recipe is a YAML file with flags that `--help` lists. It may name another recipe as its `base`; flags override both.
-`--output_dir` contains `run.json` (arguments, config, versions), the adapters (`model.safetensors` and the files to
-load them), `README.md` (the model card), `predictions.jsonl` and `results.json`. With `--save_strategy steps` or
+A run writes `run.json` (arguments, config, versions), the adapters (`model.safetensors` and the files to load them),
+`README.md` (the model card), `predictions.jsonl` and `results.json` to `--output_dir`. With `--save_strategy steps` or
 `epoch`, an interrupted run resumes from its last complete checkpoint when the same command is run again.
 """
 
@@ -53,7 +53,7 @@ def main(arguments: list[str]):
     main_process, folder = training_args.process_index == 0, Path(training_args.output_dir)
     run, checkpoint = choose_start(training_args, data_args, model_args, adapter_args, baseline_args)
     repository = open_repository(training_args)
-    if training_args.run_name is None:  # for `report_to`: the same when the run resumes, and another for each run
+    if training_args.run_name is None:  # for `report_to`: unique for each run, and unchanged when it is resumed
         training_args.run_name = f"{folder.name}-{run['run'][:8]}"
 
     processor = load_processor(model_args, adapter_args)
@@ -88,7 +88,7 @@ def main(arguments: list[str]):
         print(f"\nStopped at step {trainer.state.global_step}. The same command resumes from the last checkpoint.")
 
     if torch.distributed.is_initialized():
-        # In this order: a Trainer under DDP that was freed after its process group sometimes hung
+        # In this order: under DDP, freeing the Trainer after its process group sometimes hung
         del trainer
         gc.collect()
         torch.distributed.destroy_process_group()
@@ -118,12 +118,15 @@ def make_trainer(task, processor, splits: dict, model, data_args, training_args,
 
 
 def train(trainer: AnswerTrainer, checkpoint: Path | None, streamed: bool) -> dict:
-    """Trains. Returns the seconds, with those before the checkpoint, and the number of unreadable images."""
+    """
+    Trains. Returns the training time in seconds, including the time before the checkpoint, and the number of
+    unreadable images.
+    """
     result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     unreadable = torch.tensor(int(trainer.train_dataset.unreadable_images), device=trainer.args.device)
     return {
         "train_seconds": trainer.run["train_seconds"] + result.metrics["train_runtime"],
-        # Each process reads rows of its own, but the whole of a stream
+        # Each process reads its own rows, but every process reads the whole stream
         "unreadable_image_reads": int(unreadable if streamed else trainer.accelerator.reduce(unreadable)),
     }
 

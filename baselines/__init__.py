@@ -4,9 +4,9 @@ The baselines of the paper's tables, ADEM-VL and IGVA, on the same frozen bases 
 
     model = build("llava-lora", "openai/clip-vit-large-patch14", "huggyllama/llama-7b", lora_rank=8)
 
-Each method is `transformers`' LLaVA, whose vision tower and language model are the loaded bases, and has its trained
-modules in a file of its own: `llava.py`, `llava_lora.py`, `lavin.py`, `llama_adapter.py`, `llama_adapter_v2.py`,
-`adem_vl.py`, `igva.py`. What all share is here.
+Each method is the LLaVA class of `transformers` with the loaded bases as vision tower and language model. Its trained
+modules are in a separate file: `llava.py`, `llava_lora.py`, `lavin.py`, `llama_adapter.py`, `llama_adapter_v2.py`,
+`adem_vl.py`, `igva.py`. Shared code is in this file.
 
 Letters at the end of a line give shapes: B samples, I images, n tokens per image, T tokens, L language layers,
 A prompt length, h language width.
@@ -40,10 +40,10 @@ VISION_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2")
 @dataclass
 class BaselineArguments:
     """
-    Sizes of the baselines. The defaults are those of the 7B rows of the paper's tables, whose trained parameters they
-    meet: 4.4 M (LLaVA-LoRA), 3.8 M (LaVIN), 1.8 M (LLaMA-Adapter), 14 M (LLaMA-Adapter V2), and for ADEM-VL those of
-    its authors for ScienceQA at 7B, 4.5 M. IGVA's are those of its authors as well. "ours" marks what no source gives.
-    Each help begins with the methods that read the size.
+    Sizes of the baselines. The defaults match the trained parameters of the 7B rows of the paper's tables: 4.4 M
+    (LLaVA-LoRA), 3.8 M (LaVIN), 1.8 M (LLaMA-Adapter) and 14 M (LLaMA-Adapter V2). The defaults for ADEM-VL (4.5 M,
+    for ScienceQA at 7B) and IGVA are those of their authors. "ours" marks values that no source gives. Each help text
+    begins with the methods that read the value.
     """
 
     lora_rank: int = field(default=8, metadata={"help": "llava-lora, igva: rank (ours, meets the paper's count)."})
@@ -151,8 +151,8 @@ class BaselineArguments:
 
 class Projector(nn.Module):
     """
-    The two-layer network from vision to language width, `(num_images, num_tokens, in_size)` to `(num_images,
-    num_tokens, out_size)`, in place of LLaVA's, which alone has 21 M parameters at 7B. Initialised as LaVIN does.
+    A two-layer network from vision to language width, `(num_images, num_tokens, in_size)` to `(num_images, num_tokens,
+    out_size)`, which replaces the projector of LLaVA, since that has 21 M parameters at 7B. Initialised as in LaVIN.
     """
 
     def __init__(self, in_size: int, size: int, out_size: int, hidden_act: str):
@@ -170,16 +170,16 @@ class Projector(nn.Module):
 
 def class_features(hidden_states: torch.Tensor, has_class_token: bool) -> torch.Tensor:
     """
-    The class tokens of hidden states, `(num_images, num_tokens, width)` to `(num_images, width)`; of a vision encoder
-    without one (SigLIP) the means over the patches, as in DEHVF.
+    The class tokens of hidden states, `(num_images, num_tokens, width)` to `(num_images, width)`. For a vision encoder
+    without a class token (SigLIP), the means over the patches, as in DEHVF.
     """
     return hidden_states[:, 0] if has_class_token else hidden_states.mean(dim=1)
 
 
 class ClassTokenProjector(Projector):
     """
-    Takes the hidden states of several layers side by side, as LLaVA does with a list in `vision_feature_layer`, and
-    projects their [`class_features`]: one token for every `layers_per_token` of them.
+    Reads the concatenated hidden states of several layers, as LLaVA passes them for a list in `vision_feature_layer`,
+    and projects their [`class_features`]: one token for every `layers_per_token` layers.
     """
 
     def __init__(self, vision_config, layers_per_token: int, size: int, out_size: int, hidden_act: str):
@@ -192,24 +192,25 @@ class ClassTokenProjector(Projector):
 
 
 def spread_layers(num_layers: int, number: int) -> list[int]:
-    """`number` of the layers `1..num_layers`, evenly spaced, the last one among them: 6 of 24 are 4, 8, ..., 24."""
+    """`number` evenly spaced layers of `1..num_layers`, including the last one: 6 of 24 are 4, 8, ..., 24."""
     if not 1 <= number <= num_layers:
         raise ValueError(
-            f"Class tokens of {number} vision layers are wanted (`lavin_image_tokens`, `adaption_image_layers`), but "
-            f"the vision encoder has {num_layers} layers. Ask for 1 to {num_layers}."
+            f"Class tokens of {number} vision layers are needed (`lavin_image_tokens`, `adaption_image_layers`), but "
+            f"the vision encoder has {num_layers} layers. Set it to 1 to {num_layers}."
         )
     return [num_layers * (index + 1) // number for index in range(number)]
 
 
 class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
     """
-    `transformers`' LLaVA on loaded bases, which it freezes. Subclasses say what is trained; only that is saved.
+    The LLaVA class of `transformers` with loaded, frozen bases. Subclasses add the trained modules; only these are
+    saved.
 
     Args:
         vision_tower, causal_lm (`PreTrainedModel`): the bases, of a type in `VISION_TYPES` and `TEXT_TYPES`.
-        projector (`nn.Module`): takes the place of `multi_modal_projector`.
+        projector (`nn.Module`): replaces `multi_modal_projector`.
         image_size (`int`, *optional*): side of the images in pixels, as in [`DehvfConfig`].
-        config_values: fields of `LlavaConfig`, on how the vision tower is read.
+        config_values: fields of `LlavaConfig` about the features of the vision tower.
 
     Raises:
         ValueError: if `image_size` is not a positive multiple of the patch size.
@@ -219,13 +220,13 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         config = LlavaConfig(
             vision_config=vision_tower.config,
             text_config=causal_lm.config,
-            image_token_index=causal_lm.config.vocab_size,  # the first id that no token has; it gets no weights
+            image_token_index=causal_lm.config.vocab_size,  # the first unused token id; it has no embedding
             attn_implementation=causal_lm.config._attn_implementation,  # or the bases would lose theirs
             image_size=image_size,
             **config_values,
         )
-        DehvfConfig.validate_image_size(config)  # it has the fields that the check reads
-        with torch.device("meta"):  # all that LLaVA builds itself is replaced
+        DehvfConfig.validate_image_size(config)  # it has the fields that the check needs
+        with torch.device("meta"):  # all modules that LLaVA builds itself are replaced
             super().__init__(config)
         self.vision_layout = layouts.find_vision_layout(vision_tower.config)
         self.model.vision_tower = vision_tower
@@ -256,7 +257,7 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         """
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`; by default one blank image.
-            image_mask: `(batch_size,)` booleans, false for rows of zeros, which are dropped. By default none is.
+            image_mask: `(batch_size,)` booleans, false for rows of zeros, which are removed. By default all are true.
 
         Returns:
             `torch.Tensor` of shape `(num_images, num_image_tokens, language_hidden_size)`.
@@ -279,7 +280,7 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs):
-        """Writes the trained tensors alone (`model.safetensors`) and the config; `load_trained` reads them."""
+        """Writes the trained tensors (`model.safetensors`) and the config; `load_trained` reads them."""
         names = self._trained_names()
         trained = {name: tensor for name, tensor in (state_dict or self.state_dict()).items() if name in names}
         super().save_pretrained(
@@ -288,7 +289,7 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
 
     def load_trained(self, folder: str | os.PathLike):
         """
-        Reads what `save_pretrained` wrote of a model that `build` made with the same bases and values.
+        Reads the files of `save_pretrained` of a model that `build` has made with the same bases and values.
 
         Raises:
             ValueError: if other tensors are trained here. `load_state_dict` refuses other shapes.
@@ -304,13 +305,13 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
 
 class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
     """
-    A method with image tokens in the sequence. Rows have the ids `image_tokens` somewhere, once for each image, and
-    the features of their images replace the embeddings there.
+    A method with image tokens in the sequence. Rows contain the ids `image_tokens` once for each image; the features
+    of the images replace their embeddings.
     """
 
     @property
     def image_tokens(self) -> list[int]:
-        """The placeholders of one image, to be put into `input_ids`."""
+        """The placeholders of one image in `input_ids`."""
         return [self.config.image_token_id] * self.config.image_seq_length
 
     def forward(
@@ -330,7 +331,7 @@ class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
                 num_images, num_channels, height, width)`, which only LLaVA and LLaVA-LoRA read.
             image_mask: `(batch_size,)` or `(batch_size, num_images)` booleans, which samples have which images. By
                 default all.
-            features: the result of `image_features`, if it is there.
+            features: the result of `image_features`, if it has been computed.
 
         All others, and the output, are those of `LlavaForConditionalGeneration`.
 
@@ -341,7 +342,7 @@ class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
         if pixel_values is None:
             inputs_embeds = embed(input_ids)  # B T h
             if self.training:
-                # DDP stops at parameters without a gradient: without any image the vision path is run to zero effect
+                # DDP fails if parameters have no gradient: without any image, the vision path is run with zero effect
                 inputs_embeds = inputs_embeds + (0 * self.image_features().sum()).to(inputs_embeds.dtype)
         else:
             inputs_embeds = embed(input_ids.masked_fill(input_ids == self.config.image_token_id, 0))
@@ -366,26 +367,26 @@ class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
 
 def assemble(method: str, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
     """
-    New trained modules, in fp32, on loaded bases.
+    Creates new trained modules, in fp32, on loaded bases.
 
     Args:
         method: one of `METHODS`.
         vision_tower, causal_lm, image_size: see [`FrozenBasesForConditionalGeneration`].
 
     Raises:
-        ValueError: if the method is none of these, a base is of another type, or a value does not fit the bases.
+        ValueError: if the method does not exist, a base has another type, or a value does not fit the bases.
     """
     for base, known in ((vision_tower, VISION_TYPES), (causal_lm, TEXT_TYPES)):
         if base.config.model_type not in known:
-            raise ValueError(f"The baselines take {', '.join(known)}, not `{base.config.model_type}`.")
+            raise ValueError(f"The baselines support {', '.join(known)}, not `{base.config.model_type}`.")
     with causal_lm.device:
         return _method_module(method).assemble(vision_tower, causal_lm, arguments, image_size)
 
 
 def _method_module(method: str):
     if method not in METHODS:
-        raise ValueError(f"There is no baseline `{method}`. There are: {', '.join(METHODS)}.")
-    return import_module(f".{METHODS[method]}", __name__)  # here, so that peft is needed where it is used
+        raise ValueError(f"There is no baseline `{method}`. Baselines: {', '.join(METHODS)}.")
+    return import_module(f".{METHODS[method]}", __name__)  # imported here, so that only methods that use peft need it
 
 
 def build(
@@ -401,7 +402,7 @@ def build(
     **method_values,
 ) -> FrozenBasesForConditionalGeneration:
     """
-    Loads the bases and puts a new baseline on them.
+    Loads the bases and creates a new baseline on them.
 
     Args:
         vision_model, text_model: Hub id or folder of the vision encoder and of the language model.
@@ -413,7 +414,7 @@ def build(
     Raises:
         ValueError: as [`assemble`].
     """
-    _method_module(method)  # a mistake here, or peft missing, should not cost the loading of two bases
+    _method_module(method)  # so that mistakes, or a missing peft, are reported before the bases are loaded
     arguments = BaselineArguments(**method_values)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     vision_tower = _load_base(AutoModel, "vision", vision_model, vision_model_revision, **options)

@@ -1,29 +1,30 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 ADEM-VL (arXiv 2410.17779): one class token in the sequence, and a memory of patches at two scales that the FFNs of all
-language layers read. After the authors' code, Hao840/ADEM-VL at cec09b8, with the command for ScienceQA in its README.
+language layers read. Follows the authors' code, Hao840/ADEM-VL at cec09b8, with the command for ScienceQA in its
+README.
 
 For the states x of a token before an FFN, image embeddings E and learned embeddings P_k and P_v, the FFN adds
 
     0.1 * drop(SiLU(x) SiLU(E + P_k)^T) (E + P_v)
 
-where `drop` sets the lowest 10 % of the token's scores to zero. E is made of the vision encoder's patches: averaged
-over squares, projected and multiplied by 0.01. For a sample without an image E is zero, and the FFN still reads P_k
-and P_v. Trained parameters for LLaMA-7B and CLIP ViT-L/14:
+where `drop` sets the lowest 10 % of the token's scores to zero. E is computed from the vision encoder's patches, which
+are averaged over squares, projected and multiplied by 0.01. For a sample without an image, E is zero and the FFN still
+reads P_k and P_v. Trained parameters for LLaMA-7B and CLIP ViT-L/14:
 
     23 adapters of the vision encoder        23 x 2 x 12 x 1024 =   565,248
     P_k and P_v                                2 x 320 x 4096 = 2,621,440
     projectors of patches and class token         2 x 659,584 = 1,319,168
     sum                                                         4,505,856
 
-The paper's 4.53 M are 4,530,432: the code counts an adapter of the 24th vision layer, too, which it never runs, since
-the patches are those of the 23rd. It is left out here. Two more differences:
+The paper's 4.53 M are 4,530,432: the code also counts an adapter of the 24th vision layer, which it never runs, since
+the patches are those of the 23rd layer. This adapter is omitted here. There are two more differences:
 
-- There, sequences start with the words "Image:" or "Image: N/A". Here each method gets the same text.
-- There, the scales are numbers of patches, 256 and 64. Here they are the sides of the averaged squares, 1 and 2, so
-  that 16 x 16 patches give 16 x 16 and 8 x 8, and encoders and images with another number of patches can be used.
+- In the authors' code, sequences start with the words "Image:" or "Image: N/A". Here all methods get the same text.
+- In the authors' code, the scales are numbers of patches, 256 and 64. Here they are the sides of the averaged squares,
+  1 and 2, so that 16 x 16 patches give 16 x 16 and 8 x 8, and other numbers of patches can be used.
 
-Where the vision encoder has no class token, the mean over the patches takes its place.
+If the vision encoder has no class token, the mean over the patches is used.
 """
 
 from functools import partial
@@ -41,13 +42,13 @@ def read_memory(
     hidden_states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, drop_ratio: float, scale: float
 ) -> torch.Tensor:
     """
-    What is added to the output of a language FFN, from its input.
+    Computes from the input of a language FFN what is added to its output.
 
     Args:
         hidden_states: `(batch_size, num_tokens, language_hidden_size)`, as the result.
         keys, values: `(batch_size, num_slots, language_hidden_size)`.
-        drop_ratio: share of each token's scores, the lowest ones, that are set to zero.
-        scale: of the result.
+        drop_ratio: fraction of each token's scores, the lowest ones, that are set to zero.
+        scale: scale of the result.
     """
     scores = F.silu(hidden_states) @ keys.mT  # B T S
     lowest_kept = scores.detach().kthvalue(1 + int(drop_ratio * scores.shape[-1]), dim=-1, keepdim=True).values
@@ -56,7 +57,7 @@ def read_memory(
 
 class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
     """
-    ADEM-VL. The projectors are applied here, so LLaVA's place for one has an identity.
+    ADEM-VL. The projectors are applied in this class, so the projector of LLaVA is an identity.
 
     Raises:
         ValueError: if `adem_pool_sizes` do not divide the grid of patches or `adem_drop_ratio` is not in [0, 1).
@@ -100,7 +101,7 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
 
     @property
     def image_tokens(self) -> list[int]:
-        """The placeholder of one image, to be put into `input_ids`."""
+        """The placeholder of one image in `input_ids`."""
         return [self.config.image_token_id]
 
     def image_features(
@@ -145,7 +146,7 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
         if pixel_values is not None:
             features = self.image_features(pixel_values, image_mask).to(embeds.dtype)  # I 1+S h
             return embeds.index_copy(0, image_mask.nonzero().flatten(), features)
-        # DDP stops at parameters without a gradient: without any image the vision path is run to zero effect
+        # DDP fails if parameters have no gradient: without any image, the vision path is run with zero effect
         return embeds + 0 * self.image_features() if self.training else embeds
 
     def forward(
@@ -163,7 +164,7 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`, if any sample has an image.
             image_mask: `(batch_size,)` booleans, which samples have one. By default all.
-            visual_embeds: the result of that method, if it is there, in place of both.
+            visual_embeds: the result of the method of this name, if it has been computed, instead of both.
 
         All others, and the output, are those of `LlavaForConditionalGeneration`.
         """
@@ -191,7 +192,9 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
         )
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Encodes once: from here `visual_embeds` is an input, batch first, repeated for beams and handed on."""
+        """
+        Encodes images once: `visual_embeds` is then an input, batch first, which is repeated for beams and passed on.
+        """
         images = (model_kwargs.pop(name, None) for name in ("pixel_values", "image_mask"))
         model_kwargs["visual_embeds"] = self.visual_embeds(input_ids, *images)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)

@@ -6,12 +6,12 @@ image tokens of LLaVA are made.
 The vision layers are cut into groups, and each group's hidden states are averaged. A fuser, whose query is the
 instruction and whose keys and values are the groups' class tokens, gives one weight to each group. The weighted sum of
 the patches stands beside those of the penultimate layer, and a projector of the language model's width makes one token
-of each patch. Where its FFN has a ReLU and the width of the fuser, our own [`FuserBlock`] computes what its authors'
-`QueryTransformer` does.
+of each patch. With a ReLU and the width of the fuser in its FFN, our [`FuserBlock`] computes the same as the authors'
+`QueryTransformer`.
 
-It departs from its authors' code in two respects. They train the whole language model, and here LoRA adapts it, as in
-`llava_lora.py`. They encode the instruction with a sentence encoder (`sentence-transformers`), and here it is
-the mean of the language model's embeddings of its tokens.
+There are two differences from the authors' code. They train the whole language model; here LoRA adapts it, as in
+`llava_lora.py`. They encode the instruction with a sentence encoder (`sentence-transformers`); here it is the mean of
+the language model's embeddings of its tokens.
 """
 
 from types import SimpleNamespace
@@ -84,7 +84,7 @@ class IgvaForConditionalGeneration(ImageTokensForConditionalGeneration):
         )
         if arguments.igva_hidden_size % arguments.igva_num_heads:
             raise ValueError(
-                f"`igva_hidden_size` is {arguments.igva_hidden_size}, which is no multiple of `igva_num_heads`, "
+                f"`igva_hidden_size` is {arguments.igva_hidden_size}, which is not a multiple of `igva_num_heads`, "
                 f"{arguments.igva_num_heads}. Change one of them."
             )
         if not 1 <= arguments.igva_num_groups <= vision.num_hidden_layers:
@@ -105,8 +105,8 @@ class IgvaForConditionalGeneration(ImageTokensForConditionalGeneration):
         The mean embedding of each sample's instruction, `(batch_size, text_size)`.
 
         Args:
-            instruction_mask: `(batch_size, sequence_length)`, which tokens it consists of. By default those of
-                `attention_mask`. Placeholders are never part of it.
+            instruction_mask: `(batch_size, sequence_length)`, 1 for its tokens. By default `attention_mask`.
+                Placeholders are never part of it.
         """
         mask = attention_mask if instruction_mask is None else instruction_mask
         is_text = input_ids != self.config.image_token_id
@@ -132,7 +132,7 @@ class IgvaForConditionalGeneration(ImageTokensForConditionalGeneration):
         image_mask: torch.Tensor | None = None,
         instruction: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As the method of the base class, and `instruction`, the result of that method; by default zeros."""
+        """As in the base class, with `instruction`, the result of the method of this name; by default zeros."""
         images = self.select_images(pixel_values, image_mask)
         if instruction is None:
             instruction = torch.zeros(len(images), self.config.text_config.hidden_size, device=images.device)
@@ -163,8 +163,8 @@ class IgvaForConditionalGeneration(ImageTokensForConditionalGeneration):
         As [`ImageTokensForConditionalGeneration.forward`], and:
 
         Args:
-            instruction_mask: see the method `instruction`; with labels, the tokens without one by default.
-            instruction: the result of that method, if it is there.
+            instruction_mask: see the method `instruction`. With labels, the default is the tokens without a label.
+            instruction: the result of that method, if it has been computed.
         """
         features = None
         if pixel_values is not None:
@@ -177,7 +177,7 @@ class IgvaForConditionalGeneration(ImageTokensForConditionalGeneration):
         return super().forward(*arguments, features=features, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Reads the prompt once: from here `instruction` is an input, batch first, repeated for beams."""
+        """Reads the prompt once: `instruction` is then an input, batch first, which is repeated for beams."""
         masks = model_kwargs.get("attention_mask"), model_kwargs.pop("instruction_mask", None)
         model_kwargs["instruction"] = self.instruction(input_ids, *masks)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)

@@ -1,7 +1,7 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 LaVIN (arXiv 2305.15023): few image tokens, and mixture-of-modality adapters before the attention of all layers of
-both bases. After the authors' code, luogen1996/LaVIN at dd0a1bf, with `scripts/finetuning_sqa_7b.sh`. Trained
+both bases. Follows the authors' code, luogen1996/LaVIN at dd0a1bf, with `scripts/finetuning_sqa_7b.sh`. Trained
 parameters for LLaMA-7B and CLIP ViT-L/14, where the paper says 3.8 M:
 
     32 adapters of the language model        32 x 81,930 = 2,621,760
@@ -13,15 +13,15 @@ parameters for LLaMA-7B and CLIP ViT-L/14, where the paper says 3.8 M:
 An adapter has a down projection, two up projections in two groups each (RepAdapter, arXiv 2302.08106) and a router:
 at width d, 8 (d + 1) + 2 (4 d + d) + 2 (d + 1).
 
-Three differences, of which the first changes no result:
+There are three differences; the first one does not change the results:
 
-- There, a modality token stands before each sequence, attends to itself alone, is seen by no other token and serves
-  the routers. So what a router makes of it depends on the modality only. Here both modality tokens run through the
-  language model on their own, once per forward or per call of `generate`, and sequences and caches stay as they are.
-- There, the vision encoder's routers get sequences with the batch second, and so weigh each position by the first
-  image of the batch. Here they look at each image's class token, and a sample does not depend on its neighbours.
-  Where the encoder has none, the mean over the patches takes its place, here and in the image tokens.
-- There, sequences start with the words "Image:" or "Image: N/A". Here each method gets the same text.
+- In the authors' code, a modality token precedes each sequence. It only attends to itself, no other token attends to
+  it, and the routers read it, so their output depends on the modality only. Here both modality tokens run through the
+  language model separately, once per forward or per call of `generate`, and sequences and caches do not change.
+- In the authors' code, the vision encoder's routers get sequences with the batch second, so they weight each position
+  by the first image of the batch. Here they read each image's class token, and samples do not depend on each other. If
+  the encoder has no class token, the mean over the patches is used, also for the image tokens.
+- In the authors' code, sequences start with the words "Image:" or "Image: N/A". Here all methods get the same text.
 """
 
 import torch
@@ -41,10 +41,10 @@ class MixtureOfModalityAdapter(nn.Module):
     Adds two adapters' outputs, weighted by `routing`, to the input of an attention module.
 
     Args:
-        width: that of the hidden states.
+        width: width of the hidden states.
         size: hidden width of the adapters.
         temperature: divides the router's scores.
-        dropout: on the hidden activations in training.
+        dropout: dropout of the hidden activations in training.
         has_class_token: whether the router reads the first token, or the mean over all.
     """
 
@@ -57,7 +57,7 @@ class MixtureOfModalityAdapter(nn.Module):
         self.temperature, self.has_class_token = temperature, has_class_token
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.zeros_(self.down.bias)
-        for up in self.up:  # the bases start as they are
+        for up in self.up:  # at first the bases are unchanged
             nn.init.zeros_(up.weight)
             nn.init.zeros_(up.bias)
 
@@ -75,8 +75,8 @@ class MixtureOfModalityAdapter(nn.Module):
 
 def adapt_input(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """
-    Forward pre-hook of an attention module that owns an `adapter`. `routing`, an argument of the language model that
-    reaches each of its layers, has the weights of all layers, `(batch_size, num_language_layers, 2)`.
+    Forward pre-hook of an attention module with an `adapter`. `routing`, an argument of the language model that is
+    passed to each layer, has the weights of all layers, `(batch_size, num_language_layers, 2)`.
     """
     routing = kwargs.pop("routing", None)
     if routing is not None:
@@ -88,7 +88,7 @@ def adapt_input(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
 
 
 class LavinForConditionalGeneration(ImageTokensForConditionalGeneration):
-    """LaVIN. Its image tokens are class tokens of layers that are evenly spread over the depth."""
+    """LaVIN. Its image tokens are the class tokens of evenly spaced layers."""
 
     def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
         vision, width, act = vision_tower.config, causal_lm.config.hidden_size, "silu"
@@ -163,7 +163,10 @@ class LavinForConditionalGeneration(ImageTokensForConditionalGeneration):
         )
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Routes once: from here `routing` is an input, batch first, repeated for beams and handed to every step."""
+        """
+        Runs the routers once: `routing` is then an input, batch first, which is repeated for beams and passed to every
+        step.
+        """
         image_mask = _image_mask(model_kwargs.get("pixel_values"), model_kwargs.get("image_mask"))
         model_kwargs["routing"] = self.routing(image_mask, len(input_ids))
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)

@@ -4,18 +4,18 @@ LLaMA-Adapter with images (arXiv 2303.16199): learned prompts that the attention
 beside the sequence, through a gate that starts at zero (peft's adaption prompt). A feature of the image is added to
 the prompts of all these layers; no token is added to the sequence.
 
-As in that paper the image feature is made of class tokens of several depths of the vision encoder, side by side, and
-projected by a small network. Where the encoder has no class token, the mean over the patches takes its place. That
-paper names neither the depths nor the network. Ours are four, evenly spread, and 64 hidden units; trained parameters
-for LLaMA-7B and CLIP ViT-L/14, where the paper says 1.8 M:
+As in that paper, the image feature is computed from the concatenated class tokens of several layers of the vision
+encoder by a small network. If the encoder has no class token, the mean over the patches is used. The paper specifies
+neither the layers nor the network. We use four evenly spaced layers and 64 hidden units. Trained parameters for
+LLaMA-7B and CLIP ViT-L/14, where the paper says 1.8 M:
 
     prompts of 30 layers          30 x 10 x 4096 = 1,228,800
     gates, one for each head of these layers             960
     projector 4 x 1024 -> 64 -> 4096                 528,448
     sum                                            1,758,208
 
-There 30 of 32 layers have prompts, the lowest two do not; so by default here, whatever the depth. The gate is that of
-the authors' code, `tanh(gate)` for each head; peft has one number a layer, and no tanh.
+In the paper, 30 of 32 layers have prompts and the lowest two do not; here this is the default for any depth. The gate
+is `tanh(gate)` for each head, as in the authors' code; peft has one number per layer and no tanh.
 """
 
 import torch
@@ -38,10 +38,10 @@ from . import (  # noqa: E402
 
 def read_prompts(attention, prompts: torch.Tensor, **kwargs) -> torch.Tensor:
     """
-    What the queries of an attention read of prompts, whose keys and values have no position.
+    The attention output of prompts, whose keys and values have no position.
 
     Args:
-        attention: that of a language layer, `kwargs` its arguments.
+        attention: attention module of a language layer; `kwargs` are its arguments.
         prompts: `(batch_size or 1, num_prompts, hidden_size)`.
 
     Returns:
@@ -58,16 +58,16 @@ def read_prompts(attention, prompts: torch.Tensor, **kwargs) -> torch.Tensor:
 
 class ImageAdaptedAttention(AdaptedAttention):
     """
-    peft's adapted attention, whose prompts are those of all samples, with prompts for each sample, and in fp32.
+    peft's adapted attention, with separate prompts for each sample, and in fp32.
 
-    It takes from peft the parameter `adaption_prompt` of shape `(1, prompt_length, hidden_size)` and its
+    It inherits from peft the parameter `adaption_prompt` of shape `(1, prompt_length, hidden_size)` and its
     initialisation, the wrapped attention, `model`, and the query with its rotary embedding. `adaption_gate`, of shape
     `(num_heads, 1, 1)`, is that of the authors.
     """
 
     def __init__(self, attention, prompt_length: int):
         super().__init__(attention.config.model_type, prompt_length, attention)
-        self.adaption_prompt.data = self.adaption_prompt.data.float()  # peft has them in the dtype of the base
+        self.adaption_prompt.data = self.adaption_prompt.data.float()  # peft creates them in the dtype of the base
         self.adaption_gate = torch.nn.Parameter(torch.zeros(attention.config.num_attention_heads, 1, 1))
 
     def forward(self, visual_prompt: torch.Tensor | None = None, **kwargs):
@@ -79,7 +79,10 @@ class ImageAdaptedAttention(AdaptedAttention):
 
 
 class VisualPromptForConditionalGeneration(FrozenBasesForConditionalGeneration):
-    """A method with prompts made of the image, `visual_prompt`, which reach each layer of the language model."""
+    """
+    A method with prompts that are computed from the image, `visual_prompt`, and passed to each layer of the language
+    model.
+    """
 
     def layers_with_prompts(self, number: int | None, default: int, most: int) -> torch.nn.ModuleList:
         """
@@ -92,15 +95,17 @@ class VisualPromptForConditionalGeneration(FrozenBasesForConditionalGeneration):
         number = default if number is None else number
         if not 1 <= number <= most:
             raise ValueError(
-                f"{number} layers shall have prompts, but the language model has {len(layers)} layers. Set "
-                f"`adaption_prompt_layers` to 1 to {most}."
+                f"`adaption_prompt_layers` is {number}, but the language model has {len(layers)} layers. Set it to a "
+                f"number from 1 to {most}."
             )
         return layers[-number:]
 
     def visual_prompt(self, pixel_values: torch.Tensor | None, image_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """`image_features` of each sample, `(batch_size, num_tokens, hidden_size)`, zeros for one without an image."""
+        """
+        `image_features` of each sample, `(batch_size, num_tokens, hidden_size)`, zeros for samples without an image.
+        """
         if pixel_values is None:
-            # DDP stops at parameters without a gradient: without any image the vision path is run to zero effect
+            # DDP fails if parameters have no gradient: without any image, the vision path is run with zero effect
             return 0 * self.image_features() if self.training else None
         features = self.image_features(pixel_values, image_mask)  # I 1 h
         if image_mask is None:
@@ -123,14 +128,14 @@ class VisualPromptForConditionalGeneration(FrozenBasesForConditionalGeneration):
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`, if any sample has an image.
             image_mask: `(batch_size,)` booleans, which samples have one. By default all.
-            visual_prompt: the result of that method, if it is there, in place of both.
+            visual_prompt: the result of the method of this name, if it has been computed, instead of both.
 
         All others, and the output, are those of `LlavaForConditionalGeneration`.
         """
         if visual_prompt is None:
             visual_prompt = self.visual_prompt(pixel_values, image_mask)
         if position_ids is None and attention_mask is not None:
-            # The prompts' keys have no position, so that here padding on the left must not move the queries
+            # The keys of the prompts have no position, so padding on the left must not shift the queries
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         return super().forward(
             input_ids=input_ids,
@@ -142,7 +147,9 @@ class VisualPromptForConditionalGeneration(FrozenBasesForConditionalGeneration):
         )
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Encodes once: from here `visual_prompt` is an input, batch first, repeated for beams and handed on."""
+        """
+        Encodes images once: `visual_prompt` is then an input, batch first, which is repeated for beams and passed on.
+        """
         images = (model_kwargs.pop(name, None) for name in ("pixel_values", "image_mask"))
         model_kwargs["visual_prompt"] = self.visual_prompt(*images)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)

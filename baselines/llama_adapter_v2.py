@@ -1,15 +1,16 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 LLaMA-Adapter V2 (arXiv 2304.15010, code in OpenGVLab/LLaMA-Adapter): the attention of the first language layer reads
-prompts that are made of the image, that of all other layers reads learned prompts, both through a gate that starts at
-zero; and the norms of the language model are trained, as are a scale and a bias for each of its linear layers:
+prompts that are computed from the image, and the attention of all other layers reads learned prompts, both through a
+gate that starts at zero. The norms of the language model are trained too, and so are a scale and a bias for each of
+its linear layers:
 
     W x   becomes   scale * (W x + bias)
 
 As in the code (`llama_adapter_v2_multimodal7b`), learned queries and all tokens of the last vision layer, projected to
-the queries' width, run through transformer blocks, and the queries that come out are projected to prompts. The code
-has 60 M parameters there, and the paper, with 14 M in all, gives no sizes. Ours are its blocks at a smaller width.
-Trained parameters for LLaMA-7B and CLIP ViT-L/14:
+the queries' width, run through transformer blocks, and the resulting queries are projected to prompts. These have 60 M
+parameters in the code; the paper, with 14 M in total, gives no sizes. We use the blocks of the code at a smaller
+width. Trained parameters for LLaMA-7B and CLIP ViT-L/14:
 
     prompts of 31 layers                       31 x 10 x 4096 = 1,269,760
     gates, one for each head of all layers                          1,024
@@ -19,11 +20,13 @@ Trained parameters for LLaMA-7B and CLIP ViT-L/14:
     sum                                                        13,742,816
 
 In the code the image reaches all layers with prompts, and there are biases but no scales (or, in
-`llama_adapter_v2_chat65b`, scales of the inputs of linear layers). Here both are as in the paper. Two differences:
+`llama_adapter_v2_chat65b`, scales of the inputs of linear layers). Here both are as in the paper. There are two
+differences:
 
-- The paper trains the visual parts and the gates on captions, and the others on text, in turns. Here one data set
-  trains all of them.
-- Tokens of the vision encoder are those of its final norm. In the code they run through CLIP's projection, too.
+- The paper alternates between training the visual parts and the gates on captions and the other parts on text. Here
+  all parts are trained on one data set.
+- The tokens of the vision encoder are the output of its final norm. In the code they also run through CLIP's
+  projection.
 """
 
 import torch
@@ -47,7 +50,7 @@ class TunedLinear(nn.Module):
         return (self.scale * (self.linear(inputs) + self.bias)).to(inputs.dtype)
 
     def without_bias(self, inputs: torch.Tensor) -> torch.Tensor:
-        """What `inputs` add to the result if they are added to other inputs."""
+        """The change of the output if `inputs` are added to other inputs."""
         return (self.scale * nn.functional.linear(inputs, self.linear.weight)).to(inputs.dtype)
 
 
@@ -63,7 +66,7 @@ class TunedNorm(nn.Module):
 
 
 class LearnedPromptAttention(ImageAdaptedAttention):
-    """That of LLaMA-Adapter with tuned linear layers, and without an image."""
+    """The attention of LLaMA-Adapter with tuned linear layers and without an image."""
 
     def forward(self, visual_prompt: torch.Tensor | None = None, **kwargs):
         output, *rest = self.model(**kwargs)
@@ -72,7 +75,7 @@ class LearnedPromptAttention(ImageAdaptedAttention):
 
 
 class VisualPromptAttention(nn.Module):
-    """The attention of the first layer, `model`, with prompts that are made of the image alone."""
+    """The attention of the first layer, `model`, with prompts that are computed from the image only."""
 
     def __init__(self, attention):
         super().__init__()
@@ -91,7 +94,7 @@ class VisualPromptAttention(nn.Module):
 
 class VisualPrompter(nn.Module):
     """
-    Makes prompts of the tokens of an image.
+    Computes prompts from the tokens of an image.
 
     Args:
         vision_size, text_size: width of the tokens and of the prompts.
@@ -106,8 +109,8 @@ class VisualPrompter(nn.Module):
         size, heads = arguments.adapter_v2_size, arguments.adapter_v2_heads
         if size % heads:
             raise ValueError(
-                f"`adapter_v2_size` is {size}, which is no multiple of `adapter_v2_heads`, {heads}. Change one of "
-                "them."
+                f"`adapter_v2_size` is {size}, which is not a multiple of `adapter_v2_heads`, {heads}. Change one "
+                "of them."
             )
         self.queries = nn.Parameter(torch.randn(arguments.adapter_v2_prompts, size))
         self.down, self.down_norm = nn.Linear(vision_size, size), nn.LayerNorm(size)
@@ -128,7 +131,7 @@ class VisualPrompter(nn.Module):
 
 class LlamaAdapterV2ForConditionalGeneration(VisualPromptForConditionalGeneration):
     """
-    LLaMA-Adapter V2. Prompts are made of the image here, so LLaVA's place for a projector has an identity.
+    LLaMA-Adapter V2. The image prompts are computed in this class, so the projector of LLaVA is an identity.
 
     Raises:
         ValueError: if `adaption_prompt_layers` is not between 1 and the number of language layers less one.
@@ -159,7 +162,7 @@ class LlamaAdapterV2ForConditionalGeneration(VisualPromptForConditionalGeneratio
     def image_features(
         self, pixel_values: torch.Tensor | None = None, image_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As the method of the base class: prompts, `(num_images, num_prompts, language_hidden_size)`."""
+        """As in the base class: prompts, `(num_images, num_prompts, language_hidden_size)`."""
         features = super().image_features(pixel_values, image_mask)  # I n c
         features = self.model.vision_tower.get_submodule(self.vision_layout.norm)(features)
         return self.prompter(features.to(self.prompter.queries.dtype))

@@ -3,7 +3,7 @@
 LLaVA (arXiv 2304.08485): each patch of the image becomes a token of the sequence, and the whole language model is
 trained, in fp32, with the projector.
 
-As in LLaVA 1.5 the patches are those of the penultimate vision layer without a class token, and the projector has
+As in LLaVA 1.5, the patches are those of the penultimate vision layer without the class token, and the projector has
 two layers of the language model's width and a GELU. Trained parameters for LLaMA-7B and CLIP ViT-L/14:
 
     language model                                              6,738,415,616
@@ -15,7 +15,7 @@ from . import BaselineArguments, ImageTokensForConditionalGeneration, Projector
 
 
 class PatchTokensForConditionalGeneration(ImageTokensForConditionalGeneration):
-    """LLaVA's image tokens. The projector has `projector_size` hidden units; other arguments: those of the base."""
+    """LLaVA's image tokens. The projector has `projector_size` hidden units; other arguments as in the base class."""
 
     def __init__(self, vision_tower, causal_lm, projector_size: int, image_size: int | None = None):
         vision, act = vision_tower.config, "gelu"

@@ -2,7 +2,7 @@
 """
 LLaVA-LoRA: LLaVA's image tokens, as in `llava.py`, and a language model that LoRA (peft) adapts.
 
-The paper gives 4.4 M trained parameters for LLaMA-7B and CLIP ViT-L/14, and not where they are. Ours:
+The paper gives 4.4 M trained parameters for LLaMA-7B and CLIP ViT-L/14, but does not specify them. Ours:
 
     LoRA of rank 8 on q_proj and v_proj      32 x 2 x 8 x (4096 + 4096) = 4,194,304
     projector 1024 -> 40 -> 4096             40 x (1024 + 1) + 4096 x (40 + 1) = 208,936
@@ -32,11 +32,11 @@ def add_lora(model, arguments: BaselineArguments):
         lora_dropout=arguments.lora_dropout,
         target_modules=arguments.lora_target_modules,
     )
-    # Not `get_peft_model`, whose `PeftModel` asks transformers 5 by a deprecated name
+    # Not `get_peft_model`, whose `PeftModel` uses a deprecated name of transformers 5
     model.model.language_model = LoraModel(model.model.language_model, lora, "default")
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # peft makes them in the dtype of the base
+            parameter.data = parameter.data.float()  # peft creates them in the dtype of the base
 
 
 class LlavaLoraForConditionalGeneration(PatchTokensForConditionalGeneration):

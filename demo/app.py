@@ -1,13 +1,14 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-A web page that answers questions about images and shows which patches the language model read and which vision layers
-the visual memory is mixed from. Needs `pip install -r requirements-app.txt`.
+A web page that answers questions about images, and shows which patches the language model reads and which vision
+layers are mixed into the visual memory. Needs `pip install -r requirements-app.txt`.
 
     python demo/app.py
     python demo/app.py --adapter org/dehvf-llama7b --revision <40 hex digits>
 
-By default it takes an adapter in examples/ whose base models are on this machine, or else that of the default training
-run. Images and questions to choose from are those of the task after which the adapter's folder is named, or digits.
+By default it uses an adapter in examples/ whose base models are on this machine, or else the adapter of the default
+training run. The example images and questions belong to the task after which the adapter's folder is named, or to
+digits.
 
 Loading an adapter runs the code in its repository: read it and pass the commit that you read. A Gradio Space takes
 both values from the variables DEHVF_ADAPTER and DEHVF_REVISION of its settings.
@@ -30,7 +31,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it when it is imported
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it during its import
 
 import gradio as gr  # noqa: E402
 
@@ -49,12 +50,15 @@ from training.data import read_image  # noqa: E402
 
 MAX_NEW_TOKENS = 64
 NUM_EXAMPLES = 6
-NUM_ROWS_READ = 100  # of a task, to find examples in
+NUM_ROWS_READ = 100  # rows of a task in which examples are searched for
 ADAPTERS = Path(__file__).resolve().parents[1] / "examples"
 
 
 def find_adapter() -> str:
-    """The first adapter in `ADAPTERS` whose base models are here, or else the folder of the default training run."""
+    """
+    The first adapter in `ADAPTERS` whose base models are on this machine, or else the folder of the default training
+    run.
+    """
     for file in sorted(ADAPTERS.glob(f"*/{CONFIG_NAME}")):
         config = json.loads(file.read_text(encoding="utf-8"))
         if is_here(config["vision_model_id"]) and is_here(config["text_model_id"]):
@@ -76,8 +80,8 @@ def load(adapter: str, revision: str | None):
 
     Raises:
         OSError: if a base is missing.
-        ValueError: if there are no adapters, they have no visual memory, or they are on the Hub and `revision` is not
-            a commit.
+        ValueError: if the adapter does not exist, has no visual memory, or is on the Hub and `revision` is not a
+            commit.
     """
     if not os.path.isdir(adapter) and not re.fullmatch("[0-9a-f]{40}", revision or ""):
         raise ValueError(
@@ -94,10 +98,10 @@ def load(adapter: str, revision: str | None):
 
 def read_upload(upload) -> Image.Image | None:
     """
-    The image in what `gr.Image` was given, or `None`.
+    Reads the uploaded image of `gr.Image`, or returns `None`.
 
     Raises:
-        gradio.Error: if it cannot be read. The page shows the message of this class alone, also where it is launched
+        gradio.Error: if the image cannot be read. Only messages of this class are shown on the page if it is launched
             without `show_error`.
     """
     if upload is None:
@@ -108,7 +112,7 @@ def read_upload(upload) -> Image.Image | None:
         return read_image(Path(upload.path or ""))  # a path is never taken for a URL
     except ValueError as error:
         fault = error.__cause__
-        reason = "it is no image file" if isinstance(fault, UnidentifiedImageError) else str(fault)
+        reason = "it is not an image file" if isinstance(fault, UnidentifiedImageError) else str(fault)
         raise gr.Error(f"The image {upload.orig_name or ''} cannot be read: {reason}. Upload another file.") from error
 
 
@@ -142,7 +146,7 @@ def ask(model, processor, image, message: str | None):
         try:
             return model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, streamer=streamer)
         finally:
-            streamer.end()  # after an error too, or the loop below would wait forever
+            streamer.end()  # also after an error, or the loop below would wait forever
 
     with ThreadPoolExecutor(1) as thread:
         tokens, answer = thread.submit(generate), ""
@@ -153,7 +157,7 @@ def ask(model, processor, image, message: str | None):
 
 
 def read_tokens(inputs, tokens: list[int], end: int) -> dict[str, torch.Tensor]:
-    """The same inputs with the first `end` tokens of question and answer as their text."""
+    """The same inputs, with the first `end` tokens of question and answer as the text."""
     text = inputs["input_ids"].new_tensor([tokens[:end]])
     question = F.pad(inputs["attention_mask"], (0, end - inputs["input_ids"].shape[1]))
     return {**inputs, "input_ids": text, "attention_mask": torch.ones_like(text), "instruction_mask": question}
@@ -161,7 +165,7 @@ def read_tokens(inputs, tokens: list[int], end: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def offer_tokens(model, processor, asked):
-    """The tokens of the answer as choices. The token whose likelihood the image raised most is selected."""
+    """The tokens of the answer as choices. The token whose likelihood the image increases most is selected."""
     image, message, tokens = asked
     inputs = make_inputs(model, processor, image, message)
     length = inputs["input_ids"].shape[1]
@@ -177,7 +181,10 @@ def offer_tokens(model, processor, asked):
 
 
 def draw_patches(model, processor, asked, token: int):
-    """Figure of how much each language layer read the memory of each patch when it predicted this answer token."""
+    """
+    Figure that shows how strongly each language layer read the memory of each patch when it predicted this answer
+    token.
+    """
     image, message, tokens = asked
     inputs = make_inputs(model, processor, image, message)
     length = inputs["input_ids"].shape[1]
@@ -188,7 +195,9 @@ def draw_patches(model, processor, asked, token: int):
 
 
 def draw_mixture(model, processor, image, message: str):
-    """Figure of the vision layers that each language layer's memory is mixed from, or `None` without an image."""
+    """
+    Figure of the vision layers that are mixed into the memory of each language layer, or `None` without an image.
+    """
     if image is None:
         return None
     weights = fusion_weights(model, make_inputs(model, processor, image, message))
@@ -196,7 +205,7 @@ def draw_mixture(model, processor, image, message: str):
 
 
 def make_examples(task_name: str) -> list[list]:
-    """Images and messages of a task's test split: other images, and other skills or else other answers."""
+    """Examples from the test split of a task: images and messages, each with another skill or else another answer."""
     task = get_task(task_name)
     rows = task.load("test", **({"max_samples": NUM_ROWS_READ} if task_name == "digits" else {}))
     rows = rows.select(range(min(NUM_ROWS_READ, len(rows))))
@@ -225,7 +234,7 @@ def build(model, processor, task_name: str) -> gr.Blocks:
         with gr.Row():
             with gr.Column():
                 image = gr.Image(label="Image", type="pil", height=300, elem_id="image")
-                image.preprocess = read_upload  # reads images as training does, and says why one cannot be read
+                image.preprocess = read_upload  # reads images like training, and explains why one cannot be read
                 hint = f"Examples from the test split of the {task_name} task"
                 gr.Examples(make_examples(task_name), [image, message], label=hint, visible_columns=[0])
             with gr.Column():
@@ -237,7 +246,7 @@ def build(model, processor, task_name: str) -> gr.Blocks:
         patches = gr.Plot(show_label=False)
         gr.Markdown("## The vision layers that the visual memory is mixed from")
         mixture = gr.Plot(show_label=False)
-        asked = gr.State()  # what the answer belongs to, even if the inputs are changed meanwhile
+        asked = gr.State()  # the inputs of the shown answer, even if the user has changed them since
 
         one_by_one = {"concurrency_id": "model", "concurrency_limit": 1}
         private = {**one_by_one, "api_visibility": "private"}

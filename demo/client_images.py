@@ -1,5 +1,5 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Reads the images that a client of `serve.py` sends or names, within what the server allows."""
+"""Reads the images that a client of `serve.py` sends or refers to, within the limits of the server."""
 
 import asyncio
 import base64
@@ -18,10 +18,10 @@ from dehvf import images
 from demo.openai_api import RequestError, shorten
 
 
-# The formats that OpenAI reads. Pillow knows others, some of which start programs (EPS) or are rarely tested.
+# The formats that OpenAI reads. Pillow supports others too, some of which start programs (EPS) or are rarely tested.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_REDIRECTS = 3
-# Addresses of IPv6 that stand for one of IPv4 behind a translator
+# IPv6 addresses that represent an IPv4 address behind a translator
 TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
 # All that is given to hosts of the public internet. Of the rest `is_global` takes some for public, which old systems
 # and translators may lead elsewhere.
@@ -44,10 +44,10 @@ def is_public(address: str) -> bool:
 
 def parse_host(entry: str) -> tuple[str, int | None]:
     """
-    The name and the port of an allowed host. Without a port it has the usual one.
+    The name and the port of an allowed host; `None` for the default port.
 
     Raises:
-        ValueError: if it is more or less than a host and a port.
+        ValueError: if it is not a host with an optional port.
     """
     try:
         url = httpx.URL(f"image://{entry}")  # a scheme without a usual port, which would be dropped
@@ -57,7 +57,7 @@ def parse_host(entry: str) -> tuple[str, int | None]:
     if not is_host:
         raise ValueError(
             f"The image host {entry!r} is neither a name nor a name and a port. Give for example "
-            "`images.example.org`, `images.example.org:8080` or `[::1]:8080`, without `https://`, a path and `*`."
+            "`images.example.org`, `images.example.org:8080` or `[::1]:8080`, without `https://`, path or `*`."
         )
     return url.host, url.port
 
@@ -67,12 +67,12 @@ class ImageReader:
     Reads images from data URLs, and from allowed hosts and folders.
 
     Args:
-        hosts: names from which images are fetched, each with a port if it is not the usual one of the URL's scheme.
-            An address that is not public must be listed as such.
-        folders: folders below which `file:` URLs are read.
-        max_bytes: size of an image file.
-        max_pixels: width times height of an image, checked before it is decoded.
-        max_seconds: how long fetching an image may take, redirects included.
+        hosts: host names from which images may be fetched, each with a port unless it is the default of the URL's
+            scheme. Addresses that are not public must be listed themselves.
+        folders: folders from which `file:` URLs may be read, including subfolders.
+        max_bytes: maximum size of an image file.
+        max_pixels: maximum width times height of an image, checked before it is decoded.
+        max_seconds: maximum time to fetch an image, including redirects.
 
     Raises:
         ValueError: if a host is malformed or a folder does not exist.
@@ -95,10 +95,11 @@ class ImageReader:
 
     async def read(self, url: str) -> bytes:
         """
-        The bytes of the image at a URL. Other requests go on meanwhile.
+        Reads the bytes of the image at a URL without blocking other requests.
 
         Raises:
-            RequestError: if the URL is malformed or not allowed, or the image is too large or cannot be had in time.
+            RequestError: if the URL is malformed or not allowed, or the image is too large or cannot be fetched in
+                time.
         """
         scheme = url.partition(":")[0].lower()
         if scheme == "data":
@@ -121,11 +122,11 @@ class ImageReader:
         """
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's own limits, which are larger or also exceptions
+                warnings.simplefilter("ignore")  # Pillow's own limits, which are larger or raise exceptions too
                 image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.UnidentifiedImageError as error:
             raise refuse(
-                f"The image cannot be read: its {len(data)} bytes are no {', '.join(FORMATS)} file. Send one of these."
+                f"The image cannot be read: its {len(data)} bytes are not a {', '.join(FORMATS)} file. Send one."
             ) from error
         except Exception as error:  # Pillow raises many kinds
             raise refuse(f"The image cannot be read: {error}. Save it again and send the new file.") from error
@@ -146,7 +147,9 @@ class ImageReader:
     def _read_data_url(self, url: str) -> bytes:
         head, comma, encoded = url.partition(",")
         if not comma or not head.lower().endswith(";base64"):
-            raise refuse(f"The image address {shorten(url)} is no base64 data URL. Send `data:image/png;base64,...`.")
+            raise refuse(
+                f"The image address {shorten(url)} is not a base64 data URL. Send `data:image/png;base64,...`."
+            )
         self._check_size(len(encoded) * 3 // 4 - 2)  # before decoding, without the padding
         try:
             return base64.b64decode("".join(unquote(encoded).split()), validate=True)
@@ -166,11 +169,11 @@ class ImageReader:
             if is_inside and path.is_file():
                 self._check_size(path.stat().st_size)
                 return path.read_bytes()
-        except (ValueError, OSError, RuntimeError):  # no path, links in a circle, or no permission
+        except (ValueError, OSError, RuntimeError):  # not a path, circular links, or no permission
             pass
-        # One message for what is outside and for what does not exist, so that it does not tell which files there are
+        # The same message for files outside and for missing files, so that it does not reveal which files exist
         raise refuse(
-            f"The image address {shorten(url)} names no file below the folders that this server reads "
+            f"The image address {shorten(url)} does not name a file in the folders that this server reads "
             "(`--allow-image-folder`). Send the image as `data:image/png;base64,...`.",
             code="image_not_allowed",
         )
@@ -195,13 +198,13 @@ class ImageReader:
                 f"The image {shorten(url)} cannot be fetched: {str(error) or type(error).__name__}. Check the "
                 "address, or send the image as `data:image/png;base64,...`."
             ) from error
-        raise refuse(f"The image {shorten(url)} is behind more than {MAX_REDIRECTS} redirects. Give its own address.")
+        raise refuse(f"The image {shorten(url)} has more than {MAX_REDIRECTS} redirects. Send its final address.")
 
     async def _get(self, url: httpx.URL) -> bytes | httpx.URL:
         """The image at an address, or the address that it redirects to."""
         fault = None
         for ip in await self._resolve(url):
-            # Connects to the address that was checked: a second look-up of the name could give another one
+            # Connects to the address that was checked: a second DNS query could return another one
             async with httpx.AsyncClient(trust_env=False, timeout=None) as client:
                 request = client.build_request(
                     "GET",
@@ -217,10 +220,10 @@ class ImageReader:
                 if response.has_redirect_location:
                     return url.join(response.headers["location"])
                 if response.status_code != 200:
-                    raise refuse(f"The image {shorten(str(url))} was answered with status {response.status_code}.")
+                    raise refuse(f"The image {shorten(str(url))} could not be fetched: status {response.status_code}.")
                 self._check_size(int(response.headers.get("content-length", "0")))
                 data = bytearray()
-                async for piece in response.aiter_raw():  # nothing is unpacked to more than was counted
+                async for piece in response.aiter_raw():  # raw: decompression could exceed the counted size
                     data += piece
                     self._check_size(len(data))
                 return bytes(data)
@@ -245,8 +248,8 @@ class ImageReader:
         for address in addresses:
             if not is_public(address) and address not in listed:
                 raise refuse(
-                    f"The image host {shorten(url.host)} has an address that is not public, from which this server "
-                    "fetches no images unless the address itself is listed (`--allow-image-host`). Send the image as "
+                    f"The image host {shorten(url.host)} has an address that is not public. This server fetches no "
+                    "images from it unless the address itself is listed (`--allow-image-host`). Send the image as "
                     "`data:image/png;base64,...`.",
                     code="image_not_allowed",
                 )

@@ -1,9 +1,10 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-The part of OpenAI's API that `serve.py` answers: what a request may hold, the form of answers, and the form of errors.
+The part of OpenAI's API that `serve.py` supports: the fields of requests, the format of answers, and the format of
+errors.
 
-A field that would change the answer is either read or refused with status 400, so that no client takes an answer for
-one that it did not ask for.
+A field that would change the answer is either supported or refused with status 400, so that no client gets an answer
+to another request than it has sent.
 """
 
 import json
@@ -30,13 +31,13 @@ MAX_PARTS = 10_000  # messages and parts of a request: checking millions of them
 
 class RequestError(Exception):
     """
-    A fault of the client.
+    An error of the client.
 
     Args:
         message: what was given, what is required and what to change.
         status: HTTP status, 400 to 499.
-        param: the field of the request that is at fault.
-        code: a short name of the fault, for programs.
+        param: the faulty field of the request.
+        code: a short name of the error, for programs.
     """
 
     def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
@@ -49,7 +50,7 @@ class RequestError(Exception):
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict:
-    # What a client sent may be in it: of any length, and with characters that JSON has and UTF-8 has not
+    # It may contain input of the client, which can be long and have characters that exist in JSON but not in UTF-8
     message, param = (
         text and text[:MAX_MESSAGE_LENGTH].encode("utf-8", "backslashreplace").decode() for text in (message, param)
     )
@@ -57,7 +58,7 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
 
 
 def shorten(value) -> str:
-    """What a client sent, short enough for a message."""
+    """Shortens input of a client for a message."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 100
     return short.repr(value)
@@ -70,7 +71,7 @@ def check_characters(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("it has half of a surrogate pair, which is no character") from error
+        raise ValueError("it contains half of a surrogate pair, which is not a character") from error
     return text
 
 
@@ -79,8 +80,8 @@ Text = Annotated[str, AfterValidator(check_characters)]
 
 class Part(BaseModel):
     """
-    A part of a request. Any field that is neither named nor `null` is refused, such as `images` of a message, except
-    hints and what clients copy from an answer.
+    A part of a request. Unknown fields, such as `images` of a message, are refused unless they are `null`. Fields that
+    are hints, and fields that clients copy from answers, are ignored.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -132,7 +133,7 @@ class InputImagePart(Part):
         return self.image_url
 
 
-# Each list ends with its first error: a body of megabytes would otherwise have millions of them
+# Validation of a list stops at the first error: a large body could otherwise have millions of errors
 Parts = Annotated[
     list[Annotated[TextPart | ImagePart | InputImagePart, Field(discriminator="type")]], Field(fail_fast=True)
 ]
@@ -166,7 +167,7 @@ class Message(Part):
     def text_message(self) -> dict:
         """The message without its images, as chat templates expect it."""
         parts = [{"type": "text", "text": part.text} for part in self.parts if isinstance(part, TextPart)]
-        # OpenAI renamed the role, chat templates did not
+        # OpenAI has renamed the role, chat templates have not
         return {"role": "system" if self.role == "developer" else self.role, "content": parts}
 
     def image_urls(self) -> list[str]:
@@ -183,7 +184,7 @@ class Request(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    # For OpenAI's own administration: they do not change an answer
+    # Administrative fields of OpenAI, which do not change an answer
     user: str | None = None
     metadata: dict | None = Field(None, max_length=16)
     service_tier: str | None = None
@@ -235,7 +236,7 @@ class ResponsesRequest(Request):
     instructions: Text | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     stream_options: StreamOptions | None = None
-    # What chats alone may ask for
+    # Fields of chat completions only
     stop: ClassVar[list[str]] = []
     num_choices: ClassVar[int] = 1
     logprobs: ClassVar[bool] = False
@@ -243,7 +244,7 @@ class ResponsesRequest(Request):
     @field_validator("input", mode="before")
     @classmethod
     def to_messages(cls, given):
-        """A text, or parts without a role, are one turn of the user."""
+        """Turns a text, or parts without a role, into one message of the user."""
         if isinstance(given, list) and given:
             is_content = all(isinstance(item, dict) and "role" not in item for item in given)
         else:
@@ -260,7 +261,7 @@ class ResponsesRequest(Request):
         return self.max_output_tokens
 
 
-# What this server does not do, and the values that do not ask for it. `None` never does.
+# Fields of unsupported features, and the values that turn them off. `None` always does.
 UNSUPPORTED_IN_CHATS = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -297,7 +298,7 @@ UNSUPPORTED_IN_RESPONSES = {
 
 # In plainer words than pydantic's, which name its classes
 FAULTS = {
-    "extra_forbidden": "this server knows no such field here. Leave it out",
+    "extra_forbidden": "this server does not know this field here. Leave it out",
     "model_type": "Input should be an object",
     "model_attributes_type": "Input should be an object",
 }
@@ -316,12 +317,12 @@ def parse(request_class: type[Request], unsupported: dict[str, tuple], body: dic
     Checks the body of a request.
 
     Raises:
-        RequestError: if a field is unknown, has another type or value, or asks for what the server does not do.
+        RequestError: if a field is unknown, has a wrong type or value, or requests an unsupported feature.
     """
     for name, value in body.items():
         if name not in unsupported and name not in request_class.model_fields:
             raise RequestError(
-                f"`{name}` is {shorten(value)}, but this server knows no such field. Leave it out.",
+                f"`{name}` is {shorten(value)}, but this server does not know this field. Remove it.",
                 param=name,
                 code="unknown_parameter",
             )
@@ -329,7 +330,7 @@ def parse(request_class: type[Request], unsupported: dict[str, tuple], body: dic
         if value is not None and value not in neutral:
             instead = f" or give {' or '.join(map(json.dumps, neutral))}" if neutral else ""
             raise RequestError(
-                f"`{name}` is {shorten(value)}, which this server does not support. Leave it out{instead}.",
+                f"`{name}` is {shorten(value)}, which this server does not support. Remove it{instead}.",
                 param=name,
                 code="unsupported_parameter",
             )
@@ -344,9 +345,9 @@ def parse(request_class: type[Request], unsupported: dict[str, tuple], body: dic
     try:
         return request_class.model_validate(body)
     except ValidationError as error:
-        # Of the alternatives of a union, the one that matched furthest is what the client meant
+        # Of the alternatives of a union, the client meant the one that matched furthest
         fault = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
-        # Without the names of types, and the type of a part after its number: they are no fields
+        # Without the names of types, and without the type of a part after its number, which are not fields
         loc = [part for part in fault["loc"] if "[" not in str(part)]
         if len(loc) > 5 and loc[2] == "content":
             del loc[4]
@@ -362,8 +363,7 @@ def parse(request_class: type[Request], unsupported: dict[str, tuple], body: dic
 
 def find_images(messages: list[Message], max_images: int) -> list[str]:
     """
-    The addresses of the images of a chat, in their order. Where they are more than `max_images`, one that is repeated
-    in several turns counts once.
+    The addresses of the images of a chat, in order. If there are more than `max_images`, repeated images are removed.
 
     Raises:
         RequestError: if there are more than `max_images` different ones.
@@ -377,8 +377,8 @@ def find_images(messages: list[Message], max_images: int) -> list[str]:
         limit = "one image" if max_images == 1 else f"{max_images} images"
         raise RequestError(
             f"The request has {len(urls)} different images (in messages {', '.join(map(str, places))}, counted from "
-            f"0), but the model reads {limit} for each request. Send no more, each of which may be repeated in "
-            "several turns, or ask about the others in requests of their own.",
+            f"0), but the model reads {limit} for each request. Send fewer images (each may be repeated in several "
+            "turns), or ask about the others in separate requests.",
             param="messages",
             code="too_many_images",
         )
@@ -389,7 +389,7 @@ def find_images(messages: list[Message], max_images: int) -> list[str]:
 
 
 class Token(NamedTuple):
-    """A token of an answer, the logarithm of its likelihood, and those of the most likely tokens in its place."""
+    """A token of an answer, its log-likelihood, and the log-likelihoods of the most likely alternatives."""
 
     text: str
     logprob: float
@@ -397,7 +397,7 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """By what an answer grew. The tokens are there where a request asks for their likelihoods."""
+    """A new piece of an answer. It contains the tokens if the request asks for log-likelihoods."""
 
     index: int
     text: str
@@ -410,7 +410,7 @@ def event(data: dict | str) -> str:
 
 
 class ChatWriter:
-    """The answers of a job as `/v1/chat/completions` gives them."""
+    """Formats the answers of a job for `/v1/chat/completions`."""
 
     def __init__(self, request: ChatRequest, model: str, identifier: str):
         self.request = request
@@ -460,9 +460,9 @@ class ChatWriter:
 
     @staticmethod
     def _logprob(text: str, logprob: float) -> dict:
-        # A part of a character has no bytes here: what it is decoded to has others
+        # A part of a character has no bytes here, since its decoded text has other bytes
         known = "\N{REPLACEMENT CHARACTER}" not in text
-        # JSON has no infinity; OpenAI's lowest value stands for a token that cannot come
+        # JSON has no infinity; OpenAI's lowest value stands for an impossible token
         return {"token": text, "bytes": list(text.encode()) if known else None, "logprob": max(logprob, -9999.0)}
 
     @staticmethod
@@ -475,7 +475,7 @@ class ChatWriter:
 
 
 class ResponsesWriter:
-    """An answer as `/v1/responses` gives it."""
+    """Formats an answer for `/v1/responses`."""
 
     def __init__(self, request: ResponsesRequest, model: str, identifier: str):
         self.item_id, self.num_events = f"msg_{identifier}", 0

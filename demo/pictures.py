@@ -1,6 +1,6 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Draws what a trained adapter does with images, as PNG files.
+Draws figures of a trained adapter as PNG files: its fusion weights and slot activations.
 
     python demo/pictures.py outputs/digits --output_dir outputs/digits/pictures
     python demo/pictures.py outputs/own --task vqa --data_path examples/vqa --row 0 --layers 0 3 7
@@ -35,7 +35,7 @@ from training.flags import check_place  # noqa: E402
 
 
 BATCH_SIZE = 32
-MAX_LAYERS = 12  # shown of a deep language model, unless `--layers` names them
+MAX_LAYERS = 12  # number of layers shown for a deep language model, unless `--layers` is given
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def check_images(model, inputs):
     check_config(model.config)
     mask = inputs.get("image_mask")
     if inputs.get("pixel_values") is None or (mask is not None and not mask.all()):
-        raise ValueError("A row of the inputs has no image, so nothing can be drawn for it. Leave such rows out.")
+        raise ValueError("A row of the inputs has no image, so nothing can be drawn for it. Remove such rows.")
     if inputs["pixel_values"].ndim == 5:
         raise ValueError("A row of the inputs has several images or tiles, but a picture is of one. Leave it out.")
 
@@ -96,12 +96,12 @@ def fusion_weights(model, inputs) -> np.ndarray:
 @torch.no_grad()
 def slot_activations(model, inputs, position: int = -1) -> np.ndarray:
     """
-    How much each patch's memory slot is read by one token, `phi(x K^T)` of method step 8.
+    How strongly one token reads the memory slot of each patch, `phi(x K^T)` of method step 8.
 
     Args:
         model: `DehvfForConditionalGeneration`.
         inputs: keyword arguments of the model's `forward`, with `input_ids` and `pixel_values`.
-        position: of the token that reads, in `input_ids`. It predicts the next token.
+        position: position in `input_ids` of the token that reads. It predicts the next token.
 
     Returns:
         Array of shape `(batch_size, num_language_layers, num_patches)`, patches row by row, without a unit. A
@@ -115,7 +115,7 @@ def slot_activations(model, inputs, position: int = -1) -> np.ndarray:
     num_patches, activations, thread = model.config.num_patches, [], threading.get_ident()
 
     def keep(ffn, args):
-        if threading.get_ident() == thread:  # others may use the model at the same time
+        if threading.get_ident() == thread:  # other threads may use the model at the same time
             slots = ffn.slot_activations(args[0][:, [position]], ffn.memory)  # (batch_size, 1, num_memory_slots)
             activations.append(slots[:, 0, :num_patches].float())
 
@@ -130,7 +130,10 @@ def slot_activations(model, inputs, position: int = -1) -> np.ndarray:
 
 
 def groups(model) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Runs of language layers with the same candidate vision layers, and these candidates, sorted, without repeats."""
+    """
+    Consecutive language layers with the same candidate vision layers, and these candidates, sorted and without
+    repeats.
+    """
     candidates, valid = model.model.candidates.cpu().numpy(), model.model.valid_candidates.cpu().numpy()
     rows = [tuple(np.unique(row[is_valid])) for row, is_valid in zip(candidates, valid)]
     runs = itertools.groupby(range(len(rows)), key=lambda layer: rows[layer])
@@ -144,7 +147,7 @@ def position_names(model) -> list[str]:
 
 
 def encoder_view(processor, image) -> np.ndarray:
-    """The image as the vision encoder gets it, without normalisation: `(height, width, 3)` from 0 to 1."""
+    """The input image of the vision encoder, without normalisation: `(height, width, 3)` from 0 to 1."""
     pixels = processor(images=image, do_normalize=False, return_tensors="np")["pixel_values"][0]
     return pixels.transpose(1, 2, 0).clip(0, 1)
 
@@ -155,7 +158,7 @@ def encoder_view(processor, image) -> np.ndarray:
 
 
 def new_figure(width: float, height: float):
-    """A figure, sizes in inches. Made without `pyplot`, which needs a display and keeps global state."""
+    """Creates a figure (sizes in inches) without `pyplot`, which needs a display and has global state."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -185,7 +188,7 @@ def draw_fusion_weights(weights: np.ndarray, model, title: str):
     Args:
         weights: `(num_images, num_language_layers, num_positions, num_vision_layers)`, see [`fusion_weights`].
         model: the model that the weights belong to.
-        title: second line of the title, which says what the mean is over.
+        title: second line of the title, which describes the images.
 
     Returns:
         `matplotlib.figure.Figure`, whose `savefig` writes a file.
@@ -194,7 +197,7 @@ def draw_fusion_weights(weights: np.ndarray, model, title: str):
 
     mean = weights.mean(axis=0)
     num_positions = mean.shape[1]
-    drawn = np.full(mean.shape, np.nan)  # layers that are no candidates stay blank
+    drawn = np.full(mean.shape, np.nan)  # layers that are not candidates stay blank
     figure = new_figure(1.5 + 5.5 * num_positions, 6)
     axes = figure.subplots(1, num_positions, sharey=True, squeeze=False)[0]
     for layers, candidates in groups(model):
@@ -310,7 +313,7 @@ def draw_group_means(weights: np.ndarray, model, title: str):
 
 
 def curve_styles(num_candidates: int) -> list[tuple[str, dict]]:
-    """Label and colour of each place in a group's run, the same in all groups."""
+    """Label and colour of each position in a group's layers, the same in all groups."""
     from matplotlib import colormaps
 
     shades = np.linspace(0, 0.9, num_candidates)
@@ -320,7 +323,7 @@ def curve_styles(num_candidates: int) -> list[tuple[str, dict]]:
 
 
 def name_groups(axis, model):
-    """Writes the vision layers of each group above it, as a run where they are one."""
+    """Writes the vision layers of each group above it, as a range if they are consecutive."""
     is_grouped = not isinstance(model.config.layer_mapping, list)
     penultimate = model.config.vision_config.num_hidden_layers - 2
     for layers, candidates in groups(model):
@@ -342,7 +345,7 @@ def draw_slot_activations(activations: np.ndarray, pixels: np.ndarray, patch_siz
         pixels: `(height, width, 3)`, see [`encoder_view`].
         patch_size: in pixels.
         title: lines above the picture.
-        layers: which language layers to show. By default all, or `MAX_LAYERS` evenly spaced ones.
+        layers: language layers to show. By default all, or `MAX_LAYERS` evenly spaced ones.
 
     Returns:
         `matplotlib.figure.Figure`.
@@ -393,7 +396,7 @@ def draw_slot_activations(activations: np.ndarray, pixels: np.ndarray, patch_siz
 
 
 def draw_patches(axis, values: np.ndarray, pixels: np.ndarray, patch_size: int, limit: float):
-    """Colours each patch by its value, shaded by the image. Returns what the colour bar is made from."""
+    """Colours each patch by its value, shaded by the image. Returns the mappable for the colour bar."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -416,7 +419,7 @@ def draw_patches(axis, values: np.ndarray, pixels: np.ndarray, patch_size: int, 
 
 
 def choose_row(dataset, split: str, number: int | None) -> dict:
-    """The row with this number, or the first that has an image, with its number as `index`."""
+    """The row with this number, or the first row with an image, with its number as `index`."""
     if number is None:
         number = next((index for index, row in enumerate(dataset) if row["image"] is not None), None)
         if number is None:
@@ -429,7 +432,7 @@ def choose_row(dataset, split: str, number: int | None) -> dict:
 
 
 def make_inputs(processor, task, rows: list[dict], device) -> dict[str, torch.Tensor]:
-    """What the model gets in an evaluation: images, prompts and the prefix of the answer."""
+    """The inputs of the model in evaluation: images, prompts and the prefix of the answer."""
     encode = RowEncoder(task, "chosen", processor, max_prompt_length=sys.maxsize, training=False)
     samples = [{**encode(row, index), "index": index, "image": read_images(row)} for index, row in enumerate(rows)]
     batch = Collator(processor, instruction_mask=True)(samples)
@@ -439,7 +442,7 @@ def make_inputs(processor, task, rows: list[dict], device) -> dict[str, torch.Te
 @torch.no_grad()
 def look_for_token(model, processor, task, row: dict, token: int) -> tuple[np.ndarray, str]:
     """
-    Generates an answer, and reads the slot activations at the token before number `token` of it.
+    Generates an answer, and computes the slot activations at the token before token number `token` of the answer.
 
     Returns:
         Activations of shape `(num_language_layers, num_patches)`, and the lines of a title.
@@ -453,7 +456,7 @@ def look_for_token(model, processor, task, row: dict, token: int) -> tuple[np.nd
     num_tokens = tokens.shape[1] - length
     if not 0 <= token < num_tokens:
         raise ValueError(f"--token is {token}, but the tokens of the answer are 0 to {num_tokens - 1}.")
-    read = tokens[:, : length + token]  # the last of them predicts the token
+    read = tokens[:, : length + token]  # the last of these predicts the token
     question = F.pad(inputs["instruction_mask"], (0, token))
     texts = {"input_ids": read, "attention_mask": torch.ones_like(read), "instruction_mask": question}
     activations = slot_activations(model, {**inputs, **texts})[0]
@@ -475,17 +478,17 @@ def look_for_token(model, processor, task, row: dict, token: int) -> tuple[np.nd
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", help="folder or Hub id of trained adapters")
-    parser.add_argument("--task", choices=NAMES, default="digits", help="file in tasks/ that reads the data")
-    parser.add_argument("--data_path", help="Hub id or folder of the data, if not the task's own")
+    parser.add_argument("--task", choices=NAMES, default="digits", help="task that reads the data")
+    parser.add_argument("--data_path", help="Hub id or folder of the data, if the task has no default")
     parser.add_argument("--columns", help="columns with other names, as in train.py: question=prompt,answer=label")
-    parser.add_argument("--holdout", type=float, help="share of the train split to test on, as in train.py")
+    parser.add_argument("--holdout", type=float, help="fraction of the train split to test on, as in train.py")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
-    parser.add_argument("--num_samples", type=int, default=200, help="largest number of images in the mean weights")
+    parser.add_argument("--num_samples", type=int, default=200, help="maximum number of images to average over")
     parser.add_argument("--row", type=int, help="row to draw; by default the first with an image")
     parser.add_argument("--token", type=int, default=0, help="token of the answer to draw")
-    parser.add_argument("--layers", type=int, nargs="+", help=f"language layers; by default up to {MAX_LAYERS}")
+    parser.add_argument("--layers", type=int, nargs="+", help=f"layers to draw; by default up to {MAX_LAYERS}")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/pictures"))
-    # Which `load_rows` reads as well
+    # Further arguments that `load_rows` reads
     parser.set_defaults(captions=None, max_samples=None, streaming=False, only_images=False)
     options = parser.parse_args(arguments)
     if options.num_samples < 1:

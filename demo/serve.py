@@ -4,10 +4,10 @@ An OpenAI-compatible server for one DEHVF adapter. Needs `pip install -r require
 
     python demo/serve.py outputs/digits --trust-remote-code --port 8000
 
-This is the application of `transformers serve`, which loads the model and lists it, with handlers that check what a
-client sends before it reaches the model. It answers `/v1/chat/completions`, `/v1/responses`, `/v1/models` and
-`/health`, and refuses the other endpoints of `transformers serve`, some of which load any model that a client names.
-docs/serving.md says who can reach what.
+This is the application of `transformers serve`, which loads and lists the model, with handlers that check requests
+before they reach the model. It answers `/v1/chat/completions`, `/v1/responses`, `/v1/models` and `/health`, and
+refuses the other endpoints of `transformers serve`, some of which load any model that a client names. docs/serving.md
+explains access and limits.
 """
 
 import asyncio
@@ -65,9 +65,9 @@ from demo.openai_api import (  # noqa: E402
 from training.flags import check_place  # noqa: E402
 
 
-logger = logging.getLogger("uvicorn.error")  # uvicorn's log of everything but accesses
+logger = logging.getLogger("uvicorn.error")  # uvicorn's log, without accesses
 
-# What is answered. Anything else is refused, also what a later release of `transformers serve` adds.
+# The endpoints. All others are refused, including those that later releases of `transformers serve` add.
 ENDPOINTS = {
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/responses"),
@@ -76,13 +76,13 @@ ENDPOINTS = {
 }
 ONE_MODEL = "/v1/models/"  # followed by the name of a model
 DEFAULT_NEW_TOKENS = 1024  # as in `transformers serve`
-# A token of more characters than this on average is not expected, so that longer texts need not be tokenized
+# Texts with more characters than this per allowed token are refused without tokenizing them
 MAX_CHARACTERS_PER_TOKEN = 32
-MIN_TEMPERATURE = 1e-3  # below it the best token has all the probability, and scores divided by it overflow
-MAX_PADDING = 2  # tokens of a batch for each one that is no padding
-# Settings of a generation config that read the whole prompt, and the values with which they do not
+MIN_TEMPERATURE = 1e-3  # below this the best token has all the probability, and scores divided by it overflow
+MAX_PADDING = 2  # maximum ratio of all tokens of a batch to those that are not padding
+# Settings of a generation config that read the whole prompt, and the values that turn them off
 READERS_OF_PROMPTS = {"repetition_penalty": (None, 1), "no_repeat_ngram_size": (None, 0), "min_length": (None, 0)}
-UPLOAD_SECONDS = 60  # for the body of a request, so that clients that send slowly do not block the others
+UPLOAD_SECONDS = 60  # time limit for the body of a request, so that slow clients do not block the others
 
 
 # --- the model ---
@@ -90,10 +90,10 @@ UPLOAD_SECONDS = 60  # for the body of a request, so that clients that send slow
 
 class MemoryCache:
     """
-    What the images that were used last were encoded to. Safe to share between threads.
+    Cache of the visual memories of the images that were used last. It can be shared between threads.
 
     Args:
-        num_images: how many to keep. The least recently used one is dropped first.
+        num_images: maximum number of images. The least recently used one is removed first.
     """
 
     def __init__(self, num_images: int):
@@ -117,12 +117,12 @@ class MemoryCache:
 
 def remember_images(model, num_images: int = 64):
     """
-    Caches the visual memories of images, so that another question about an image does not run the encoder. Images of
-    a batch that are not cached are encoded together. At 7B in bf16 the memory of an image takes 4.2 MB.
+    Caches the visual memories of images, so that further questions about an image do not run the encoder. Images of a
+    batch that are not cached are encoded together. At 7B in bf16, the memory of an image takes 4.2 MB.
 
     Args:
         model: `DehvfForConditionalGeneration`. Its adapters must not be trained afterwards.
-        num_images: how many images to keep.
+        num_images: maximum number of cached images.
 
     Returns:
         The same model.
@@ -130,11 +130,11 @@ def remember_images(model, num_images: int = 64):
     cache, encode = MemoryCache(num_images), model.model._encode
 
     def encode_or_look_up(adapter, pixel_values, image_mask, instruction, **kwargs):
-        if pixel_values.ndim == 5:  # samples with several images, which come back here one by one
+        if pixel_values.ndim == 5:  # samples with several images: calls this function for each image
             return encode(adapter, pixel_values, image_mask, instruction, **kwargs)
         num_rows, config = len(pixel_values), adapter.config
         rows = range(num_rows) if image_mask is None else image_mask.nonzero().flatten().tolist()
-        # A fuser that reads the question makes a memory for this question alone
+        # If the fuser reads the question, the memory is for this question only
         is_reusable = config.visual_prompts != "none" and not config.reads_instruction
         if kwargs or not rows or not is_reusable or torch.is_grad_enabled():
             return encode(adapter, pixel_values, image_mask, instruction, **kwargs)
@@ -143,7 +143,7 @@ def remember_images(model, num_images: int = 64):
         new = {key: row for row, key in keys.items() if memories[key] is None}
         if new:
             encoded = encode(adapter, pixel_values[list(new.values())], None, None).pooler_output
-            # Copies, since a part of a tensor keeps all of it
+            # Copies, since a slice would keep the whole tensor in memory
             memories |= {key: memory[None].clone() for key, memory in zip(new, encoded)}
             for key in new:
                 cache.put(key, memories[key])
@@ -160,7 +160,7 @@ def hash_pixels(pixels: torch.Tensor) -> bytes:
 
 
 class AutoModelWithCache:
-    """What the server finds under the name of the class that `transformers` does not have."""
+    """Loader that the server finds under the class name that `transformers` does not have."""
 
     @staticmethod
     def from_pretrained(*args, **kwargs):
@@ -168,7 +168,7 @@ class AutoModelWithCache:
 
 
 def register():
-    """Tells `transformers serve` how to load DEHVF and that it takes images."""
+    """Registers DEHVF with `transformers serve` as a model that reads images."""
     name = "DehvfForConditionalGeneration"
     setattr(transformers, name, AutoModelWithCache)
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["dehvf"] = name
@@ -179,10 +179,10 @@ def register():
 
 class Answer:
     """
-    An answer that grows in the thread of the model.
+    An answer that is generated in the thread of the model.
 
     Args:
-        job: what it belongs to.
+        job: the job of the answer.
         index: its number among the choices of the job.
     """
 
@@ -194,7 +194,7 @@ class Answer:
 
     def add(self, token: int, logprobs: torch.Tensor | None):
         """Adds a token. `logprobs` are those of all tokens in its place, if the request asks for them."""
-        job, replacement = self.job, "\N{REPLACEMENT CHARACTER}"  # of a character that is not complete
+        job, replacement = self.job, "\N{REPLACEMENT CHARACTER}"  # for an incomplete character
         if logprobs is not None:
             self._tokens.append((len(self.text.rstrip(replacement)), job.describe(token, logprobs)))
         self.ids.append(token)
@@ -218,7 +218,7 @@ class Answer:
         return [token for start, token in self._tokens if start < (len(self.text) if end is None else end)]
 
     def _num_held_back(self) -> int:
-        """The length of the longest end of the text with which a stop may begin."""
+        """The length of the longest suffix of the text that may be the beginning of a stop string."""
         longest = len(self.text) + 1  # a stop may be much longer than the text
         return max(
             (
@@ -239,15 +239,15 @@ class Answer:
 
 class Job:
     """
-    A request at work. The event loop iterates over the pieces by which its answers grow.
+    A request that is being answered. The event loop iterates over the new pieces of its answers.
 
     Args:
-        request: what is asked.
-        inputs: those of the model, for one row.
-        max_new_tokens: number of tokens after which an answer ends.
+        request: the request.
+        inputs: inputs of the model, for one row.
+        max_new_tokens: maximum number of tokens of an answer.
         options: arguments of `generate`.
-        seed: of the random numbers, where they are drawn.
-        tokenizer: what decodes the tokens.
+        seed: random seed, if the answer is sampled.
+        tokenizer: decodes the tokens.
         end_tokens: ids of the tokens that end an answer.
     """
 
@@ -273,7 +273,7 @@ class Job:
         return all(answer.finish_reason is not None for answer in self.answers)
 
     def describe(self, token: int, logprobs: torch.Tensor) -> Token:
-        """A token as clients read it, with the most likely ones in its place."""
+        """A token in the form for clients, with the most likely alternatives."""
         best = logprobs.topk(self.request.top_logprobs or 0)
         decode = self.tokenizer.decode
         alternatives = [(decode(other), value) for value, other in zip(best.values.tolist(), best.indices.tolist())]
@@ -309,8 +309,8 @@ def stack_images(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 class Batch:
     """
-    The answers that one call of `generate` gives, a row for each. `grow` is a stopping criterion, by which the rows
-    end one by one, and `keep_logprobs` a logits processor.
+    The answers of one call of `generate`, one per row. `grow` is a stopping criterion that ends rows one by one, and
+    `keep_logprobs` is a logits processor.
     """
 
     def __init__(self, jobs: list[Job]):
@@ -318,7 +318,7 @@ class Batch:
         self.logprobs = [None] * len(self.answers)
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """The inputs of the jobs as those of one call, padded on the left."""
+        """Combines the inputs of the jobs for one call, padded on the left."""
         rows, tokenizer = [answer.job.inputs for answer in self.answers], self.jobs[0].tokenizer
         length = max(job.num_prompt_tokens for job in self.jobs)
         inputs = {}
@@ -334,14 +334,17 @@ class Batch:
         return max(job.max_new_tokens for job in self.jobs)
 
     def keep_logprobs(self, input_ids, scores: torch.Tensor) -> torch.Tensor:
-        """What the model gives each token, before temperature and `top_p`."""
+        """Keeps the logprobs of the model, before temperature and `top_p` are applied."""
         for row, answer in enumerate(self.answers):
             if answer.job.request.logprobs and answer.finish_reason is None:
                 self.logprobs[row] = scores[row].float().log_softmax(-1)
         return scores
 
     def grow(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        """Hands each answer its new token. Returns which rows are done, also because their clients left."""
+        """
+        Passes its new token to each answer. Returns which rows are done, including rows whose clients have
+        disconnected.
+        """
         for answer, token, logprobs in zip(self.answers, input_ids[:, -1].tolist(), self.logprobs):
             job = answer.job
             if answer.finish_reason is None and not job.is_cancelled:
@@ -354,30 +357,31 @@ class Batch:
 
 class Engine:
     """
-    Answers requests with one model, in a thread of its own: the one that has waited longest, and in the same call of
-    `generate` those that wait behind it, need the same options and would not be mostly padding.
+    Answers requests with one model in a separate thread. Each call of `generate` answers the request that has waited
+    longest, together with later requests that need the same options and would not be mostly padding.
 
     Args:
         model: `DehvfForConditionalGeneration`.
         processor: `DehvfProcessor`.
-        reader: what reads the images of clients.
-        max_context_tokens: number of tokens of a chat and its answer. A model for fewer lowers it.
-        max_batch_size: number of answers of a call. A request for more choices has one of its own.
+        reader: reads the images of clients.
+        max_context_tokens: maximum number of tokens of a chat and its answer, if the model does not have a lower
+            maximum.
+        max_batch_size: maximum number of answers in a call. A request for more choices gets a separate call.
     """
 
     def __init__(self, model, processor, reader: ImageReader, max_context_tokens: int, max_batch_size: int):
         self.model, self.processor, self.reader, self.max_batch_size = model, processor, reader, max_batch_size
         num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_context_tokens = min(max_context_tokens, num_positions or max_context_tokens)
-        self._tokenizing = threading.Lock()  # a tokenizer sets its padding for each call
+        self._tokenizing = threading.Lock()  # a tokenizer changes its padding in each call
         self._thread, self._waiting, self._queueing = ThreadPoolExecutor(1), [], threading.Lock()
 
     async def prepare(self, request: Request):
         """
-        The inputs of the model and the number of new tokens.
+        The inputs of the model and the maximum number of new tokens.
 
         Raises:
-            RequestError: if an image cannot be read, or the chat does not suit the model's template or context.
+            RequestError: if an image cannot be read, or the chat does not fit the model's template or context.
         """
         urls = find_images(request.messages, self.processor.max_images)
         files = [await self.reader.read(url) for url in urls]
@@ -396,7 +400,7 @@ class Engine:
         num_characters = sum(len(part["text"]) for message in chat for part in message["content"])
         if num_characters > MAX_CHARACTERS_PER_TOKEN * self.max_context_tokens:
             raise too_long(f"The messages have {num_characters} characters", self.max_context_tokens)
-        # No image is a token, so their order alone matters
+        # There are no image tokens, so only the order of the images matters
         chat[0]["content"] += [{"type": "image", "image": self.reader.decode(data)} for data in files]
         try:
             with self._tokenizing:
@@ -411,7 +415,7 @@ class Engine:
             ) from error
 
     def start(self, request: Request, inputs, max_new_tokens: int) -> Job:
-        """A job that the model begins after those that were started before, or together with them."""
+        """A job that starts after the earlier jobs or together with them."""
         options, config = self._sampling(request), self.model.generation_config
         seed = request.seed if options.get("do_sample", config.do_sample) else None
         end_tokens = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -435,19 +439,19 @@ class Engine:
 
     def _answer_next(self):
         jobs = self._take()
-        if not jobs:  # their turn came with others
+        if not jobs:  # they have been answered together with others
             return
         batch, seed = Batch(jobs), jobs[0].seed
         asks_logprobs = any(job.request.logprobs for job in jobs)
         try:
-            # The seed of one request does not make those that follow repeat themselves
+            # The seed of a request must not affect the requests after it
             with torch.random.fork_rng(enabled=seed is not None):
                 if seed is not None:
                     torch.manual_seed(seed)
                 self.model.generate(
                     **{name: tensor.to(self.model.device) for name, tensor in batch.inputs().items()},
                     max_new_tokens=batch.max_new_tokens,
-                    num_beams=1,  # beams have no first piece before the end
+                    num_beams=1,  # with beams there are no pieces before the end
                     stopping_criteria=[batch.grow],
                     logits_processor=[batch.keep_logprobs] if asks_logprobs else [],
                     **jobs[0].options,
@@ -464,17 +468,17 @@ class Engine:
                 job.put(None)
 
     def _take(self) -> list[Job]:
-        """Takes the job that has waited longest out of the queue, and those that are answered with it."""
+        """Takes the job that has waited longest out of the queue, and the jobs to answer with it."""
         with self._queueing:
             jobs, left = [], []
             for job in self._waiting:
-                if not job.is_cancelled:  # while it waited
+                if not job.is_cancelled:  # its client has not disconnected meanwhile
                     (jobs if not jobs or self._fits(jobs, job) else left).append(job)
             self._waiting = left
         return jobs
 
     def _fits(self, jobs: list[Job], job: Job) -> bool:
-        """Whether a job is answered in the same call of `generate` as others, with the same result as alone."""
+        """Whether a job can be answered in the same call of `generate` as others, with the same result as alone."""
         first, together = jobs[0], [*jobs, job]
         if job.options != first.options or job.seed is not None or first.seed is not None:
             return False
@@ -499,16 +503,16 @@ def too_long(found: str, max_context_tokens: int) -> RequestError:
 
 
 def server_error(error: Exception) -> dict:
-    """The body that a client gets for a fault of ours. What happened is in the log alone, under the same id."""
+    """The body of the response to an internal error. The details are only written to the log, under the same id."""
     identifier = uuid.uuid4().hex
     logger.error("Error %s", identifier, exc_info=error)
-    message = f"The server failed. Its log says why, under the id {identifier}. Send the id to whoever runs it."
+    message = f"Internal error. The server's log has the details under {identifier}. Send this id to its operator."
     return error_body(message, "server_error", code="internal_error")
 
 
 def unknown_model(given: str, model: str) -> RequestError:
     return RequestError(
-        f"The model {shorten(given)} does not exist here. Ask for {model!r}, the only one.",
+        f"This server has no model {shorten(given)}. Use {model!r}, the only one.",
         status=404,
         param="model",
         code="model_not_found",
@@ -517,10 +521,10 @@ def unknown_model(given: str, model: str) -> RequestError:
 
 class Handler:
     """
-    An endpoint that answers chats, in the form in which `transformers serve` calls it.
+    An endpoint that answers chats, with the interface of handlers in `transformers serve`.
 
     Args:
-        engine: what answers.
+        engine: answers the requests.
         model: the name under which the model is listed.
         request_class: the fields that are read.
         unsupported: the fields that are refused.
@@ -560,7 +564,7 @@ class Handler:
             for line in writer.last(job):
                 yield line
         except Exception as error:
-            yield event(server_error(error))  # the status was sent before
+            yield event(server_error(error))  # the status has already been sent
         finally:
             job.is_cancelled = True  # where the client left
 
@@ -570,11 +574,11 @@ class Handler:
 
 class Guard:
     """
-    ASGI middleware that lets through what `serve.py` answers, and turns every fault into an error in OpenAI's form.
+    ASGI middleware that only passes on supported requests, and turns every exception into an error in OpenAI's format.
 
     Args:
         app: the application behind it.
-        hosts: names by which the server may be called.
+        hosts: host names by which the server may be called.
         origins: origins of web pages that may call it.
         max_requests: number of requests that are answered or wait at the same time.
         max_body_bytes: size of the body of a request.
@@ -612,12 +616,12 @@ class Guard:
         host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
         if not self._is_own_name(host):
             raise RequestError(
-                f"The server was called by the name {shorten(host)}, which is not one of its own. Call it by its IP "
-                "address or by `localhost`, or start it with `--allow-host` and this name.",
+                f"The server was called by the name {shorten(host)}, which is not one of its names. Call it by its "
+                "IP address or by `localhost`, or start it with `--allow-host` and this name.",
                 status=403,
                 code="host_not_allowed",
             )
-        # A web page of another origin could not read the answer, but could have the server work
+        # A web page of another origin could not read the answer, but could keep the server busy
         if origin and origin not in {*self.origins, f"http://{host}", f"https://{host}"}:
             raise RequestError(
                 f"Web pages of the origin {shorten(origin)} may not call this server. Start it with `--allow-origin` "
@@ -628,14 +632,14 @@ class Guard:
         asks_for_model = scope["method"] == "GET" and scope["path"].startswith(ONE_MODEL)
         if not asks_for_model and (scope["method"], scope["path"]) not in ENDPOINTS:
             raise RequestError(
-                f"{scope['method']} {shorten(scope['path'])} is not served. There are "
+                f"{scope['method']} {shorten(scope['path'])} is not served. Available: "
                 f"{', '.join(' '.join(endpoint) for endpoint in sorted(ENDPOINTS))}.",
                 status=403,
                 code="endpoint_not_allowed",
             )
 
     def _is_own_name(self, host: str) -> bool:
-        """An IP address too: only names can be made to lead to this server by a page that the browser loaded."""
+        """IP addresses are allowed too: a web page can only redirect names to this server (DNS rebinding)."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
             if name in self.hosts:
@@ -648,7 +652,7 @@ class Guard:
     async def _answer(self, scope, receive, send):
         if self.num_requests >= self.max_requests:
             raise RequestError(
-                f"The server has {self.max_requests} requests at work, as many as it takes. Try again later.",
+                f"The server already has {self.max_requests} requests, its maximum. Try again later.",
                 status=429,
                 code="too_many_requests",
             )
@@ -670,7 +674,7 @@ class Guard:
             await send(message)
             is_answered = message["type"] == "http.response.body" and not message.get("more_body", False)
 
-        leaving = asyncio.create_task(receive())  # all that comes after the body
+        leaving = asyncio.create_task(receive())  # everything after the body
         answering = asyncio.create_task(self.app(scope, receive_body, send_and_note))
         try:
             await asyncio.wait({leaving, answering}, return_when=asyncio.FIRST_COMPLETED)
@@ -688,17 +692,18 @@ class Guard:
                 while more:
                     message = await receive()
                     num_bytes += len(message.get("body", b""))
-                    # What is too much is read on and dropped: many clients read no answer before they sent everything
+                    # The rest is read and discarded: many clients do not read the answer before they have sent
+                    # everything
                     if num_bytes <= self.max_body_bytes:
                         body += message.get("body", b"")
                     more = message.get("more_body", False)
         except TimeoutError as error:
             raise RequestError(
-                f"The request did not arrive within {UPLOAD_SECONDS} seconds. Send less.", status=408
+                f"The request did not arrive within {UPLOAD_SECONDS} seconds. Send a smaller one.", status=408
             ) from error
         if num_bytes > self.max_body_bytes:
             raise RequestError(
-                f"The request has {num_bytes} bytes. This server reads up to {self.max_body_bytes}. Send a smaller "
+                f"The request has {num_bytes} bytes. This server accepts up to {self.max_body_bytes}. Send a smaller "
                 "image or a shorter text.",
                 status=413,
                 code="request_too_large",
@@ -730,13 +735,13 @@ def build(
     The application of `transformers serve` for the model that `manager` was started with.
 
     Args:
-        manager: has loaded the model.
+        manager: manager that has loaded the model.
         reader: reads the images of clients.
-        hosts: names by which the server may be called, beside its IP addresses.
+        hosts: names by which the server may be called, in addition to its IP addresses.
         origins: origins of web pages that may call it.
-        max_context_tokens: number of tokens of messages and answer.
+        max_context_tokens: maximum number of tokens of messages and answer.
         max_requests: number of requests that are answered or wait at the same time.
-        max_batch_size: number of answers that one call of `generate` gives.
+        max_batch_size: maximum number of answers in one call of `generate`.
     """
     name = manager.force_model
     model, processor = manager.load_model_and_processor(manager.process_model_name(name))
@@ -745,7 +750,7 @@ def build(
         manager,
         chat_handler=Handler(engine, name, ChatRequest, UNSUPPORTED_IN_CHATS, ChatWriter),
         response_handler=Handler(engine, name, ResponsesRequest, UNSUPPORTED_IN_RESPONSES, ResponsesWriter),
-        # Nothing reaches them
+        # No request reaches them
         completion_handler=None,
         transcription_handler=None,
         systemone_handler=None,
@@ -761,7 +766,7 @@ def build(
     app.add_exception_handler(RequestError, answer_error)
     app.add_exception_handler(RequestValidationError, answer_malformed)
     app.add_exception_handler(HTTPException, answer_malformed)  # for JSON that is nested too deep
-    # An image in base64, and as much text as anyone could mean
+    # An image in base64, and a large amount of text
     max_body_bytes = reader.max_bytes * 4 // 3 + 2**20
     app.add_middleware(Guard, hosts=hosts, origins=origins, max_requests=max_requests, max_body_bytes=max_body_bytes)
     if origins:
@@ -773,36 +778,36 @@ def main(
     adapter: Annotated[str, typer.Argument(help="Folder or Hub id of the adapter, the only model that is served.")],
     trust_remote_code: Annotated[bool, typer.Option(help="Run the code in the adapter's repository.")] = False,
     device: Annotated[str, typer.Option(help="For example `auto`, `cuda:0`, `cpu`.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the model; `auto` is that of the files.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="dtype of the model; `auto` is the dtype in its files.")] = "auto",
     attn_implementation: Annotated[str | None, typer.Option(help="For example `sdpa`.")] = None,
     quantization: Annotated[str | None, typer.Option(help="`bnb-4bit` or `bnb-8bit`.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; `0.0.0.0` for all.")] = "localhost",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     allow_host: Annotated[
-        list[str], typer.Option(help="A further name by which clients call the server. May be repeated.")
+        list[str], typer.Option(help="Another host name of this server, used by clients. May be repeated.")
     ] = [],  # noqa: B006
     allow_origin: Annotated[
         list[str],
-        typer.Option(help="Origin of web pages that may call it, as `https://chat.example.org`. May be repeated."),
+        typer.Option(help="Origin of web pages that may call it: `https://chat.example.org`. May be repeated."),
     ] = [],  # noqa: B006
     allow_image_host: Annotated[
-        list[str], typer.Option(help="Host, or host:port, from which images are fetched. May be repeated.")
+        list[str], typer.Option(help="Host, or host:port, from which images may be fetched. May be repeated.")
     ] = [],  # noqa: B006
     allow_image_folder: Annotated[
-        list[str], typer.Option(help="Folder below which `file:` URLs of images are read. May be repeated.")
+        list[str], typer.Option(help="Folder from which images at `file:` URLs may be read. May be repeated.")
     ] = [],  # noqa: B006
-    max_image_bytes: Annotated[int, typer.Option(min=1, help="Size of an image file.")] = 20 * 2**20,
-    max_image_pixels: Annotated[int, typer.Option(min=1, help="Width times height of an image.")] = 25_000_000,
-    max_image_seconds: Annotated[float, typer.Option(min=0, help="Time for fetching an image.")] = 10.0,
-    max_context_tokens: Annotated[int, typer.Option(min=2, help="Tokens of messages and answer.")] = 4096,
-    max_requests: Annotated[int, typer.Option(min=1, help="Requests that are answered or wait.")] = 32,
-    max_batch_size: Annotated[int, typer.Option(min=1, help="Answers that the model gives at a time.")] = 16,
+    max_image_bytes: Annotated[int, typer.Option(min=1, help="Maximum size of an image file.")] = 20 * 2**20,
+    max_image_pixels: Annotated[int, typer.Option(min=1, help="Maximum width times height.")] = 25_000_000,
+    max_image_seconds: Annotated[float, typer.Option(min=0, help="Maximum time to fetch an image.")] = 10.0,
+    max_context_tokens: Annotated[int, typer.Option(min=2, help="Maximum tokens of messages and answer.")] = 4096,
+    max_requests: Annotated[int, typer.Option(min=1, help="Maximum requests in progress or waiting.")] = 32,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Maximum answers in one batch.")] = 16,
 ):
-    """Serves one DEHVF adapter with an OpenAI-compatible API. docs/serving.md says who can reach what."""
+    """Serves one DEHVF adapter with an OpenAI-compatible API. docs/serving.md explains access and limits."""
     for origin in allow_origin:
         parts = urlsplit(origin)
         if parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}":
-            raise typer.BadParameter(f"The origin {origin!r} is no scheme and host, such as https://chat.example.org.")
+            raise typer.BadParameter(f"The origin {origin!r} is not a scheme and host like https://chat.example.org.")
     try:
         check_place("adapter", adapter)
         reader = ImageReader(

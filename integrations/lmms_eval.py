@@ -1,6 +1,6 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-DEHVF as a model of lmms-eval, which finds it by the entry point in `pyproject.toml`: see docs/lmms-eval.md.
+DEHVF as a model of lmms-eval, registered by the entry point in `pyproject.toml`; see docs/lmms-eval.md.
 
     python -m lmms_eval --model dehvf --model_args pretrained=outputs/my-run --tasks scienceqa --batch_size 16
 """
@@ -16,17 +16,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 class Dehvf(lmms):
     """
-    Answers the requests of tasks that generate text.
+    Answers the requests of tasks with generated answers.
 
     Args:
         pretrained: folder or Hub id of an adapter.
-        revision: of it.
-        batch_size: questions at a time.
-        device: cuda, cpu, ...; by default a GPU where there is one. With several processes each has its own.
+        revision: revision of the adapter.
+        batch_size: number of questions per batch.
+        device: cuda, cpu, ...; by default a GPU if there is one. With several processes, each uses its own.
         dtype, attn_implementation: of the base models, as in `from_pretrained`.
 
     Raises:
-        ValueError: if a question has more images than the adapter reads, video or audio, or a task compares
+        ValueError: if a question has video, audio or more images than the adapter reads, or a task compares
             likelihoods.
     """
 

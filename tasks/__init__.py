@@ -1,37 +1,38 @@
 """
-One file a task. A task is a module with
+Each task is one file, a module with
 
     COLUMNS                          columns that its rows must have
-    ANSWER_PREFIX, MAX_NEW_TOKENS    evaluation lets the model go on from prompt and prefix by so many greedy tokens
-    CARD                             the Hub's names of the task and of the metric, and which score a model card states
+    ANSWER_PREFIX, MAX_NEW_TOKENS    text that follows the prompt in evaluation, and the maximum number of tokens that
+                                     the model then generates greedily
+    CARD                             names of the task and the metric on the Hub, and the score for the model card
     load(split, path=None, streaming=False)
                                      -> `datasets.Dataset`, or `datasets.IterableDataset` when streaming, of the split
-                                     "train", "validation" or "test". Column `image` is a `datasets.Image`, None in a
-                                     row that is text alone; no image is decoded here. Rows may have several: then
-                                     `images` are all of them, None in the other rows, and `image` is the first.
+                                     "train", "validation" or "test". Column `image` is a `datasets.Image`, None in
+                                     rows without an image; images are not decoded here. If rows may have several
+                                     images, `images` has all of them (None in other rows) and `image` the first.
     context(row)                     -> str, the only part of a prompt that may be shortened
     prompt(row, context)             -> str, what the user says
     answer(row)                      -> str, what the model should say
-    options(row)                     -> list of str, what may stand right after the prefix; None if that is free
+    options(row)                     -> list of str, the possible answers after the prefix; None for a free answer
     score(records, size)             -> dict of numbers, None where there is no such row
 
 A record is a line of `predictions.jsonl`: a row without its image, with `index`, `prediction` (the text after the
-prefix), `cut` (whether it had not ended after the last token that it could have), `expected` (the row's answer),
-`has_image` and `choice` (the index of the most likely option, None where there is none). `size` is the number of rows
-in the split: another number of records is an error. A task may also have
+prefix), `cut` (whether it was cut off after MAX_NEW_TOKENS), `expected` (the row's answer), `has_image` and `choice`
+(the index of the most likely option, None without options). `size` is the number of rows in the split: another number
+of records is an error. A task may also have
 
-    DATASET                          the Hub's id of its data, for the card
-    check_scorer()                   raises before anything is generated if `score` would lack something
-    load(..., max_samples=None)      to make a smaller split, where its first rows would not do
+    DATASET                          Hub id of its data, for the model card
+    check_scorer()                   raises an error before training if a requirement of `score` is missing
+    load(..., max_samples=None)      to generate a smaller split instead of using the first rows
     load(..., columns=None, holdout=None)
-                                     for data of any origin: which column is read as what, and the share of the train
-                                     split that becomes a split that is missing; see tasks/_sources.py
-    load(..., captions=None)         a file with captions of the images that are evaluated, for the context
+                                     for your own data: the columns to read, and the fraction of the train split that
+                                     becomes a missing split; see tasks/_sources.py
+    load(..., captions=None)         a file with captions of the images, for the context in evaluation
     find_files(path), read(file, with_images=False)
-                                     the files of a published layout in a folder; the rows of one, and what is wrong
-                                     with others. For `python -m tasks check`, which lists such tasks.
+                                     the files of a published data set in a folder; the good rows of a file, and the
+                                     faults of the others. For `python -m tasks check`, which lists such tasks.
     messages(row)                    -> list of {"role": ..., "content": ...}, the last one the answer, for rows that
-                                     are conversations; `prompt` and `context` are not used then
+                                     are conversations; `prompt` and `context` are then not used
 """
 
 import json
@@ -47,17 +48,18 @@ NAMES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"
 
 def get_task(name: str) -> ModuleType:
     if name not in NAMES:
-        raise ValueError(f"There is no task `{name}`. There are: {', '.join(NAMES)}.")
+        raise ValueError(f"There is no task `{name}`. Tasks: {', '.join(NAMES)}.")
     return import_module(f"tasks.{name}")
 
 
 def score_folder(folder: str | Path) -> dict:
     """
-    Scores the answers that `train.py` left in a folder; no model is needed. Reads `predictions.jsonl`, and `task` and
-    `size` from `results.json`; writes `scores` into the latter, and `scores_by_likelihood` if each row has a `choice`.
+    Scores the answers that `train.py` has written to a folder; no model is needed. Reads `predictions.jsonl`, and
+    `task` and `size` from `results.json`; writes `scores` into the latter, and `scores_by_likelihood` if each row has
+    a `choice`.
 
     Returns:
-        What `results.json` then holds.
+        The new content of `results.json`.
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
@@ -74,14 +76,14 @@ def score_folder(folder: str | Path) -> dict:
         chosen = [{**record, "prediction": task.options(record)[record["choice"]]} for record in records]
         scores["scores_by_likelihood"] = task.score(chosen, facts["size"])
     others = {name: fact for name, fact in facts.items() if name not in ("scores", "scores_by_likelihood")}
-    unfinished = results.with_name("results.json.tmp")  # a process that is killed here leaves the file as it was
+    unfinished = results.with_name("results.json.tmp")  # if the process is killed here, the old file is kept
     unfinished.write_text(json.dumps(scores | others, indent=2), encoding="utf-8")
     os.replace(unfinished, results)
     return scores | others
 
 
 def print_scores(results: dict):
-    """The scores that `score_folder` returns, a line for each way of choosing an answer."""
+    """Prints the scores of `score_folder`, one line for each way of choosing an answer."""
     for kind in ("scores", "scores_by_likelihood"):
         if kind in results:
             scores = {name: value for name, value in results[kind].items() if value is not None}
@@ -89,10 +91,10 @@ def print_scores(results: dict):
 
 
 def run_metric(metric: Path, records: list[dict], references: list, size: int) -> dict:
-    """The scores that one of the metrics in `metrics/` gives the predictions of records."""
+    """Computes the scores of the predictions in records with one of the metrics in `metrics/`."""
     import evaluate
 
-    # In memory and under a name of its own, since processes that score side by side would share a file
+    # In memory, since processes that score at the same time would share a file
     metric = evaluate.load(str(metric), keep_in_memory=True)
     predictions = [record["prediction"] for record in records]
     return metric.compute(predictions=predictions, references=references, size=size)

@@ -1,7 +1,7 @@
 """
-Work on data and answers that needs no model.
+Checks data and scores answers, without a model.
 
-    python -m tasks check examples/vqa       # names each bad row of your own data, and what may be a mistake
+    python -m tasks check examples/vqa       # lists the bad rows of your own data, and possible mistakes
     python -m tasks score outputs/digits     # scores the answers of a run again and writes its results.json
 """
 
@@ -23,17 +23,17 @@ PUBLISHED = (easy_vqa, nlvr2, vqav2)  # tasks that read the files of a published
 TASK_OF_COLUMN = {"messages": "chat", "conversations": "chat", "left_image": "nlvr2"}
 TASK_OF_COLUMN |= {"multiple_choice_answer": "vqav2"}
 
-# Tokens that control language models. In the texts of data they are read as letters.
+# Control tokens of language models. In the texts of data they are read as ordinary text.
 CONTROL_TOKENS = re.compile(
     r"</?s>|<\|[\w ]+\|>|<(?:bos|eos|pad|unk|video|audio|start_of_turn|end_of_turn)>|\[/?INST\]"
-    r"|</?(?i:img|image)(?:[ _]?\w+)?>|\[IMG\]"  # places of images, in the data of other models
+    r"|</?(?i:img|image)(?:[ _]?\w+)?>|\[IMG\]"  # image placeholders in the data of other models
 )
 
 
 def check(path: str, task: str | None = None, columns: str | None = None) -> bool:
     """
-    Reads all rows of your own data as training does, and opens their images. Prints each fault, the number of rows,
-    and notes on what may be a mistake. Returns whether there is no fault.
+    Reads all rows of your own data in the same way as training, and opens their images. Prints each fault, the number
+    of rows, and notes about possible mistakes. Returns whether there is no fault.
     """
     if published := {file: module for module in PUBLISHED for file in module.find_files(Path(path))}:
         num_faults = sum(check_file(module, file) for file, module in published.items())
@@ -67,7 +67,7 @@ def check_file(task: ModuleType, file: Path) -> int:
 
 
 def check_split(source: Source, name: str, split: str, trained: set[int]) -> int:
-    """Prints what there is to say about a split. Adds its rows to `trained`. Returns the number of faults."""
+    """Checks a split and prints the result. Adds its rows to `trained`. Returns the number of faults."""
     if faults := source.find_missing(name, source.find_absent(name)):
         print(*faults, sep="\n")
         return len(faults)
@@ -143,13 +143,13 @@ def main():
         subparser.set_defaults(command=command)
         if command is check:
             readers = ["vqa", *dict.fromkeys(TASK_OF_COLUMN.values())]
-            subparser.add_argument("--task", choices=readers, help="what reads the data, if not as its columns say")
-            subparser.add_argument("--columns", help="names of columns, as for train.py: question=prompt,answer=label")
+            subparser.add_argument("--task", choices=readers, help="task that reads it, if not as its columns say")
+            subparser.add_argument("--columns", help="columns with other names: question=prompt,answer=label")
     arguments = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # what is wrong with a text may be that it cannot be printed
+    sys.stdout.reconfigure(errors="backslashreplace")  # faulty texts may contain characters that cannot be printed
     try:
         is_right = arguments.pop("command")(**arguments)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:  # not a fault of this program
+    except (ImportError, OSError, RuntimeError, ValueError) as error:  # not an error of this program
         sys.exit(str(error))
     sys.exit(0 if is_right else 1)
 

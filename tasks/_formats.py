@@ -1,5 +1,5 @@
 """
-Formats of data: finds the splits of a file, a folder or a Hub id, and reads them as records or as `datasets`.
+Data formats: finds the splits of a file, a folder or a Hub id, and reads them as records or with `datasets`.
 """
 
 import csv
@@ -25,17 +25,18 @@ FORMATS = {"*.jsonl": "JSON Lines", "*.csv": "CSV", "*.parquet": "Parquet", "*.j
 
 
 def split_of(name: str) -> str | None:
-    """The split that a name speaks of ("val2014" -> "validation"), `None` if it speaks of none."""
+    """The split that a name refers to ("val2014" -> "validation"), or `None`."""
     words = set(re.split(r"[^a-z]+", name.lower()))
     return next((str(split) for split, keywords in SPLIT_KEYWORDS.items() if words & set(keywords)), None)
 
 
 def choose_split(splits: dict, split: str, path: str, advice: str = ""):
     """
-    The value of a split, under its own name or, if only one other name speaks of it, under that (`dev`, `train_sft`).
+    The value of a split, under its own name or, if exactly one other name refers to it, under that name (`dev`,
+    `train_sft`).
 
     Raises:
-        ValueError: if there is none, with `advice`.
+        ValueError: if there is no such split, with `advice`.
     """
     names = [split] if split in splits else [name for name in splits if split_of(name) == split]
     if len(names) != 1:
@@ -45,9 +46,9 @@ def choose_split(splits: dict, split: str, path: str, advice: str = ""):
 
 def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
     """
-    The files of each split, as their names or the folders that they are in say. Files with another name are the train
-    split if no name says so, and are not read otherwise. Those in subfolders are read if the folder itself has none. A
-    `path` that is a file is the train split.
+    The files of each split, according to their names or the names of their folders. Files with other names are the
+    train split if no other file is, and are not read otherwise. Subfolders are searched if the folder itself contains
+    no files. A `path` that is a file is the train split.
     """
     if path.is_file():
         return {"train": [path]} if path.match(pattern) else {}
@@ -65,7 +66,7 @@ def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` of a `DatasetDict` or a `Dataset` wrote it."""
+    """Whether a folder was written by `save_to_disk` of a `DatasetDict` or a `Dataset`."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
@@ -77,7 +78,7 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
 
     Raises:
         OSError: if there is no such folder, and no such data set on the Hub or no network.
-        ValueError: if `path` is a file or a folder of another kind, or Parquet files cannot be read together.
+        ValueError: if `path` is a file or folder of another kind, or its Parquet files cannot be read together.
     """
     folder = Path(path)
     if is_saved(folder):
@@ -99,7 +100,7 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
             ) from error
     if folder.exists():
         raise ValueError(
-            f"{path} holds no data set that this task reads: no `dataset_dict.json` or `state.json` (`save_to_disk` "
+            f"{path} has no data set that this task reads: no `dataset_dict.json` or `state.json` (`save_to_disk` "
             "writes them), no Parquet file, and none of the files that the task's docstring in tasks/ names."
         )
     name, _, config = path.partition(":")
@@ -115,8 +116,8 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
 # Records of JSON and CSV
 # ---------------------------------------------------------------------------------------------------------------------
 
-# A record is what is written in a file; it becomes a row. Faults are texts that say what is wrong and what to do.
-Record = tuple[str, dict | None, list[str]]  # where it is, the record, its faults
+# A record is an entry of a file, from which a row is made. Faults are texts that say what is wrong and what to do.
+Record = tuple[str, dict | None, list[str]]  # its place, the record, its faults
 
 
 def read_records(file: Path) -> Iterator[Record]:
@@ -130,9 +131,9 @@ def read_records(file: Path) -> Iterator[Record]:
             is_empty = False
             yield record
     except UnicodeDecodeError as error:
-        yield str(file), None, [f"no UTF-8 text: {error.reason} at byte {error.start + 1}. Save the file as UTF-8."]
+        yield str(file), None, [f"not UTF-8 text: {error.reason} at byte {error.start + 1}. Save the file as UTF-8."]
     except csv.Error as error:
-        yield str(file), None, [f"no CSV: {error}. Write a comma between cells, and quotes around one with a comma."]
+        yield str(file), None, [f"not CSV: {error}. Write a comma between cells, and quotes around one with a comma."]
     else:
         if is_empty:
             yield str(file), None, ["no rows. Write one JSON object on each line, one list of them, or CSV."]
@@ -148,23 +149,23 @@ def read_lines(file: Path) -> Iterator[Record]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 form = "one list of objects" if file.suffix == ".json" else "one whole object on each line"
-                faults = [f"no JSON: {error.msg} at character {error.pos + 1}. Write {form}."]
+                faults = [f"not JSON: {error.msg} at character {error.pos + 1}. Write {form}."]
             except UnicodeDecodeError as error:
-                faults = [f"no UTF-8 text: {error.reason} at byte {error.start + 1}. Save the file as UTF-8."]
+                faults = [f"not UTF-8 text: {error.reason} at byte {error.start + 1}. Save the file as UTF-8."]
             yield f"{file}:{number}", *check_record(record, faults)
-            if faults and file.suffix == ".json":  # rather one value over many lines than many bad lines
+            if faults and file.suffix == ".json":  # probably one JSON value over many lines
                 return
 
 
 def read_list(file: Path) -> Iterator[Record]:
-    """One list of records, decoded one by one, since Python objects take many times the memory of the text."""
+    """Reads a list of records one by one, since Python objects take many times the memory of the text."""
     text, decoder, separator = file.read_text(encoding="utf-8-sig"), json.JSONDecoder(), re.compile(r"[\s,]*")
     place, number = separator.match(text, text.index("[") + 1).end(), 0
     while place < len(text) and text[place] != "]":
         try:
             record, place = decoder.raw_decode(text, place)
         except json.JSONDecodeError as error:
-            fault = f"no JSON: {error.msg} at line {error.lineno}, column {error.colno}. Write one list of objects."
+            fault = f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}. Write one list of objects."
             yield f"{file}: row {number}", None, [fault]
             return
         yield f"{file}: row {number}", *check_record(record, [])
@@ -176,7 +177,7 @@ def read_list(file: Path) -> Iterator[Record]:
 
 
 def read_csv(file: Path) -> Iterator[Record]:
-    """A line with the names of the columns, then one record a line. An empty cell is none."""
+    """Reads a line with the column names, then one record per line. Empty cells are `None`."""
     csv.field_size_limit(1 << 30)
     with open(file, encoding="utf-8-sig", newline="") as lines:
         reader, line = csv.DictReader(lines, strict=True), 2
@@ -186,7 +187,7 @@ def read_csv(file: Path) -> Iterator[Record]:
             return
         for cells in reader:
             if None in cells or None in cells.values():
-                fault = f"it has not {len(names)} cells, as the first line has. Put texts with a comma into quotes."
+                fault = f"it does not have {len(names)} cells like the first line. Put texts with a comma into quotes."
                 yield f"{file}:{line}", None, [fault]
             else:
                 yield f"{file}:{line}", {name: cell or None for name, cell in cells.items()}, []
@@ -196,4 +197,4 @@ def read_csv(file: Path) -> Iterator[Record]:
 def check_record(record, faults: list[str]) -> tuple[dict | None, list[str]]:
     if faults or isinstance(record, dict):
         return record, faults
-    return None, [f'{reprlib.repr(record)} is no row. Write an object: {{"name": value, ...}}.']
+    return None, [f'{reprlib.repr(record)} is not a row. Write an object: {{"name": value, ...}}.']

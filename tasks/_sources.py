@@ -1,15 +1,15 @@
 """
-Data of your own: makes a task's rows of a file, a folder or a Hub id in any of the formats in `tasks/_formats.py`.
+Your own data: makes the rows of a task from a file, a folder or a Hub id in any of the formats in `tasks/_formats.py`.
 
-A task that reads such data (`tasks/vqa.py`, `tasks/chat.py`) has, besides the interface in `tasks/__init__.py`,
+A task that reads such data (`tasks/vqa.py`, `tasks/chat.py`) has, in addition to the interface in `tasks/__init__.py`,
 
-    FEATURES                  of its rows; among them IMAGE_FEATURES
-    FIELDS                    what it reads: each field with the columns that it may be in, the first one that has it
+    FEATURES                  features of its rows, including IMAGE_FEATURES
+    FIELDS                    the fields that it reads, each with the columns that may contain it, in this order
     REQUIRED                  the fields that every row must have
-    parse(record, num_images) -> the row without its images, and what is wrong with it. The record has all fields,
-                              None where there is nothing.
+    parse(record, num_images) -> the row without its images, and what is wrong with it. The record has all fields;
+                              missing values are None.
     find_images(record)       optional: the images of a row that has none in a column
-    PARTS                     optional: each split with the names that it may have in the data, the first that there is
+    PARTS                     optional: each split with the names that it may have in the data, in this order
 """
 
 import difflib
@@ -52,10 +52,10 @@ from tasks._formats import (
 )
 
 
-# Of a row with several images `image` is the first, and `images` are all. In other rows `images` is None.
+# In a row with several images, `image` is the first one and `images` has all of them. In other rows `images` is None.
 IMAGE_FEATURES = {"image": Image(), "images": List(Image(decode=False))}
-IMAGE_FOLDERS = ("", "images", "image", "imgs")  # in the folder of the file
-# Names of other data sets for what a task reads
+IMAGE_FOLDERS = ("", "images", "image", "imgs")  # relative to the folder of the file
+# Names that other data sets use for the fields of a task
 SYNONYMS = {
     "image": "images img imgs picture pictures photo image_path image_file image_url image_name filename filepath",
     "question": "prompt query instruction problem input text",
@@ -72,7 +72,7 @@ SYNONYMS = {
 
 
 def is_text(value) -> bool:
-    """Whether it is a text that is not blank and can be written as UTF-8."""
+    """Whether the value is a text that is not blank and can be encoded as UTF-8."""
     return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
 
 
@@ -88,7 +88,7 @@ def find_text_faults(name: str, value) -> list[str]:
 
 
 def as_list(value):
-    """A list that is written as JSON in one cell of CSV or Parquet as a list, other values as they are."""
+    """Decodes a list that is stored as JSON in a cell of CSV or Parquet. Other values are returned unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
@@ -98,13 +98,18 @@ def as_list(value):
 
 
 def remove_markers(text: str) -> tuple[str, int]:
-    """A text without the `<image>` of LLaVA, since an image is no token here, and how often it was there."""
+    """
+    Removes the `<image>` markers of LLaVA from a text, since there are no image tokens here. Also returns their
+    number.
+    """
     text, count = re.subn(r"\s*<image>\s*", lambda found: "\n" if "\n" in found[0] else " ", text)
     return (text.strip() if count else text), count
 
 
 def find_marker_faults(name: str, num_markers: int, num_images: int, kinds: str = "") -> list[str]:
-    """What is wrong with the number of `<image>` in the texts of a row: there is one for each image, or none."""
+    """
+    What is wrong with the number of `<image>` markers in the texts of a row, which must be that of the images or zero.
+    """
     if num_markers in (0, num_images):
         return []
     found = f"{name} {num_markers} `<image>`{kinds}"
@@ -115,7 +120,7 @@ def find_marker_faults(name: str, num_markers: int, num_images: int, kinds: str 
 
 
 def find_images(value, folders: tuple[Path, ...]) -> tuple[dict[str, dict | list | None], list[str]]:
-    """The columns `image` and `images` of a row that has an image or a list of them, and what is wrong with them."""
+    """The columns `image` and `images` of a row that has an image or a list of images, and what is wrong with them."""
     values = as_list(value)
     found = [find_image(image, folders) for image in (values if isinstance(values, list) else [values])]
     images = [image for image, _ in found if image is not None]
@@ -124,7 +129,7 @@ def find_images(value, folders: tuple[Path, ...]) -> tuple[dict[str, dict | list
 
 
 def find_image(value, folders: tuple[Path, ...]) -> tuple[dict | None, list[str]]:
-    """An undecoded image as `datasets.Image` has it, and what is wrong with it."""
+    """An undecoded image in the form of `datasets.Image`, and what is wrong with it."""
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}, []
     if isinstance(value, dict):
@@ -139,7 +144,7 @@ def find_image(value, folders: tuple[Path, ...]) -> tuple[dict | None, list[str]
         return {"bytes": None, "path": value}, []
     if not folders:
         return None, [
-            f"`image` is {value!r}, a file beside the data, which is not downloaded. Download the repository (`hf "
+            f"`image` is {value!r}, a file beside the data, which was not downloaded. Download the repository (`hf "
             "download --repo-type dataset`) and give its folder."
         ]
     places = (os.path.normpath(os.path.join(folder, name, value)) for folder in folders for name in IMAGE_FOLDERS)
@@ -169,13 +174,13 @@ def find_reading_faults(image: dict) -> list[str]:
 
 @dataclass(frozen=True)
 class Reader:
-    """Makes rows of records. It can be pickled, for the workers of a data loader."""
+    """Makes rows from records. It can be pickled, as the workers of a data loader require."""
 
     task_name: str
     fields: dict[str, tuple[str, ...]]
-    folders: tuple[Path, ...]  # in which images are looked for
+    folders: tuple[Path, ...]  # in which images are searched for
     place: str  # for messages
-    command: str  # which names all faults
+    command: str  # which lists all faults
     labels: dict[str, ClassLabel] = field(default_factory=dict)
     similar: dict[str, tuple[str, str]] = field(default_factory=dict)  # see `Source.find_similar`
 
@@ -197,18 +202,20 @@ class Reader:
         return self.check(f"{self.place}, row {index}", *find_images(self._pick(record)["image"], self.folders))
 
     def texts(self, record: dict, index: int) -> dict:
-        """A row without its images, of a record that has `num_images` in place of them."""
+        """The row without images of a record that has `num_images` instead of images."""
         row, faults = import_module(self.task_name).parse(self._pick(record), record["num_images"])
         faults = faults or self._find_unread(record, {**row, "image": record["num_images"] or None})
         return self.check(f"{self.place}, row {index}", row, faults)
 
     def check(self, where: str, row: dict | None, faults: list[str]) -> dict:
         if faults:
-            raise ValueError(f"{where}: {faults[0]}\n`{self.command}` names all such rows.")
+            raise ValueError(f"{where}: {faults[0]}\n`{self.command}` lists all such rows.")
         return row
 
     def _pick(self, record: dict) -> dict:
-        """A record with the fields of the task. Class labels have their names; -1 is none."""
+        """
+        Selects the fields of the task from a record. Class labels are replaced by their names; -1 becomes `None`.
+        """
         for column, label in self.labels.items():
             if isinstance(number := record.get(column), int):
                 record = {**record, column: label.int2str(number) if number >= 0 else None}
@@ -216,15 +223,15 @@ class Reader:
             name: next((record[column] for column in columns if record.get(column) is not None), None)
             for name, columns in self.fields.items()
         }
-        if fields["image"] == []:  # of `images`, beside an `image`
+        if fields["image"] == []:  # an empty `images` column beside an `image` column
             fields["image"] = next((record[column] for column in self.fields["image"] if record.get(column)), None)
         return fields
 
     def _find_unread(self, record: dict, row: dict) -> list[str]:
-        """What a row lacks, but its record has under a similar name."""
+        """Faults for fields that a row does not have, but its record has under a similar name."""
         return [
-            f"there is no `{name}`, but something in `{column}`, which is not read. Rename that to `{own}`, where "
-            f"other rows have it, or give `--columns {name}={own}` to do without."
+            f"there is no `{name}`, but `{column}` has a value and is not read. Rename it to `{own}`, which other "
+            f"rows use, or give `--columns {name}={own}` to ignore it."
             for column, (name, own) in self.similar.items()
             if row[name] is None and record.get(column) not in (None, "", [])
         ]
@@ -236,10 +243,10 @@ def make_dataset(rows: list[dict], features: Features, streaming: bool) -> Datas
 
 
 def raise_first(faults: list[str], place: str | Path):
-    """Raises ValueError with the first fault of a data set, and the command that names the others."""
+    """Raises ValueError with the first fault of a data set, and the command that lists the others."""
     if faults:
-        names_all = f"`python -m tasks check {place}` names all."
-        raise ValueError(f"{faults[0]}\nThat is the first of {len(faults)}: {names_all}")
+        lists_all = f"`python -m tasks check {place}` lists all of them."
+        raise ValueError(f"{faults[0]}\nThis is the first of {len(faults)} faults: {lists_all}")
 
 
 def generate_rows(files: list[Path], reader: Reader) -> Iterator[dict]:
@@ -251,8 +258,8 @@ def generate_rows(files: list[Path], reader: Reader) -> Iterator[dict]:
 
 def map_rows(rows: Dataset, function, features: Features, fingerprint: str, desc: str | None = None) -> Dataset:
     """
-    `Dataset.map` row by row, into the cache even if the data are in a folder that cannot be written to. What an
-    earlier run has written there under this fingerprint is read.
+    `Dataset.map` row by row. The result is written to the cache, even if the folder of the data is read-only, and read
+    from there if an earlier run has written it with the same fingerprint.
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "dehvf"
     folder.mkdir(parents=True, exist_ok=True)
@@ -269,14 +276,14 @@ def map_rows(rows: Dataset, function, features: Features, fingerprint: str, desc
 
 class Source:
     """
-    The data of a file, a folder or a Hub id as a task reads it. `splits` has the files of each split or its rows.
+    The data of a file, a folder or a Hub id, as read by a task. `splits` has the files or the rows of each split.
 
     Args:
-        columns: which column to read as which field, "question=prompt,image=none".
+        columns: columns to read as fields, such as "question=prompt,image=none".
 
     Raises:
-        OSError: if there is nothing of this name.
-        ValueError: if it is of another kind, or if `columns` has another form.
+        OSError: if nothing with this name exists.
+        ValueError: if its format is not supported, or `columns` has another form.
     """
 
     def __init__(self, task: ModuleType, path: str, columns: str | None = None, streaming: bool = False):
@@ -308,17 +315,17 @@ class Source:
         return fields
 
     def find_split(self, split: str) -> str:
-        """The name in the data of what the task takes for a split."""
+        """The name in the data of a split of the task."""
         names = getattr(self.task, "PARTS", {}).get(split, (split,))
         return next((name for name in names if name in self.splits), names[0])
 
     def label(self, split: str) -> str:
-        """The split in messages."""
+        """The name of a split in messages."""
         files = self.files.get(split, ())
         return str(files[0]) if len(files) == 1 else f"{self.path}, {split} split"
 
     def records(self, split: str) -> Iterator[Record]:
-        """Where each record is, the row that it becomes, and what is wrong with it."""
+        """Yields the place of each record, its row, and what is wrong with it."""
         part = self._part(split)
         if self.has_files:
             for file in part:
@@ -333,18 +340,18 @@ class Source:
 
     def rows(self, split: str) -> Rows:
         """
-        The rows of a split, with the task's `FEATURES`. Unless streamed, they are in the cache of `datasets`; images
-        that a Parquet file or `save_to_disk` has are not copied there.
+        The rows of a split, with the task's `FEATURES`. Unless streamed, they are written to the cache of `datasets`,
+        without the images of Parquet files or `save_to_disk`.
 
         Raises:
-            ValueError: if there is no such split, if a row is not as it should be, or as [`find_missing`].
+            ValueError: if there is no such split, a row has a fault, or as in [`find_missing`].
         """
         part = self._part(split)
         if faults := self.find_missing(split, self.find_absent(split)):
             raise ValueError(faults[0])
         rows = self._read_files(split, part) if self.has_files else self._read_rows(split, part)
         if not self.streaming:
-            fields = [name for name in self.fields if name in rows.column_names]  # not those that are read into others
+            fields = [name for name in self.fields if name in rows.column_names]  # others are read into these
             absent = [name for name in fields if rows.data.column(name).null_count == len(rows) > 0]
         elif absent := [name for name in self.fields if self.find_missing(split, [name])]:
             first = list(rows.cast_column("image", Image(decode=False)).take(100))
@@ -354,7 +361,7 @@ class Source:
         return rows
 
     def names(self, split: str) -> list[str]:
-        """The columns of a split; of files with records, the keys of the first 1,000."""
+        """The columns of a split; for files with records, the keys of the first 1,000 records."""
         part = self._part(split)
         if split not in self._names and not self.has_files:
             self._names[split] = list(part.features or next(iter(part)))
@@ -364,14 +371,14 @@ class Source:
         return self._names[split]
 
     def find_absent(self, split: str) -> list[str]:
-        """The fields that are needed, but have no column. None if nothing could be read."""
+        """The fields that are needed but have no column. Empty if nothing could be read."""
         names = set(self.names(split))
         return [name for name in self.fields if names and self._is_needed(name) and not names & {*self.fields[name]}]
 
     def find_missing(self, split: str, absent: list[str]) -> list[str]:
         """
-        What to do about fields that no row has, if they are required, if there is a column of a similar name that is
-        not read, or if it is the image. A stream may have images in later rows.
+        Faults for fields that no row has: if the field is required, if a column with a similar name is not read, or if
+        it is the image. A stream may have images in later rows.
         """
         names, faults = self.names(split), []
         read = {column for name, columns in self.fields.items() for column in columns if name not in absent}
@@ -381,12 +388,12 @@ class Source:
             similar = [column for column in unread if column.lower() in SYNONYMS.get(name, "").split()]
             similar += difflib.get_close_matches(name, unread, n=1, cutoff=0.75)
             is_needed = self._is_needed(name) or name == "image" and self._needs_image(split)
-            is_known = name != "image" and bool({*columns} & {*names})  # the column is there, but empty
+            is_known = name != "image" and bool({*columns} & {*names})  # the column exists but is empty
             if not columns or is_known or not similar and not is_needed:
                 continue
             advice = f"Give `--columns {name}={similar[0] if similar else 'COLUMN'}`"
             if name not in self.task.REQUIRED:
-                advice += f", or `--columns {name}=none` to do without"
+                advice += f", or `--columns {name}=none` to train without it"
             elif {"messages", "conversations"} & set(unread):
                 advice += ", or `--task chat` to train on messages"
             given = f" (`{columns[0]}`)" if columns != self.task.FIELDS[name] else ""
@@ -396,8 +403,8 @@ class Source:
 
     def find_similar(self, split: str) -> dict[str, tuple[str, str]]:
         """
-        Columns that are not read beside one of a similar name that is: the field and that one. In rows from another
-        source only the former may have something. For fields that are not required and whose columns nobody chose.
+        Columns that are not read, because a column with a similar name is: maps each to its field and that column.
+        Rows from another source may only have the former. Only for fields that are not required and not in `columns`.
         """
         names, similar = self.names(split), {}
         read = {column for columns in self.fields.values() for column in columns}
@@ -410,13 +417,13 @@ class Source:
         return similar
 
     def find_unread(self) -> list[str]:
-        """What to do about files of splits that are missing, in other formats than that of the data set."""
+        """Notes about files of missing splits that have another format than the data set."""
         found = [splits for pattern in FORMATS for splits in find_files(Path(self.path), pattern).items()]
         unread = [file for split, files in found if self.files and split not in self.files for file in files]
-        return [f"{file} is not read, since other files are {self.format}. Save all as that." for file in unread]
+        return [f"{file} is not read, since other files are {self.format}. Save it as that too." for file in unread]
 
     def _needs_image(self, split: str) -> bool:
-        """Whether it is a fault that a split has no image. A stream may have one in later rows."""
+        """Whether a split without images is a fault. A stream may have images in later rows."""
         others = [] if split_of(split) == "train" else self.splits
         return not self.streaming and not any(
             row and row["image"] for name in others for _, row, _ in self.records(name)
@@ -434,7 +441,7 @@ class Source:
             raise ValueError(" ".join([str(error), *self.find_unread()])) from None
 
     def _reader(self, split: str, *folders: Path) -> Reader:
-        """Images are looked for beside the file, and then in the folder of the data set."""
+        """Images are searched for beside the file, then in the folder of the data set."""
         task, path = self.task.__name__, Path(self.path)
         parents = [file.parent for file in self.files.get(split, ())] if not self.has_files else []
         folders = dict.fromkeys([*folders, *parents, path.parent if path.is_file() else path])
@@ -485,7 +492,7 @@ class Source:
         )
 
     def _undecoded(self, rows: Rows, reader: Reader) -> Rows:
-        """The columns that a reader reads or looks into, with undecoded images."""
+        """The columns that a reader needs, with undecoded images."""
         names = list(rows.features or next(iter(rows)))
         read = [column for columns in (*self.fields.values(), reader.similar) for column in columns if column in names]
         rows = rows.select_columns(list(dict.fromkeys(read)))
@@ -501,7 +508,9 @@ class Source:
         return map_rows(rows, function, features, fingerprint)
 
     def _fingerprint(self, places: Iterable[Path], *facts) -> str:
-        """Of rows that the code of the tasks makes of files, of which some are in one of `places`, and of `facts`."""
+        """
+        Fingerprint of the files in `places`, of `facts`, and of the code of the tasks, which makes rows from them.
+        """
         paths = dict.fromkeys(place / name for place in places for name in IMAGE_FOLDERS)
         stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists()]
         code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
@@ -517,15 +526,16 @@ def load(
     holdout: float | None = None,
 ) -> Rows:
     """
-    The rows of a split. With its first argument, this is the `load` of a task.
+    The rows of a split. With its first argument bound, this is the `load` function of a task.
 
     Args:
-        holdout: share of the train split that becomes the test split, if there is none, and another such part the
-            validation split. They are always the same rows.
+        holdout: fraction of the train split that becomes the test split if there is none; another part of this size
+            becomes the validation split if there is none. The rows are always the same.
 
     Raises:
         OSError: if there is no such folder, and no such data set on the Hub or no network.
-        ValueError: without a path, if `holdout` is no share or cannot be used, or as [`Source`] and [`Source.rows`].
+        ValueError: without a path, if `holdout` is not a fraction or cannot be used, or as in [`Source`] and
+            [`Source.rows`].
     """
     name = task.__name__.rpartition(".")[2]
     if path is None:
@@ -536,19 +546,19 @@ def load(
     known = {split_of(name) for name in source.splits}
     missing = [name for name in ("test", "validation") if name not in known]
     if not 0 < holdout < 0.5:
-        raise ValueError(f"`--holdout {holdout}` is no share of the rows between 0 and 0.5. Give one, such as 0.05.")
+        raise ValueError(f"`--holdout {holdout}` is not between 0 and 0.5. Give a fraction of the rows, such as 0.05.")
     if not missing:
         raise ValueError(f"`--holdout` was given, but {path} has a test and a validation split. Remove the flag.")
     if split not in ("train", *missing):
         return source.rows(split)
     if streaming:
-        raise ValueError("`--holdout` needs the number of rows, which a stream has not. Remove `--streaming`.")
+        raise ValueError("`--holdout` needs the number of rows, which a stream does not have. Remove `--streaming`.")
     rows = source.rows("train")
     size = max(1, round(holdout * len(rows)))
     if len(rows) <= size * len(missing):
         raise ValueError(
             f"The train split of {path} has {len(rows)} rows. `--holdout {holdout}` takes {size * len(missing)} of "
-            f"them, for {' and '.join(missing)}, and leaves none to train on. Add rows, or give a smaller share."
+            f"them, for {' and '.join(missing)}, and leaves none to train on. Add rows, or give a smaller fraction."
         )
     for name in missing:
         parts = rows.train_test_split(size, seed=0)

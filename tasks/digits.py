@@ -1,11 +1,12 @@
 """Digits: questions about scenes of real handwritten digits, in the columns of `derek-thomas/ScienceQA`.
 
-The scans are the 1,797 of `sklearn.datasets.load_digits`, shared out so that no two splits have a scan in common. A
-scene is one to four of them, each with a digit and a colour of its own, in the corners of a noisy picture. About half
-of the questions are about such a picture; the others have a story or nothing as their context.
+The 1,797 scans of `sklearn.datasets.load_digits` are divided so that no two splits share a scan. A scene consists of
+one to four scans with different digits and colours in the corners of a noisy picture. About half of the questions are
+about such a picture; the others have a story or nothing as their context.
 
-Every question is made from its options: four options first, then the one that is right, then a scene for which it
-is. Given the question and the options, each option is therefore equally likely: who does not see is at 25 %.
+Every question is generated from its options: first four options, then the correct one, then a scene for which it is
+correct. Given the question and the options, all options are therefore equally likely: without the picture, the
+accuracy is 25 %.
 """
 
 import io
@@ -84,7 +85,7 @@ KINDS = {
     "an animal": ("cat", "dog", "horse", "sheep", "mouse", "duck"),
     "a fruit": ("apple", "pear", "plum", "cherry", "grape", "fig"),
 }
-# What is to be known by heart: things by their value, how to ask for the value, how to ask for the thing
+# Facts to be learned: things by their value, how to ask for the value, how to ask for the thing
 KNOWN = {
     "spelling": (
         {str(digit): (word,) for digit, word in enumerate(SPELLED)},
@@ -134,13 +135,14 @@ KNOWN = {
 
 
 def draw_marks(rng, digits, size):
-    """The first `size` of `digits` as marks, each with a colour and a place of its own."""
+    """The first `size` of `digits` as marks with different colours and places."""
     colours, places = rng.permutation(POOLS["colour"]), rng.permutation(PLACES)
     return [{"digit": str(d), "colour": str(c), "place": str(p)} for d, c, p in zip(digits[:size], colours, places)]
 
 
 def attribute(rng, given, wanted):
-    # The scene is filled from the options: seeing that a value occurs is not enough, it must be tied to what is given.
+    # The scene contains the options: it is not enough to see that a value occurs, it must belong to the given
+    # property.
     values = {name: rng.permutation(pool)[:4].tolist() for name, pool in POOLS.items()}
     marks = [dict(zip(values, mark)) for mark in zip(*values.values())][: rng.integers(1, 5)]
     solution = f"The {given} is {marks[0][given]} and the {wanted} is {marks[0][wanted]}."
@@ -150,7 +152,7 @@ def attribute(rng, given, wanted):
 def presence(rng, wanted):
     values = {name: rng.permutation(pool).tolist() for name, pool in POOLS.items()}
     choices = values[wanted][:4]
-    del values[wanted][1:4]  # the scene has none of the other options
+    del values[wanted][1:4]  # the scene contains none of the other options
     marks = [dict(zip(values, mark)) for mark in zip(*values.values())][: rng.integers(1, 5)]
     return ASK[None, wanted], choices, f"There is {choices[0]}.", marks
 
@@ -295,7 +297,7 @@ def render(rng, marks, scans):
 
 def encode(pixels):
     file = io.BytesIO()
-    PILImage.fromarray(pixels).save(file, "BMP")  # noise hardly compresses, and PNG takes ten times as long
+    PILImage.fromarray(pixels).save(file, "BMP")  # noise is hard to compress, and PNG takes ten times as long
     return {"bytes": file.getvalue(), "path": None}
 
 
@@ -304,8 +306,8 @@ def encode(pixels):
 
 def make_row(rng, skill, letter, scans=None):
     """
-    One row, the right option at place `letter`, and the marks of its scene, the one asked for first. Without `scans`
-    a question about a picture has none.
+    One row, with the correct option at index `letter`, and the marks of its scene, beginning with the one in question.
+    Without `scans`, a question about a picture has no picture.
     """
     maker, _, subject, topic, category, grade = (PICTURE_SKILLS | TEXT_SKILLS)[skill]
     question, (right, *others), solution, told = maker(rng)
@@ -332,10 +334,10 @@ def make_row(rng, skill, letter, scans=None):
 
 
 def from_easy_to_hard(rng, names):
-    """What there is before all else: who does not see that a digit is there cannot tell where it is, or count it."""
+    """The first lessons: a model that cannot see whether a digit is in the picture cannot locate or count it."""
 
     def position(name):
-        if name.endswith("present") and rng.random() < 0.8:  # the others keep it from being forgotten
+        if name.endswith("present") and rng.random() < 0.8:  # the rest comes later, so that it is not forgotten
             return rng.uniform(0, 0.2)
         return rng.uniform(0.15, 1)
 
@@ -346,11 +348,11 @@ def load(
     split: str, path: None = None, streaming: bool = False, max_samples: int | None = None, seed: int = 0
 ) -> Dataset | IterableDataset:
     """
-    The rows of a split, the same for the same seed: 52,000 / 500 / 1,000, or `max_samples` if that is less, which go
-    from easy to hard as well. All rows are made by this call, also when streaming.
+    The rows of a split, which are the same for the same seed: 52,000 / 500 / 1,000, or `max_samples` if that is less,
+    also ordered from easy to hard. All rows are generated in this call, also when streaming.
     """
     if path is not None:
-        raise ValueError(f"path is {path!r}, but `digits` is made at run time and read from nowhere. Leave it out.")
+        raise ValueError(f"path is {path!r}, but `digits` is generated at run time and has no files. Remove it.")
     if split not in SIZES:
         raise ValueError(f"split is {split!r}, but must be one of {', '.join(SIZES)}.")
     if max_samples is not None and max_samples < 1:

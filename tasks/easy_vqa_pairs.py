@@ -1,8 +1,8 @@
 """
 Pairs of easy-VQA pictures (see tasks/easy_vqa.py): do both show the same shape? Each picture that has a question about
-its shape is the left one of as many pairs with a picture of its own shape as with one of another shape, drawn from the
-same split: 29,590 pairs to train on, 296 to validate and 1,526 to test. Neither the question nor the left picture
-tells anything about the answer.
+its shape is the left picture of equally many pairs with the same shape and with another shape. The right pictures are
+drawn from the same split: 29,590 pairs for training, 296 for validation and 1,526 for testing. The answer cannot be
+guessed from the question or the left picture.
 """
 
 import random
@@ -25,7 +25,7 @@ FEATURES = Features({**IMAGE_FEATURES, "answer": Value("string")})
 def load(split: str, path: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
     """
     Raises:
-        OSError, ValueError: as `easy_vqa.load`, or if all pictures of the split show the same shape.
+        OSError, ValueError: as in `easy_vqa.load`, or if all pictures of the split show the same shape.
     """
     rows = easy_vqa.load(split, path).cast_column("image", Image(decode=False))
     pairs = zip(rows["image"][:], rows["answer"][:])

@@ -1,13 +1,13 @@
 """
 NLVR2 (Suhr et al., 2019): is a statement true of two photos? 86,373 / 6,982 / 6,967 rows to train, validate and test.
-Read from a folder with the files of github.com/lil-lab/nlvr (`nlvr2/data`), and in it or in any folders below, such as
-those of the archives that its authors send on request, the photos under their published names:
+Read from a folder with the files of github.com/lil-lab/nlvr (`nlvr2/data`). The photos are in this folder or any
+subfolder, such as the folders of the archives that the authors send on request, with their published names:
 
     train.json   dev.json   test1.json   .../dev-10-0-img0.png   .../dev-10-0-img1.png
 
 or from a data set with the columns of `lmms-lab/NLVR2`: on the Hub, a folder that `save_to_disk` wrote, or a folder
-with Parquet files. That one has no train split, and of the others the balanced and unbalanced subsets alone; the
-balanced one is read.
+with Parquet files. It has no train split, and the other splits only as balanced and unbalanced subsets; the balanced
+subsets are read.
 """
 
 import re
@@ -60,10 +60,10 @@ def load(
     """
     Raises:
         FileNotFoundError: if the folder lacks all photos of the split.
-        ValueError: without a path, if there is no such split, or if a row is not as it should be.
+        ValueError: without a path, if there is no such split, or if a row has a fault.
     """
     if path is None:
-        raise ValueError(f"path is None, but NLVR2 has no place of its own. {LAYOUT}")
+        raise ValueError(f"path is None, but NLVR2 has no default location. {LAYOUT}")
     if split not in PARTS:
         raise ValueError(f"split is {split!r}, but must be one of {', '.join(PARTS)}.")
     file = Path(path) / FILES[split]
@@ -81,16 +81,16 @@ def find_files(path: Path) -> list[Path]:
 
 
 def is_published(file: Path) -> bool:
-    """Whether the first line names photos as NLVR2 does; files of other data may have the same name."""
+    """Whether the first line has the form of NLVR2; files of other data may have the same name."""
     with open(file, encoding="utf-8", errors="replace") as lines:
         return '"identifier"' in (line := lines.readline()) and '"left_url"' in line
 
 
 def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     """
-    The rows of a published file that are as they should be, and what is wrong with the others: one text for each
-    fault, with the file, the line and what to do. Images are opened only if `with_images`; one that is not there stays
-    in its row, under the name that it should have, since not all of them can be downloaded any more.
+    The rows of a published file without faults, and the faults of the other rows: one text for each fault, with the
+    file, the line and what to do. Images are only opened if `with_images`. A row whose image is missing is kept, with
+    the expected file name, since not all images can be downloaded any more.
 
     Raises:
         FileNotFoundError: if there are no photos at all.
@@ -99,7 +99,7 @@ def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     if not photos:
         raise FileNotFoundError(f"There are no photos (*-img0.png and *-img1.png) in {file.parent}. {LAYOUT}")
 
-    @cache  # several statements are about the same photo
+    @cache  # several statements refer to the same photo
     def find_image_faults(image: str) -> list[str]:
         return _sources.find_reading_faults({"bytes": None, "path": image}) if with_images else []
 
@@ -119,7 +119,7 @@ def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
 
 
 def find_images(record: dict) -> list:
-    """The two images of a row that has each of them in a column."""
+    """The two images of a row that has them in two columns."""
     return [record["left"], record["right"]]
 
 
@@ -153,6 +153,6 @@ def options(row: dict) -> list[str]:
 
 
 def score(records: list[dict], size: int) -> dict[str, float]:
-    """The official accuracy and consistency, in per cent, and the share of answers that are neither label."""
+    """The official accuracy and consistency, and the share of answers that are neither label, in per cent."""
     references = [{name: record[name] for name in ("label", "identifier")} for record in records]
     return run_metric(METRIC, records, references, size)

@@ -5,8 +5,8 @@ layout of the original release (github.com/lupantech/ScienceQA):
 
     problems.json   pid_splits.json   images/{train,val,test}/<number>/image.png
 
-There, a file with captions of the images may be added to the context of the rows that are evaluated, as MemVP does
-(`use_caption` in its eval.py):
+With the original release, captions of the images can be read from a file and added to the context in evaluation, as in
+MemVP (`use_caption` in its eval.py):
 
     {"captions": {"<number>": "a map of the world"}}
 """
@@ -38,11 +38,11 @@ def load(
 ) -> Dataset | IterableDataset:
     """
     Args:
-        captions: the file with captions. The train split gets none.
+        captions: file with captions. They are not added to the train split.
 
     Raises:
         FileNotFoundError: if the original layout or the file with captions lacks a file or folder.
-        ValueError: if `path` holds none of the layouts or has no such split, or there are no captions for it.
+        ValueError: if `path` has none of these layouts or no such split, or there are no captions for it.
     """
     if path is not None and any((Path(path) / name).exists() for name in ("problems.json", "pid_splits.json")):
         rows = load_original(Path(path), split, captions if split != "train" else None)
@@ -82,11 +82,11 @@ def load_original(folder: Path, split: str, captions: str | None = None) -> Data
 
 def read_captions(file: Path) -> dict[str, str]:
     """
-    Number of a problem -> caption of its image.
+    Maps the number of a problem to the caption of its image.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is another kind of file.
+        ValueError: if the file has another format.
     """
     form = 'Captions are a JSON file, {"captions": {"<number>": "<text>"}}'
     require_files([file], f"{form}, such as the captions.json of MemVP and LaVIN.")
@@ -122,7 +122,7 @@ def letter(index: int) -> str:
 
 
 def score(records: list[dict], size: int) -> dict[str, float | None]:
-    """The nine columns of the ScienceQA table, in per cent, and the share of answers that are no letter."""
+    """The nine columns of the ScienceQA table, and the share of answers that are not a letter, in per cent."""
     references = [
         {
             "answer": record["answer"],

@@ -1,15 +1,15 @@
 """
-Questions of your own: with an image or without, with options or a free answer. Read from JSON Lines, JSON, CSV or
+Your own questions, with or without an image, with options or a free answer. Read from JSON Lines, JSON, CSV or
 Parquet, from a folder that `save_to_disk` wrote, or from the Hub, see docs/own-data.md and examples/vqa:
 
     {"question": "What shape is shown?", "image": "images/circle.png", "answer": "a circle"}
     {"question": "Which is larger?", "choices": ["a hen", "a cow"], "answer": "a cow", "context": "Both are adult."}
 
-`question` is a text. `answer` is a text, a number, a class label, or a list of texts, each of which counts as right
-while the first is learned (as `answers`, such a list may also stand beside it). The others may be null or left out:
-`image` is an image or a file, looked for from the folder of the data, and `images` a list of them; `choices` are 2 to
-26 texts, one of them the answer; `context` is a text, the only one that may be shortened. Other columns are not read.
-`python -m tasks check FOLDER` names every row that is not like this.
+`question` is a text. `answer` is a text, a number, a class label, or a list of texts, which all count as correct and
+of which the first is trained on (such a list may also be a separate column, `answers`). The other columns may be null
+or missing: `image` is an image or a file name relative to the folder of the data, and `images` is a list of them;
+`choices` are 2 to 26 texts, one of which is the answer; `context` is a text, the only one that may be shortened. Other
+columns are not read. `python -m tasks check FOLDER` lists the rows that do not have this form.
 """
 
 import re
@@ -50,7 +50,7 @@ def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
     """A row without its images, and what is wrong with its texts."""
     question, answer, context = record["question"], record["answer"], record["context"]
     choices, answers = _sources.as_list(record["choices"]), _sources.as_list(record["answers"])
-    if answer == record["answers"]:  # there is no other column with the answer
+    if answer == record["answers"]:  # there is no separate column with the answer
         answer = answers
     is_list_of_python = isinstance(answers, str) and re.match(r"\[\s*['\"]", answers.strip())
     answers = answer if isinstance(answer, list) else answers if isinstance(answers, list) else None
@@ -78,7 +78,7 @@ def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
 
 
 def number_to_text(value):
-    """A number as a text, other values as they are; NaN is no value."""
+    """Converts a number to a text, and NaN to `None`. Other values are returned unchanged."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     return str(value).removesuffix(".0") if value == value else None
@@ -124,9 +124,9 @@ def options(row: dict) -> list[str] | None:
 def score(records: list[dict], size: int) -> dict[str, float | None]:
     """
     Accuracy in per cent of the rows with and without an image, with options and with a free answer, and of all
-    (`average`). With options the letter counts; free answers are compared as `normalise` leaves them, and each of
-    `answers` is right. `unparsed` is the share, in per cent, of predictions that name no option or say nothing; they
-    count as wrong.
+    (`average`). With options, the letter is compared; free answers are compared after `normalise`, and each of
+    `answers` is correct. `unparsed` is the percentage of predictions that name no option or are empty; they count as
+    wrong.
     """
     from metrics.scienceqa.scienceqa import parse
 
@@ -157,7 +157,7 @@ def score(records: list[dict], size: int) -> dict[str, float | None]:
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation and articles (" The red car." -> "red car"), unless it is nothing else."""
+    """Lower case, without punctuation and articles (" The red car." -> "red car"), unless nothing would be left."""
     text = unicodedata.normalize("NFC", text).lower().strip()
     text = text.removesuffix(".") or text
     # A sign before a digit is part of the number: -5, 3.5, 10:30, 1/2

@@ -1,6 +1,6 @@
 """
-VQAv2 (Goyal et al., 2017): questions about photos of COCO with ten answers each, 443,757 to train and 214,354 to
-validate. Read from a folder with what https://visualqa.org/download.html offers, unpacked:
+VQAv2 (Goyal et al., 2017): questions about photos of COCO with ten answers each, 443,757 for training and 214,354 for
+validation. Read from a folder with the unpacked files of https://visualqa.org/download.html:
 
     v2_OpenEnded_mscoco_{train2014,val2014}_questions.json   v2_mscoco_{train2014,val2014}_annotations.json
     train2014/*.jpg   val2014/*.jpg
@@ -9,8 +9,8 @@ or from a data set with the columns of `lmms-lab/VQAv2`: on the Hub, a folder th
 with Parquet files.
 
 The answers of the published test split are secret, so the validation split is the test split here, as in most papers.
-The questions about one in `HELD_OUT` training photos are the validation split. The most frequent of the ten answers is
-learned.
+The questions about one in `HELD_OUT` training photos are used as the validation split. The model is trained on the
+most frequent of the ten answers.
 """
 
 import json
@@ -56,10 +56,10 @@ def load(
     """
     Raises:
         FileNotFoundError: if the folder lacks the annotations or the image folder of the split.
-        ValueError: without a path, if there is no such split, or if a row is not as it should be.
+        ValueError: without a path, if there is no such split, or if a row has a fault.
     """
     if path is None:
-        raise ValueError(f"path is None, but VQAv2 has no place of its own. {LAYOUT}")
+        raise ValueError(f"path is None, but VQAv2 has no default location. {LAYOUT}")
     if split not in PARTS:
         raise ValueError(f"split is {split!r}, but must be one of {', '.join(PARTS)}.")
     if columns is None and find_files(Path(path)):
@@ -92,20 +92,20 @@ def find_files(path: Path) -> list[Path]:
 
 def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     """
-    The rows of a file of questions and the annotations beside it that are as they should be, and what is wrong with
-    the others: one text for each fault, with the file, the number of the question and what to do. Images are opened
-    only if `with_images`.
+    The rows without faults of a file of questions and the annotations beside it, and the faults of the other rows: one
+    text for each fault, with the file, the number of the question and what to do. Images are only opened if
+    `with_images`.
 
     Raises:
         FileNotFoundError: if a file or the image folder is missing.
-        ValueError: if a file is no JSON, or holds something else.
+        ValueError: if a file is not JSON, or has other content.
     """
     name = file.name.split("_")[3]  # train2014
     annotations, images = file.with_name(f"v2_mscoco_{name}_annotations.json"), file.parent / name
     require_files([file, annotations, images], LAYOUT)
     answered = {entry["question_id"]: entry for entry in read_list(annotations, "annotations")}
 
-    @cache  # several questions are about the same photo
+    @cache  # several questions refer to the same photo
     def find_image_faults(image: str) -> list[str]:
         return _sources.find_reading_faults({"bytes": None, "path": image}) if with_images else []
 
@@ -127,7 +127,7 @@ def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
 
 
 def read_list(file: Path, name: str) -> list[dict]:
-    """The list that a published file has under this name."""
+    """The list with this name in a published file."""
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))[name]
     except (KeyError, TypeError, ValueError) as error:
@@ -175,6 +175,6 @@ def options(row: dict) -> None:
 
 
 def score(records: list[dict], size: int) -> dict[str, float | None]:
-    """The official accuracy in per cent of each type of answer and of all questions (`average`)."""
+    """The official accuracy in per cent for each type of answer and for all questions (`average`)."""
     references = [{name: record[name] for name in ("answers", "answer_type")} for record in records]
     return run_metric(METRIC, records, references, size)

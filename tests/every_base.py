@@ -97,22 +97,22 @@ VISION_SIZES = {
 # What stands in a refusal -> what the page says
 REASONS = {
     "mixture of experts": "mixture of experts: which weights a token passes through differs from token to token",
-    "no FFN module": "the FFN is not a module of its own, or its activation is not",
-    "`intermediate` and `output`": "encoders: the FFN is two modules, and tokens see those after them",
+    "no FFN module": "the FFN or its activation is not a separate module",
+    "`intermediate` and `output`": "encoders: the FFN is split into two modules, and attention is bidirectional",
     "encoder-decoder": "encoder-decoder models",
     "cross-attention": "encoder-decoder models",
     "state space": "state space models: not every layer has an FFN",
-    "several models": "models of several parts; the language model in them may be of a type that works",
+    "several models": "models of several parts, whose language model may be of a type that works",
     "several stacks": "several stacks of layers",
-    "its head": "the head is more than one matrix, or not apart from the layers",
-    "token ids besides": "each layer reads token ids as well",
-    "several times": "layers that run several times",
+    "its head": "the head is more than one matrix, or is not separate from the layers",
+    "token ids besides": "each layer also reads token ids",
+    "several times": "some layers run several times",
     "no cache": "no cache for `generate`",
     "side by side": "reads text and audio tokens side by side",
-    "tokens first": "hidden states with the tokens first and the batch second",
+    "tokens first": "the hidden states have the tokens first and the batch second",
     "whole number": "layers of several widths, or images that are not square",
-    "hidden states of shape": "hidden states that are no sequence of tokens",
-    "pixels alone": "needs more than an image, or shapes that depend on numbers",
+    "hidden states of shape": "the hidden states are not a sequence of tokens",
+    "pixels alone": "it needs more inputs than an image, or its shapes depend on values",
     "random patches": "drops random patches",
 }
 
@@ -166,7 +166,7 @@ def tables() -> str:
         working = [model_type for model_type, result in found.items() if not isinstance(result, ValueError)]
         sentence = f"{title} that work ({len(working)}): {listed(working)}."
         lines += [textwrap.fill(sentence, 119, break_on_hyphens=False), ""]
-        lines += [f"| {len(types) - len(working)} do not, since | |", "|---|---|"]
+        lines += [f"| {len(types) - len(working)} do not work because | types |", "|---|---|"]
         refused = {}
         for model_type in (model_type for model_type in found if model_type not in working):
             reason = next(text for part, text in REASONS.items() if part in str(found[model_type]))

@@ -181,7 +181,7 @@ def url(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "kind, reason", [("text", "it is no image file"), ("cut", "[Tt]runcated"), ("data", "base64")]
+    "kind, reason", [("text", "it is not an image file"), ("cut", "[Tt]runcated"), ("data", "base64")]
 )
 def test_a_client_sees_why_an_image_is_refused(kind, reason, url, image, tmp_path):
     from gradio_client import Client, handle_file

@@ -622,13 +622,13 @@ def test_igva_reads_the_question_and_neither_the_image_nor_the_answer(make):
     [
         ("llama-adapter", {"adaption_prompt_layers": 5}, "1 to 4"),
         ("llama-adapter-v2", {"adaption_prompt_layers": 4}, "1 to 3"),
-        ("llama-adapter-v2", {"adapter_v2_heads": 5}, "no multiple of `adapter_v2_heads`, 5"),
+        ("llama-adapter-v2", {"adapter_v2_heads": 5}, "not a multiple of `adapter_v2_heads`, 5"),
         ("llama-adapter", {"adaption_image_layers": 7}, "1 to 6"),
         ("adem-vl", {"adem_pool_sizes": [1, 3]}, "divisors of 4"),
         ("adem-vl", {"image_size": 20}, "divisors of 5"),
         ("lavin", {"image_size": 19}, "`image_size` is 19, .* The nearest is 20"),
         ("adem-vl", {"adem_drop_ratio": 1.0}, "less than 1"),
-        ("igva", {"igva_num_heads": 3}, "no multiple of `igva_num_heads`, 3"),
+        ("igva", {"igva_num_heads": 3}, "not a multiple of `igva_num_heads`, 3"),
         ("igva", {"igva_num_groups": 7}, "`igva_num_groups` is 7, .* Give 1 to 6"),
     ],
 )

@@ -342,7 +342,9 @@ def test_a_run_with_other_arguments_is_not_gone_on_with(interrupted, other):
     flags, output = interrupted
     name = next(iter(other))
     for place in ("auto", output / "checkpoint-4"):
-        with pytest.raises(ValueError, match=f"`{name}.*` was .*, is .*--output_dir.*--resume_from_checkpoint never"):
+        with pytest.raises(
+            ValueError, match=f"`{name}.*` was .* and is .*--output_dir.*--resume_from_checkpoint never"
+        ):
             train.main(flags(output, resume_from_checkpoint=place, **other))
 
 

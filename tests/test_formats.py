@@ -323,7 +323,7 @@ CHAT_FAULTS = [
     ),
     ({"conversations": in_llava(), "images": ["a.png"] * 3}, "have 1 `<image>` .*the row has 3 images"),
     ({"messages": MESSAGES, "images": ["lost.png"]}, "lost.png cannot be read"),
-    ([MESSAGES], "is no row"),
+    ([MESSAGES], "is not a row"),
 ]
 
 
@@ -341,7 +341,7 @@ def test_every_fault_of_a_chat_is_named_with_its_row(tmp_path, capsys):
         if "lost.png" not in message:  # which training skips
             (tmp_path / "x.json").write_text(json.dumps([{"messages": MESSAGES, "image": "a.png"}, row]))
             with pytest.raises(
-                ValueError, match="x.json: row 1: .*\n`python -m tasks check .* --task chat` names all"
+                ValueError, match="x.json: row 1: .*\n`python -m tasks check .* --task chat` lists all"
             ):
                 chat.load("train", str(tmp_path))
 
@@ -458,8 +458,9 @@ def test_a_split_that_is_missing_is_taken_from_the_train_split(tmp_path):
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 32, "validation": 4, "test": 4}
     assert sorted(sum(map(list, splits.values()), []), key=int) == [str(n) for n in range(40)]
     assert list(load("test", holdout=0.1)["question"]) == list(splits["test"]), "the same rows in every run"
-    faults = [({}, "no split `test`.*--holdout"), ({"holdout": 0.0}, "is no share"), ({"holdout": 5.0}, "is no share")]
-    faults += [({"holdout": 0.1, "streaming": True}, "a stream has not")]
+    faults = [({}, "no split `test`.*--holdout")]
+    faults += [({"holdout": 0.0}, "is not between"), ({"holdout": 5.0}, "is not between")]
+    faults += [({"holdout": 0.1, "streaming": True}, "a stream does not have")]
     for values, message in faults:
         with pytest.raises(ValueError, match=message):
             load("test", **values)
@@ -497,26 +498,26 @@ def test_the_rows_in_the_documentation_are_read(name, number, tmp_path):
 
 
 FILES = [
-    ("train.jsonl", b'{"question": "?"', "train.jsonl:1: no JSON.*Write one whole object on each line"),
-    ("train.json", b'{\n "data": [\n 1\n]}', "train.json:1: no JSON.*Write one list of objects"),
-    ("train.json", b'[{"question": }]', "train.json: row 0: no JSON: Expecting value at line 1, column 15"),
+    ("train.jsonl", b'{"question": "?"', "train.jsonl:1: not JSON.*Write one whole object on each line"),
+    ("train.json", b'{\n "data": [\n 1\n]}', "train.json:1: not JSON.*Write one list of objects"),
+    ("train.json", b'[{"question": }]', "train.json: row 0: not JSON: Expecting value at line 1, column 15"),
     ("train.json", b'[{"question": "?", "answer": "x"}', "train.json: row 1: the list is not closed"),
     ("train.json", b'[{"question": "?", "answer": "x"}]\n[]', "train.json: row 1: something follows the end"),
-    ("train.json", b'[{"question": "\xe4"}]', "train.json: no UTF-8 text"),
+    ("train.json", b'[{"question": "\xe4"}]', "train.json: not UTF-8 text"),
     ("train.json", b"[]", "train.json: no rows"),
     ("train.csv", b"question,answer\n?,x\n", None),
-    ("train.csv", b'question,answer\n"a\nb",x\n?,x,y\n', "train.csv:4: it has not 2 cells"),
-    ("train.csv", b"question,answer\n?\n", "train.csv:2: it has not 2 cells"),
+    ("train.csv", b'question,answer\n"a\nb",x\n?,x,y\n', "train.csv:4: it does not have 2 cells"),
+    ("train.csv", b"question,answer\n?\n", "train.csv:2: it does not have 2 cells"),
     ("train.csv", b"question,answer\n?,\n", "train.csv:2: there is no `answer`"),
-    ("train.csv", b'question,answer\n"?,x\n', "train.csv: no CSV"),
-    ("train.csv", b"question,answer\n\xe4,x\n", "train.csv: no UTF-8 text"),
+    ("train.csv", b'question,answer\n"?,x\n', "train.csv: not CSV"),
+    ("train.csv", b"question,answer\n\xe4,x\n", "train.csv: not UTF-8 text"),
     (
         "train.csv",
         b"answer,question,answer\n?,x,y\n",
         "train.csv:1: it names a column twice: answer,",
     ),
     ("train.csv", b"", "train.csv: no rows"),
-    ("train.txt", b"question", "holds no data set"),
+    ("train.txt", b"question", "has no data set"),
 ]
 
 

@@ -104,7 +104,7 @@ def test_a_damaged_file_is_named_with_what_to_do(saved, broken, kind):
     data, read = file.read_bytes(), model.load_visual_memory if kind == "visual memory" else lambda _: load(broken)
     for damaged, message in (
         (data[:-100], f"{file} is damaged and cannot be read: .*Copy or download it again"),
-        (flip(data, -100), f"{file} is damaged: its tensors are not those that were saved. Copy"),
+        (flip(data, -100), f"{file} is damaged: its tensors differ from those that were saved. Copy"),
     ):
         file.write_bytes(damaged)
         with pytest.raises(OSError, match=message):
@@ -116,9 +116,9 @@ def test_a_damaged_file_is_named_with_what_to_do(saved, broken, kind):
     [
         (torch.full((20, 32), float("nan")), "`model.memory_slots.key` in .* infinite or NaN"),
         (torch.full((20, 32), -float("inf")), "infinite or NaN"),
-        (torch.zeros(20, 32, dtype=torch.int32), "is of torch.int32. Save it as one of .*torch.float32"),
-        (torch.zeros(20, 32, dtype=torch.float64), "is of torch.float64"),
-        (torch.zeros(20, 32).to(torch.float8_e4m3fn), "is of torch.float8_e4m3fn"),
+        (torch.zeros(20, 32, dtype=torch.int32), "has the dtype torch.int32. Save it as one of .*torch.float32"),
+        (torch.zeros(20, 32, dtype=torch.float64), "has the dtype torch.float64"),
+        (torch.zeros(20, 32).to(torch.float8_e4m3fn), "has the dtype torch.float8_e4m3fn"),
     ],
     ids=["nan", "infinite", "int32", "float64", "float8"],
 )
@@ -142,7 +142,7 @@ def test_a_visual_memory_that_does_not_fit_is_refused(saved, tmp_path):
     for name, value, message in (
         ("visual_memory", torch.full((1, 2), float("nan")), "infinite or NaN"),
         ("visual_memory", torch.zeros(1, 2), r"`visual_memory` has the shape \(1, 2\)"),
-        ("other", torch.zeros(1, 2), "it holds no tensor of that name"),
+        ("other", torch.zeros(1, 2), "it has no tensor of that name"),
     ):
         save_file({name: value, "vision_encoder": encoder}, file, metadata=metadata)
         with pytest.raises(ValueError, match=message):

@@ -554,6 +554,6 @@ def test_a_changed_base_model_is_named_when_only_the_adapter_is_saved(tmp_path, 
     assert not messages
     model.save_pretrained(tmp_path / "second")
     assert len(messages) == (changed is not None)
-    assert all(f"among them {changed}" in message and "merge_base=True" in message for message in messages)
+    assert all(f"such as {changed}" in message and "merge_base=True" in message for message in messages)
     merged = DehvfForConditionalGeneration.from_pretrained(tmp_path / "merged")
     assert torch.equal(merged.lm_head.weight, model.lm_head.weight.to(merged.lm_head.weight.dtype))

@@ -484,7 +484,7 @@ def test_an_explicit_mapping_mixes_the_layers_that_it_lists_and_no_others():
         ({"layer_mapping": [[0], [1], [2], [6]]}, r"has \[6\] for language layer 3, but .* vision layers 0 to 5"),
         ({"layer_mapping": [[0], [1], [2], [-1]]}, r"has \[-1\] for language layer 3"),
         ({"layer_mapping": [["0"], [1], [2], [3]]}, "layer_mapping"),
-        ({"layer_mapping": [[0], [1], [2], [3]], "layer_fusion": "penultimate"}, "penultimate alone. Remove"),
+        ({"layer_mapping": [[0], [1], [2], [3]], "layer_fusion": "penultimate"}, "penultimate layer. Remove"),
     ],
 )
 def test_an_impossible_mapping_is_refused(values, message):

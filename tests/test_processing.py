@@ -106,7 +106,7 @@ def test_the_assistant_mask_covers_answers_and_their_ends():
 @pytest.mark.parametrize(
     "part, message",
     [
-        ({"type": "image"}, "of type 'image' without the image. Put it there"),
+        ({"type": "image"}, "of type 'image' without the image. Add it to the part"),
         ({"type": "image", "image": None}, "of type 'image' without the image"),
         ({"type": "video", "video": "a.mp4"}, "a part of type 'video'. Give parts of type 'text' and 'image'"),
     ],

@@ -265,7 +265,7 @@ def test_the_command_serves_with_its_flags(adapter, registered, monkeypatch, tmp
         (["nothing", "--allow-image-host", "https://a.org/images"], "neither a name nor a name and a port"),
         (["nothing", "--allow-image-host", "*"], "neither a name nor a name and a port"),
         (["nothing", "--allow-image-folder", "nothing"], "does not exist"),
-        (["nothing", "--allow-origin", "*"], "no scheme and host"),
+        (["nothing", "--allow-origin", "*"], "not a scheme and host"),
         (["/nothing"], "`adapter /nothing`: there is no such folder"),
     ],
 )
@@ -376,7 +376,7 @@ def test_an_image_is_read_from_where_it_may(url, reader, image_host, folder):
     assert read(reader, url).tobytes() == image(1).tobytes()
 
 
-NO_HOST, NO_FILE = "fetches no images", "names no file below the folders"
+NO_HOST, NO_FILE = "fetches no images", "does not name a file in the folders"
 
 
 @pytest.mark.parametrize(
@@ -389,8 +389,8 @@ NO_HOST, NO_FILE = "fetches no images", "names no file below the folders"
         ("http://{host}/out", NO_HOST),
         ("http://{host}/file", NO_HOST),
         ("http://{host}/circle", "more than 3 redirects"),
-        ("http://{host}/missing", "answered with status 404"),
-        ("http://{host}/text", "are no PNG, JPEG, WEBP, GIF file"),
+        ("http://{host}/missing", "not be fetched: status 404"),
+        ("http://{host}/text", "are not a PNG, JPEG, WEBP, GIF file"),
         ("http://{host}/long", "has at least 1000000000 bytes. This server reads up to 200000"),
         ("http://{host}/endless", "This server reads up to 200000"),
         ("http://{host}:0:0/", "cannot be fetched"),
@@ -412,7 +412,7 @@ NO_HOST, NO_FILE = "fetches no images", "names no file below the folders"
         ("file://{folder}/large.png", "has at least 300000 bytes"),
         ("{folder}/an image.png", "is not a URL that this server reads"),
         ("ftp://{host}/image", "is not a URL that this server reads"),
-        ("data:image/png,abc", "is no base64 data URL"),
+        ("data:image/png,abc", "is not a base64 data URL"),
         ("data:image/png;base64,a?b", "is not valid base64"),
         ("data:image/png;base64," + 400_000 * "a", "This server reads up to 200000"),
     ],
@@ -497,7 +497,7 @@ def noisy(*size: int) -> bytes:
     [
         (noisy(200, 100), "has 100 x 200 = 20000 pixels. This server reads up to 10000"),
         (png(image(1))[:300], "cannot be read: "),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "are no PNG, JPEG, WEBP, GIF file"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "are not a PNG, JPEG, WEBP, GIF file"),
         (b"", "its 0 bytes are no PNG"),
     ],
 )
@@ -610,7 +610,7 @@ def test_a_client_can_load_and_unload_nothing(path, server, tmp_path):
     other = str(tmp_path)
     response = httpx.post(server.url + path, json={"model": other, "prompt": "a"})
     assert response.status_code == 403 and "is not served" in response.json()["error"]["message"]
-    with pytest.raises(openai.NotFoundError, match="does not exist here") as refused:
+    with pytest.raises(openai.NotFoundError, match="This server has no model") as refused:
         server.client.chat.completions.create(model=other, messages=[{"role": "user", "content": "a"}])
     assert refused.value.code == "model_not_found"
     assert list(server.manager.loaded_models) == [server.adapter]
@@ -701,7 +701,7 @@ def test_requests_beyond_the_limit_are_told_to_come_later():
         await asyncio.sleep(0)
         async with asyncio.timeout(60):
             status, body = await call(guard)
-        assert status == 429 and "has 2 requests at work" in body
+        assert status == 429 and "already has 2 requests" in body
         released.set()
         assert [status for status, _ in await asyncio.gather(*first)] == [200, 200]
         assert (await call(guard))[0] == 200
@@ -721,7 +721,7 @@ def test_a_body_beyond_the_limit_is_not_kept():
     status, body = asyncio.run(call(guard, more=[piece] * 20 + [{**piece, "more_body": False}]))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert status == 413 and f"has {21 * 2**20} bytes. This server reads up to 100" in body
+    assert status == 413 and f"has {21 * 2**20} bytes. This server accepts up to 100" in body
     assert peak < 10 * 2**20
 
 
@@ -1032,11 +1032,11 @@ TOO_MANY = [turn("user", PICTURE, "a"), turn("user", image(1), "b")]
         # Images in the forms of other servers, which must not be left out silently
         (
             {"messages": [{"role": "user", "content": "a", "images": ["aaaa"]}]},
-            "`messages.0.images` is ['aaaa']: this server knows no such field",
+            "`messages.0.images` is ['aaaa']: this server does not know this field",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image_url": {"url": "b"}}]}]},
-            "`messages.0.content.0.image_url` is {'url': 'b'}: this server knows no such field",
+            "`messages.0.content.0.image_url` is {'url': 'b'}: this server does not know this field",
         ),
         (
             {"messages": [turn("user", "a"), {"role": "assistant", "function_call": {"name": "f"}}]},
@@ -1075,7 +1075,7 @@ TOO_MANY = [turn("user", PICTURE, "a"), turn("user", image(1), "b")]
         ({"response_format": {"type": "json_object"}}, "`response_format` is"),
         (
             {"extra_body": {"chat_template": "{{ 1 }}"}},
-            "`chat_template` is '{{ 1 }}', but this server knows no such field",
+            "`chat_template` is '{{ 1 }}', but this server does not know this field",
         ),
         ({"picture": "data:image/png;base64,a?b"}, "is not valid base64"),
         ({"picture": "http://169.254.169.254/latest"}, "fetches no images"),
@@ -1105,8 +1105,8 @@ def test_a_fault_of_a_client_is_an_error_in_words(options, words, stream, server
         ({"max_output_tokens": 0}, "`max_output_tokens` is 0"),
         ({"input": 10_001 * [{"type": "input_text", "text": "a"}]}, "has 10001 messages and parts"),
         ({"input": [{"role": "user", "content": "a", "type": "reasoning"}]}, "`input.0.type` is 'reasoning'"),
-        ({"extra_body": {"stop": "a"}}, "`stop` is 'a', but this server knows no such field"),
-        ({"extra_body": {"n": 2}}, "`n` is 2, but this server knows no such field"),
+        ({"extra_body": {"stop": "a"}}, "`stop` is 'a', but this server does not know this field"),
+        ({"extra_body": {"n": 2}}, "`n` is 2, but this server does not know this field"),
     ],
 )
 def test_so_is_one_in_responses(options, words, server):

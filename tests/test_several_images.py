@@ -463,7 +463,7 @@ def test_a_run_trains_and_evaluates_on_several_images(method, pairs, monkeypatch
             train.main(
                 tiny_flags(pairs, pairs, pairs / "less", **{**more, "max_images": 2, "adapter": pairs / "more"})
             )
-        with pytest.raises(ValueError, match="`--max_images` was given with `--adapter"):
+        with pytest.raises(ValueError, match="`--max_images` was given, but `--adapter"):
             train.main(tiny_flags(pairs, pairs, pairs / "less", **{**more, "max_images": 1}))
 
 

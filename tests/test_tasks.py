@@ -244,7 +244,7 @@ def test_what_the_original_scienceqa_lacks_is_named(missing, original):
 
 def test_a_folder_of_another_kind_or_without_the_split_is_refused(original, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds no data set.*dataset_dict.json"):
+    with pytest.raises(ValueError, match="empty has no data set.*dataset_dict.json"):
         scienceqa.load("test", str(tmp_path / "empty"))
     DatasetDict(test=scienceqa.load("test", str(original))).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="no split `train`. It has: test"):
@@ -445,7 +445,7 @@ def test_what_is_wrong_with_vqav2_is_named(command, tmp_path):
     code, output = command("check", tmp_path)
     assert code == 1 and output.count("question 400") == 3 and f"The image {photo} cannot be read" in output
     assert "question 50001: `answers` is None." in output and "question 50002 has no annotation in" in output
-    with pytest.raises(ValueError, match="question 5000.*\n.*first of 2: `python -m tasks check"):
+    with pytest.raises(ValueError, match="question 5000.*\n.*first of 2 faults: `python -m tasks check"):
         vqav2.load("test", str(tmp_path))
     annotations.write_text("[]")
     with pytest.raises(ValueError, match='annotations.json.*JSON object with a list "annotations"'):
@@ -634,7 +634,7 @@ def test_own_questions_need_a_path_the_split_and_good_rows(tmp_path):
     write_lines(tmp_path / "train.jsonl", [FREE, {"question": "Why?"}, {"answer": "so"}])
     with pytest.raises(ValueError, match="no split `test`. It has: train.*--holdout 0.05"):
         vqa.load("test", str(tmp_path))
-    with pytest.raises(ValueError, match="train.jsonl:2: there is no `answer`.*\n`python -m tasks check .*names all"):
+    with pytest.raises(ValueError, match="train.jsonl:2: there is no `answer`.*\n`python -m tasks check .*lists all"):
         vqa.load("train", str(tmp_path))
 
 
@@ -712,12 +712,12 @@ def test_easy_vqa_validates_on_training_pictures_that_are_not_trained_on(tmp_pat
 EASY_VQA_FAULTS = [
     ("questions.json", None, FileNotFoundError, "questions.json is missing. easy-VQA is read from"),
     ("images/1.png", None, FileNotFoundError, "1.png is missing. easy-VQA is read from"),
-    ("questions.json", "[1,", ValueError, "no JSON in UTF-8: Expecting value"),
+    ("questions.json", "[1,", ValueError, "not JSON in UTF-8: Expecting value"),
     ("questions.json", "[]", ValueError, "no rows"),
-    ("questions.json", '[["?", "no", 0], ["?", "pink", 0]]', ValueError, "row 1: .*pink.* is no row.*\n.*first of 1"),
-    ("questions.json", '[["?", "no", "0"]]', ValueError, "row 0: .* is no row"),
-    ("questions.json", '[["", "no", 0]]', ValueError, "row 0: .* is no row"),
-    ("questions.json", '["no"]', ValueError, "row 0: 'no' is no row"),
+    ("questions.json", '[["?", "no", 0], ["?", "pink", 0]]', ValueError, "row 1: .*pink.* not a row.*\n.*first of 1"),
+    ("questions.json", '[["?", "no", "0"]]', ValueError, "row 0: .* is not a row"),
+    ("questions.json", '[["", "no", 0]]', ValueError, "row 0: .* is not a row"),
+    ("questions.json", '["no"]', ValueError, "row 0: 'no' is not a row"),
 ]
 
 
@@ -869,9 +869,9 @@ def test_what_is_wrong_with_nlvr2_is_named(command, tmp_path):
     (tmp_path / "test1.json").write_text(lines + json.dumps(faulty) + "\n{\n")
     code, output = command("check", tmp_path)
     assert code == 1 and output.count("test1-7-1-img0.png cannot be read: there is no such file") == 2
-    for text in ("test1.json:5: the statement is ' '", "the label is 'maybe'", "the identifier is '7-1'", "no JSON"):
+    for text in ("test1.json:5: the statement is ' '", "the label is 'maybe'", "the identifier is '7-1'", "not JSON"):
         assert text in output
-    with pytest.raises(ValueError, match="test1.json:5: the statement.*\n.*first of 4: `python -m tasks check"):
+    with pytest.raises(ValueError, match="test1.json:5: the statement.*\n.*first of 4 faults: `python -m tasks check"):
         nlvr2.load("test", str(tmp_path))
     shutil.rmtree(tmp_path / "images")
     with pytest.raises(FileNotFoundError, match="There are no photos.*NLVR2 is read from"):
@@ -924,9 +924,9 @@ def test_the_check_command_counts_the_rows_of_the_example():
 
 
 FAULTS = [
-    (b'{"question": "Why?", "answer": }', "no JSON: Expecting value at character 32"),
-    (b'{"question": "Wh\xe4t?", "answer": "so"}', "no UTF-8 text"),
-    ([1, 2], "is no row"),
+    (b'{"question": "Why?", "answer": }', "not JSON: Expecting value at character 32"),
+    (b'{"question": "Wh\xe4t?", "answer": "so"}', "not UTF-8 text"),
+    ([1, 2], "is not a row"),
     ({"answer": "so"}, "there is no `question`"),
     ({"question": "Why?"}, "there is no `answer`"),
     ({"question": " ", "answer": "so"}, "`question` is ' '"),
@@ -995,12 +995,12 @@ def test_the_check_command_reads_easy_vqa(command, tmp_path):
     (tmp_path / "data" / "test" / "images" / "1.png").write_text("no image")
     (tmp_path / "data" / "train" / "questions.json").write_text('[["?", "pink", 0], ["?", "red", 0]]')
     _, output = command("check", tmp_path)
-    for text in ("row 5: The image", "train/questions.json: row 0: ['?', 'pink', 0] is no row", "4 faults"):
+    for text in ("row 5: The image", "train/questions.json: row 0: ['?', 'pink', 0] is not a row", "4 faults"):
         assert text in output
 
 
 def test_the_check_command_refuses_what_holds_no_rows(command, tmp_path):
-    assert "holds no data set" in command("check", tmp_path)[1]
+    assert "has no data set" in command("check", tmp_path)[1]
     assert "There is no file or folder" in command("check", tmp_path / "lost.jsonl")[1]
     (tmp_path / "train.jsonl").write_text("\n")
     assert "train.jsonl: no rows" in command("check", tmp_path)[1]

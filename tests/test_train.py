@@ -111,7 +111,7 @@ def test_the_paths_of_a_recipe_are_found_beside_it_first(tmp_path, monkeypatch):
         assert Path(data.data_path).samefile(tmp_path / "own" / "data")
         assert (model.text_model, model.vision_model) == ("more", "org/model")
     (tmp_path / "list.yaml").write_text("- seed: 5\n")
-    with pytest.raises(ValueError, match="list.yaml has no `name: value` on each line, but a list"):
+    with pytest.raises(ValueError, match="list.yaml contains a list. Write a flag on each line"):
         parse_arguments([str(tmp_path / "list.yaml")])
 
 
@@ -158,8 +158,8 @@ def test_a_method_sets_its_switch():
         (["--lora_rank", "4"], "`--lora_rank` has no effect with `--method dehvf`. It is for llava-lora, igva"),
         (["--method", "lavin", "--igva-num-heads=2"], "`--igva_num_heads` .* with `--method lavin`. It is for igva"),
         (["--streaming", "true"], "needs `--max_steps`"),
-        (["--adapter", "x", "--method", "lavin"], "`--method` was given with `--adapter x`"),
-        (["--adapter", "x", "--visual_prompts", "none"], "`--visual_prompts` was given with `--adapter x`"),
+        (["--adapter", "x", "--method", "lavin"], "`--method` was given, but `--adapter x`"),
+        (["--adapter", "x", "--visual_prompts", "none"], "`--visual_prompts` was given, but `--adapter x`"),
         (["--learning_rate", "1", "--base_learning_rate", "1"], "Remove one of them"),
         (["--early_stopping_patience", "2"], "needs `--load_best_model_at_end true`.*--eval_strategy"),
         (["--load_in_4bit", "true", "--method", "lavin"], "`--method lavin` does not support `--load_in_4bit`"),

@@ -435,7 +435,7 @@ def test_what_would_have_no_effect_or_a_wrong_one_is_refused(flags, message, mon
     [
         (
             {"eval_strategy": "epoch", "metric_for_best_model": "accuracy"},
-            r"`--metric_for_best_model accuracy` is no score .*There are: NAT, SOC, TXT, IMG, G1-6, average, loss\.",
+            r"`--metric_for_best_model accuracy` is not a score .*Scores: NAT, SOC, TXT, IMG, G1-6, average, loss\.",
         ),
         (
             {"dataloader_drop_last": True, "per_device_train_batch_size": 9, "max_steps": 2},
@@ -498,4 +498,4 @@ def test_a_layer_mapping_is_a_name_or_lists(recipe, flags, expected, tmp_path):
 def test_a_layer_mapping_that_is_neither_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--layer_mapping", "deep"])
-    assert "'deep' is none of hierarchical, random and no JSON. Give one of them, or lists" in capsys.readouterr().err
+    assert "'deep' is neither hierarchical nor random nor JSON. Give one of these, or lists" in capsys.readouterr().err

@@ -1,2 +1,2 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""What `train.py` is made of."""
+"""The parts of `train.py`."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""The arguments of `train.py`: their dataclasses, how they are read, and what is refused before anything is loaded."""
+"""The arguments of `train.py`: their dataclasses, how they are parsed, and the checks before anything is loaded."""
 
 import dataclasses
 import json
@@ -24,14 +24,14 @@ from training.flags import read_command
 
 DESCRIPTION = "Trains adapters on frozen bases, evaluates them on the test split and saves them with a model card."
 BASES = ("vision", "text")
-# `--method` -> values of `DehvfConfig`. The baselines in `baselines/` are no settings of DEHVF.
+# `--method` -> values of `DehvfConfig`. The methods in `baselines/` are not variants of DEHVF.
 DEHVF_METHODS = {
     "dehvf": {},
     "memvp": {"layer_fusion": "penultimate"},
     "dehvf-instruction": {"fuser_query": "instruction"},
     "layer+instruction": {"fuser_query": "layer+instruction"},
 }
-# Schedules whose rate follows a score of the validation split
+# Schedules whose learning rate depends on a score of the validation split
 SCORE_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -45,42 +45,42 @@ class DataArguments:
     """The task and its data."""
 
     task: Literal[NAMES] = field(
-        default="digits", metadata={"help": "The file in tasks/ that reads and scores the data."}
+        default="digits", metadata={"help": "Name of a file in tasks/, which reads the data and scores the answers."}
     )
     data_path: str | None = field(
-        default=None, metadata={"help": "Hub id, folder or file of the data, where the task does not know it."}
+        default=None, metadata={"help": "Hub id, folder or file of the data, for tasks without a default."}
     )
     columns: str | None = field(
         default=None,
         metadata={
-            "help": "Columns of your own data with other names: question=prompt,answer=label. `image=none` for data "
-            "without images."
+            "help": "Columns of your own data that have other names: question=prompt,answer=label. Use `image=none` "
+            "for data without images."
         },
     )
     holdout: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the rows of your own train split, such as 0.05, to take as the test split if there is "
-            "none, and once more as the validation split. They are the same rows in every run."
+            "help": "Fraction of your own train split, such as 0.05, to use as the test split if there is none; as "
+            "many rows become the validation split if there is none. The rows are the same in every run."
         },
     )
     captions: str | None = field(
         default=None,
         metadata={
-            "help": 'scienceqa: file with captions of images, {"captions": {"<number>": "<text>"}}, to add to the '
-            "context in evaluation."
+            "help": 'scienceqa: file with captions of the images, {"captions": {"<number>": "<text>"}}, which are '
+            "added to the context in evaluation."
         },
     )
     max_prompt_length: int = field(
         default=512,
-        metadata={"help": "Longest prompt in tokens. Longer prompts lose the end of their context."},
+        metadata={"help": "Maximum number of tokens of a prompt. In longer ones the end of the context is removed."},
     )
     max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Longest answer in tokens, in evaluation. Defaults to that of the task."}
+        default=None, metadata={"help": "Maximum number of tokens of an answer in evaluation. Tasks have defaults."}
     )
     max_samples: int | None = field(
         default=None,
-        metadata={"help": "Use only the first rows of each split (digits: make smaller splits), for a quick test."},
+        metadata={"help": "Use only the first rows of each split (digits: smaller splits), for a quick test."},
     )
     only_images: bool = field(default=False, metadata={"help": "Remove rows without an image from the train split."})
     streaming: bool = field(
@@ -94,13 +94,13 @@ class ModelArguments:
     """The method and the frozen bases."""
 
     method: Literal[(*DEHVF_METHODS, *BASELINES)] = field(
-        default="dehvf", metadata={"help": "What is trained: DEHVF, a setting of it, or a baseline."}
+        default="dehvf", metadata={"help": "The method to train: DEHVF, a variant of it, or a baseline."}
     )
     adapter: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id or folder of DEHVF adapters to start from, with their config. --num_train_epochs 0 "
-            "evaluates them as they are."
+            "help": "Hub id or folder of DEHVF adapters to start from, with their config. Use --num_train_epochs 0 to "
+            "evaluate them without training."
         },
     )
     adapter_revision: str | None = field(default=None, metadata={"help": "Commit of the adapters."})
@@ -121,15 +121,15 @@ class ModelArguments:
     chat_template: str | None = field(
         default=None,
         metadata={
-            "help": "File with a Jinja chat template in place of the tokenizer's, or `plain`: the prompt, then "
-            "`Response:` on a line of its own, without a system message. It is saved with the processor."
+            "help": "File with a Jinja chat template that replaces the tokenizer's, or `plain`: the prompt, then "
+            "`Response:` on a separate line, without a system message. It is saved with the processor."
         },
     )
     image_fit: Literal["crop", "squash", "pad"] | None = field(
         default=None,
         metadata={
-            "help": "How an image becomes square: `crop` its centre, `squash` it, or `pad` it with the mean colour. "
-            "Defaults to what the image processor of the encoder does. It is saved with the processor."
+            "help": "How to make an image square: `crop` its centre, `squash` it, or `pad` it with the mean colour. "
+            "By default the image processor of the encoder decides. It is saved with the processor."
         },
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
@@ -151,7 +151,7 @@ class DehvfTrainingArguments(TrainingArguments):
     """
     `transformers.TrainingArguments` with three more fields and other defaults: the collator makes the model's inputs,
     so no column is removed; every adapter gets a gradient at every step; a run resumes exactly; a NaN loss stops it.
-    [`check_training_arguments`] refuses what would have no effect or a wrong one.
+    [`check_training_arguments`] refuses arguments that would have no effect or a wrong one.
     """
 
     base_learning_rate: float | None = field(
@@ -164,24 +164,25 @@ class DehvfTrainingArguments(TrainingArguments):
     )
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "Stop after so many evaluations in a row without a better score. Keeps the best adapters."},
+        metadata={"help": "Stop after this number of evaluations without a better score, and keep the best adapters."},
     )
     metric_for_best_model: str | None = field(
-        default="score", metadata={"help": "score: the one that the model card states; or another score of the task."}
+        default="score",
+        metadata={"help": "`score` (as in the model card), another score of the task, or eval_loss."},
     )
     do_train: bool = field(default=True, metadata={"help": "Keep true: `--num_train_epochs 0` only evaluates."})
     do_predict: bool = field(default=True, metadata={"help": "Keep true: the test split is always evaluated."})
     resume_from_checkpoint: str | None = field(
         default="auto",
         metadata={
-            "help": "auto: resume an interrupted run in --output_dir; never: replace it; or the checkpoint in "
-            "--output_dir to resume from."
+            "help": "`auto`: resume an interrupted run in --output_dir; `never`: replace it; or the path of a "
+            "checkpoint in --output_dir to resume from."
         },
     )
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "Keep true, so that early stopping resumes."}
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Keep false: such a loss stops a run."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Keep false: a NaN loss stops a run."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep false: all columns are needed."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Not used."})
     hub_strategy: str = field(default="end", metadata={"help": "Keep: adapters are pushed once, with their results."})
@@ -190,7 +191,7 @@ class DehvfTrainingArguments(TrainingArguments):
 
 
 def adapter_arguments() -> type:
-    """The numbers and switches of `DehvfConfig` as a dataclass: their defaults and descriptions stand there alone."""
+    """The fields of `DehvfConfig` as a dataclass. Their defaults and descriptions are taken from `DehvfConfig`."""
     own = {name: hint for name, hint in DehvfConfig.__annotations__.items() if "model_" not in name}
     for name in ("vision_config", "text_config", "tie_word_embeddings", "merged_base"):
         del own[name]
@@ -210,15 +211,15 @@ def adapter_arguments() -> type:
 
 
 def read_layer_mapping(text: str) -> str | list:
-    """`hierarchical` or `random` as it is, else a JSON list of lists."""
+    """Reads `hierarchical`, `random` or a JSON list of lists."""
     if text in (names := get_args(get_args(DehvfConfig.__annotations__["layer_mapping"])[0])):
         return text
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ArgumentTypeError(
-            f"{text!r} is none of {', '.join(names)} and no JSON. Give one of them, or lists such as '[[0, 1], [2]]', "
-            "one for each language layer."
+            f"{text!r} is neither {' nor '.join(names)} nor JSON. Give one of these, or lists such as '[[0, 1], "
+            "[2]]', one for each language layer."
         ) from error
 
 
@@ -243,7 +244,7 @@ def parse_arguments(arguments: list[str]):
         The recipe, and an object of each dataclass: data, model, adapters, baselines, training.
 
     Raises:
-        ValueError: as [`read_command`]; or if a flag contradicts `--method`.
+        ValueError: as in [`read_command`]; or if a flag contradicts `--method`.
         SystemExit: if a value has the wrong type or is none of the choices.
     """
     parser = HfArgumentParser(
@@ -254,7 +255,7 @@ def parse_arguments(arguments: list[str]):
     )
     recipe, values, flags = read_command(arguments)
     for name, other in (("learning_rate", "base_learning_rate"), ("num_train_epochs", "max_steps")):
-        if name in flags:  # the other one, in the recipe, would decide
+        if name in flags:  # otherwise the value of the other one in the recipe would take precedence
             values.pop(other, None)
     words = [f"--output_dir=outputs/{recipe.stem}"]
     for name, value in values.items():
@@ -267,7 +268,8 @@ def parse_arguments(arguments: list[str]):
     parsed = parser.parse_args_into_dataclasses([*words, *given], look_for_args_file=False)
     _, model_args, adapter_args, _, _ = parsed
     if model_args.adapter is not None:
-        # The config of the adapters names their bases. A recipe's are for new adapters, or for those that it names
+        # The config of the adapters contains their bases. The bases in a recipe are for new adapters, or for adapters
+        # that the recipe names
         named = flags if "adapter" in flags else {**values, **flags}
         for name in ("vision_model", "text_model"):
             if name not in named:
@@ -277,7 +279,7 @@ def parse_arguments(arguments: list[str]):
 
 
 def set_method(model_args, adapter_args, flags: Collection[str]):
-    """Sets the values of `DehvfConfig` that `--method` stands for. Raises `ValueError` if another was given."""
+    """Sets the values of `DehvfConfig` for `--method`. Raises `ValueError` if another value was given."""
     for name, value in DEHVF_METHODS.get(model_args.method, {}).items():
         given = getattr(adapter_args, name)
         if given != value and (name in flags or given != getattr(DehvfConfig, name)):
@@ -288,14 +290,14 @@ def set_method(model_args, adapter_args, flags: Collection[str]):
 
 
 def complete_arguments(task, data_args, training_args):
-    """Sets what follows from other arguments."""
+    """Sets arguments that follow from others."""
     if training_args.base_learning_rate is not None:
         batches = training_args.gradient_accumulation_steps * training_args.world_size
         batch_size = training_args.per_device_train_batch_size * batches
         training_args.learning_rate = training_args.base_learning_rate * batch_size / 256
     if data_args.max_new_tokens is None:
         data_args.max_new_tokens = task.MAX_NEW_TOKENS
-    if data_args.streaming:  # accelerate cannot split a batch without images like one with images
+    if data_args.streaming:  # accelerate cannot split batches with and without images in the same way
         training_args.accelerator_config.dispatch_batches = False
     follows_score = training_args.lr_scheduler_type in SCORE_SCHEDULES
     if training_args.metric_for_best_model == "score":
@@ -303,7 +305,7 @@ def complete_arguments(task, data_args, training_args):
             training_args.metric_for_best_model = task.CARD["score"]
         else:
             training_args.metric_for_best_model = training_args.greater_is_better = None
-    if follows_score:  # these two would take a higher score for a worse one
+    if follows_score:  # these two schedules would treat a higher score as worse
         mode = {"mode": "max" if training_args.greater_is_better else "min"}
         training_args.lr_scheduler_kwargs = mode | (training_args.lr_scheduler_kwargs or {})
 
@@ -312,7 +314,7 @@ def complete_arguments(task, data_args, training_args):
 # Checks
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Optimizers, and what each of them reads from `--optim_args`
+# Optimizers, and the `--optim_args` that each of them reads
 OPTIMIZERS = {
     **{"adamw_torch": (), "adamw_torch_fused": (), "adafactor": (), "sgd": ("momentum", "dampening", "nesterov")},
     **{"adagrad": ("lr_decay", "eps"), "rmsprop": ("momentum", "alpha", "eps", "centered")},
@@ -323,7 +325,7 @@ KEPT = {
     "auto_find_batch_size": (False, "the learning rate and the checkpoints are those of one batch size"),
     "batch_eval_metrics": (False, "the task scores the whole split at once"),
     "bf16_full_eval": (False, "it would cast the adapters too; `--dtype bfloat16` casts the frozen bases alone"),
-    "dataloader_in_order": (True, "a run whose rows come in another order each time cannot be resumed"),
+    "dataloader_in_order": (True, "a run whose rows are in another order each time cannot be resumed"),
     "debug": ([], "a loss or gradient that is NaN or Inf stops the run anyway, and names the rows"),
     "do_predict": (True, "the test split is always evaluated"),
     "do_train": (True, "`--num_train_epochs 0` evaluates without training"),
@@ -332,20 +334,20 @@ KEPT = {
     "fp16_full_eval": (False, "it would cast the adapters too; `--dtype float16` casts the frozen bases alone"),
     "hub_always_push": (False, "adapters are pushed once, with their results"),
     "hub_strategy": ("end", "adapters are pushed once, with their results"),
-    "include_for_metrics": ([], "the scores of a task read answers alone"),
+    "include_for_metrics": ([], "the scores of a task depend on the answers only"),
     "label_names": (None, "the labels are always `labels`"),
     "length_column_name": ("length", "lengths are counted in tokens"),
-    "liger_kernel_config": (None, "Liger kernels replace layers of model types that they know, and `dehvf` is none"),
+    "liger_kernel_config": (None, "Liger kernels support certain model types only, and `dehvf` is not one of them"),
     "logging_nan_inf_filter": (False, "a loss that is NaN or Inf stops the run"),
-    "optim_target_modules": (None, "no optimizer of this script reads it"),
+    "optim_target_modules": (None, "no supported optimizer reads it"),
     "parallelism_config": (None, "frozen bases are sharded by DeepSpeed ZeRO-3 or FSDP2"),
     "prediction_loss_only": (False, "evaluation generates answers and computes no loss"),
     "remove_unused_columns": (False, "the collator needs all columns"),
     "restore_callback_states_from_checkpoint": (True, "a resumed run would forget when its score last improved"),
-    "use_cache": (False, "training reads whole rows, and generation has a cache anyway"),
-    "use_liger_kernel": (False, "Liger kernels replace layers of model types that they know, and `dehvf` is none"),
+    "use_cache": (False, "training reads whole rows, and generation always uses a cache"),
+    "use_liger_kernel": (False, "Liger kernels support certain model types only, and `dehvf` is not one of them"),
 }
-# The lowest value of a number, where another one fails late or means something else than it says
+# The lowest value of numbers for which a lower one would fail late or have another meaning
 LOWEST = {
     **dict.fromkeys(("learning_rate", "base_learning_rate", "fuser_lr_ratio", "weight_decay", "max_grad_norm"), 0),
     **dict.fromkeys(("num_train_epochs", "warmup_steps", "eval_delay", "label_smoothing_factor"), 0),
@@ -357,7 +359,7 @@ LOWEST = {
 
 def check_arguments(flags: list[str], data_args, model_args, adapter_args, training_args):
     """
-    Raises `ValueError` for arguments that exclude each other, which would fail late or have no effect.
+    Raises `ValueError` for arguments that exclude each other, would fail late or have no effect.
 
     Args:
         flags: the words of the command.
@@ -377,7 +379,8 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
         )
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError(
-            "`--streaming` needs `--max_steps`, since the number of rows is unknown: rows x epochs / total batch size."
+            "`--streaming` needs `--max_steps`, since the number of rows is unknown. Set it to rows x epochs / total "
+            "batch size."
         )
     if data_args.streaming and training_args.train_sampling_strategy == "group_by_length":
         raise ValueError(
@@ -397,17 +400,17 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
     several = [name for name in ("max_images", "image_tiles") if getattr(adapter_args, name) not in (1, None)]
     if several and is_baseline and method not in ("llava", "llava-lora"):
         raise ValueError(
-            f"`--method {method}` reads one image of a row, but `--{several[0]}` was given. Remove it, or take "
-            "another method, dehvf, llava or llava-lora."
+            f"`--method {method}` reads one image of a row, but `--{several[0]}` was given. Remove it, or use "
+            "`--method` dehvf, llava or llava-lora."
         )
     if model_args.adapter is not None:
         values = {*vars(adapter_args), "chat_template", "image_fit"}
-        if adapter_args.max_images > 1:  # the one value that may grow
+        if adapter_args.max_images > 1:  # the only value that may be increased
             values -= {"max_images"}
         own = ["method"] if method != "dehvf" else sorted(given & values)
         if own:
             raise ValueError(
-                f"`--{own[0]}` was given with `--adapter {model_args.adapter}`, which defines it itself. Remove one."
+                f"`--{own[0]}` was given, but `--adapter {model_args.adapter}` already defines it. Remove one."
             )
     check_engine(is_baseline, method, training_args)
     if training_args.push_to_hub:
@@ -441,8 +444,8 @@ def check_training_arguments(given: Collection[str], training_args):
         raise ValueError("`--num_train_epochs 0` does not train, so `--max_steps` has no effect. Remove one of them.")
     if values["warmup_steps"] > 1 and values["warmup_steps"] % 1:
         raise ValueError(
-            f"`--warmup_steps {values['warmup_steps']}` was given. Give a whole number of steps, or a part of all "
-            "steps below 1."
+            f"`--warmup_steps {values['warmup_steps']}` was given. Give a whole number of steps, or a fraction "
+            "of all steps below 1."
         )
     if values["train_sampling_strategy"] == "batch_rebalance":
         raise ValueError(
@@ -461,7 +464,7 @@ def check_training_arguments(given: Collection[str], training_args):
 
 
 def check_optimizer(training_args):
-    """Raises `ValueError` for an optimizer that is not supported, or does not read what `optim_args` gives it."""
+    """Raises `ValueError` for an optimizer that is not supported or does not read the given `optim_args`."""
     name = training_args.optim.value
     if name not in OPTIMIZERS:
         raise ValueError(
@@ -480,20 +483,20 @@ def check_optimizer(training_args):
 
 
 def check_needs(given: Collection[str], training_args):
-    """Raises `ValueError` for flags that have no effect, or fail late, without another one."""
+    """Raises `ValueError` for flags that have no effect, or fail late, without another flag."""
     values, kinds = vars(training_args), ("logging", "eval", "save")
     by_steps = {kind: values[f"{kind}_strategy"] == "steps" for kind in kinds}
     for kind in kinds:
         if by_steps[kind] and not 0 < values[f"{kind}_steps"] < math.inf:
             raise ValueError(
-                f"`--{kind}_steps {values[f'{kind}_steps']}` was given. Give a positive number of steps, or a part of "
-                "all steps below 1."
+                f"`--{kind}_steps {values[f'{kind}_steps']}` was given. Give a positive number of steps, or a "
+                "fraction of all steps below 1."
             )
     evaluates = ("--eval_strategy steps` or `epoch", values["eval_strategy"] != "no")
     has_workers = ("--dataloader_num_workers 1` or more", values["dataloader_num_workers"] > 0)
     pushes = ("--push_to_hub true", values["push_to_hub"])
     needs = {
-        **{  # whoever gives another strategy beside it knows
+        **{  # a strategy that is given together with it is deliberate
             f"{kind}_steps": (f"--{kind}_strategy steps", by_steps[kind] or f"{kind}_strategy" in given)
             for kind in kinds
         },
@@ -508,7 +511,7 @@ def check_needs(given: Collection[str], training_args):
 
 
 def check_engine(is_baseline: bool, method: str, training_args):
-    """Raises `ValueError` for what DeepSpeed or FSDP cannot do."""
+    """Raises `ValueError` for arguments that DeepSpeed or FSDP does not support."""
     engine = name_engine(training_args)
     if training_args.num_train_epochs <= 0 and engine not in (ENGINE_OF_ONE, "DeepSpeed ZeRO-3"):
         raise ValueError(

@@ -1,6 +1,6 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-The folder of a run, and where a run resumes.
+The output folder of a run, and the checkpoint from which it resumes.
 
     outputs/digits/run.json                      arguments, config, versions, commit; written before training
     outputs/digits/checkpoint-40/                adapters as `save_pretrained` writes them, and the optimizer's state
@@ -29,8 +29,8 @@ from training.flags import ROOT
 
 
 MANIFEST, RUN_FILE, RESULTS_FILE = "manifest.json", "run.json", "results.json"
-# Prefixes of `TrainingArguments` that do not change what is learned: places, logs, speed, memory and devices. The
-# batch size per device, the accumulated batches and the number of processes may change if their product does not.
+# Prefixes of `TrainingArguments` that do not change the result: paths, logs, speed, memory and devices. The batch size
+# per device, the accumulated batches and the number of processes may change if their product does not.
 FREE_ARGUMENTS = (
     *("output_dir", "resume_from_checkpoint", "run_name", "project", "report_to", "disable_tqdm", "local_rank"),
     *("logging_", "log_", "save_", "hub_", "push_to_hub", "trackio_", "ddp_", "do_", "debug", "skip_memory_metrics"),
@@ -48,7 +48,7 @@ logger = logging.get_logger("train")
 
 
 def write_json(file: Path, content: dict):
-    """Writes the whole file or, if the process is killed, nothing."""
+    """Writes the file atomically: if the process is killed, the old file is kept."""
     unfinished = file.with_name(f"{file.name}.tmp")
     unfinished.write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
     os.replace(unfinished, file)
@@ -79,7 +79,7 @@ def write_manifest(checkpoint: Path, facts: dict):
 
 def read_manifest(checkpoint: Path, check_files: bool = True) -> dict:
     """
-    Reads what `write_manifest` wrote, and compares each file with it if `check_files`.
+    Reads a manifest that `write_manifest` has written and, if `check_files`, compares each file with it.
 
     Raises:
         ValueError: if the checkpoint is not complete, or a file has changed; the message names the file.
@@ -106,15 +106,17 @@ def read_manifest(checkpoint: Path, check_files: bool = True) -> dict:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """By step. Folders with other names, such as copies of a checkpoint, are not listed."""
+    """
+    The checkpoints in a folder, sorted by step. Folders with other names, such as copies of a checkpoint, are ignored.
+    """
     found = [path for path in output_dir.glob("*") if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name)]
     return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.split("-")[-1]))
 
 
 def set_aside_later_checkpoints(checkpoint: Path):
     """
-    Renames the checkpoints of later steps than that from which a run resumes: what was trained after it is trained
-    again, and the earlier result must neither be resumed from nor removed.
+    Renames the checkpoints of later steps than the one from which a run resumes: these steps are trained again, and
+    their earlier checkpoints must neither be resumed from nor removed.
     """
     step = int(checkpoint.name.split("-")[-1])
     for later in list_checkpoints(checkpoint.parent):
@@ -125,13 +127,13 @@ def set_aside_later_checkpoints(checkpoint: Path):
 
 
 def remove_older_checkpoints(output_dir: Path, limit: int | None, run_id: str, best: str | None):
-    """Keeps the last `limit` complete checkpoints of a run, and always the last and the best one."""
+    """Keeps the last `limit` complete checkpoints of a run, and always the last one and the best one."""
     own = []
     for checkpoint in list_checkpoints(output_dir):
         try:
             if read_manifest(checkpoint, check_files=False)["run"] == run_id:
                 own.append(checkpoint)
-        except ValueError:  # incomplete, and perhaps of another run
+        except ValueError:  # incomplete, and possibly of another run
             pass
     kept = {own[-1].name, *([Path(best).name] if best else [])}
     older = [checkpoint for checkpoint in own if checkpoint.name not in kept]
@@ -158,7 +160,7 @@ def find_last_checkpoint(output_dir: Path, run_id: str) -> tuple[Path, dict] | N
 
 
 def commit_of_this_code() -> str | None:
-    """`None` outside of a git checkout."""
+    """The commit of this repository; `None` outside of a git checkout."""
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -176,18 +178,18 @@ def describe_code() -> dict:
 
 
 def describe_arguments(training_args, *others) -> dict:
-    """All arguments that change what is learned, by name."""
+    """All arguments that change the result of training, by name."""
     values = {name: value for arguments in others for name, value in vars(arguments).items()}
     training = training_args.to_dict().items()
     values |= {name: value for name, value in training if not name.startswith(FREE_ARGUMENTS)}
-    del values["text_model_id"], values["vision_model_id"]  # only names on the Hub
-    if values["streaming"]:  # each worker reads shards of its own
+    del values["text_model_id"], values["vision_model_id"]  # they only matter for the Hub
+    if values["streaming"]:  # each worker reads its own shards
         values["dataloader_num_workers"] = training_args.dataloader_num_workers
     factors = (training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps)
     values["per_device_train_batch_size x gradient_accumulation_steps x processes"] = (
         factors[0] * factors[1] * training_args.world_size
     )
-    return json.loads(json.dumps(values, default=str))  # as they are read back from a file
+    return json.loads(json.dumps(values, default=str))  # in the form in which they are read from a file
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,7 +198,7 @@ def describe_arguments(training_args, *others) -> dict:
 
 
 def choose_start(training_args, *other_arguments) -> tuple[dict, Path | None]:
-    """As [`find_start`]. The main process decides for all."""
+    """As [`find_start`]. The main process decides for all processes."""
     run = {
         "arguments": describe_arguments(training_args, *other_arguments),
         "engine": name_engine(training_args),
@@ -217,18 +219,19 @@ def choose_start(training_args, *other_arguments) -> tuple[dict, Path | None]:
 
 def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | None]:
     """
-    Where a run starts.
+    Decides where a run starts.
 
     Args:
         asked: `auto` resumes an interrupted run in `output_dir` and replaces a finished one, `never` replaces any run;
-            everything else is a checkpoint in `output_dir`. The Trainer's `true` and `false` mean `auto` and `never`.
+            any other value is the path of a checkpoint in `output_dir`. The Trainer's `true` and `false` mean `auto`
+            and `never`.
         run: `arguments`, `engine`, `processes`, `versions` and `commit` of this run.
 
     Returns:
         `run` with an id and the seconds trained so far; and the checkpoint to resume from, if any.
 
     Raises:
-        ValueError: if the run to resume has other arguments, or the checkpoint that was asked for is not complete.
+        ValueError: if the run to resume has other arguments, or the requested checkpoint is not complete.
     """
     new = {**run, "run": uuid.uuid4().hex, "train_seconds": 0.0}
     if asked.lower() in ("never", "false"):
@@ -276,8 +279,8 @@ def read_named_checkpoint(checkpoint: Path, output_dir: Path) -> dict:
 
 def check_same_arguments(now: dict, earlier: dict, checkpoint: Path):
     """Raises `ValueError` if a checkpoint belongs to a run with other arguments."""
-    names = sorted(now.keys() & earlier.keys())  # other versions may have other arguments
-    differing = [f"`{name}` was {earlier[name]}, is {now[name]}" for name in names if now[name] != earlier[name]]
+    names = sorted(now.keys() & earlier.keys())  # other releases may have other arguments
+    differing = [f"`{name}` was {earlier[name]} and is {now[name]}" for name in names if now[name] != earlier[name]]
     if differing:
         raise ValueError(
             f"{checkpoint} belongs to a run with other arguments: {'; '.join(differing)}. To resume that run, give "
@@ -287,7 +290,7 @@ def check_same_arguments(now: dict, earlier: dict, checkpoint: Path):
 
 
 def check_same_rows(rows: str, checkpoint: Path):
-    """Raises `ValueError` if a checkpoint belongs to a run on other rows, of which `rows` is the digest."""
+    """Raises `ValueError` if a checkpoint belongs to a run on other rows. `rows` is the digest of the current rows."""
     if read_manifest(checkpoint, check_files=False).get("rows", rows) != rows:
         raise ValueError(
             f"{checkpoint} belongs to a run on another train split: rows were changed, added or removed, or are "
@@ -297,7 +300,7 @@ def check_same_rows(rows: str, checkpoint: Path):
 
 
 def check_same_engine(run: dict, manifest: dict, checkpoint: Path):
-    """Raises `ValueError` if the optimizer's state is sharded in another way."""
+    """Raises `ValueError` if the optimizer state of a checkpoint is sharded in another way."""
     sharded = run["engine"] != ENGINE_OF_ONE
     if manifest["engine"] != run["engine"] or (sharded and manifest["processes"] != run["processes"]):
         raise ValueError(

@@ -25,7 +25,7 @@ from tasks._sources import IMAGE_FEATURES, list_images
 from training.encoding import RowEncoder
 
 
-LOSS = ("loss", "eval_loss")  # as `metric_for_best_model`
+LOSS = ("loss", "eval_loss")  # values of `metric_for_best_model`
 logger = logging.get_logger("train")
 
 
@@ -36,7 +36,7 @@ logger = logging.get_logger("train")
 
 def load_rows(task, name: str, arguments):
     """
-    The rows of a split as the task gives them, with undecoded images.
+    Loads the rows of a split from the task, with undecoded images.
 
     Raises:
         ValueError: if the split is empty or lacks a column, or if the task does not read `columns`, `holdout` or
@@ -68,19 +68,22 @@ def load_rows(task, name: str, arguments):
 
 
 def read_image(image) -> Image.Image | None:
-    """The RGB image of an entry of an image column, decoded or not, as the processor reads it; `None` for none."""
+    """
+    Reads an entry of an image column, decoded or not, as an RGB image in the same way as the processor. `None` if
+    there is none.
+    """
     if image is None:
         return None
     if (
         isinstance(image, dict) and image["bytes"] is None and "://" in image["path"]
-    ):  # of a streamed data set, perhaps inside an archive
+    ):  # in a streamed data set, possibly inside an archive
         with xopen(image["path"], "rb") as file:
             image = {"bytes": file.read(), "path": image["path"]}
     return dehvf.images.read_image(image)
 
 
 def read_images(row: dict) -> Image.Image | list[Image.Image] | None:
-    """The images of a row as the processor takes them: one, a list of several, or none."""
+    """Reads the images of a row for the processor: one image, a list of several, or `None`."""
     images = [read_image(image) for image in list_images(row)]
     return images if len(images) > 1 else images[0] if images else None
 
@@ -91,7 +94,7 @@ def read_images(row: dict) -> Image.Image | list[Image.Image] | None:
 
 
 class Counter:
-    """Counts in all workers of a data loader."""
+    """A counter that is shared by all workers of a data loader."""
 
     def __init__(self):
         self._counted = multiprocessing.Value("i", 0)
@@ -105,26 +108,26 @@ class Counter:
 
 
 def add_labels(encoded: dict) -> dict:
-    """A training row with its labels: -100 where there is no answer."""
+    """Adds the labels to a training row: -100 for tokens that are not part of an answer."""
     pairs = zip(encoded["input_ids"], encoded["is_answer"])
     return {**encoded, "labels": [token if is_answer else -100 for token, is_answer in pairs]}
 
 
 class Split(torch.utils.data.Dataset):
     """
-    A split of a task, encoded. An image that cannot be read is an error if the split is evaluated; in training it is
-    counted in `unreadable_images`, and the next row is used instead. For the loss of a split that is evaluated,
-    `with_loss` adds each row as in training, as `answered`.
+    An encoded split of a task. In a split for evaluation, an image that cannot be read is an error; in training it is
+    counted in `unreadable_images`, and the next row is used instead. For a loss in evaluation, `with_loss` adds each
+    row in the form for training, as `answered`.
 
     Raises:
-        ValueError: as [`load_rows`] and [`RowEncoder`]; if a row has more images than the processor takes; or if an
-            image of a split to evaluate cannot be read, or its answers may exceed what the language model reads.
+        ValueError: as [`load_rows`] and [`RowEncoder`]; if a row has more images than the processor reads; or if, in a
+            split for evaluation, an image cannot be read or an answer could exceed the length of the language model.
     """
 
     def __init__(self, task, name: str, processor, arguments, training: bool, with_loss: bool = False):
         self.name, self.training, self.unreadable_images = name, training, Counter()
         self.rows = load_rows(task, name, arguments)
-        if arguments.streaming:  # splits to evaluate are small
+        if arguments.streaming:  # splits for evaluation are small
             self.rows = Dataset.from_list(list(self.rows), features=self.rows.features)
         columns = [column for column in IMAGE_FEATURES if column in self.rows.column_names]
         self.images = self.rows.select_columns(columns)
@@ -151,7 +154,7 @@ class Split(torch.utils.data.Dataset):
         if (most := max(numbers, default=0)) > max_images:
             raise ValueError(
                 f"Row {numbers.index(most)} of the {self.name} split has {most} images, but the adapter reads at most "
-                f"{max_images}. Train one with `--max_images {most}`, or leave such rows out."
+                f"{max_images}. Train one with `--max_images {most}`, or remove such rows."
             )
 
     def _check_images(self):
@@ -189,7 +192,7 @@ class Split(torch.utils.data.Dataset):
         return len(self.encoded)
 
     def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < len(self):  # or iteration would never end
+        if not 0 <= index < len(self):  # otherwise iteration would never end
             raise IndexError(f"Row {index} was requested, but the {self.name} split has {len(self)} rows.")
         for row in itertools.chain(range(index, len(self)), range(index)):
             try:
@@ -209,7 +212,7 @@ class Split(torch.utils.data.Dataset):
 
 
 class StreamedSplit(torch.utils.data.IterableDataset):
-    """A train split that is read and encoded row by row. Rows with an unreadable image are skipped and counted."""
+    """A train split that is read and encoded row by row. Rows with unreadable images are skipped and counted."""
 
     def __init__(self, task, name: str, processor, arguments, shuffle_seed: int | None):
         self.rows = load_rows(task, name, arguments)
@@ -223,7 +226,7 @@ class StreamedSplit(torch.utils.data.IterableDataset):
         return int(self._shortened)
 
     def __iter__(self):
-        """Repeats the rows without end: for the Trainer, a stream is one epoch of `max_steps`."""
+        """Repeats the rows endlessly: for the Trainer, a stream is one epoch of `max_steps`."""
         for epoch in itertools.count():
             self.rows.set_epoch(epoch)
             num_rows, num_good = 0, 0
@@ -240,14 +243,14 @@ class StreamedSplit(torch.utils.data.IterableDataset):
                 if encoded["shortened"]:
                     self._shortened.add_one()
                 yield {"index": index, "image": image, **add_labels(encoded)}
-            if not num_rows:  # this worker has no shard
+            if not num_rows:  # this worker has no shard of the data
                 return
             if not num_good:
                 raise ValueError("No image of the stream can be read.")
 
 
 def load_splits(task, processor, data_args, training_args) -> dict[str, Split | StreamedSplit]:
-    """The splits that a run needs, by name. The main process encodes them, and the others read the result."""
+    """The splits that a run needs, by name. The main process encodes them; the other processes read its result."""
     splits = {}
     with training_args.main_process_first(desc="encode the data"):
         if training_args.num_train_epochs > 0 and data_args.streaming:
@@ -271,19 +274,21 @@ def load_splits(task, processor, data_args, training_args) -> dict[str, Split | 
 @dataclass
 class Collator:
     """
-    Rows of a [`Split`] -> a batch, padded on the left. Two rows of 3 and 2 tokens, the second with an image:
+    Collates rows of a [`Split`] into a batch, padded on the left. For two rows of 3 and 2 tokens, the second with an
+    image:
 
         input_ids      (2, 3)          attention_mask [[1, 1, 1], [0, 1, 1]]
         pixel_values   (2, 3, 64, 64)  image_mask     [False, True]
 
-    and `index` (2,), the indices of the rows. In training also `labels` (2, 3), -100 on padding and prompt; in
-    evaluation `options` (2, 4, 1), the tokens of the options, -1 where there is none, and, for a loss, `answered` with
-    the texts as in training. If a row has several images, `pixel_values` (2, 3, 3, 64, 64) and `image_mask` (2, 3)
-    have as many for all.
+    and `index` (2,), the indices of the rows. In training also `labels` (2, 3), -100 for padding and prompt; in
+    evaluation `options` (2, 4, 1), the tokens of the options, padded with -1, and, for a loss, `answered` with the
+    texts as in training. If a row has several images, `pixel_values` (2, 3, 3, 64, 64) and `image_mask` (2, 3) are
+    padded to the same number of images for all rows.
 
     Args:
-        image_tokens: placeholders of each image, inserted after the first token. Baselines need them, DEHVF does not.
-        instruction_mask: whether to add `instruction_mask` (2, 3), 1 on the tokens that are neither an answer nor a
+        image_tokens: placeholder tokens of each image, which are inserted after the first token. Only baselines need
+            them.
+        instruction_mask: whether to add `instruction_mask` (2, 3), 1 for tokens that are neither an answer nor a
             placeholder, for methods that read the instruction.
     """
 
@@ -308,7 +313,7 @@ class Collator:
         return {**batch, **images}
 
     def _pad_texts(self, rows: list[dict], numbers: list[int]) -> dict[str, torch.Tensor]:
-        """The texts, with placeholders for so many images in each."""
+        """Pads the texts, with placeholders for the given number of images in each."""
         added = [self.image_tokens * number for number in numbers]
         tokens = [[*row["input_ids"][:1], *new, *row["input_ids"][1:]] for row, new in zip(rows, added)]
         batch = dict(self.processor.tokenizer.pad({"input_ids": tokens}, return_tensors="pt"))

@@ -1,5 +1,5 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""A row's texts -> token ids, as the chat template of the tokenizer means them."""
+"""Encodes the texts of a row into token ids with the chat template of the tokenizer."""
 
 import json
 import re
@@ -18,20 +18,20 @@ from training.flags import ROOT
 
 ENCODED = {"input_ids": List(Value("int32")), "is_answer": List(Value("bool")), "shortened": Value("bool")}
 OPTIONS = {"options": List(List(Value("int32")))}
-# One character for each special token that occurs in data, so that the chat template passes it on and the tokenizer
-# does not take it for a control token: Supplementary Private Use Area-B
+# One character replaces each special token that occurs in data, so that the tokenizer does not read it as a control
+# token: Supplementary Private Use Area-B
 STAND_INS = 0x100000
 
 
 def render(processor, prompt: str) -> str:
-    """The chat text with `prompt` as the user's message, up to where the answer begins."""
+    """The chat text with `prompt` as the user's message, up to the beginning of the answer."""
     return processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
 
 
 class ChatTokenizer:
     """
-    Renders chats by the chat template and encodes them. A special token that occurs in a message is encoded as the
-    text that it is, and a tokenizer that appends an end-of-sequence token to every text does not end a prompt.
+    Renders chats with the chat template and encodes them. Special tokens in a message are encoded as ordinary text,
+    and end-of-sequence tokens that the tokenizer appends to every text are removed from prompts.
     """
 
     def __init__(self, processor):
@@ -42,24 +42,24 @@ class ChatTokenizer:
         self.num_appended = processing.num_appended_tokens(self.tokenizer)
 
     def protect(self, text: str) -> str:
-        """Puts a stand-in in the place of each special token."""
+        """Replaces each special token by a stand-in character."""
         return self.pattern.sub(lambda found: chr(STAND_INS + self.special_tokens.index(found[0])), text)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         messages = [{**message, "content": self.protect(message["content"])} for message in messages]
         try:
             return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
-        except TemplateError as error:  # as for a role that it does not know
+        except TemplateError as error:  # for example because of an unknown role
             raise ValueError(f"the chat template of the tokenizer refuses {messages}: {error}") from error
 
     def render_answers(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """
-        The text of a chat up to the end of its last message, and where the assistant's messages begin and end in it:
-        from the end of the generation prompt to the token that ends the turn, which is learned with them.
+        The text of a chat up to the end of its last message, and the begin and end of each of the assistant's
+        messages: from the end of the generation prompt to the token that ends the turn, which is learned too.
 
         Raises:
-            ValueError: if the chat template refuses the messages, does not render one as it was, or renders the
-                messages before it in another way than alone.
+            ValueError: if the chat template refuses the messages, changes the text of a message, or renders the
+                messages before it differently than on their own.
         """
         text, spans, end = self.render(messages), [], 0
         for index, message in enumerate(messages):
@@ -82,8 +82,8 @@ class ChatTokenizer:
 
     def answer_preface(self) -> str:
         """
-        What the chat template puts between the generation prompt and an answer, such as an empty `<think>` block, as
-        it is decoded: a model learns to say it before each answer.
+        The decoded text that the chat template puts between the generation prompt and an answer, such as an empty
+        `<think>` block. The model learns to generate it before each answer.
         """
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "0"}]
         text, before = self.render(messages), self.render(messages[:1], add_generation_prompt=True)
@@ -92,8 +92,8 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """
-        Token ids of a rendered chat, and where each begins and ends in it. The beginning-of-sequence token occurs
-        once, even if the chat template has it.
+        Token ids of a rendered chat, and the begin and end of each token in the text. There is one
+        beginning-of-sequence token, even if the chat template contains it.
         """
         stand_in = re.compile(f"([{chr(STAND_INS)}-{chr(STAND_INS + len(self.special_tokens))}])")
         has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
@@ -115,7 +115,7 @@ class ChatTokenizer:
 
 class RowEncoder:
     """
-    A row's texts as token ids:
+    Encodes the texts of a row into token ids:
 
         input_ids    to train: prompt, answer and EOS; to evaluate: prompt and answer prefix
         is_answer    which of them are the answer, or the prefix
@@ -125,8 +125,8 @@ class RowEncoder:
     In a chat, all messages of the assistant are answers to train on, and the last one is the answer to evaluate.
 
     Raises:
-        ValueError: if a row has no answer, is too long without context or too long for the language model, two options
-            have the same tokens, or the task refuses it. The message names the row and the split.
+        ValueError: if a row has no answer, is too long (even without its context, or for the language model), has two
+            options with the same tokens, or is refused by the task. The message contains the row and the split.
     """
 
     def __init__(self, task, split: str, processor, max_prompt_length: int, training: bool):
@@ -136,7 +136,7 @@ class RowEncoder:
 
     @property
     def task(self):
-        return import_module(self.task_name)  # modules cannot be pickled for the workers of a data loader
+        return import_module(self.task_name)  # not stored: data loader workers cannot pickle modules
 
     @cached_property
     def chat(self) -> ChatTokenizer:
@@ -149,7 +149,7 @@ class RowEncoder:
             raise ValueError(f"Row {index} of the {self.split} split: {error}") from error
 
     def _encode(self, row: dict) -> dict:
-        answer = self.task.answer(row).strip()  # also to evaluate, since the task checks the row here
+        answer = self.task.answer(row).strip()  # also in evaluation, since the task checks the row here
         if self.training and not answer:
             raise ValueError(f"it has no answer to learn: {row}")
         answer = answer if self.training else self.task.ANSWER_PREFIX.strip()
@@ -164,18 +164,18 @@ class RowEncoder:
 
     def _fit(self, row: dict, answer: str) -> tuple[str, list[int], list[bool], bool]:
         """
-        The text of prompt and answer, its tokens, which of them are answers, and whether the context was shortened for
-        it.
+        The text of prompt and answer, its tokens, a mask of the answer's tokens, and whether the context was
+        shortened.
         """
-        # Protected, so that it is cut where its own tokens end
+        # Protected, so that it is cut at the end of one of its own tokens
         context, offsets, shortened = self.chat.protect(self.task.context(row)), None, False
         while True:
-            # Encoded in one piece, as the model will read it, and split where the prompt ends
+            # Encoded in one piece, as the model will read it, and split at the end of the prompt
             text, spans = self._render(row, context, answer)
             tokens, places = self.chat.encode(text)
             is_answer = [any(begin <= start < end for begin, end in spans) for start, _ in places]
             if self.training and tokens[-1] not in self.processor.tokenizer.all_special_ids:
-                # A template that does not end a turn by a token
+                # The template does not end a turn with a token
                 tokens, is_answer = [*tokens, self.processor.tokenizer.eos_token_id], [*is_answer, True]
             length = sum(start < spans[-1][0] for start, _ in places)
             excess = length - self.max_prompt_length
@@ -203,7 +203,7 @@ class RowEncoder:
         prompt = self.chat.render(messages, add_generation_prompt=True)
         if not answer:
             return prompt, [(len(prompt), len(prompt))]
-        # Without what ends the turn
+        # Without the end of the turn
         text, (*_, (begin, _)) = self.chat.render_answers([*messages, {"role": "assistant", "content": answer}])
         text = text[: text.index(answer, begin) + len(answer)]
         return text, [(begin, len(text))]
@@ -211,7 +211,7 @@ class RowEncoder:
     def _option_tokens(self, row: dict, text: str, length: int) -> list[list[int]]:
         options = self.task.options(row) or []
         for option in options:
-            if option not in self.option_tokens:  # letters have the same tokens in every row
+            if option not in self.option_tokens:  # options that are letters have the same tokens in every row
                 self.option_tokens[option] = self.chat.encode(text + self.chat.protect(option))[0][length:]
         tokens = [self.option_tokens[option] for option in options]
         if len(set(map(tuple, tokens))) < len(tokens):
@@ -219,7 +219,7 @@ class RowEncoder:
         return tokens
 
     def fingerprint(self, rows: Dataset) -> str:
-        """Of everything that the encoded rows depend on."""
+        """Fingerprint of everything that the encoded rows depend on."""
         tokenizer = json.loads(self.processor.tokenizer.backend_tokenizer.to_str())
         limits = (self.processor.tokenizer.eos_token_id, self.processor.tokenizer.model_max_length)
         tokenizer |= {"padding": None, "truncation": None, "limits": limits}

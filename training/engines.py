@@ -1,9 +1,10 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-DDP, DeepSpeed and FSDP2: how they are started, and a Trainer that saves and loads adapters under each of them.
+Starts DDP, DeepSpeed and FSDP2, and defines a Trainer that saves and loads adapters under each of them.
 
-This file has every override of a private method of the Trainer and of a method of DeepSpeed. They were read in
-transformers 5.23 and 5.24, accelerate 1.15 and DeepSpeed 0.19; `tests/test_engines.py` fails when a signature changes.
+All overrides of private methods of the Trainer and of methods of DeepSpeed are in this file. They were checked against
+the code of transformers 5.23 and 5.24, accelerate 1.15 and DeepSpeed 0.19; `tests/test_engines.py` fails when a
+signature changes.
 """
 
 import os
@@ -26,7 +27,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 
-ENGINE_OF_ONE = "DDP or a single process"  # their checkpoints are the same
+ENGINE_OF_ONE = "DDP or a single process"  # these two have the same checkpoints
 logger = logging.get_logger("train")
 
 
@@ -37,26 +38,26 @@ def name_engine(training_args) -> str:
 
 
 def start_engine(training_args):
-    """Starts DeepSpeed, if it is asked for, and sets the number of CPU threads."""
+    """Starts DeepSpeed, if requested, and sets the number of CPU threads."""
     if training_args.deepspeed_plugin is not None:
         import deepspeed
 
         if "RANK" not in os.environ:
-            # `accelerate launch` sets these only for several processes. Without them DeepSpeed asks for MPI
+            # `accelerate launch` only sets these for several processes. Without them DeepSpeed requires MPI
             addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", **addresses)
         compile_communication()
-        # On CPUs accelerate does not do this. ZeRO-3 needs it before it loads and shards the bases
+        # accelerate does not do this on CPUs. ZeRO-3 needs it before the bases are loaded and sharded
         deepspeed.init_distributed(auto_mpi_discovery=False)
-    if training_args.use_cpu:  # `accelerate launch` sets one thread
+    if training_args.use_cpu:  # `accelerate launch` sets it to one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // training_args.world_size))
 
 
 def compile_communication():
     """
-    Lets DeepSpeed compile its communication on CPUs, if it needs that, in one process at a time. A process that is
-    killed meanwhile leaves torch's lock behind, for which all later ones would wait silently and forever.
+    Lets DeepSpeed compile its communication on CPUs, if necessary, in one process at a time. If a process is killed
+    while it compiles, it leaves a lock of torch behind, for which all later processes would wait silently and forever.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -67,8 +68,8 @@ def compile_communication():
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "dehvf.lock"):
         for lock in folder.glob(f"**/{builder.NAME}/lock"):
-            with suppress(FileNotFoundError):  # whoever compiled is ready
-                while time.time() - lock.stat().st_mtime < 60:  # perhaps a program that does not take our lock
+            with suppress(FileNotFoundError):  # the other process has finished
+                while time.time() - lock.stat().st_mtime < 60:  # possibly held by a program that does not use our lock
                     logger.warning_once(f"Waiting for the process that compiles DeepSpeed, see {lock}.")
                     time.sleep(1)
                 lock.unlink()
@@ -84,11 +85,11 @@ class AdapterTrainer(Trainer):
     """
     A Trainer whose checkpoints contain the trained parameters and not the frozen bases.
 
-    The Trainer does this for a `PeftModel` only. Here the weights are always saved by `save_pretrained`, which writes
-    adapters alone, and read from its `model.safetensors`; DeepSpeed and FSDP2 save and load nothing but the optimizer.
+    The Trainer supports this for a `PeftModel` only. Here the weights are always saved with `save_pretrained`, which
+    only writes adapters, and read from its `model.safetensors`; DeepSpeed and FSDP2 only save and load the optimizer.
     """
 
-    order: torch.Generator | None = None  # that of `group_by_length`, seeded when an epoch begins
+    order: torch.Generator | None = None  # generator of `group_by_length`, seeded at the beginning of each epoch
 
     @property
     def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -116,7 +117,7 @@ class AdapterTrainer(Trainer):
         self._save(output_dir, state_dict=tensors)
 
     def load_adapters(self, checkpoint: str | Path):
-        """Raises `ValueError` if the checkpoint is one of another method."""
+        """Raises `ValueError` if the checkpoint belongs to another method."""
         tensors, trained = load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME), self.trained_parameters
         if differing := sorted(tensors.keys() ^ trained.keys()):
             raise ValueError(
@@ -131,11 +132,11 @@ class AdapterTrainer(Trainer):
                 parameter.copy_(tensor)
 
     def save_checkpoint(self):
-        """Writes a checkpoint now, whatever `save_strategy` says."""
+        """Writes a checkpoint now, independent of `save_strategy`."""
         self._save_checkpoint(self.model_wrapped, trial=None)
 
     def write_checkpoint(self, write):
-        """Called with the Trainer's own writing of a checkpoint, `write()`."""
+        """Called to write a checkpoint; `write()` is the implementation of the Trainer."""
         write()
 
     def load_best_checkpoint(self):
@@ -145,8 +146,8 @@ class AdapterTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         """
-        `group_by_length` by the tokens of the encoded rows, which the Trainer cannot find. The order of each epoch is
-        drawn from a seed, so that all processes and a resumed run have the same.
+        Sampler for `group_by_length` with the lengths of the encoded rows, which the Trainer cannot find. The order of
+        each epoch depends on a seed, so that it is the same in all processes and in a resumed run.
         """
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)

@@ -1,6 +1,6 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Reads a command as text: its recipe and its flags. Wrong names and missing folders are reported here, before `torch`
+Reads the recipe and the flags of a command as text. Wrong names and missing folders are reported here, before `torch`
 and `transformers` are imported, which takes seconds.
 """
 
@@ -15,7 +15,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_RECIPE = ROOT / "recipes" / "digits.yaml"
-# Values of a recipe that belong to its task: another task does not take them over
+# Values of a recipe that apply only to its own task
 TASK_VALUES = ("data_path", "captions", "train_sampling_strategy")
 # Flags that name a folder or a repository on the Hub
 PLACES = ("data_path", "adapter", "vision_model", "text_model")
@@ -27,15 +27,15 @@ def recipes() -> list[Path]:
 
 def read_recipe(recipe: Path) -> dict:
     """
-    The values of a recipe and of its `base`, a recipe in the same folder. A `null` removes a value of the base, and so
-    does another task for those that belong to a task. A relative path is that of a file or folder beside the recipe,
-    in the working directory or in this repository, the first that is there.
+    The values of a recipe and of its `base`, a recipe in the same folder. A `null` removes a value of the base; values
+    that belong to a task are also removed if the task differs. A relative path is searched for beside the recipe, in
+    the working directory and in this repository, in this order.
     """
     if not recipe.is_file():
-        raise ValueError(f"There is no recipe {recipe}. recipes/ has {', '.join(path.name for path in recipes())}.")
+        raise ValueError(f"There is no recipe {recipe}. Recipes: {', '.join(path.name for path in recipes())}.")
     values = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
     if not isinstance(values, dict):
-        raise ValueError(f"{recipe} has no `name: value` on each line, but a {type(values).__name__}. Write flags so.")
+        raise ValueError(f"{recipe} contains a {type(values).__name__}. Write a flag on each line, as `name: value`.")
     base = values.pop("base", None)
     values = values if base is None else keep_values(read_recipe(recipe.parent / base), values.get("task")) | values
     for name in (*PLACES, "chat_template", "captions"):
@@ -47,7 +47,7 @@ def read_recipe(recipe: Path) -> dict:
 
 
 def keep_values(values: dict, task: str | None) -> dict:
-    """The values of a recipe that hold for `task` too. `None`, also as the recipe's task, is the same one."""
+    """The values of a recipe that apply to `task`. `None`, here or in the recipe, means that the task is the same."""
     is_other = None not in (task, values.get("task")) and task != values["task"]
     return {name: value for name, value in values.items() if not (is_other and name in TASK_VALUES)}
 
@@ -57,8 +57,8 @@ def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None
     Splits `[recipe.yaml] [--flag value ...]`.
 
     Returns:
-        The recipe, its values that hold for `--task`, and the first value of each flag by its name, `None` if it has
-        none.
+        The recipe, its values that apply to `--task`, and the first value of each flag by name, `None` if it has no
+        value.
 
     Raises:
         ValueError: if there is no such recipe, flag, key of a recipe, folder or chat template; the message suggests
@@ -76,7 +76,7 @@ def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None
         for name in names:
             if not {name, name.removeprefix("no_")} & known:
                 close = difflib.get_close_matches(name, known, n=1)
-                hint = f"Did you mean `{close[0]}`?" if close else "`train.py --help` lists all."
+                hint = f"Did you mean `{close[0]}`?" if close else "`train.py --help` lists all arguments."
                 raise ValueError(f"{place}: unknown argument `{name}`. {hint}")
     values = keep_values(values, flags.get("task"))
     for name in PLACES:
@@ -98,10 +98,10 @@ def argument_names() -> set[str]:
 
 def check_place(argument: str, place: str | None):
     """
-    Raises `ValueError` if a place is neither a folder (or file) nor a name that the Hub could have.
+    Raises `ValueError` if a place is neither an existing folder or file nor a possible name on the Hub.
 
     Args:
-        argument: what it was given as, for the message.
+        argument: the flag with which it was given, for the message.
     """
     if place is None or Path(place).exists():
         return

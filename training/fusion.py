@@ -1,7 +1,7 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Figures of the fusion weights (method step 4): how even they are, and whether they differ between language layers,
-between keys and values, and between images. If they do not, one constant vector would do the same.
+Statistics of the fusion weights (method step 4): their entropy, and how much they differ between language layers,
+between keys and values, and between images. If they do not differ, a constant vector would work as well.
 """
 
 from collections import deque
@@ -9,12 +9,12 @@ from collections import deque
 import torch
 
 
-# A standard deviation below this is called constant. The mean of four weights is 0.25.
+# Weights with a standard deviation below this are called constant. The mean of four weights is 0.25.
 CONSTANT = 0.005
 
 
 def layers_of_groups(rows: list[list[int]]) -> list[list[int]]:
-    """The language layers of each group, whose candidates are the same."""
+    """The language layers of each group, which have the same candidates."""
     groups = {}
     for layer, row in enumerate(rows):
         groups.setdefault(tuple(row), []).append(layer)
@@ -31,7 +31,7 @@ def fusion_figures(weights: torch.Tensor, rows: list[list[int]]) -> dict[str, fl
     Returns:
         `entropy`, in nats, of a weight vector (equal weights of M candidates have log M), and `std_over_layers`,
         `std_over_positions`, `std_over_images`: the standard deviation of a weight over the language layers of a
-        group, over key and value, and over images. All are means over everything else.
+        group, over key and value, and over images. Each is averaged over all other dimensions.
     """
     weights = weights.float().cpu()
     groups = layers_of_groups(rows)
@@ -50,7 +50,9 @@ def fusion_figures(weights: torch.Tensor, rows: list[list[int]]) -> dict[str, fl
 
 
 def describe_fusion(figures: dict[str, float]) -> str:
-    """The figures in words, with what it means if the weights of a trained adapter are constant."""
+    """
+    Describes the statistics in words, and explains what it means if the weights of a trained adapter are constant.
+    """
     words = (
         f"Fusion weights: entropy {figures['entropy']:.3f}, standard deviation {figures['std_over_layers']:.4f} over "
         f"layers, {figures['std_over_positions']:.4f} over positions, {figures['std_over_images']:.4f} over images."
@@ -59,13 +61,13 @@ def describe_fusion(figures: dict[str, float]) -> str:
     if not constant:
         return words
     return (
-        f"{words} They hardly depend on {' and '.join(constant)}: fixed weights would do, so this adapter shows no "
-        f"benefit of weights that adapt to {' and '.join(constant)}."
+        f"{words} They hardly depend on {' and '.join(constant)}: fixed weights would work as well, so this adapter "
+        f"does not show that adapting the weights to {' and '.join(constant)} helps."
     )
 
 
 class FusionRecorder:
-    """Keeps the fuser's weights of the last batches, as a forward hook, until their figures are asked for."""
+    """Forward hook that keeps the fuser's weights of the last batches until their statistics are requested."""
 
     def __init__(self, model):
         self.weights = deque(maxlen=256)
@@ -78,7 +80,7 @@ class FusionRecorder:
         self.weights.append(weights.detach())
 
     def figures(self) -> dict[str, float]:
-        """Those of the images since the last call in this process; none if there were none."""
+        """The statistics of the images in this process since the last call; empty if there were none."""
         weights = list(self.weights)
         self.weights.clear()
         return fusion_figures(torch.cat(weights), self.rows) if weights else {}

@@ -14,11 +14,11 @@ from training.arguments import BASES, DEHVF_METHODS
 
 def load_processor(model_args, adapter_args):
     """
-    The processor, whose tokenizer fits the language model, see [`check_tokenizer`].
+    Loads the processor and checks its tokenizer, see [`check_tokenizer`].
 
     Raises:
         OSError: if there is no tokenizer or image processor.
-        ValueError: if the tokenizer does not fit the language model, or saved adapters read more images of a sample.
+        ValueError: if the tokenizer does not fit the language model, or `max_images` is lower than in saved adapters.
     """
     bases = (model_args.vision_model, model_args.text_model)
     chat_template = read_chat_template(model_args.chat_template)
@@ -51,10 +51,10 @@ def load_processor(model_args, adapter_args):
 
 def check_tokenizer(tokenizer, config):
     """
-    Sets the length that the language model reads, which some tokenizers do not state.
+    Sets the maximum length of the language model, which some tokenizers do not contain.
 
     Args:
-        config: that of the language model.
+        config: the config of the language model.
 
     Raises:
         ValueError: if the tokenizer has no end-of-sequence token, or a token beyond the embeddings.
@@ -65,10 +65,10 @@ def check_tokenizer(tokenizer, config):
             f"The tokenizer {tokenizer.name_or_path} has no end-of-sequence token, with which each answer ends. Set "
             "`eos_token` in its tokenizer_config.json."
         )
-    if tokenizer.pad_token_id >= config.vocab_size:  # a pad token that was added: any other does as well
+    if tokenizer.pad_token_id >= config.vocab_size:  # an added padding token; any other token works as well
         tokenizer.pad_token = tokenizer.eos_token
     ends = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
-    # Such as <image>, which has no meaning here
+    # Such as <image>, which is not used here
     spare = {token.content for token in tokenizer.added_tokens_decoder.values()} - ends
     beyond = [token for token, index in tokenizer.get_vocab().items() if index >= config.vocab_size]
     if needed := sorted(set(beyond) - spare):
@@ -93,8 +93,8 @@ def base_revisions(model_args) -> dict[str, str | None]:
 
 def load_model(model_args, adapter_args, baseline_args):
     """
-    New adapters or a new baseline on the bases; or saved adapters, whose config then names the bases, and which may
-    get embeddings of more images.
+    Creates new adapters or a new baseline on the bases, or loads saved adapters, whose config contains the bases and
+    which may get embeddings for more images.
     """
     bases = (model_args.vision_model, model_args.text_model)
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
@@ -133,7 +133,7 @@ def load_model(model_args, adapter_args, baseline_args):
 
 
 def method_of(config, asked: str) -> str:
-    """The name of the method; saved adapters have it in their config, not in the arguments."""
+    """The name of the method, which for saved adapters follows from their config instead of the arguments."""
     fits = [
         name
         for name, values in DEHVF_METHODS.items()

@@ -1,5 +1,5 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""What a run leaves behind: predictions, scores, the model card, and a repository on the Hub."""
+"""Writes the results of a run: predictions, scores, the model card, and a repository on the Hub."""
 
 import json
 import re
@@ -22,11 +22,11 @@ from training.flags import ROOT
 from training.fusion import describe_fusion
 
 
-# What is pushed: no checkpoints, no pickled arguments, and nothing from data that may be private
+# Files to push: no checkpoints, no pickled arguments, and nothing from data that may be private
 PUSHED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*_dehvf.py", "README.md"]
 PUSHED_FILES += [".eval_results/*.yaml"]
-KEPT_FILES = ["[!.]*/*", "run.json", "example.txt"]  # the first: folders whose names do not begin with a dot
-# What is in the scores of a task and is not better if it is higher
+KEPT_FILES = ["[!.]*/*", "run.json", "example.txt"]  # the first pattern: folders whose names do not begin with a dot
+# Values in the scores of a task for which higher is not better
 NO_SCORES = ("count", "scale", "unparsed")
 
 
@@ -36,17 +36,17 @@ def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, mo
     model card.
 
     Args:
-        facts: what `results.json` records of the training.
+        facts: facts about the training for `results.json`.
     """
     training_args, processor, split = trainer.args, trainer.processing_class, splits["test"]
     folder = Path(training_args.output_dir)
     trainer.save_model()
-    trainer.compute_metrics = None  # it scores the validation split
-    trainer.fusion.figures()  # those of training end here
+    trainer.compute_metrics = None  # it is for the validation split
+    trainer.fusion.figures()  # discards the statistics of training
     output = trainer.predict(split)
     facts |= {"fusion": trainer.fusion.figures()}
     if training_args.process_index == 0:
-        # Before scoring, so that an error there loses no answers: `python -m tasks score` repeats it
+        # Before scoring, so that an error in it loses no answers: `python -m tasks score` repeats the scoring
         records = make_records(task, processor, split, output)
         lines = [json.dumps(record, default=str) + "\n" for record in records]
         (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -60,8 +60,8 @@ def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, mo
 
 def make_records(task, processor, split: Split, output) -> list[dict]:
     """
-    The lines of `predictions.jsonl`: each row of the split once, with what `AnswerTrainer` predicted for it, less what
-    the chat template puts before each answer.
+    The lines of `predictions.jsonl`: each row of the split once, with the prediction of `AnswerTrainer`, without the
+    text that the chat template puts before each answer.
     """
     tokens, choices = output.predictions
     tokens = torch.as_tensor(tokens)
@@ -93,7 +93,7 @@ def make_records(task, processor, split: Split, output) -> list[dict]:
 
 
 def check_metric(task, processor, split: Split, metric: str):
-    """Raises `ValueError` if `metric_for_best_model` is no score of the task on this split."""
+    """Raises `ValueError` if `metric_for_best_model` is not a score of the task on this split."""
     zeros = np.zeros(len(split), dtype=int)
     output = PredictionOutput((zeros[:, None], zeros), np.arange(len(split)), {})
     records = [{**record, "prediction": record["expected"]} for record in make_records(task, processor, split, output)]
@@ -101,7 +101,7 @@ def check_metric(task, processor, split: Split, metric: str):
     known = [name for name, value in scores.items() if value is not None and name not in NO_SCORES] + ["loss"]
     if metric.removeprefix("eval_") not in known:
         raise ValueError(
-            f"`--metric_for_best_model {metric}` is no score of the {split.name} split. There are: {', '.join(known)}."
+            f"`--metric_for_best_model {metric}` is not a score of the {split.name} split. Scores: {', '.join(known)}."
         )
 
 
@@ -134,14 +134,14 @@ def describe_run(task, processor, model, split: Split, data_args, model_args, tr
 
 
 def commit_of(location: str | None, revision: str | None) -> str | None:
-    """The commit of adapters on the Hub, `None` for a folder."""
+    """The commit of adapters on the Hub; `None` for a folder."""
     if location is None or Path(location).is_dir():
         return None
     return extract_commit_hash(cached_file(location, CONFIG_NAME, revision=revision), None)
 
 
 def base_revision(config, base: str, location: str) -> str | None:
-    """The commit of a base, if the config describes the place that it was loaded from."""
+    """The commit of a base, if it was loaded from the place in the config."""
     known = getattr(config, f"{base}_model_id") == location
     return getattr(config, f"{base}_model_revision") if known else None
 
@@ -213,7 +213,7 @@ print(processor.batch_decode(tokens, skip_special_tokens=True)[0])
 
 
 def write_example(folder: Path, task, processor, split: Split) -> bool:
-    """Writes the first question with an image, for `example_code`. Returns whether there is one."""
+    """Writes the first question with an image to files, for `example_code`. Returns whether there is one."""
     for index, row in enumerate(split.rows):
         if row["image"] is not None and not row.get("images"):
             split[index]["image"].save(folder / "example.png")
@@ -224,7 +224,7 @@ def write_example(folder: Path, task, processor, split: Split) -> bool:
 
 
 def report(folder: Path, task, processor, split: Split):
-    """Scores the predictions in a folder, writes its card and prints how to use the adapters."""
+    """Scores the predictions in a folder, writes its model card and prints how to use the adapters."""
     results = score_folder(folder)
     print_scores(results)
     if results.get("cut_answers"):
@@ -240,8 +240,8 @@ def report(folder: Path, task, processor, split: Split):
 
 def open_repository(training_args) -> str | None:
     """
-    Creates the repository to push to, if `--push_to_hub` asks for it, so that an error of the Hub is raised before
-    training. The Trainer does not push, since it would do so without results and with its pickled arguments.
+    With `--push_to_hub`, creates the repository, so that errors of the Hub are raised before training. The Trainer
+    itself must not push, since it would push without results and with its pickled arguments.
     """
     asked, training_args.push_to_hub = training_args.push_to_hub, False
     if not asked or training_args.process_index != 0:

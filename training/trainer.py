@@ -27,13 +27,13 @@ from training.fusion import FusionRecorder
 
 class AnswerTrainer(AdapterTrainer):
     """
-    A Trainer for adapters on frozen bases. Evaluation generates an answer for each row: predictions are the new tokens
-    and the index of the most likely option (-1 for a row without options), labels are the indices of the rows. It has
-    a loss if the split has the right answers as well, see [`Split`].
+    A Trainer for adapters on frozen bases. Evaluation generates an answer for each row: the predictions are the new
+    tokens and the index of the most likely option (-1 for a row without options), the labels are the indices of the
+    rows. There is a loss if the split also has the correct answers, see [`Split`].
 
     Args:
         max_new_tokens: maximum length of an answer.
-        run: what is recorded in the manifest of each checkpoint, see [`find_start`].
+        run: facts for the manifest of each checkpoint, see [`find_start`].
 
     Raises:
         ValueError: under FSDP 1, which flattens adapters and frozen weights into one tensor.
@@ -50,17 +50,17 @@ class AnswerTrainer(AdapterTrainer):
             self.label_smoother = ShiftedLabelSmoother(self.args.label_smoothing_factor)
         self.max_new_tokens, self.run = max_new_tokens, run
         self.has_position_embeddings = False
-        if isinstance(self.model, DehvfForConditionalGeneration):  # the baselines take no such language model
+        if isinstance(self.model, DehvfForConditionalGeneration):  # baselines do not support such language models
             embeddings = [part for part in self.model.model.language_model.modules() if isinstance(part, nn.Embedding)]
             self.has_position_embeddings = len(embeddings) > 1
-        self.losses = []  # of the current optimizer step: whether the loss of each batch is finite, its rows
+        self.losses = []  # for each batch of the current optimizer step: whether its loss is finite, and its rows
         self.speed = Speed()
         self.add_callback(self.speed)
         self.fusion = FusionRecorder(self.model)
         self.add_callback(StepChecks(self))
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """With groups of their own for the fuser and its query, where `fuser_lr_ratio` gives them another rate."""
+        """Puts the fuser and its query into separate groups if `fuser_lr_ratio` changes their learning rate."""
         optimizer, ratio = super().create_optimizer(model), self.args.fuser_lr_ratio
         if ratio == 1:
             return optimizer
@@ -81,7 +81,7 @@ class AnswerTrainer(AdapterTrainer):
     # --- rows ---
 
     def get_train_dataloader(self):
-        """Raises `ValueError` if there are fewer rows than `dataloader_drop_last` drops: no step would be taken."""
+        """Raises `ValueError` if `dataloader_drop_last` drops all rows, so that there would be no step."""
         loader = super().get_train_dataloader()
         if isinstance(loader.dataset, torch.utils.data.IterableDataset) or len(loader):
             return loader
@@ -98,7 +98,7 @@ class AnswerTrainer(AdapterTrainer):
         return self.make_whole(super().get_test_dataloader, test_dataset)
 
     def make_whole(self, make, dataset):
-        """A data loader to evaluate: all rows in their order, whatever the arguments of training say."""
+        """Makes a data loader for evaluation: all rows in order, independent of the arguments for training."""
         training_args, self.args = self.args, copy.copy(self.args)
         self.args.dataloader_drop_last, self.args.train_sampling_strategy = False, "sequential"
         try:
@@ -108,8 +108,8 @@ class AnswerTrainer(AdapterTrainer):
 
     def add_positions(self, inputs: dict) -> dict:
         """
-        The inputs with `position_ids` from the end of the padding on, as `generate` counts them, if the language model
-        has an embedding for each position (GPT-2): it would count the padding before a text.
+        Adds `position_ids` that count from the end of the padding, as `generate` does, if the language model has
+        position embeddings (GPT-2). Otherwise it would count the padding too.
         """
         if not self.has_position_embeddings:
             return inputs
@@ -125,13 +125,13 @@ class AnswerTrainer(AdapterTrainer):
             **inputs,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
-            synced_gpus=True if self.is_fsdp_enabled else None,  # under ZeRO-3 `generate` sets it itself
+            synced_gpus=True if self.is_fsdp_enabled else None,  # `generate` sets it itself under ZeRO-3
             return_dict_in_generate=True,
             output_logits=True,
         )
         if self.accelerator.reduce(generated.logits[0].isnan().any().int()):
             raise FloatingPointError(
-                "The model computes NaN, so it has no answers: the adapters have diverged, or the base models "
+                "The model computes NaN, so it cannot answer: the adapters have diverged, or the base models "
                 "overflow in their dtype. Train with a smaller `--learning_rate`, or give another `--dtype`: "
                 "`bfloat16` or `float32`."
             )
@@ -142,15 +142,15 @@ class AnswerTrainer(AdapterTrainer):
 
     def option_likelihoods(self, model, inputs: dict, options: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """
-        The log-likelihood of each option after its prompt, `-inf` for a filler.
+        The log-likelihood of each option after its prompt, `-inf` for padding.
 
         Args:
             options: tokens of the options, of shape `(batch_size, num_options, num_tokens)`, padded with -1.
-            logits: those of the first new token, of shape `(batch_size, vocab_size)`.
+            logits: logits of the first new token, of shape `(batch_size, vocab_size)`.
         """
         batch_size, num_options, _ = options.shape
         is_token = options >= 0
-        # All processes call the model equally often, as ZeRO-3 and FSDP need
+        # All processes call the model equally often, as ZeRO-3 and FSDP require
         sizes = torch.tensor([list(options.shape[1:])], device=options.device)
         num_calls, num_tokens = self.accelerator.gather(sizes).amax(dim=0).tolist()
         if num_tokens == 1:
@@ -174,11 +174,11 @@ class AnswerTrainer(AdapterTrainer):
 
     def write_checkpoint(self, write):
         """
-        Writes a checkpoint and then its manifest, and removes older checkpoints only after that.
+        Writes a checkpoint, then its manifest, and only then removes older checkpoints.
 
         Raises:
             FloatingPointError: if an adapter contains NaN or Inf. Nothing is written.
-            OSError: if the checkpoint cannot be written, as on a full disk.
+            OSError: if the checkpoint cannot be written, for example because the disk is full.
         """
         if not self.are_adapters_finite():
             raise FloatingPointError(
@@ -188,12 +188,12 @@ class AnswerTrainer(AdapterTrainer):
         if self.is_saved():  # a signal can ask for a checkpoint that has just been written
             return
         if self.args.should_save:
-            shutil.rmtree(self.checkpoint, ignore_errors=True)  # of a run that was killed while it wrote here
+            shutil.rmtree(self.checkpoint, ignore_errors=True)  # left by a run that was killed while it wrote here
         self.accelerator.wait_for_everyone()
         state, args = self.state, self.args
         limit, best_step = args.save_total_limit, state.best_global_step
         args.save_total_limit = None
-        if best_step != state.global_step:  # a folder of that step may be one of an earlier run
+        if best_step != state.global_step:  # the folder of that step may belong to an earlier run
             state.best_global_step = None
         try:
             write()
@@ -205,7 +205,7 @@ class AnswerTrainer(AdapterTrainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             from_writer = any(name in str(error) for name in ("PytorchStreamWriter", "inline_container"))
             if isinstance(error, RuntimeError) and not from_writer:
-                raise  # not a fault of the disk
+                raise  # not an error of the disk
             free = shutil.disk_usage(args.output_dir).free
             raise OSError(
                 f"{self.checkpoint} could not be written ({free / 1e6:,.1f} MB are free): {error}. "
@@ -222,7 +222,7 @@ class AnswerTrainer(AdapterTrainer):
         return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
     def is_saved(self) -> bool:
-        """Whether the checkpoint of the current step is complete, as the main process sees it."""
+        """Whether the checkpoint of the current step is complete, according to the main process."""
         saved = [False]
         if self.args.should_save:
             try:
@@ -255,7 +255,7 @@ class AnswerTrainer(AdapterTrainer):
         return stopped_early or self.state.global_step >= self.state.max_steps
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Returns no batch to a run that was resumed at its end, since the Trainer would take one more step."""
+        """Returns no batch if the run was resumed at its end, since the Trainer would otherwise take one more step."""
         if self.control.should_training_stop:
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -271,13 +271,13 @@ class AnswerTrainer(AdapterTrainer):
         rows = inputs.pop("index")
         own_loss = self.label_smoother is None and self.compute_loss_func is None
         if own_loss and isinstance(self.model, DehvfForConditionalGeneration):
-            # Only an answer has a loss: logits of the prompt would cost time and memory for nothing
+            # Only answers have a loss: computing logits of the prompt would waste time and memory
             answers = (inputs["labels"] != -100).any(dim=0).int()
             inputs["logits_to_keep"] = len(answers) - int(answers.argmax()) + 1
         self.speed.count(inputs, self.model, len(self.data_collator.image_tokens))
         loss = super().compute_loss(model, self.add_positions(inputs), *args, **kwargs)
         self.losses.append((loss.detach().isfinite().all(), rows))
-        if self.accelerator.sync_gradients:  # before `backward`, in which DeepSpeed takes the step
+        if self.accelerator.sync_gradients:  # before `backward`, in which DeepSpeed makes the step
             finite, rows = zip(*self.losses)
             if self.accelerator.reduce((~torch.stack(finite)).sum()):
                 self.stop("loss", [row for ok, batch in zip(finite, rows) if not ok for row in batch.tolist()])
@@ -285,8 +285,9 @@ class AnswerTrainer(AdapterTrainer):
 
     def check_gradient(self):
         """
-        Raises `FloatingPointError`, as `compute_loss`, if a gradient is NaN or Inf. Under DeepSpeed the step has been
-        taken by now, and NaN is found in the next loss or when the adapters are saved; a loss scaler skips such steps.
+        Raises `FloatingPointError`, as `compute_loss` does, if a gradient is NaN or Inf. Under DeepSpeed the step has
+        already been made; NaN is then found in the next loss or when the adapters are saved. A loss scaler skips such
+        steps.
         """
         rows = torch.cat([rows for _, rows in self.losses])
         self.losses.clear()
@@ -294,7 +295,7 @@ class AnswerTrainer(AdapterTrainer):
             return
         gradients = [value.grad for value in self.trained_parameters.values() if value.grad is not None]
         local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-        local = [gradient for gradient in local if gradient.numel()]  # a process may have no row of a small parameter
+        local = [gradient for gradient in local if gradient.numel()]  # a process may have no part of a small parameter
         wrong = (~torch.nn.utils.get_total_norm(local, float("inf")).isfinite()).int()
         if self.accelerator.reduce(wrong) if self.is_fsdp_enabled else wrong:
             self.stop("gradient", rows.tolist())
@@ -333,8 +334,8 @@ ADVICE = (
 
 class ShiftedLabelSmoother(LabelSmoother):
     """
-    Label smoothing of the next token. The Trainer shifts the labels only for the models of transformers that it knows,
-    and would have others learn the token that they have just read.
+    Label smoothing with shifted labels. The Trainer only shifts the labels for model classes of transformers; other
+    models would be trained to predict the current token.
     """
 
     def __call__(self, model_output, labels, shift_labels=False, num_items_in_batch=None):
@@ -342,7 +343,7 @@ class ShiftedLabelSmoother(LabelSmoother):
 
 
 class StepChecks(TrainerCallback):
-    """What `AnswerTrainer` sets or checks when training or an epoch begins and before each optimizer step."""
+    """Callbacks of `AnswerTrainer` at the beginning of training and of each epoch, and before each optimizer step."""
 
     def __init__(self, trainer: AnswerTrainer):
         self.trainer = trainer
@@ -361,13 +362,14 @@ class StepChecks(TrainerCallback):
         self.trainer.check_gradient()
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.resumed_at_end:  # it was evaluated and saved before
+        if self.resumed_at_end:  # it has already been evaluated and saved
             control.should_evaluate = control.should_save = False
 
 
 def find_best_checkpoint(checkpoint: Path) -> str | None:
     """
-    The best checkpoint so far, which is in the same folder as the checkpoint to resume from, even if it was moved.
+    The best checkpoint so far, which is searched for beside the checkpoint to resume from, since the folder may have
+    been moved.
 
     Raises:
         ValueError: if it is missing or damaged.
@@ -381,13 +383,13 @@ def find_best_checkpoint(checkpoint: Path) -> str | None:
     except ValueError as error:
         raise ValueError(
             f"The run cannot be resumed from {checkpoint}, since its best checkpoint is lost: {error} Give an earlier "
-            "one as `--resume_from_checkpoint`, or start again with `--resume_from_checkpoint never`."
+            "checkpoint as `--resume_from_checkpoint`, or start again with `--resume_from_checkpoint never`."
         ) from error
     return str(best)
 
 
 class Speed(TrainerCallback):
-    """Counts samples, tokens and seconds of training between two logs; evaluation and saving do not count."""
+    """Counts samples, tokens and seconds of training between two logs, without evaluation and saving."""
 
     def __init__(self):
         self.began = time.perf_counter()
@@ -422,8 +424,10 @@ class Speed(TrainerCallback):
         self.seconds, self.last = self.seconds + now - self.last, now
 
     def measure(self, accelerator) -> dict[str, float]:
-        """Per second since the last log, summed over all processes; the memory of the process that uses most."""
-        self.add_seconds()  # to read the loss, the Trainer has waited for the device
+        """
+        Throughput since the last log, summed over all processes, and the peak memory, the maximum over all processes.
+        """
+        self.add_seconds()  # the Trainer has synchronized with the device to read the loss
         own = [self.samples, self.text_tokens, self.visual_tokens, peak_memory(accelerator.device)]
         own = torch.tensor([float(value) for value in own], device=accelerator.device)
         *sums, peak = zip(*accelerator.gather(own[None]).tolist())
@@ -434,7 +438,7 @@ class Speed(TrainerCallback):
 
 
 def peak_memory(device: torch.device) -> float:
-    """In GB (1e9 bytes): allocated by torch on a GPU, or the resident memory of the process."""
+    """Peak memory in GB (1e9 bytes): allocated by torch on a GPU, or the resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource  # not on Windows
