@@ -90,10 +90,8 @@ def add_image_embeddings(tensors: dict[str, torch.Tensor], expected: dict[str, t
     """
     for name in (f"{PREFIX}memory_slots.image_{part}" for part in ("key", "value")):
         if name in expected:
-            added = torch.zeros(expected[name].shape, dtype=tensors[f"{PREFIX}memory_slots.key"].dtype)
-            if name in tensors:
-                added[: len(tensors[name])] = tensors[name]
-            tensors[name] = added
+            given = tensors.get(name, torch.empty(0, expected[name].shape[1]))
+            tensors[name] = F.pad(given, (0, 0, 0, max(0, len(expected[name]) - len(given))))
 
 
 def count_parameters(model) -> tuple[int, int]:

@@ -239,6 +239,7 @@ def test_a_step_under_an_engine_is_limited_by_its_slowest_part():
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_the_servers_that_are_compared_answer_under_load(tmp_path):
     pytest.importorskip("uvicorn", reason="pip install -r requirements-app.txt")
     vision, text = save_tiny_bases(tmp_path)

@@ -517,6 +517,7 @@ def test_another_number_of_processes_under_zero_is_told_what_to_do(interrupted, 
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_zero_3_stops_early_and_ends_with_its_best_checkpoint(scienceqa, tmp_path):  # noqa: F811
     values = {"per_device_train_batch_size": 1, "num_train_epochs": 3, "save_steps": 2, **BEST, **SAVING}
     values |= {"deepspeed": zero(tmp_path, 3), "early_stopping_patience": 1}

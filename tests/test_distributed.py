@@ -181,7 +181,7 @@ def test_a_baseline_is_trained_and_evaluated_under_zero_2_where_one_process_has_
     [
         pytest.param("DDP", "float16", marks=pytest.mark.extended),
         pytest.param("ZeRO-2", "float16", marks=pytest.mark.extended),
-        ("ZeRO-3", "bfloat16"),
+        pytest.param("ZeRO-3", "bfloat16", marks=pytest.mark.extended),
         pytest.param("FSDP2", "bfloat16", marks=pytest.mark.extended),
     ],
 )
@@ -195,12 +195,14 @@ def test_each_engine_keeps_adapters_in_float32_on_bases_in_half_precision(engine
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_accumulated_gradients_are_those_of_the_whole_batch(train_on):
     """In random order, which is the same for any number of processes."""
     order = {"train_sampling_strategy": "random", "max_steps": 2}
     runs = {
         "8 x 1": (None, 1, 8, 1),
         "1 x 8": (None, 1, 1, 8),
+        "ZeRO-2 2 x 1 x 4": ("ZeRO-2", 2, 1, 4),
         "ZeRO-3 2 x 2 x 2": ("ZeRO-3", 2, 2, 2),
     }
     results = {}

@@ -167,8 +167,8 @@ def test_a_visual_memory_that_does_not_fit_is_refused(saved, tmp_path):
         ({"text_config": {"model_type": "llama", "num_hidden_layers": 10**9}}, "must be at most 1000"),
         ({"text_config": 5}, "text_config"),
         ({"memory_scale": float("nan")}, "`memory_scale` is nan, but must be a finite number"),
-        ({"model_type": "llama"}, "says `model_type='llama'`, but"),
-        ({"model_type": None}, "says `model_type=None`"),
+        ({"model_type": "llama"}, "has `model_type='llama'`, but"),
+        ({"model_type": None}, "has `model_type=None`"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
 )

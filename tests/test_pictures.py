@@ -153,7 +153,14 @@ def texts_cut_off(figure) -> list[str]:
     return [text for text, box in boxes if box.x0 < left or box.y0 < bottom or box.x1 > right or box.y1 > top]
 
 
-@pytest.mark.parametrize("values", WITH_IMAGES.values(), ids=WITH_IMAGES)
+@pytest.mark.parametrize(
+    "values",
+    [
+        # Three settings that draw differently; the others with the extended tests
+        pytest.param(values, id=name, marks=() if name in ("full", "mean", "instruction") else pytest.mark.extended)
+        for name, values in WITH_IMAGES.items()
+    ],
+)
 def test_every_ablation_is_drawn(values, tmp_path):
     model = tiny_model(**values)
     weights = pictures.fusion_weights(model, tiny_inputs())

@@ -100,9 +100,9 @@ def test_the_main_jobs_adapters_are_scored_evaluated_and_drawn_again(main_job):
     run(*find("--adapter"))
     for name in ("scores", "scores_by_likelihood", "adapter_sha256"):
         assert results("digits-again")[name] == first[name]
-    printed = run(*find("demo/pictures.py"))
-    for name in ("fusion_weights.png", "fusion_curves.png", "slot_activations.png"):
-        assert name in printed and (ROOT / "outputs" / "digits" / "pictures" / name).stat().st_size > 10_000
+    run(*find("demo/pictures.py"))
+    for name in ("fusion_weights.png", "fusion_curves.png", "fusion_groups.png", "slot_activations.png"):
+        assert (ROOT / "outputs" / "digits" / "pictures" / name).stat().st_size > 10_000
 
 
 # --- the other pages ---

@@ -498,7 +498,7 @@ def noisy(*size: int) -> bytes:
         (noisy(200, 100), "has 100 x 200 = 20000 pixels. This server reads up to 10000"),
         (png(image(1))[:300], "cannot be read: "),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "are not a PNG, JPEG, WEBP, GIF file"),
-        (b"", "its 0 bytes are no PNG"),
+        (b"", "its 0 bytes are not a PNG"),
     ],
 )
 def test_what_is_no_image_of_allowed_size_is_refused(data, words, reader):

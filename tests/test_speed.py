@@ -239,7 +239,7 @@ def test_the_report_has_bytes_of_images_checkpoints_and_training(tmp_path, monke
     monkeypatch.setattr(operations, "SHAPES", {"tiny": ()})
     monkeypatch.setattr(memory, "PEAK_METHODS", (speed.DEHVF,))
     monkeypatch.setattr(memory, "PEAK_RUNS", 1)
-    monkeypatch.setattr(memory, "LOADED_LAYERS", 1)
+    monkeypatch.setattr(memory, "LOADED_LAYERS", 2)
     run_main(memory, tmp_path, monkeypatch, "--preset", "tiny")
     report = json.loads((tmp_path / "memory.json").read_text())
     image = report["shapes"]["tiny"]["image"]
@@ -273,6 +273,7 @@ def test_naive_injection_gives_the_same_logits_and_has_keys_and_values_in_full()
     assert seconds.keys() == {"prompt", "further token"} and min(seconds.values()) > 0
 
 
+@pytest.mark.extended
 def test_the_report_compares_the_ways_of_injection(tmp_path, monkeypatch):
     run_main(injection, tmp_path, monkeypatch, "--preset", "tiny")
     report = json.loads((tmp_path / "injection.json").read_text())

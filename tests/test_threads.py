@@ -93,7 +93,7 @@ def count_differences(requests, alone, num_requests: int) -> int:
 @pytest.mark.parametrize(
     "adapters_change, num_requests",
     [
-        pytest.param(False, 300, id="alone"),
+        pytest.param(False, 300, id="alone", marks=pytest.mark.extended),
         pytest.param(True, 400, id="while adapters are switched"),
         pytest.param(True, 2000, id="2,000 requests", marks=pytest.mark.extended),
     ],

@@ -228,7 +228,16 @@ def test_gradients_are_clipped_unless_the_limit_is_zero(folder, limit):
     assert torch.nn.utils.get_total_norm(steps).item() == pytest.approx(0.5 * expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["dehvf", "llava-lora", "lavin", "llama-adapter", "llama-adapter-v2", "adem-vl"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("dehvf", "llava-lora"),
+        *(
+            pytest.param(name, marks=pytest.mark.extended)
+            for name in ("lavin", "llama-adapter", "llama-adapter-v2", "adem-vl")
+        ),
+    ],
+)
 def test_label_smoothing_is_that_of_the_next_token(folder, monkeypatch, method):
     """With two batches a step, whose answers count together."""
     losses, compute_loss = [], AnswerTrainer.compute_loss

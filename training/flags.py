@@ -7,6 +7,7 @@ and `transformers` are imported, which takes seconds.
 import ast
 import difflib
 import re
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None
     return recipe, values, flags
 
 
+@cache
 def argument_names() -> set[str]:
     """The names of all arguments, read from the source of their dataclasses."""
     transformers = Path(find_spec("transformers").origin).parent / "training_args.py"
