@@ -16,10 +16,7 @@ that what else the machine does is not counted. The results go to `benchmarks/re
 """
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
 import time
 from functools import partial
 
@@ -99,29 +96,15 @@ def measure_reading(preset: speed.Preset) -> dict:
 
 def training_job(preset: speed.Preset, form: str):
     model = build(preset, form)
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     side, tokens = preset.patches_per_side[0], preset.text_tokens[0]
     inputs = speed.make_inputs(model, preset, side, preset.training_batch, tokens)
-    return partial(speed.training_step, model, optimizer, inputs, time.process_time)
+    return speed.training_job(model, inputs, time.process_time)
 
 
 def training_peak(preset: speed.Preset, form: str) -> int:
     """Bytes that this process grows by in two steps, since in the first one AdamW has no state yet."""
     step = training_job(preset, form)
     return memory.growth_at_peak(lambda: [step() for _ in range(2)])
-
-
-def peaks_in_fresh_processes(preset: str) -> dict[str, int] | None:
-    """Form -> bytes; `None` where Linux's account of the resident set cannot be reset."""
-    if not os.access(memory.PROC / "clear_refs", os.W_OK):
-        return None
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    peaks = {}
-    for form in TRAINED_FORMS:
-        command = [sys.executable, "-m", "benchmarks.injection", "--preset", preset, "--peak-of", form]
-        process = subprocess.run(command, cwd=memory.ROOT, env=environment, check=True, stdout=subprocess.PIPE)
-        peaks[form] = int(process.stdout)
-    return peaks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,6 +159,7 @@ def main():
         return
     torch.set_num_threads(1)
     jobs = {form: training_job(preset, form) for form in TRAINED_FORMS}
+    peaks = memory.peaks_in_fresh_processes("benchmarks.injection", arguments.preset, TRAINED_FORMS, num_runs=1)
     report = {
         "command": "python -m benchmarks.injection",
         "preset": arguments.preset,
@@ -187,7 +171,7 @@ def main():
         f"{machine_in_words()}.",
         "reading": measure_reading(preset),
         "training": speed.take_turns(jobs, 0),
-        "training_peaks": peaks_in_fresh_processes(arguments.preset),
+        "training_peaks": peaks and {form: peak for form, (peak,) in peaks.items()},
     }
     save_report(RESULTS, "injection", report, markdown, draw)
 

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,10 +31,9 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
 
 from benchmarks import RESULTS, machine_in_words, operations, save_report, speed
-from dehvf import DehvfForConditionalGeneration
+from dehvf import ROOT, DehvfForConditionalGeneration
 
 
-ROOT = Path(__file__).parents[1]
 PROC = Path("/proc/self")
 PEAK_METHODS = (speed.TEXT_ONLY, speed.DEHVF, speed.MEMVP, speed.LLAVA)
 PEAK_RUNS = 3
@@ -118,9 +117,13 @@ def measure(shape: tuple) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def resident_set(field: str) -> int:
-    """Bytes: `VmRSS` now, `VmHWM` at most since the last reset."""
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", (PROC / "status").read_text(encoding="utf-8"))[1])
+def resident_set(field: str, process: int | str = "self") -> int:
+    """
+    Bytes of a process, by its number: `VmRSS` now, `VmHWM` at most since the last reset, `RssAnon` now without what is
+    mapped from files.
+    """
+    status = (PROC.parent / str(process) / "status").read_text(encoding="utf-8")
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
 
 
 def growth_at_peak(job: Callable) -> int:
@@ -138,25 +141,28 @@ def training_peak(method: str, preset: speed.Preset) -> int:
     config = speed.make_config(preset, side)
     text = speed.random_base(AutoModelForCausalLM, config.text_config, preset)
     model = speed.build_all((method,), preset, side, text)[method]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained) if trained else None
     inputs = speed.make_inputs(model, preset, side, preset.training_batch, tokens)
-    step = partial(speed.training_step, model, optimizer, inputs, time.perf_counter)
+    step = speed.training_job(model, inputs, time.perf_counter)
     return growth_at_peak(lambda: [step() for _ in range(2)])
 
 
-def peaks_in_fresh_processes(preset: str) -> dict[str, list[int]] | None:
-    """Method -> bytes, one for each run; `None` where Linux's account of the resident set cannot be reset."""
+def peaks_in_fresh_processes(
+    benchmark: str, preset: str, names: Sequence[str], num_runs: int
+) -> dict[str, list[int]] | None:
+    """
+    What `python -m benchmark --preset preset --peak-of name` prints, in bytes, for each name and run; `None` where
+    Linux's account of the resident set cannot be reset.
+    """
     if not os.access(PROC / "clear_refs", os.W_OK):
         return None
     # Each larger tensor is mapped on its own and given back at once, so that the resident set is what is alive
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    peaks = {method: [] for method in PEAK_METHODS}
-    for _ in range(PEAK_RUNS):
-        for method in PEAK_METHODS:
-            command = [sys.executable, "-m", "benchmarks.memory", "--preset", preset, "--peak-of", method]
+    peaks = {name: [] for name in names}
+    for _ in range(num_runs):
+        for name in names:
+            command = [sys.executable, "-m", benchmark, "--preset", preset, "--peak-of", name]
             process = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE)
-            peaks[method].append(int(process.stdout))
+            peaks[name].append(int(process.stdout))
     return peaks
 
 
@@ -411,7 +417,7 @@ def main():
         "command": "python -m benchmarks.memory",
         "preset": arguments.preset,
         "shapes": {name: measure(shape) for name, shape in operations.SHAPES.items()},
-        "training_peaks": peaks_in_fresh_processes(arguments.preset),
+        "training_peaks": peaks_in_fresh_processes("benchmarks.memory", arguments.preset, PEAK_METHODS, PEAK_RUNS),
         "loading": loading_in_a_fresh_process(),
     }
     report["note"] = (

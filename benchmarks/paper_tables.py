@@ -158,8 +158,6 @@ def measure_seconds() -> dict:
     Median seconds of a training step of 4 and of an answer to 32 questions (one greedy token), all with an image, and
     the machine. The methods take turns, so that whatever else the machine does falls on all of them.
     """
-    import torch
-
     from benchmarks import speed
     from tasks import get_task
     from training.arguments import parse_arguments
@@ -182,9 +180,7 @@ def measure_seconds() -> dict:
         for batch in batches:
             for unused in ("index", "options"):
                 batch.pop(unused, None)
-        trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-        optimizer = torch.optim.AdamW(trained, fused=True)  # as the Trainer's
-        steps[name] = partial(speed.training_step, model, optimizer, batches[0], time.perf_counter)
+        steps[name] = speed.training_job(model, batches[0], time.perf_counter, fused=True)  # as the Trainer's
         answers[name] = partial(speed.answer, model, batches[1], 1, time.perf_counter)
 
     steps, answers = (speed.take_turns(jobs, extra_seconds=0, least_rounds=15) for jobs in (steps, answers))

@@ -248,6 +248,13 @@ def training_step(model, optimizer, inputs: dict, now: Callable) -> dict[str, fl
     return {"training step": now() - start}
 
 
+def training_job(model, inputs: dict, now: Callable, **options) -> Callable[[], dict[str, float]]:
+    """A training step to repeat, with AdamW and these `options` of it if the model has trained parameters."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, **options) if trained else None
+    return partial(training_step, model, optimizer, inputs, now)
+
+
 class Ticks(StoppingCriteria):
     """Notes the time after each new token, and stops nothing."""
 
@@ -312,11 +319,8 @@ def measure_methods(models: dict, preset: Preset, now: Callable) -> dict:
     side, tokens = preset.patches_per_side[0], preset.text_tokens[0]
     jobs = {}
     for name in (TEXT_ONLY, DEHVF, MEMVP, LLAVA):
-        model = models[name]
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, fused=True) if trained else None  # as the Trainer's
-        inputs = make_inputs(model, preset, side, preset.training_batch, tokens)
-        jobs[name] = partial(training_step, model, optimizer, inputs, now)
+        inputs = make_inputs(models[name], preset, side, preset.training_batch, tokens)
+        jobs[name] = training_job(models[name], inputs, now, fused=True)  # as the Trainer's
     groups = take_turns_apart("training", jobs, preset)
     jobs = {}
     for name, model in models.items():
