@@ -18,6 +18,8 @@ In the paper, 30 of 32 layers have prompts and the lowest two do not; here this 
 is `tanh(gate)` for each head, as in the authors' code; peft has one number per layer and no tanh.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F
 from transformers.utils.versions import require_version
@@ -36,16 +38,20 @@ from . import (  # noqa: E402
 )
 
 
-def read_prompts(attention, prompts: torch.Tensor, **kwargs) -> torch.Tensor:
+def read_prompts(
+    attention, prompts: torch.Tensor, gate: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor], **kwargs
+) -> torch.Tensor:
     """
     The attention output of prompts, whose keys and values have no position.
 
     Args:
         attention: attention module of a language layer; `kwargs` are its arguments.
         prompts: `(batch_size or 1, num_prompts, hidden_size)`.
+        gate: factor of the output of each head, `(num_heads, 1, 1)` or with a batch dimension before.
+        project: the output projection.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, num_heads, sequence_length, head_dim)`.
+        `torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`.
     """
     query = llama_compute_query_states(model=attention, **kwargs)  # B heads T head_dim
     prompts = prompts.to(query.dtype).expand(len(query), -1, -1)  # B A h
@@ -53,7 +59,8 @@ def read_prompts(attention, prompts: torch.Tensor, **kwargs) -> torch.Tensor:
         projection(prompts).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         for projection in (attention.k_proj, attention.v_proj)
     )
-    return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    attended = gate * F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    return project(attended.to(query.dtype).transpose(1, 2).flatten(2))
 
 
 class ImageAdaptedAttention(AdaptedAttention):
@@ -74,8 +81,8 @@ class ImageAdaptedAttention(AdaptedAttention):
         """visual_prompt: `(batch_size or 1, 1, hidden_size)`, added to all prompts. Others: those of the attention."""
         output, *rest = self.model(**kwargs)
         prompts = self.adaption_prompt if visual_prompt is None else self.adaption_prompt + visual_prompt
-        read = self.adaption_gate.tanh() * read_prompts(self.model, prompts, **kwargs)
-        return output + self.model.o_proj(read.to(output.dtype).transpose(1, 2).flatten(2)), *rest
+        gate, project = self.adaption_gate.tanh(), self.model.o_proj
+        return output + read_prompts(self.model, prompts, gate, project, **kwargs), *rest
 
 
 class VisualPromptForConditionalGeneration(FrozenBasesForConditionalGeneration):

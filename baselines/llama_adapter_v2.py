@@ -70,8 +70,8 @@ class LearnedPromptAttention(ImageAdaptedAttention):
 
     def forward(self, visual_prompt: torch.Tensor | None = None, **kwargs):
         output, *rest = self.model(**kwargs)
-        read = self.adaption_gate.tanh() * read_prompts(self.model, self.adaption_prompt, **kwargs)
-        return output + self.model.o_proj.without_bias(read.to(output.dtype).transpose(1, 2).flatten(2)), *rest
+        gate, project = self.adaption_gate.tanh(), self.model.o_proj.without_bias
+        return output + read_prompts(self.model, self.adaption_prompt, gate, project, **kwargs), *rest
 
 
 class VisualPromptAttention(nn.Module):
@@ -88,8 +88,8 @@ class VisualPromptAttention(nn.Module):
         if visual_prompt is None:
             return output, *rest
         has_image = visual_prompt.any(dim=-1).any(dim=-1)[:, None, None, None]
-        read = has_image * self.adaption_gate.tanh() * read_prompts(self.model, visual_prompt, **kwargs)
-        return output + self.model.o_proj.without_bias(read.to(output.dtype).transpose(1, 2).flatten(2)), *rest
+        gate, project = has_image * self.adaption_gate.tanh(), self.model.o_proj.without_bias
+        return output + read_prompts(self.model, visual_prompt, gate, project, **kwargs), *rest
 
 
 class VisualPrompter(nn.Module):
