@@ -19,8 +19,6 @@ import gc
 import io
 import json
 import os
-import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -32,12 +30,12 @@ import psutil
 from PIL import Image
 
 from benchmarks import RESULTS, machine_in_words, save_report
-from dehvf import DehvfForConditionalGeneration, DehvfProcessor
+from benchmarks.memory import resident_set
+from dehvf import ROOT, DehvfForConditionalGeneration, DehvfProcessor
 from tasks import coco_captions
 from training.encoding import RowEncoder
 
 
-ROOT = Path(__file__).parents[1]
 BASES = ROOT / "assets" / "vision_model", ROOT / "assets" / "language_model"
 IMPORTS = "from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel, ProcessorMixin"
 OWN, SHIPPED = "importing what a model of transformers imports", "importing the shipped files as well"
@@ -46,13 +44,14 @@ STARTING = "accelerate launch train.py, to its first step"
 TARGETS = {LOADING: 3, HELP: 4, STARTING: 12}  # seconds on 2 cores
 ADDED = 1  # by the shipped files to transformers' own imports
 PROCESSES = (1, 2)
+FIELDS = ("VmHWM", "RssAnon")  # of a process's memory: resident at most, and not mapped from files
 CAPTIONS_PER_IMAGE = 5
 ROWS = 100_000  # that are read one by one
 
 
-def seconds_of(command: list[str], **options) -> float:
+def seconds_of(command: list[str]) -> float:
     start = time.perf_counter()
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
@@ -70,13 +69,6 @@ def seconds_of_loading(folder: Path) -> float:
     return float(process.stdout.split()[-1])
 
 
-def resident(pid: int) -> dict[str, int]:
-    """Bytes of memory that a process has: at most so far, and now without what it maps from files."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    kilobytes = {name: int(number) for name, number in re.findall(r"^(VmHWM|RssAnon):\s+(\d+) kB", status, re.M)}
-    return {"peak": kilobytes["VmHWM"] * 1024, "anonymous": kilobytes["RssAnon"] * 1024}
-
-
 def measure_run(launch: list[str], *flags: str, cache: Path) -> dict:
     """Seconds from the command to the first step that is logged, and the memory of each training process then."""
     with tempfile.TemporaryDirectory() as folder:
@@ -89,8 +81,8 @@ def measure_run(launch: list[str], *flags: str, cache: Path) -> dict:
             has_started = any("'loss'" in line for line in iter(process.stdout.readline, ""))
             seconds = time.perf_counter() - start
             children = psutil.Process(process.pid).children(recursive=True) if has_started else []
-            trainers = [child.pid for child in children if child.cmdline()[1:2] == ["train.py"]]
-            memory = [resident(pid) for pid in trainers]
+            trainers = [child.pid for child in children if "train.py" in child.cmdline()[1:3]]
+            memory = [{field: resident_set(field, pid) for field in FIELDS} for pid in trainers]
             for child in children:
                 child.kill()
             process.kill()
@@ -129,10 +121,10 @@ def measure_rows(folder: Path, size: int) -> dict[str, dict[str, float]]:
     found = {}
     for name, read in ways.items():
         gc.collect()
-        before, start = resident(os.getpid())["anonymous"], time.perf_counter()
+        before, start = resident_set("RssAnon"), time.perf_counter()
         kept = read()
         seconds = time.perf_counter() - start
-        grown = resident(os.getpid())["anonymous"] - before
+        grown = resident_set("RssAnon") - before
         found[name] = {"per_second": len(rows) / seconds, "bytes": max(0, grown) / len(rows)}
         del kept
     return found
@@ -145,32 +137,35 @@ def rows_in_a_fresh_process(folder: Path, cache: Path) -> dict:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def measure(rounds: int, size: int) -> dict:
-    folder = Path(tempfile.mkdtemp())
-    try:
+def measure_start(rounds: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        adapter, cache, launch = Path(folder, "adapter"), Path(folder, "cache"), ["accelerate", "launch"]
         model = DehvfForConditionalGeneration.from_vision_text_pretrained(*BASES, num_memory_slots=32)
-        model.save_pretrained(folder / "adapter", merge_base=True)
-        launch, cache = ["accelerate", "launch"], folder / "cache"
-        first = measure_run(launch, cache=cache)["seconds"]
-        seconds = {name: [] for name in (OWN, SHIPPED, LOADING, HELP, STARTING)}
+        model.save_pretrained(adapter, merge_base=True)
+        jobs = {
+            OWN: lambda: seconds_of([sys.executable, "-c", IMPORTS]),
+            SHIPPED: lambda: seconds_of([sys.executable, "-c", f"{IMPORTS}; import dehvf"]),
+            LOADING: lambda: seconds_of_loading(adapter),
+            HELP: lambda: seconds_of([*launch, "train.py", "--help"]),
+            STARTING: lambda: measure_run(launch, cache=cache)["seconds"],
+        }
+        first = jobs[STARTING]()
+        seconds = {name: [] for name in jobs}
         for _ in range(rounds):
-            seconds[OWN].append(seconds_of([sys.executable, "-c", IMPORTS]))
-            seconds[SHIPPED].append(seconds_of([sys.executable, "-c", f"{IMPORTS}; import dehvf"]))
-            seconds[LOADING].append(seconds_of_loading(folder / "adapter"))
-            seconds[HELP].append(seconds_of([*launch, "train.py", "--help"]))
-            seconds[STARTING].append(measure_run(launch, cache=cache)["seconds"])
-        report = {"rounds": rounds, "seconds": seconds, "first_run": first, "captions": size, "runs": {}}
-        if size:
-            write_captions(folder, size)
-            report["rows"] = rows_in_a_fresh_process(folder, folder / "cache-rows")
-            flags = ("--task", "coco_captions", "--data_path", str(folder), "--use_cpu", "true")
-            for processes in PROCESSES:
-                launch = ["torchrun", "--nproc_per_node", str(processes)]
-                cache = folder / f"cache-{processes}"
-                report["runs"][processes] = [measure_run(launch, *flags, cache=cache) for _ in range(2)]
-        return report
-    finally:
-        shutil.rmtree(folder)
+            for name, job in jobs.items():
+                seconds[name].append(job())
+    return {"rounds": rounds, "seconds": seconds, "first_run": first}
+
+
+def measure_captions(size: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        write_captions(Path(folder), size)
+        flags, runs = ("--task", "coco_captions", "--data_path", folder, "--use_cpu", "true"), {}
+        for processes in PROCESSES:
+            launch, cache = ["torchrun", "--nproc_per_node", str(processes)], Path(folder, f"cache-{processes}")
+            runs[processes] = [measure_run(launch, *flags, cache=cache) for _ in range(2)]
+        rows = rows_in_a_fresh_process(Path(folder), Path(folder, "cache-rows"))
+    return {"captions": size, "runs": runs, "rows": rows}
 
 
 def markdown(report: dict) -> str:
@@ -192,7 +187,7 @@ def markdown(report: dict) -> str:
         "\nThe first run on a machine, which makes and encodes the rows of the default run, takes "
         f"{report['first_run']:.0f} seconds to its first step."
     )
-    if report["captions"]:
+    if "captions" in report:
         lines += [
             f"\n{report['captions']:,} captions in COCO's layout, tiny bases; MB of each process when the first step "
             "is logged, resident at most and without what is mapped from files:\n",
@@ -202,8 +197,7 @@ def markdown(report: dict) -> str:
         for processes, runs in report["runs"].items():
             for state, run in zip(("empty", "filled"), runs):
                 peak, anonymous = (
-                    ", ".join(f"{memory[kind] / 1e6:,.0f}" for memory in run["memory"])
-                    for kind in ("peak", "anonymous")
+                    ", ".join(f"{memory[kind] / 1e6:,.0f}" for memory in run["memory"]) for kind in FIELDS
                 )
                 lines.append(f"| {processes} | {state} | {run['seconds']:.0f} | {peak} | {anonymous} |")
         lines += [
@@ -225,7 +219,10 @@ def main():
     if arguments.rows_of:
         print(json.dumps(measure_rows(arguments.rows_of, ROWS)))
         return
-    save_report(RESULTS, "start", measure(arguments.rounds, arguments.captions), markdown)
+    report = measure_start(arguments.rounds)
+    save_report(RESULTS, "start", report, markdown)
+    if arguments.captions:
+        save_report(RESULTS, "start", report | measure_captions(arguments.captions), markdown)
 
 
 if __name__ == "__main__":

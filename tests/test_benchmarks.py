@@ -291,7 +291,7 @@ def test_a_run_that_ends_before_its_first_step_is_not_measured(tmp_path):
 
 def test_the_report_of_the_start_says_which_targets_are_met():
     names = (start.OWN, start.SHIPPED, start.LOADING, start.HELP, start.STARTING)
-    memory = [{"peak": 2_000_000, "anonymous": 1_000_000}] * 2
+    memory = [{"VmHWM": 2_000_000, "RssAnon": 1_000_000}] * 2
     report = {
         **{"rounds": 3, "first_run": 99.0, "captions": 10},
         "seconds": {name: [seconds, 9.0, seconds] for name, seconds in zip(names, (5.0, 7.5, 2.0, 4.1, 11.0))},
