@@ -140,10 +140,9 @@ Parts = Annotated[
 
 
 class Message(Part):
-    ignored: ClassVar[set[str]] = {
-        *("id", "name", "status", "phase", "annotations"),
-        *("reasoning", "reasoning_content", "cache_control"),
-    }
+    ignored: ClassVar[set[str]] = set(
+        "id name status phase annotations reasoning reasoning_content cache_control".split()
+    )
 
     role: Literal["system", "developer", "user", "assistant"]
     type: Literal["message"] | None = None

@@ -96,7 +96,7 @@ def read_captions(file: Path) -> dict[str, str]:
     except (ValueError, TypeError, KeyError, AttributeError):
         is_good = False
     if not is_good:
-        raise ValueError(f"{file} is none: {form}.")
+        raise ValueError(f"{file} has another form. {form}.")
     return captions
 
 

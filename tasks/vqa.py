@@ -70,7 +70,9 @@ def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
     if context is not None:
         faults += _sources.find_text_faults("`context`", context)
     if is_list_of_python:
-        faults.append(f'`answers` is {reprlib.repr(record["answers"])}, no JSON. Write a list as ["red", "blue"].')
+        faults.append(
+            f'`answers` is {reprlib.repr(record["answers"])}, which is not JSON. Write a list as ["red", "blue"].'
+        )
     if not all(map(_sources.is_text, answers or ())):
         faults.append(f"`answers` is {reprlib.repr(answers)}. Make it a list of texts, none of them blank.")
     row = {"question": question, "choices": choices or None, "answer": answer, "answers": answers, "context": context}

@@ -270,7 +270,7 @@ def test_captions_of_scienceqa_follow_the_hint_in_evaluation(original, tmp_path)
         scienceqa.load("validation", str(original), captions=str(file))
     for text in ("no JSON", '{"7": "a red square"}', '{"captions": ["a"]}', '{"captions": {"7": 1}}'):
         file.write_text(text)
-        with pytest.raises(ValueError, match="captions.json is none: Captions are a JSON file"):
+        with pytest.raises(ValueError, match="captions.json has another form. Captions are a JSON file"):
             scienceqa.load("test", str(original), captions=str(file))
     with pytest.raises(FileNotFoundError, match="absent.json is missing.*Captions are a JSON file"):
         scienceqa.load("test", str(original), captions=str(tmp_path / "absent.json"))
@@ -932,8 +932,8 @@ FAULTS = [
     ({"question": " ", "answer": "so"}, "`question` is ' '"),
     ({"question": "Why?", "answer": True}, "`answer` is True"),
     ({"question": "Why?", "answer": ["so", " "]}, "`answers` is ['so', ' ']"),
-    ({"question": "Why?", "answers": "['so', 'thus']"}, """`answers` is "['so', 'thus']", no JSON"""),
-    ({"question": "Why?", "answers": "['so' 'thus']"}, """`answers` is "['so' 'thus']", no JSON"""),
+    ({"question": "Why?", "answers": "['so', 'thus']"}, """`answers` is "['so', 'thus']", which is not JSON"""),
+    ({"question": "Why?", "answers": "['so' 'thus']"}, """`answers` is "['so' 'thus']", which is not JSON"""),
     ({"question": "Why \ud83d?", "answer": "so"}, "half of a surrogate pair"),
     ({"question": "<image>\nWhy?", "answer": "so"}, "there is no image"),
     ({**FREE, "context": ["so"]}, "`context` is ['so']"),
