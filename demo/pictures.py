@@ -302,7 +302,7 @@ def draw_group_means(weights: np.ndarray, model, title: str):
     for axis in axes[len(runs) :]:
         axis.set_axis_off()
     axes[0].set(ylabel="mean fusion weight", ylim=(0, None))
-    axes[0].legend(title="memory")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", title="memory")
     figure.suptitle(f"Vision layers that the memory of each group is mixed from\n{title}", parse_math=False)
     figure.supxlabel(
         "Error bars: standard deviation over the group's language layers. Layers are counted from 0."
@@ -525,7 +525,8 @@ def main(arguments=None):
     draw_fusion_weights(weights, model, title).savefig(options.output_dir / "fusion_weights.png")
     draw_fusion_curves(weights, model, title).savefig(options.output_dir / "fusion_curves.png")
     draw_group_means(weights, model, title).savefig(options.output_dir / "fusion_groups.png")
-    print(f"Wrote slot_activations.png and three figures of the fusion weights to {options.output_dir}")
+    names = "fusion_weights.png, fusion_curves.png, fusion_groups.png and slot_activations.png"
+    print(f"Wrote {names} to {options.output_dir}")
 
 
 if __name__ == "__main__":
