@@ -20,7 +20,6 @@ import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -229,12 +228,15 @@ class Reader:
 
     def _find_unread(self, record: dict, row: dict) -> list[str]:
         """Faults for fields that a row does not have, but its record has under a similar name."""
-        return [
-            f"there is no `{name}`, but `{column}` has a value and is not read. Rename it to `{own}`, which other "
-            f"rows use, or give `--columns {name}={own}` to ignore it."
-            for column, (name, own) in self.similar.items()
-            if row[name] is None and record.get(column) not in (None, "", [])
-        ]
+        read, faults = {column for columns in self.fields.values() for column in columns}, []
+        for column, value in record.items():
+            name, own = self.similar.get(column.lower(), (None, None))
+            if name is not None and column not in read and row[name] is None and value not in (None, "", []):
+                faults.append(
+                    f"there is no `{name}`, but `{column}` has a value and is not read. Rename it to `{own}`, which "
+                    f"other rows use, or give `--columns {name}={own}` to ignore it."
+                )
+        return faults
 
 
 def make_dataset(rows: list[dict], features: Features, streaming: bool) -> Dataset | IterableDataset:
@@ -361,13 +363,21 @@ class Source:
         return rows
 
     def names(self, split: str) -> list[str]:
-        """The columns of a split; for files with records, the keys of the first 1,000 records."""
+        """
+        The columns of a split; for files with records, the keys of the first 1,000 records, and of as many more as are
+        read until all fields that are needed have a column and, unless streamed, the image.
+        """
         part = self._part(split)
         if split not in self._names and not self.has_files:
             self._names[split] = list(part.features or next(iter(part)))
         elif split not in self._names:
-            records = islice((record for file in part for _, record, _ in read_records(file)), 1000)
-            self._names[split] = list(dict.fromkeys(name for record in records for name in record or ()))
+            sought, names = [name for name in self.fields if self.fields[name] and self._is_needed(name)], {}
+            sought += [] if self.streaming or not self.fields.get("image") else ["image"]
+            for number, (_, record, _) in enumerate(record for file in part for record in read_records(file)):
+                if number >= 1000 and all(names.keys() & self.fields[name] for name in sought):
+                    break
+                names |= dict.fromkeys(record or ())
+            self._names[split] = list(names)
         return self._names[split]
 
     def find_absent(self, split: str) -> list[str]:
@@ -388,7 +398,8 @@ class Source:
             similar = [column for column in unread if column.lower() in SYNONYMS.get(name, "").split()]
             similar += difflib.get_close_matches(name, unread, n=1, cutoff=0.75)
             is_needed = self._is_needed(name) or name == "image" and self._needs_image(split)
-            is_known = name != "image" and bool({*columns} & {*names})  # the column exists but is empty
+            can_be_empty = name != "image" or self.streaming and self._is_needed(name)  # or filled in later rows
+            is_known = can_be_empty and bool({*columns} & {*names})
             if not columns or is_known or not similar and not is_needed:
                 continue
             advice = f"Give `--columns {name}={similar[0] if similar else 'COLUMN'}`"
@@ -403,17 +414,16 @@ class Source:
 
     def find_similar(self, split: str) -> dict[str, tuple[str, str]]:
         """
-        Columns that are not read, because a column with a similar name is: maps each to its field and that column.
-        Rows from another source may only have the former. Only for fields that are not required and not in `columns`.
+        Names of columns, in lower case, that are not read because a column with a similar name is: maps each to its
+        field and that column. Rows from another source may only have the former. Only for fields that are not required
+        and not in `columns`.
         """
         names, similar = self.names(split), {}
-        read = {column for columns in self.fields.values() for column in columns}
         chosen = {pair.partition("=")[0].strip() for pair in (self.columns or "").split(",")}
         for name in (SYNONYMS.keys() & self.fields.keys()) - chosen - {*self.task.REQUIRED}:
             own = next((column for column in self.fields[name] if column in names), None)
             if own is not None:
-                words = SYNONYMS[name].split()
-                similar |= {other: (name, own) for other in names if other not in read and other.lower() in words}
+                similar |= dict.fromkeys(SYNONYMS[name].split(), (name, own))
         return similar
 
     def find_unread(self) -> list[str]:
@@ -494,8 +504,8 @@ class Source:
     def _undecoded(self, rows: Rows, reader: Reader) -> Rows:
         """The columns that a reader needs, with undecoded images."""
         names = list(rows.features or next(iter(rows)))
-        read = [column for columns in (*self.fields.values(), reader.similar) for column in columns if column in names]
-        rows = rows.select_columns(list(dict.fromkeys(read)))
+        read = {column for columns in self.fields.values() for column in columns}
+        rows = rows.select_columns([name for name in names if name in read or name.lower() in reader.similar])
         for column, feature in (rows.features or {}).items():
             if isinstance(feature, Image):
                 rows = rows.cast_column(column, Image(decode=False))

@@ -417,6 +417,19 @@ def test_so_is_one_that_only_some_rows_have(row, other, columns, layout, tmp_pat
     assert [row[name] is None for row in read(vqa, tmp_path, columns=columns)] == [False, True]
 
 
+def test_columns_may_first_appear_late_in_a_file(tmp_path):
+    write_image(tmp_path / "a.png")
+    text = {"question": "?", "answer": "x"}
+    write_lines(tmp_path / "train.jsonl", [{**text, "image": "a.png"}] + [text] * 1000 + [{**text, "Photo": "a.png"}])
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="jsonl:1002: there is no `image`, but `Photo` has a value"):
+            list(vqa.load("train", str(tmp_path), streaming=streaming))
+    write_lines(tmp_path / "train.jsonl", [text] * 1001 + [{**text, "photo": "a.png"}])
+    assert [row["image"] for row in read(vqa, tmp_path, columns="image=photo")] == [None] * 1001 + ["red"]
+    with pytest.raises(ValueError, match="no row has an `image`.*`--columns image=photo`"):
+        vqa.load("train", str(tmp_path))
+
+
 def test_a_split_without_any_image_must_be_meant(tmp_path):
     text = {"question": "Why?", "answer": "so", "image": None}
     write_lines(tmp_path / "train.jsonl", [text])
