@@ -159,6 +159,7 @@ def test_the_report_on_pretrained_bases_takes_runs_that_were_stopped(bench):
     assert "| MemVP | 1,234 | 0 | 80.0 | 80.0 | 80.0 | 80.0 | – (0 of 1) |" in table
 
 
+@pytest.mark.extended
 def test_resolutions_are_measured_trained_and_reported(bench, monkeypatch):
     def row(size):
         values = {"image_size": size, "num_memory_slots": (size // PATCH_SIZE) ** 2}
@@ -206,6 +207,7 @@ def test_the_reports_that_lie_here_are_written_from_their_numbers(module):
     assert module.markdown(report) == (RESULTS / f"{name}.md").read_text()
 
 
+@pytest.mark.extended
 def test_steps_that_a_graph_can_capture_compute_the_same(tmp_path, monkeypatch, capsys):
     preset = speed.PRESETS["tiny"]
     side = preset.patches_per_side[0]
@@ -275,6 +277,7 @@ def test_the_prompt_of_llava_has_a_placeholder_for_each_patch(tmp_path):
     assert model.generate(**inputs, max_new_tokens=3).shape[1] == len(placeholders) + 3
 
 
+@pytest.mark.extended
 def test_the_captions_that_a_start_is_measured_with_are_those_that_were_asked_for(tmp_path):
     start.write_captions(tmp_path, 12)
     assert (

@@ -221,7 +221,10 @@ def test_a_module_that_is_replaced_is_used_and_saved(replace):
     assert torch.equal(tensors["model.memory_slots.key"], other.key)
 
 
-@pytest.mark.parametrize("name", ["model", "model.fuser", "model.language_model"])
+@pytest.mark.parametrize(
+    "name",
+    ["model", *(pytest.param(f"model.{part}", marks=pytest.mark.extended) for part in ("fuser", "language_model"))],
+)
 def test_a_model_with_a_compiled_part_is_saved_as_without(name, saved, tmp_path, caplog):
     model = load(saved)
     expected, part = logits_of(model), model.get_submodule(name)

@@ -29,7 +29,7 @@ def test_the_closed_forms_are_what_torch_counts_on_tiny_models(sizes, text_token
     assert counted == operations.llava(config, text_tokens)
 
 
-@pytest.mark.parametrize("patches_per_side, slots", [(16, 320), (24, 576)])
+@pytest.mark.parametrize("patches_per_side, slots", [(16, 320), pytest.param(24, 576, marks=pytest.mark.extended)])
 def test_the_closed_forms_are_what_torch_counts_at_7b(patches_per_side, slots):
     config = operations.load_config(operations.LLAMA_7B, patches_per_side, slots)
     with operations.meta_device():

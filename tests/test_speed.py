@@ -165,6 +165,7 @@ def test_the_tiny_preset_runs_end_to_end_and_reports_every_ratio(tmp_path, monke
     assert (tmp_path / "speed-tiny.png").stat().st_size > 10_000
 
 
+@pytest.mark.extended
 def test_the_dtype_of_the_presets_for_gpus_can_be_measured():
     preset = dataclasses.replace(TINY, dtype=torch.bfloat16)
     report = speed.measure("llama-7b", preset, "wall")
@@ -235,6 +236,7 @@ def test_the_growth_at_the_peak_is_what_a_job_held_at_once():
     assert memory.growth_at_peak(lambda: [hold(64), hold(128)]) == pytest.approx(128 * 2**20, rel=0.1)
 
 
+@pytest.mark.extended
 def test_the_report_has_bytes_of_images_checkpoints_and_training(tmp_path, monkeypatch):
     tiny = tiny_config()
     monkeypatch.setattr(operations, "load_config", lambda *shape: tiny)

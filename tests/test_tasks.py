@@ -144,7 +144,7 @@ def test_correct_letters_of_digits_are_balanced(rows):
 
 def test_the_text_of_an_image_question_does_not_give_its_answer_away():
     """The best guess from question and options alone: the option that was right most often for this question."""
-    train, test = digits.load("train", max_samples=6000), digits.load("test")
+    train, test = digits.load("train", max_samples=3000), digits.load("test")
 
     def image_questions(rows):
         columns = rows.remove_columns("image")

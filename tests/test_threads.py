@@ -94,7 +94,7 @@ def count_differences(requests, alone, num_requests: int) -> int:
     "adapters_change, num_requests",
     [
         pytest.param(False, 300, id="alone", marks=pytest.mark.extended),
-        pytest.param(True, 400, id="while adapters are switched"),
+        pytest.param(True, 200, id="while adapters are switched"),
         pytest.param(True, 2000, id="2,000 requests", marks=pytest.mark.extended),
     ],
 )
