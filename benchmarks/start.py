@@ -11,7 +11,7 @@ of transformers that a model file needs are measured beside those of the shipped
 for each copy of one picture, in a temporary folder; a run on them is measured with an empty cache of encoded rows and
 again with a filled one, with 1 and 2 processes, and memory is the largest resident set of each process, of which
 `datasets` maps the encoded rows from the disk. Reading 100,000 of them from there is measured beside encoding them
-into lists. The results go to `benchmarks/results`: `start.json` and `.md`.
+into lists. The results go to `benchmarks/results`: `start` and `captions`, each as `.json` and `.md`.
 """
 
 import argparse
@@ -154,7 +154,7 @@ def measure_start(rounds: int) -> dict:
         for _ in range(rounds):
             for name, job in jobs.items():
                 seconds[name].append(job())
-    return {"rounds": rounds, "seconds": seconds, "first_run": first}
+    return {"rounds": rounds, "measured_on": machine_in_words(), "seconds": seconds, "first_run": first}
 
 
 def measure_captions(size: int) -> dict:
@@ -165,14 +165,14 @@ def measure_captions(size: int) -> dict:
             launch, cache = ["torchrun", "--nproc_per_node", str(processes)], Path(folder, f"cache-{processes}")
             runs[processes] = [measure_run(launch, *flags, cache=cache) for _ in range(2)]
         rows = rows_in_a_fresh_process(Path(folder), Path(folder, "cache-rows"))
-    return {"captions": size, "runs": runs, "rows": rows}
+    return {"captions": size, "measured_on": machine_in_words(), "runs": runs, "rows": rows}
 
 
 def markdown(report: dict) -> str:
     medians = {name: statistics.median(values) for name, values in report["seconds"].items()}
     lines = [
         "<!-- Written by `python -m benchmarks.start`. Do not edit. -->\n",
-        f"Medians of {report['rounds']} rounds, in seconds, each in a fresh process. {machine_in_words()}.\n",
+        f"Medians of {report['rounds']} rounds, in seconds, each in a fresh process. {report['measured_on']}.\n",
         "| | seconds | least to greatest | target |",
         "|---|---|---|---|",
     ]
@@ -187,26 +187,28 @@ def markdown(report: dict) -> str:
         "\nThe first run on a machine, which makes and encodes the rows of the default run, takes "
         f"{report['first_run']:.0f} seconds to its first step."
     )
-    if "captions" in report:
-        lines += [
-            f"\n{report['captions']:,} captions in COCO's layout, tiny bases; MB of each process when the first step "
-            "is logged, resident at most and without what is mapped from files:\n",
-            "| processes | cache of encoded rows | seconds to the first step | at most | without files |",
-            "|---|---|---|---|---|",
-        ]
-        for processes, runs in report["runs"].items():
-            for state, run in zip(("empty", "filled"), runs):
-                peak, anonymous = (
-                    ", ".join(f"{memory[kind] / 1e6:,.0f}" for memory in run["memory"]) for kind in FIELDS
-                )
-                lines.append(f"| {processes} | {state} | {run['seconds']:.0f} | {peak} | {anonymous} |")
-        lines += [
-            f"\n{min(ROWS, report['captions']):,} of these rows, without their images, by one process:\n",
-            "| | rows per second | bytes of memory per row |",
-            "|---|---|---|",
-        ]
-        for name, row in report["rows"].items():
-            lines.append(f"| {name} | {row['per_second']:,.0f} | {row['bytes']:,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def captions_markdown(report: dict) -> str:
+    lines = [
+        "<!-- Written by `python -m benchmarks.start`. Do not edit. -->\n",
+        f"{report['captions']:,} captions in COCO's layout, tiny bases; MB of each process when the first step is "
+        f"logged, resident at most and without what is mapped from files. {report['measured_on']}.\n",
+        "| processes | cache of encoded rows | seconds to the first step | at most | without files |",
+        "|---|---|---|---|---|",
+    ]
+    for processes, runs in report["runs"].items():
+        for state, run in zip(("empty", "filled"), runs):
+            peak, anonymous = (", ".join(f"{memory[kind] / 1e6:,.0f}" for memory in run["memory"]) for kind in FIELDS)
+            lines.append(f"| {processes} | {state} | {run['seconds']:.0f} | {peak} | {anonymous} |")
+    lines += [
+        f"\n{min(ROWS, report['captions']):,} of these rows, without their images, by one process:\n",
+        "| | rows per second | bytes of memory per row |",
+        "|---|---|---|",
+    ]
+    for name, row in report["rows"].items():
+        lines.append(f"| {name} | {row['per_second']:,.0f} | {row['bytes']:,.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -219,10 +221,9 @@ def main():
     if arguments.rows_of:
         print(json.dumps(measure_rows(arguments.rows_of, ROWS)))
         return
-    report = measure_start(arguments.rounds)
-    save_report(RESULTS, "start", report, markdown)
+    save_report(RESULTS, "start", measure_start(arguments.rounds), markdown)
     if arguments.captions:
-        save_report(RESULTS, "start", report | measure_captions(arguments.captions), markdown)
+        save_report(RESULTS, "captions", measure_captions(arguments.captions), captions_markdown)
 
 
 if __name__ == "__main__":

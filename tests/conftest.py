@@ -11,7 +11,10 @@ logging.disable_progress_bar()
 
 
 def pytest_configure(config):
-    """With `pytest -n`, a core for each worker: threads that wait for a busy core crawl."""
+    """
+    With `pytest -n`, one core for each worker, since threads that wait for a busy core crawl. Two workers share a core
+    with `-n 4` on two cores, so that one runs while the other waits for a server or a process.
+    """
     worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

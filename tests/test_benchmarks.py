@@ -296,7 +296,7 @@ def test_the_report_of_the_start_says_which_targets_are_met():
     names = (start.OWN, start.SHIPPED, start.LOADING, start.HELP, start.STARTING)
     memory = [{"VmHWM": 2_000_000, "RssAnon": 1_000_000}] * 2
     report = {
-        **{"rounds": 3, "first_run": 99.0, "captions": 10},
+        **{"rounds": 3, "first_run": 99.0, "captions": 10, "measured_on": "a machine"},
         "seconds": {name: [seconds, 9.0, seconds] for name, seconds in zip(names, (5.0, 7.5, 2.0, 4.1, 11.0))},
         "rows": {"from the file": {"per_second": 1234.0, "bytes": 5.0}},
         "runs": {2: [{"seconds": 30.0, "memory": memory}, {"seconds": 20.0, "memory": memory}]},
@@ -305,4 +305,5 @@ def test_the_report_of_the_start_says_which_targets_are_met():
     assert f"| {start.LOADING} | 2.0 | 2.0 to 9.0 | ≤ 3: met |" in text
     assert f"| {start.HELP} | 4.1 | 4.1 to 9.0 | ≤ 4: not met |" in text
     assert "| the shipped files alone | 2.5 | | ≤ 1: not met |" in text
+    text = start.captions_markdown(report)
     assert "| 2 | filled | 20 | 2, 2 | 1, 1 |" in text and "| from the file | 1,234 | 5 |" in text

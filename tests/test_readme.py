@@ -21,7 +21,7 @@ README = PAGES["README.md"]
 # Each command of the pages, and where it is run if not below
 COMMANDS = {
     "accelerate launch train.py": None,
-    "pytest -n 2 --dist loadfile": "by whoever runs the tests",
+    "pytest -n 4 --dist loadfile": "by whoever runs the tests",
     "accelerate launch train.py recipes/scienceqa-llama7b.yaml": "test_recipes.py, with stand-ins for bases and data",
     "python -m tasks check examples/vqa": "test_tasks.py",
     "accelerate launch train.py --task vqa --data_path examples/vqa --output_dir outputs/own": None,

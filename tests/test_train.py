@@ -473,12 +473,13 @@ TWO_PROCESSES = ("--num_processes", "2", "--use_deepspeed")
 
 
 @pytest.mark.slow
+@pytest.mark.extended  # test_readme.py launches the default recipe, test_recipes.py starts this one
 @pytest.mark.parametrize(
     "launcher, flags",
     [
         pytest.param((), (), id="one process"),
-        pytest.param((), ("--deepspeed", "ds_config.json"), id="ZeRO-2 on one", marks=pytest.mark.extended),
-        pytest.param(TWO_PROCESSES, ("--deepspeed", "ds_config.json"), id="ZeRO-2 on two", marks=pytest.mark.extended),
+        pytest.param((), ("--deepspeed", "ds_config.json"), id="ZeRO-2 on one"),
+        pytest.param(TWO_PROCESSES, ("--deepspeed", "ds_config.json"), id="ZeRO-2 on two"),
     ],
 )
 def test_the_scienceqa_recipe_trains_on_a_stand_in(scienceqa, tmp_path, launcher, flags):
