@@ -1,7 +1,6 @@
 """Speed and memory: that all methods are timed on the same weights and inputs, and that bytes are those of tensors."""
 
 import dataclasses
-import gc
 import json
 import os
 import sys
@@ -231,9 +230,10 @@ def test_the_growth_at_the_peak_is_what_a_job_held_at_once():
     def hold(megabytes):
         torch.ones(megabytes, 2**20, dtype=torch.uint8)
 
-    gc.collect()  # models of earlier tests that were freed meanwhile would hide the growth
     hold(256)  # an earlier peak does not count
-    assert memory.growth_at_peak(lambda: [hold(64), hold(128)]) == pytest.approx(128 * 2**20, rel=0.1)
+    # Three times, since pages of this process that the system reclaims meanwhile hide the growth
+    growth = max(memory.growth_at_peak(lambda: [hold(64), hold(128)]) for _ in range(3))
+    assert growth == pytest.approx(128 * 2**20, rel=0.1)
 
 
 @pytest.mark.extended
