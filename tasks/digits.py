@@ -10,10 +10,13 @@ accuracy is 25 %.
 """
 
 import io
+from collections.abc import Iterator
 from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
@@ -344,12 +347,24 @@ def from_easy_to_hard(rng, names):
     return sorted(names, key=position)
 
 
+def generate_rows(split: str, size: int, seed: int) -> Iterator[dict]:
+    rng = np.random.default_rng([seed, list(SIZES).index(split)])
+    skills = PICTURE_SKILLS | TEXT_SKILLS
+    names = rng.choice(list(skills), size, p=[share / 100 for _, share, *_ in skills.values()])
+    if split == "train":
+        names = from_easy_to_hard(rng, names)
+    letters = rng.permutation(size) % 4
+    for name, letter in zip(names, letters):
+        yield make_row(rng, name, letter, scans(split))[0]
+
+
 def load(
     split: str, path: None = None, streaming: bool = False, max_samples: int | None = None, seed: int = 0
 ) -> Dataset | IterableDataset:
     """
     The rows of a split, which are the same for the same seed: 52,000 / 500 / 1,000, or `max_samples` if that is less,
-    also ordered from easy to hard. All rows are generated in this call, also when streaming.
+    also ordered from easy to hard. All are generated in the first call, also when streaming, and read from the cache
+    of `datasets` in later ones.
     """
     if path is not None:
         raise ValueError(f"path is {path!r}, but `digits` is generated at run time and has no files. Remove it.")
@@ -357,13 +372,7 @@ def load(
         raise ValueError(f"split is {split!r}, but must be one of {', '.join(SIZES)}.")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples is {max_samples}, but must be at least 1.")
-    size = min(SIZES[split], max_samples or SIZES[split])
-    rng = np.random.default_rng([seed, list(SIZES).index(split)])
-    skills = PICTURE_SKILLS | TEXT_SKILLS
-    names = rng.choice(list(skills), size, p=[share / 100 for _, share, *_ in skills.values()])
-    if split == "train":
-        names = from_easy_to_hard(rng, names)
-    letters = rng.permutation(size) % 4
-    rows = [make_row(rng, name, letter, scans(split))[0] for name, letter in zip(names, letters)]
-    rows = Dataset.from_list(rows, features=FEATURES)
+    arguments = {"split": split, "size": min(SIZES[split], max_samples or SIZES[split]), "seed": seed}
+    fingerprint = Hasher.hash([arguments, Path(__file__).read_text(encoding="utf-8")])
+    rows = Dataset.from_generator(generate_rows, FEATURES, gen_kwargs=arguments, fingerprint=fingerprint)
     return rows.to_iterable_dataset() if streaming else rows
