@@ -40,12 +40,13 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write_run(row, seed, image_accuracy):
+def write_run(row, seed, image_accuracy, fusion=None):
     folder = paper_tables.folder_of(row, seed)
     folder.mkdir(parents=True)
     (folder / "flags.json").write_text(json.dumps(paper_tables.flags_of(row, seed)))
     scores = dict.fromkeys(paper_tables.COLUMNS, 50.0) | {"IMG": image_accuracy}
-    (folder / "results.json").write_text(json.dumps({"scores": scores, "trained_parameters": 1234}))
+    results = {"scores": scores, "trained_parameters": 1234, "fusion": fusion}
+    (folder / "results.json").write_text(json.dumps(results))
 
 
 @pytest.mark.parametrize("table, name", ROWS)
@@ -60,7 +61,7 @@ def test_the_papers_orders_name_rows_that_are_there():
 
 def test_rows_that_change_the_same_are_one_run():
     folders = {paper_tables.folder_of(row, 0) for rows in paper_tables.TABLES.values() for row in rows.values()}
-    assert len(folders) == 17
+    assert len(folders) == 20
 
 
 def test_a_run_with_other_flags_or_without_scores_is_not_taken(runs, monkeypatch):
@@ -74,7 +75,8 @@ def test_a_run_with_other_flags_or_without_scores_is_not_taken(runs, monkeypatch
 def test_the_report_tells_means_spreads_and_orders_that_do_not_hold(runs):
     rows = paper_tables.TABLES["Methods (the paper's Tables 1 and 2)"]
     for seed in paper_tables.SEEDS:
-        write_run(rows["DEHVF"], seed, 60.0 + seed)
+        figures = {"std_over_layers": 0.01 + seed / 100, "std_over_images": 0.2}
+        write_run(rows["DEHVF"], seed, 60.0 + seed, figures)
         write_run(rows["MemVP"], seed, 70.0 + seed)
         write_run(rows["LLaVA-LoRA"], seed, 50.0 + 15 * seed)
     seconds = {"machine": "a machine", "methods": {"DEHVF": {"training": 0.1, "inference": 0.25}}}
@@ -82,6 +84,7 @@ def test_the_report_tells_means_spreads_and_orders_that_do_not_hold(runs):
     paper_tables.write_report()
     table = (paper_tables.RESULTS / "paper_tables.md").read_text()
     assert "| DEHVF | 1,234 | 3 |" in table and "61.0 ± 1.0" in table and "| 0.100 | 0.250 |" in table
+    assert "| 0.010 to 0.030 | 0.200 to 0.200 |" in table and "| 50.0 ± 0.0 | – | – |" in table
     assert "| DEHVF | MemVP | -10.0 | **reversed** in every seed |" in table
     assert "| MemVP | LLaVA-LoRA | +6.0 | not decided: seeds overlap |" in table
     assert (paper_tables.RESULTS / "paper_tables.png").stat().st_size > 10_000
