@@ -34,8 +34,8 @@ COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "average")
 # Statistics of the fusion weights -> column (docs/inspecting.md)
 FUSION_FIGURES = {"std_over_layers": "weights: std over layers", "std_over_images": "over images"}
 
-# Under half of the recipe's course, its image questions alone, in smaller and bolder steps: enough for most methods to
-# use images, too little for any to be at the ceiling
+# Less than half of the recipe's rows, image questions only, in smaller batches and at a higher learning rate: enough
+# for most methods to use images
 SMALL = {"max_samples": 20000, "only_images": True, "per_device_train_batch_size": 16, "learning_rate": 2e-3}
 # With one group each language layer reads 9 candidates here; in the paper, four groups of 24 vision layers give 7
 DEHVF = {"num_groups": 1, "fuser_lr_ratio": 0.1}

@@ -228,10 +228,11 @@ class Reader:
 
     def _find_unread(self, record: dict, row: dict) -> list[str]:
         """Faults for fields that a row does not have, but its record has under a similar name."""
-        read, faults = {column for columns in self.fields.values() for column in columns}, []
-        for column, value in record.items():
+        faults = []
+        for column in self.similar and record:
             name, own = self.similar.get(column.lower(), (None, None))
-            if name is not None and column not in read and row[name] is None and value not in (None, "", []):
+            is_read = any(column in columns for columns in self.fields.values())
+            if name is not None and not is_read and row[name] is None and record[column] not in (None, "", []):
                 faults.append(
                     f"there is no `{name}`, but `{column}` has a value and is not read. Rename it to `{own}`, which "
                     f"other rows use, or give `--columns {name}={own}` to ignore it."
@@ -371,10 +372,14 @@ class Source:
         if split not in self._names and not self.has_files:
             self._names[split] = list(part.features or next(iter(part)))
         elif split not in self._names:
-            sought, names = [name for name in self.fields if self.fields[name] and self._is_needed(name)], {}
-            sought += [] if self.streaming or not self.fields.get("image") else ["image"]
+            names = {}
+            sought = [
+                columns
+                for name, columns in self.fields.items()
+                if columns and (self._is_needed(name) or name == "image" and not self.streaming)
+            ]
             for number, (_, record, _) in enumerate(record for file in part for record in read_records(file)):
-                if number >= 1000 and all(names.keys() & self.fields[name] for name in sought):
+                if number >= 1000 and all(names.keys() & columns for columns in sought):
                     break
                 names |= dict.fromkeys(record or ())
             self._names[split] = list(names)
@@ -398,7 +403,8 @@ class Source:
             similar = [column for column in unread if column.lower() in SYNONYMS.get(name, "").split()]
             similar += difflib.get_close_matches(name, unread, n=1, cutoff=0.75)
             is_needed = self._is_needed(name) or name == "image" and self._needs_image(split)
-            can_be_empty = name != "image" or self.streaming and self._is_needed(name)  # or filled in later rows
+            # Only a column of images must not be empty, unless it was chosen and later rows of a stream may fill it
+            can_be_empty = name != "image" or self.streaming and self._is_needed(name)
             is_known = can_be_empty and bool({*columns} & {*names})
             if not columns or is_known or not similar and not is_needed:
                 continue

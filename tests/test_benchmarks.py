@@ -211,6 +211,11 @@ def test_the_reports_that_lie_here_are_written_from_their_numbers(module):
     assert module.markdown(report) == (RESULTS / f"{name}.md").read_text()
 
 
+def test_the_report_on_captions_is_written_from_its_numbers():
+    report = json.loads((RESULTS / "captions.json").read_text())
+    assert start.captions_markdown(report) == (RESULTS / "captions.md").read_text()
+
+
 @pytest.mark.extended
 def test_steps_that_a_graph_can_capture_compute_the_same(tmp_path, monkeypatch, capsys):
     preset = speed.PRESETS["tiny"]

@@ -278,7 +278,7 @@ def expected_tensors(folder: Path) -> dict[str, torch.Tensor]:
 class Adapters:
     """Every second file has no SHA-256, as another program would write it."""
 
-    number = 250
+    number = 500
 
     def __init__(self, folder: Path):
         self.folder = folder / "adapter"
@@ -337,7 +337,7 @@ def mutate_config(data: bytes, generator: random.Random) -> bytes:
 
 
 class Configs:
-    number = 100
+    number = 200
 
     def __init__(self, folder: Path):
         self.folder = folder / "adapter"
@@ -359,7 +359,7 @@ class Configs:
 class Images:
     """Of each kind that is met in data sets."""
 
-    number = 150
+    number = 300
 
     def __init__(self, folder: Path):
         self.file = folder / "image"

@@ -54,13 +54,13 @@ def results(folder: str) -> dict:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(["--max_samples", "8000", "--only_images", "true"], id="shortened"),
+        pytest.param(["--max_samples", "10000", "--only_images", "true"], id="shortened"),
         pytest.param([], id="whole", marks=pytest.mark.extended),
     ],
 )
 def main_job(request) -> str:
     """
-    The README's first command without the installation, by default on the image questions among a seventh of the rows.
+    The README's first command without the installation, by default on the image questions among a fifth of the rows.
     Leaves `outputs/digits` for what follows.
     """
     command = shlex.split(blocks("README.md", "bash")[0].split(" && ")[-1])
@@ -72,11 +72,11 @@ def main_job(request) -> str:
 def test_the_main_job_scores_every_question_and_sees(main_job, request):
     scores, fusion = results("digits")["scores"], results("digits")["fusion"]
     assert scores["count"] == 1000 and scores["unparsed"] < 1
-    assert max(fusion[f"std_over_{name}"] for name in ("layers", "images")) > 0.005, "the fuser is not constant"
+    assert max(fusion[f"std_over_{name}"] for name in ("positions", "images")) > 0.02, "the fuser is not constant"
     if request.node.callspec.id == "whole":
         assert scores["IMG"] >= 90, scores
     else:
-        assert scores["IMG"] >= 35, "without pictures 25 % of about 500 answers are right, give or take 2"
+        assert scores["IMG"] >= 40, "without pictures 25 % of about 500 answers are right, give or take 2"
 
 
 @pytest.mark.slow

@@ -503,6 +503,8 @@ def test_the_scienceqa_recipe_trains_on_a_stand_in(scienceqa, tmp_path, launcher
     assert {"NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "average"} <= results["scores"].keys()
     assert results["scores"]["count"] == results["size"] == 4
     code = printed[printed.index("from PIL import Image") :]
+    if not flags:
+        assert "Response:" in run("python", "-c", code), "the lines of Python that a run ends with work"
     card = (output / "README.md").read_text()
     assert code.strip() in card and "pipeline_tag: image-text-to-text" in card
 

@@ -162,7 +162,7 @@ class DehvfTrainingArguments(TrainingArguments):
         default=0.1,
         metadata={
             "help": "Learning rate of the fuser and its query network, as a ratio to that of the other parts (ours: "
-            "at 1 the fusion weights became constant in most runs)."
+            "at 1 the fusion weights became constant in some runs)."
         },
     )
     early_stopping_patience: int | None = field(
