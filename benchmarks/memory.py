@@ -5,6 +5,7 @@ training step needs at its peak; and what loading a base does.
 
     python -m benchmarks.memory                # minutes on 2 cores, nearly all of them for the training steps
     python -m benchmarks.memory --estimate     # seconds: what a GPU needs to train 7B and 13B, by engine; calculated
+    python -m benchmarks.memory --gpu llama-7b # seconds: the same, measured on one CUDA device
 
 Bytes per image and per checkpoint are those of the tensors of 7B and 13B, which run on the meta device: shapes and
 dtypes without values. The peak of training is measured on the CPU, with the models of `benchmarks.speed`'s preset
@@ -313,6 +314,30 @@ def estimate_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def measure_gpu(preset: speed.Preset) -> dict[str, int]:
+    """
+    The most bytes that are allocated on a GPU in three training steps, weights included, with the batch and the
+    lengths of `estimate_table`.
+    """
+    side, peaks = preset.patches_per_side[0], {}
+    config = speed.make_config(preset, side)
+    text = speed.random_base(AutoModelForCausalLM, config.text_config, preset)
+    vision = speed.random_base(AutoModel, config.vision_config, preset)
+    for name in (speed.DEHVF, f"{speed.DEHVF}, checkpointed", speed.MEMVP, speed.LLAVA):
+        model = speed.build(name.removesuffix(", checkpointed"), config, vision, text)
+        if name.endswith("checkpointed"):
+            model.activation_checkpointing_enable()
+        inputs = speed.make_inputs(model, preset, side, ESTIMATE_BATCH, ESTIMATE_TOKENS)
+        step = speed.training_job(model, inputs, time.perf_counter, fused=True)
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            step()
+        peaks[name] = torch.cuda.max_memory_allocated()
+        del model, inputs, step
+    return peaks
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Results
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,12 +427,18 @@ def main():
     parser.add_argument("--peak-of", choices=PEAK_METHODS, help="only print the bytes of this method's training peak")
     parser.add_argument("--loading-of", type=Path, help="only print what loading this folder's models needs, as JSON")
     parser.add_argument("--estimate", action="store_true", help="only print what a GPU needs to train, calculated")
+    parser.add_argument(
+        "--gpu", choices=speed.LARGE, help="only print the bytes that this preset trains with, as JSON"
+    )
     arguments = parser.parse_args()
     if arguments.loading_of:
         print(json.dumps(growth_of_loading(arguments.loading_of)))
         return
     if arguments.estimate:
         print(estimate_table())
+        return
+    if arguments.gpu:
+        print(json.dumps({"machine": machine_in_words(), **measure_gpu(speed.PRESETS[arguments.gpu])}))
         return
     preset = speed.PRESETS[arguments.preset]
     if arguments.peak_of:

@@ -224,6 +224,7 @@ def collect() -> dict:
                     "trained_parameters": next(iter(runs.values()))["trained_parameters"],
                     "scores": {column: [run["scores"][column] for run in runs.values()] for column in COLUMNS},
                     "fusion": [run["fusion"] for run in runs.values() if run.get("fusion")],
+                    "torch": [run["versions"]["torch"] for run in runs.values()],
                 }
     return tables
 
@@ -304,6 +305,7 @@ def write_report():
     if not seconds_file.is_file():
         seconds_file.write_text(json.dumps(measure_seconds()))
     tables, seconds = collect(), json.loads(seconds_file.read_text(encoding="utf-8"))
+    versions = sorted({version for rows in tables.values() for row in rows.values() for version in row["torch"]})
     report = {
         "command": "python -m benchmarks.paper_tables",
         "note": (
@@ -314,7 +316,7 @@ def write_report():
             "paper, K = 4 gives 7. Accuracy in % on 1,000 test questions by the greedy token, mean ± standard "
             "deviation over seeds. Chance on image questions (IMG) is 25. The language model was trained to "
             "understand words that are added to its hidden states, which favours DEHVF and MemVP over methods with "
-            "image tokens. "
+            f"image tokens. Trained with torch {' and '.join(versions)}. "
             f"Seconds: {seconds['machine']}."
         ),
         "tables": tables,

@@ -4,13 +4,13 @@ The methods, their ablations and variants of the fuser on pretrained bases, Smol
 (docs/bases.md), and the published pictures and questions of easy-VQA.
 
     python -m benchmarks.pretrained                     # trains what is missing, then writes the tables
-    python -m benchmarks.pretrained --rows DEHVF MemVP --seeds 0 --steps 600 --jobs 2
+    python -m benchmarks.pretrained --rows DEHVF MemVP --seeds 0 --steps 600 --at-once 2
     python -m benchmarks.pretrained --report            # writes the tables from what is there
 
-For a GPU: a run of 1,200 steps takes minutes there, and hours on two cores. All rows of a batch size train on the same
-questions in the same order, with the optimizer of `train.py`. A run notes its accuracy on the first 1,000 test
-questions ten times, in a file in `outputs/pretrained` that remains when the run is stopped. A second start trains what
-is not finished. The tables go to `benchmarks/results`: `pretrained.json`, `.md` and `.png`.
+For a GPU, on which several runs at once take hardly longer than one: a run takes hours on two cores. All rows train on
+the same questions in the same order, with the optimizer of `train.py`. A run writes its accuracy on the first 1,000
+test questions ten times to a file in `outputs/pretrained` that remains when the run is stopped. A second start trains
+what is not finished. The tables go to `benchmarks/results`: `pretrained.json`, `.md` and `.png`.
 
 A question counts as answered if the most likely next token is the first token of its answer. All 13 answers have
 different ones.
@@ -20,11 +20,10 @@ import argparse
 import dataclasses
 import json
 import math
-import multiprocessing
 import re
 import statistics
 import sys
-import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
@@ -35,10 +34,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from baselines import METHODS as BASELINES
-from baselines import BaselineArguments, assemble
+from baselines import BaselineArguments, ImageTokensForConditionalGeneration, assemble
 from benchmarks import RESULTS, fusers, machine_in_words, save_report, spread
 from benchmarks.fusion import replacements
 from benchmarks.speed import with_same_weights
@@ -54,7 +53,9 @@ RUNS = ROOT / "outputs" / "pretrained"
 VISION_MODEL, TEXT_MODEL = (ROOT / "assets" / "real" / name for name in ("dinov2-small", "smollm2-135m-instruct"))
 CHAT_TEMPLATE = ROOT / "recipes" / "question-answer.jinja"
 SEEDS = (0, 1, 2)
-EVALUATIONS, EVALUATION_BATCH, FIRST_QUESTIONS = 10, 512, 1000
+EVALUATIONS, EVALUATION_BATCH = 10, 2048
+FIRST_QUESTIONS, REPLACED_QUESTIONS = 1000, 2000  # of the test split: while training, and with other fusion weights
+SPLITS, KINDS = ("train", "test"), tuple(easy_vqa.ANSWERS)
 LEARNED = 95  # in %, for "questions until"
 
 
@@ -70,24 +71,27 @@ class Row:
 
     method: str = "dehvf"
     values: dict = field(default_factory=dict)
-    rate: float = 1e-3
+    rate: float = 5e-4
     fuser_ratio: float = 0.1
     fuser: str = "the paper's"
-    batch_size: int = 64
-    steps: int = 1200
+    batch_size: int = 16
+    steps: int = 2000
 
 
 # 56 pixels are 16 patches of 14, for pictures of 64 x 64 pixels with one shape in them
 SETTING = {"image_size": 56, "num_memory_slots": 16, "visual_scale": 0.3, "memory_scale": 1.0}
 SETTING |= {"memory_dropout": 0.0, "vision_adapter_dropout": 0.0}
-ROWS = {
+# With about as many trained parameters as DEHVF, except IGVA, whose projector alone has more
+METHODS = {
     "DEHVF": Row(),
     "MemVP": Row("memvp"),
     "LLaVA-LoRA": Row("llava-lora"),
-    "LaVIN": Row("lavin", rate=5e-3),
-    "LLaMA-Adapter": Row("llama-adapter", rate=5e-3),
-    "ADEM-VL": Row("adem-vl", rate=2e-3),
+    "LaVIN": Row("lavin", rate=2.5e-3),
+    "LLaMA-Adapter": Row("llama-adapter", {"adaption_prompt_length": 20, "adaption_projector_size": 80}, rate=2.5e-3),
+    "ADEM-VL": Row("adem-vl", {"adem_adapter_size": 24, "adem_projector_size": 128}, rate=2e-3),
     "IGVA": Row("igva", {"igva_hidden_size": 64}),
+}
+ABLATIONS = {
     "mean weights": Row(values={"layer_fusion": "mean"}),
     "keys only": Row(values={"visual_prompts": "keys"}),
     "values only": Row(values={"visual_prompts": "values"}),
@@ -99,10 +103,19 @@ ROWS = {
     "K = 2": Row(values={"num_groups": 2}),
     "random mapping": Row(values={"layer_mapping": "random"}),
     "without visual prompts": Row(values={"visual_prompts": "none"}),
-    "batches of 16": Row(batch_size=16, steps=2000),
-    "batches of 16, half the rate": Row(rate=5e-4, batch_size=16, steps=2000),
+}
+OTHER_RATES = {"DEHVF": 1e-3, "MemVP": 2.5e-4, "LLaVA-LoRA": 1e-3, "LaVIN": 1e-3, "LLaMA-Adapter": 1e-3}
+OTHER_RATES |= {"ADEM-VL": 1e-3, "IGVA": 1e-3, "mean weights": 2.5e-4}
+ROWS = {
+    **METHODS,
+    **ABLATIONS,
+    **{
+        f"{name}, rate {rate:g}": dataclasses.replace({**METHODS, **ABLATIONS}[name], rate=rate)
+        for name, rate in OTHER_RATES.items()
+    },
     "fuser: the paper's at the full rate": Row(fuser_ratio=1.0),
     **{f"fuser: {name}": Row(fuser=name) for name in fusers.VARIANTS},
+    "batches of 64, rate 0.001": Row(rate=1e-3, batch_size=64, steps=1200),
 }
 
 
@@ -120,6 +133,7 @@ class Questions:
     ids, labels: of each question with its answer, padded to the longest; labels are -100 where no answer is.
     kinds: of each question, see `easy_vqa.ANSWERS`.
     image_rows: the row of `pixel_values` that a question is about.
+    pixel_values: of each picture once, in half precision: 5,000 pictures of 518 pixels are 16 GB in float32.
     """
 
     ids: torch.Tensor
@@ -151,8 +165,7 @@ class Questions:
         return {"input_ids": ids, "labels": labels, "pixel_values": self.pixel_values[self.image_rows[rows]].float()}
 
 
-def load_questions(split: str, processor, dtype: torch.dtype = torch.float32) -> Questions:
-    """`dtype` is that in which the pictures are kept, each once."""
+def load_questions(split: str, processor) -> Questions:
     rows = easy_vqa.load(split)
     encoder = RowEncoder(easy_vqa, split, processor, max_prompt_length=64, training=True)
     encoded = encoder.encode(rows.remove_columns("image"))
@@ -161,7 +174,7 @@ def load_questions(split: str, processor, dtype: torch.dtype = torch.float32) ->
     image_rows = {number: row for row, number in enumerate(entries)}
 
     def pixels(entry) -> torch.Tensor:
-        return processor(images=[read_image(entry)], return_tensors="pt")["pixel_values"][0].to(dtype)
+        return processor(images=[read_image(entry)], return_tensors="pt")["pixel_values"][0].half()
 
     with ThreadPool() as pool:
         pixel_values = torch.stack(pool.map(pixels, entries.values()))
@@ -200,155 +213,209 @@ def build(row: Row, seed: int, vision: nn.Module, text: nn.Module) -> nn.Module:
     return model
 
 
-def make_optimizer(model, row: Row):
-    """AdamW as in the recipes; the rate rises for 3 % of the steps, then falls as a cosine."""
+def make_optimizer(model, row: Row) -> torch.optim.Optimizer:
+    """AdamW as in the recipes. Rates are tensors, which a CUDA graph reads anew in each step."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = row.rate * (row.fuser_ratio if "fuser" in name else 1)
             groups.setdefault((rate, 0.02 if parameter.ndim > 1 else 0.0), []).append(parameter)
-    groups = [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    warmup = math.ceil(0.03 * row.steps)
+    groups = [
+        {"params": params, "peak": rate, "lr": torch.tensor(rate, device=model.device), "weight_decay": decay}
+        for (rate, decay), params in groups.items()
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True, capturable=model.device.type == "cuda")
 
-    def factor(step: int) -> float:
-        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / row.steps)))
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def rate_factor(step: int, steps: int) -> float:
+    """The rate rises for 3 % of the steps, then falls as a cosine."""
+    warmup = math.ceil(0.03 * steps)
+    return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / steps)))
 
 
 class Step:
     """
-    Forward and backward of a batch. On a GPU DEHVF's are captured as a CUDA graph, since launching their kernels one
-    by one takes longer than running them. The baselines with image tokens wait for the GPU in between.
+    Forward, backward and update of a batch. On a GPU they are captured as a CUDA graph, since launching their kernels
+    one by one takes longer than running them.
     """
 
-    def __init__(self, run, can_capture: bool):
-        self.run, self.can_capture, self.calls, self.graph = run, can_capture, 0, None
+    def __init__(self, run: "Run"):
+        self.run, self.calls, self.graph = run, 0, None
 
     def __call__(self, batch: dict) -> torch.Tensor:
         self.calls += 1
-        if not self.can_capture or self.calls <= 3:
-            return self.eager(batch)
+        if self.run.stream is None or self.calls <= 3:
+            return self.update(batch)
         if self.graph is None:
             self.batch = {name: tensor.clone() for name, tensor in batch.items()}
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-                self.loss = self.eager(self.batch)
+            with torch.cuda.graph(self.graph, stream=self.run.stream):
+                self.loss = self.update(self.batch)
         for name, tensor in batch.items():
             self.batch[name].copy_(tensor)
         self.graph.replay()
         return self.loss.clone()
 
-    def eager(self, batch: dict) -> torch.Tensor:
+    def update(self, batch: dict) -> torch.Tensor:
         self.run.optimizer.zero_grad(set_to_none=False)  # the graph writes to the same gradients each time
         logits, labels = self.run.logits(batch)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         loss.backward()
+        nn.utils.clip_grad_norm_(self.run.parameters, 1.0)
+        self.run.optimizer.step()
         return loss.detach()
 
 
 class Run:
-    """One row with one seed."""
+    """One row with one seed. On a GPU it has a stream of its own, so that several runs proceed at the same time."""
 
     def __init__(self, row: Row, seed: int, bench: "Bench"):
         self.row, self.seed, self.bench = row, seed, bench
-        self.model = build(row, seed, bench.vision, bench.text).to(bench.device)
-        self.image_tokens = getattr(self.model, "image_tokens", [])
-        self.optimizer, self.schedule = make_optimizer(self.model, row)
+        self.stream = torch.cuda.Stream() if bench.device.type == "cuda" else None
+        with self.on_stream():
+            self.model = build(row, seed, bench.vision, bench.text).to(bench.device)
+            self.image_tokens = getattr(self.model, "image_tokens", [])
+            self.optimizer = make_optimizer(self.model, row)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def on_stream(self):
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def logits(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits and labels of all tokens from the first answer on."""
-        inputs, labels = {name: batch[name] for name in ("input_ids", "pixel_values")}, batch["labels"]
+        labels, kept = batch["labels"], self.bench.num_kept
+        inputs = {name: batch[name] for name in ("input_ids", "pixel_values")}
         if getattr(self.model.config, "reads_instruction", False):
             inputs["instruction_mask"] = ((labels != -100).cumsum(dim=1) == 0).long()
-        kept = self.bench.num_kept
-        logits = self.model(**inputs, logits_to_keep=kept + 1, use_cache=False).logits[:, :-1].float()
+        inputs = on_device(self.model, **inputs)
+        forward = LlavaForConditionalGeneration.forward if "inputs_embeds" in inputs else type(self.model).forward
+        # With a cache, transformers does not look for packed sequences, for which it would wait for the GPU
+        options = {"logits_to_keep": kept + 1, "use_cache": not self.model.training}
+        logits = forward(self.model, **inputs, **options).logits[:, :-1].float()
         return logits, labels[:, -kept:]
 
-    def batches(self):
+    def batches(self) -> Iterator[dict]:
         generator, questions = torch.Generator().manual_seed(self.seed), self.bench.train
         while True:
-            order = torch.randperm(len(questions), generator=generator)
+            order = torch.randperm(len(questions), generator=generator).to(self.bench.device)
             for rows in order.split(self.row.batch_size):
                 if len(rows) == self.row.batch_size:
                     yield questions.batch(rows, self.image_tokens)
 
-    def train(self, file: Path):
-        """Writes to the file what there is after each evaluation."""
+    def train(self, file: Path) -> Iterator[None]:
+        """
+        Trains one step each time that it is asked. Writes to the file what there is after each evaluation, one
+        evaluation later, since waiting for the GPU would stop the runs beside this one.
+        """
         report = {"row": dataclasses.asdict(self.row), "seed": self.seed, "machine": machine_in_words(), "curve": []}
         report |= {"trained_parameters": sum(parameter.numel() for parameter in self.parameters)}
-        is_cuda = self.bench.device.type == "cuda"
-        step = Step(self, is_cuda and self.row.method not in BASELINES)
-        losses, begin = [], time.perf_counter()
-        batches = self.batches()
+        step, losses, batches, point = Step(self), [], self.batches(), None
         self.model.train()
         for number in range(1, self.row.steps + 1):
-            losses.append(step(next(batches)))
-            nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
-            self.schedule.step()
-            if number * EVALUATIONS % self.row.steps < EVALUATIONS:
-                scores, weights = self.evaluate(FIRST_QUESTIONS)
-                loss = round(torch.stack(losses[-50:]).mean().item(), 4)
-                report["curve"].append({"step": number, "loss": loss, **scores, **self.figures(weights)})
-                report["seconds"] = round(time.perf_counter() - begin, 1)
-                file.write_text(json.dumps(report))
-        report["scores"], weights = self.evaluate()
-        if weights is not None:
-            report["fusion"] = self.figures(weights)
-            others = replacements(weights, self.model.model.hierarchy.rows)
-            report["replaced"] = {
-                name: self.evaluate(replacement=other)[0]["average"] for name, other in others.items()
-            }
+            with self.on_stream():
+                for group in self.optimizer.param_groups:
+                    group["lr"].fill_(group["peak"] * rate_factor(number - 1, self.row.steps))
+                losses.append(step(next(batches)))
+                if number * EVALUATIONS % self.row.steps < EVALUATIONS:
+                    self.note(report, point, file)
+                    point = number, torch.stack(losses[-50:]).mean(), *self.evaluate(FIRST_QUESTIONS)
+            yield
+        with self.on_stream():
+            self.note(report, point, file)
+            right, weights = self.evaluate()
+            report["scores"] = self.scores(right)
+            if weights is not None:
+                report["fusion"] = self.figures(weights)
+                report["replaced"] = {"its own": self.scores(right[:REPLACED_QUESTIONS])["average"]}
+                for name, other in replacements(weights, self.model.model.hierarchy.rows).items():
+                    right, _ = self.evaluate(REPLACED_QUESTIONS, other)
+                    report["replaced"][name] = self.scores(right)["average"]
         file.write_text(json.dumps(report))
+
+    def note(self, report: dict, point: tuple | None, file: Path):
+        if point is not None:
+            number, loss, right, weights = point
+            scores, figures = self.scores(right), self.figures(weights)
+            report["curve"].append({"step": number, "loss": round(loss.item(), 4), **scores, **figures})
+            file.write_text(json.dumps(report))
 
     def figures(self, weights: torch.Tensor | None) -> dict:
         return {} if weights is None else fusion_figures(weights, self.model.model.hierarchy.rows)
 
+    def scores(self, right: torch.Tensor) -> dict[str, float]:
+        """Accuracy in % of each kind of question, and of all."""
+        right = right.tolist()
+        by_kind = {kind: [hit for hit, other in zip(right, self.bench.test.kinds) if other == kind] for kind in KINDS}
+        scores = {kind: round(100 * statistics.mean(hits), 2) for kind, hits in by_kind.items() if hits}
+        return {**scores, "average": round(100 * statistics.mean(right), 2)}
+
     @torch.no_grad()
     def evaluate(self, limit: int | None = None, replacement: torch.Tensor | None = None):
         """
-        Accuracy in % of each kind of question in the test split, and the fuser's weights of its pictures.
+        Which questions of the test split are answered correctly, and the fuser's weights of their pictures.
 
         Args:
             limit: number of questions; all by default.
             replacement: weights to use in place of the fuser's, for each picture of the split.
         """
-        questions, weights_of = self.bench.test, {}
+        questions, all_weights, right = self.bench.test, [], []
 
         def replace(module, arguments, weights):
-            weights_of.update(zip(images.tolist(), weights))
-            return weights if replacement is None else replacement[images].to(weights)
+            all_weights.append(weights)
+            return weights if replacement is None else replacement[questions.image_rows[rows]].to(weights)
 
         fuser = getattr(self.model.model, "fuser", None)
         handle = None if fuser is None else fuser.register_forward_hook(replace)
-        right = []
         self.model.eval()
-        for rows in torch.arange(len(questions))[:limit].split(EVALUATION_BATCH):
-            images = questions.image_rows[rows.to(questions.image_rows.device)].cpu()
+        for rows in torch.arange(len(questions), device=self.bench.device)[:limit].split(EVALUATION_BATCH):
             logits, labels = self.logits(questions.batch(rows, self.image_tokens))
             first = (labels != -100).int().argmax(dim=1, keepdim=True)
-            right += (logits.argmax(dim=-1).gather(1, first) == labels.gather(1, first)).flatten().tolist()
+            right.append((logits.argmax(dim=-1).gather(1, first) == labels.gather(1, first)).flatten())
         self.model.train()
         if handle is not None:
             handle.remove()
-        hits = {
-            kind: [hit for hit, other in zip(right, questions.kinds) if other == kind] for kind in easy_vqa.ANSWERS
-        }
-        scores = {kind: round(100 * statistics.mean(part), 2) for kind, part in hits.items() if part}
-        weights = torch.stack([weights_of[image] for image in sorted(weights_of)]) if weights_of else None
-        return {**scores, "average": round(100 * statistics.mean(right), 2)}, weights
+        right = torch.cat(right)
+        if not all_weights:
+            return right, None
+        # The weights of a picture are the same for each of its questions
+        weights = torch.cat(all_weights)
+        by_image = weights.new_zeros(len(questions.pixel_values), *weights.shape[1:])
+        by_image[questions.image_rows[: len(right)]] = weights
+        return right, by_image[: self.bench.test_images[len(right) - 1] + 1]
+
+
+def on_device(model, input_ids: torch.Tensor, pixel_values: torch.Tensor, **masks) -> dict:
+    """
+    Inputs for the forward of a model. That of a method with image tokens would look for them on the host, where a CUDA
+    graph cannot follow; here they stand behind the first token.
+    """
+    number = len(getattr(model, "image_tokens", []))
+    if not number:
+        return {"input_ids": input_ids, "pixel_values": pixel_values, **masks}
+    if not isinstance(model, ImageTokensForConditionalGeneration):  # ADEM-VL
+        return {"input_ids": input_ids, "visual_embeds": model.image_features(pixel_values)}
+    masks = {name: torch.cat((mask[:, :1], mask[:, 1 + number :]), dim=1) for name, mask in masks.items()}
+    input_ids = torch.cat((input_ids[:, :1], input_ids[:, 1 + number :]), dim=1)
+    if masks:  # IGVA
+        features = model.image_features(pixel_values, instruction=model.instruction(input_ids, None, **masks))
+    else:
+        features = model.image_features(pixel_values)
+    embeddings = model.get_input_embeddings()(input_ids)
+    embeddings = torch.cat((embeddings[:, :1], features.to(embeddings.dtype), embeddings[:, 1:]), dim=1)
+    if not hasattr(model, "routing"):  # of LaVIN
+        return {"inputs_embeds": embeddings}
+    has_image = pixel_values.new_ones(len(input_ids))
+    return {"inputs_embeds": embeddings, "routing": model.routing(has_image, len(input_ids))}
 
 
 class Bench:
-    """The bases and the questions, on the device of all runs in a process."""
+    """The bases and the questions, with pictures of one size, on the device of all runs."""
 
-    def __init__(self, questions: dict[str, Questions], device: str):
-        self.device, self.num_kept = torch.device(device), max(split.num_kept for split in questions.values())
-        self.train, self.test = (questions[split].to(device) for split in ("train", "test"))
-        self.vision, self.text = load_bases(device)
+    def __init__(self, questions: dict[str, Questions], vision: nn.Module, text: nn.Module):
+        self.vision, self.text, self.device = vision, text, text.device
+        self.num_kept = max(split.num_kept for split in questions.values())
+        self.train, self.test = (questions[split].to(self.device) for split in SPLITS)
+        self.test_images = questions["test"].image_rows  # on the host, in ascending order
 
 
 def load_bases(device: str) -> tuple[nn.Module, nn.Module]:
@@ -376,56 +443,38 @@ def read_run(name: str, row: Row, seed: int) -> dict | None:
     return run if run["row"] == dataclasses.asdict(row) else None
 
 
-def work(questions: dict, device: str, queue):
-    """A process that trains one run after the other."""
-    torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high")
-    bench = Bench(questions, device)
-    # CUDA graphs are captured on a stream of their own, on which gradients must have been made as well
-    with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext():
-        while (run := queue.get()) is not None:
-            name, row, seed = run
-            file_of(name, seed).parent.mkdir(parents=True, exist_ok=True)
-            Run(row, seed, bench).train(file_of(name, seed))
-            print(f"{name}, seed {seed}: done", flush=True)
-
-
-def train_missing(
-    rows: dict[str, Row],
-    seeds: list[int],
-    jobs: int,
-    image_size: int | None = None,
-    dtype: torch.dtype = torch.float32,
-):
-    """
-    Trains what is not finished.
-
-    Args:
-        image_size: of all rows, if not that of `SETTING`.
-        dtype: in which the pictures are kept.
-    """
+def train_missing(rows: dict[str, Row], seeds: list[int], at_once: int):
+    """Trains what is not finished, `at_once` runs at the same time."""
     # Seed by seed, so that whoever stops half-way has whole tables of fewer seeds
     runs = [(name, row, seed) for seed in seeds for name, row in rows.items()]
     missing = [run for run in runs if "scores" not in (read_run(*run) or {})]
     print(f"{len(runs) - len(missing)} runs are finished, {len(missing)} are missing.", flush=True)
-    if not missing:
-        return
-    processor = DehvfProcessor.from_vision_text_pretrained(
+    torch.set_float32_matmul_precision("high")
+    bases = load_bases("cuda" if torch.cuda.is_available() else "cpu") if missing else ()
+    sizes = {row.values.get("image_size", SETTING["image_size"]) for _, row, _ in missing}
+    benches = {
+        size: Bench({split: load_questions(split, load_processor(size)) for split in SPLITS}, *bases) for size in sizes
+    }
+    active, done = {}, object()
+    while active or missing:
+        while missing and len(active) < at_once:
+            name, row, seed = missing.pop(0)
+            file_of(name, seed).parent.mkdir(parents=True, exist_ok=True)
+            bench = benches[row.values.get("image_size", SETTING["image_size"])]
+            active[name, seed] = Run(row, seed, bench).train(file_of(name, seed))
+        for (name, seed), steps in list(active.items()):
+            if next(steps, done) is done:
+                del active[name, seed]
+                print(f"{name}, seed {seed}: done", flush=True)
+
+
+def load_processor(image_size: int) -> DehvfProcessor:
+    return DehvfProcessor.from_vision_text_pretrained(
         str(VISION_MODEL),
         str(TEXT_MODEL),
-        image_size=image_size or SETTING["image_size"],
+        image_size=image_size,
         chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"),
     )
-    questions = {split: load_questions(split, processor, dtype) for split in ("train", "test")}
-    context = multiprocessing.get_context("spawn")
-    queue, device = context.Queue(), "cuda" if torch.cuda.is_available() else "cpu"
-    for run in [*missing, *[None] * jobs]:
-        queue.put(run)
-    workers = [context.Process(target=work, args=(questions, device, queue)) for _ in range(jobs)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,7 +489,7 @@ def questions_until(run: dict) -> int | None:
 
 
 def markdown(report: dict) -> str:
-    kinds = [*easy_vqa.ANSWERS, "average"]
+    kinds = [*KINDS, "average"]
     head = ["", "trained", "seeds", *kinds, f"questions until {LEARNED} %", "std over layers", "over images"]
     head += ["at best without its own weights"]
     lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"], ""]
@@ -453,16 +502,15 @@ def markdown(report: dict) -> str:
         cells.append(f"{spread(until, 0)} ({len(until)} of {len(runs)})")
         for figure in ("std_over_layers", "std_over_images"):
             cells.append(spread([run["curve"][-1][figure] for run in runs if figure in run["curve"][-1]], 3))
-        replaced = [max(run["replaced"].values()) - run["scores"]["average"] for run in runs if "replaced" in run]
-        cells.append(spread(replaced, 2))
+        replaced = [run["replaced"] for run in runs if "replaced" in run]
+        cells.append(spread([max(list(run.values())[1:]) - run["its own"] for run in replaced], 2))
         lines.append(f"| {' | '.join(cells)} |")
     replaced = {name: [run for run in runs if "replaced" in run] for name, runs in report["runs"].items()}
     if names := list(dict.fromkeys(name for runs in replaced.values() for run in runs for name in run["replaced"])):
-        lines += ["", "Accuracy with other fusion weights than the trained fuser's:", ""]
-        lines += [f"| | its own | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+        lines += ["", "Accuracy on the first 2,000 questions with other fusion weights than the trained fuser's:", ""]
+        lines += [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for row, runs in replaced.items():
-            cells = [spread([run["scores"]["average"] for run in runs], 2)]
-            cells += [spread([run["replaced"][name] for run in runs], 2) for name in names]
+            cells = [spread([run["replaced"][name] for run in runs], 2) for name in names]
             if runs:
                 lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -474,21 +522,20 @@ def draw(report: dict, file: Path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(report["runs"])
-    colors = pyplot.get_cmap("tab20").colors
+    rows = [name for name in report["runs"] if name in METHODS]
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), sharex=True, sharey=True, layout="constrained")
     for axis, kind in zip(axes, ("yes/no", "colour")):
-        for index, name in enumerate(names):
+        for index, name in enumerate(rows):
             for number, run in enumerate(report["runs"][name]):
                 trained = [run["row"]["batch_size"] * point["step"] / 1000 for point in run["curve"]]
                 scores = [point[kind] for point in run["curve"]]
-                style = {"color": colors[index % 20], "linestyle": "-" if index < 20 else "--", "marker": "."}
+                style = {"color": f"C{index}", "linewidth": 2.5 if name == "DEHVF" else 1.2, "marker": "."}
                 axis.plot(trained, scores, label=None if number else name, **style)
         axis.set_title(f"{kind} questions", loc="left")
         axis.set_xlabel("thousand questions trained on")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"accuracy on the first {FIRST_QUESTIONS:,} test questions, in %")
-    axes[1].legend(loc="lower right", fontsize=8)
+    axes[1].legend(loc="lower right")
     figure.savefig(file, dpi=130)
 
 
@@ -504,9 +551,10 @@ def write_report(rows: dict[str, Row], seeds: list[int]):
     report = {
         "command": "python -m benchmarks.pretrained",
         "note": (
-            "SmolLM2-135M-Instruct and DINOv2-small on easy-VQA: 1,200 steps of 64 questions or 2,000 of 16, accuracy "
-            f"in % on the 9,673 test questions (of a run that was stopped, on the first {FIRST_QUESTIONS:,} when it "
-            "was), mean ± standard deviation over seeds. Most frequent answers to the same question text, without the "
+            "SmolLM2-135M-Instruct and DINOv2-small on easy-VQA: 2,000 steps of 16 questions, at the rate of 5e-4 "
+            "(LaVIN and LLaMA-Adapter 2.5e-3, ADEM-VL 2e-3) if the row names no other, accuracy in % on the "
+            f"9,673 test questions (of a run that was stopped, on the first {FIRST_QUESTIONS:,} when it was), mean ± "
+            "standard deviation over seeds. Most frequent answers to the same question text, without the "
             "picture: yes/no 82.5, shape 34.8, colour 12.0. The last column is the difference of the accuracy with "
             "the best of six replacements of the fusion weights (`benchmarks.fusion`): 0 or more means that the "
             f"fuser's own contribute nothing. {'; '.join(machines)}."
@@ -522,14 +570,14 @@ def main():
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--steps", type=int, help="in place of those of the rows, to try something")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that train at the same time")
+    parser.add_argument("--at-once", type=int, default=1, help="runs that train at the same time")
     arguments = parser.parse_args()
     rows = {name: ROWS[name] for name in arguments.rows}
     if arguments.steps:
         rows = {name: dataclasses.replace(row, steps=arguments.steps) for name, row in rows.items()}
     if not arguments.report:
         require_bases()
-        train_missing(rows, arguments.seeds, arguments.jobs)
+        train_missing(rows, arguments.seeds, arguments.at_once)
     write_report(rows, arguments.seeds)
 
 

@@ -4,8 +4,8 @@ What a larger picture costs, and what it brings: DEHVF on DINOv2-small and SmolL
 112, 224, 336 and 518 pixels, which are 64 to 1,369 patches, with a memory slot for each patch.
 
     python -m benchmarks.resolutions                  # a minute on a CPU: operations, seconds and memory
-    python -m benchmarks.resolutions --steps 1500     # first trains on easy-VQA what is missing; for a GPU
-    python -m benchmarks.resolutions --steps 1500 --report     # writes the tables from what is there
+    python -m benchmarks.resolutions --steps 2000     # first trains on easy-VQA what is missing; for a GPU
+    python -m benchmarks.resolutions --steps 2000 --report     # writes the tables from what is there
 
 Operations are those that torch counts (`benchmarks.operations`). Seconds are those of encoding one image, and of the
 one forward that answers a question about it by one token once it is encoded. Memory is what an encoded image takes,
@@ -260,7 +260,7 @@ def main():
     parser.add_argument("--steps", type=int, help="of training on easy-VQA; without it, nothing is trained")
     parser.add_argument("--sizes", nargs="+", type=int, choices=IMAGE_SIZES, default=IMAGE_SIZES, help="to train")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(pretrained.SEEDS))
-    parser.add_argument("--jobs", type=int, default=1, help="processes that train at the same time")
+    parser.add_argument("--at-once", type=int, default=1, help="runs that train at the same time")
     parser.add_argument("--report", action="store_true", help="train and measure nothing, write what is there")
     parser.add_argument("--memory-of", choices=ROWS, help="only print the bytes of this size, as JSON")
     arguments = parser.parse_args()
@@ -275,10 +275,9 @@ def main():
     if arguments.report:
         measured = json.loads((RESULTS / "resolutions.json").read_text(encoding="utf-8"))["measured"]
     else:
-        for size in arguments.sizes if arguments.steps else ():
-            row = {f"{size} px": rows[f"{size} px"]}
-            # In half precision, since 5,000 pictures of 518 pixels are 16 GB in float32
-            pretrained.train_missing(row, arguments.seeds, arguments.jobs, size, torch.float16)
+        if arguments.steps:
+            trained = {f"{size} px": rows[f"{size} px"] for size in arguments.sizes}
+            pretrained.train_missing(trained, arguments.seeds, arguments.at_once)
         measured = measure(device)
     write_report(measured, pretrained.find_runs(rows, arguments.seeds) if arguments.steps else {})
 
