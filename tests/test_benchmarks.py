@@ -66,11 +66,11 @@ def test_rows_that_change_the_same_are_one_run():
 
 
 def test_a_run_with_other_flags_or_without_scores_is_not_taken(runs, monkeypatch):
-    row = paper_tables.TABLES["Groups K"]["K = 2"]
+    row = paper_tables.DEHVF
     write_run(row, 0, 60.0)
     assert paper_tables.read_run(row, 0)["scores"]["IMG"] == 60
     assert paper_tables.read_run(row, 1) is None
-    monkeypatch.setitem(row, "num_groups", 3)
+    monkeypatch.setattr(paper_tables, "SMALL", {"max_samples": 7})
     assert paper_tables.read_run(row, 0) is None
 
 
@@ -96,9 +96,9 @@ def test_the_report_tells_means_spreads_and_orders_that_do_not_hold(runs):
 @pytest.mark.slow
 @pytest.mark.extended
 def test_a_second_start_trains_nothing_again(runs, monkeypatch, capsys):
+    monkeypatch.setattr(paper_tables, "SMALL", {"max_samples": 32, "per_device_train_batch_size": 16})
     monkeypatch.setattr(paper_tables, "SEEDS", (0,))
-    rows = {"DEHVF": {"max_samples": 32}, "MemVP": {"method": "memvp", "max_samples": 32}}
-    monkeypatch.setattr(paper_tables, "TABLES", {"one": rows})
+    monkeypatch.setattr(paper_tables, "TABLES", {"one": {"DEHVF": {}, "MemVP": {"method": "memvp"}}})
     assert paper_tables.train_missing() == []
     assert paper_tables.train_missing() == []
     printed = capsys.readouterr().out

@@ -468,6 +468,7 @@ def test_a_value_of_a_recipes_task_is_not_that_of_another_task(tmp_path):
     own, digits = parse_arguments(["--task", "vqa", "--data_path", "x/y"]), parse_arguments(["--task", "digits"])
     assert (own[-1].train_sampling_strategy, digits[-1].train_sampling_strategy) == ("random", "sequential")
     assert own[2] == digits[2], "the bases stay"
+    assert (own[1].max_samples, own[1].only_images) == (None, False) != (digits[1].max_samples, digits[1].only_images)
     values = "data_path: x/y\ntrain_sampling_strategy: sequential\nseed: 5\n"
     (tmp_path / "base.yaml").write_text(f"task: digits\n{values}")
     (tmp_path / "row.yaml").write_text("base: base.yaml\ntask: vqa\n")

@@ -16,8 +16,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_RECIPE = ROOT / "recipes" / "digits.yaml"
-# Values of a recipe that apply only to its own task
-TASK_VALUES = ("data_path", "captions", "train_sampling_strategy")
+# Values of a recipe that describe its data, and apply only to its own task
+TASK_VALUES = ("data_path", "columns", "holdout", "captions", "max_new_tokens", "max_samples", "only_images")
+TASK_VALUES += ("train_sampling_strategy",)
 # Flags that name a folder or a repository on the Hub
 PLACES = ("data_path", "adapter", "vision_model", "text_model")
 
