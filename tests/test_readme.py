@@ -51,20 +51,32 @@ def results(folder: str) -> dict:
 # --- the main job and what follows it ---
 
 
-@pytest.fixture(scope="module")
-def main_job() -> str:
-    """The README's first command without the installation. Leaves `outputs/digits` for what follows."""
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(["--max_samples", "20000"], id="shortened"),
+        pytest.param([], id="whole", marks=pytest.mark.extended),
+    ],
+)
+def main_job(request) -> str:
+    """
+    The README's first command without the installation, by default on half of the rows. Leaves `outputs/digits` for
+    what follows.
+    """
     command = shlex.split(blocks("README.md", "bash")[0].split(" && ")[-1])
     assert command == ["accelerate", "launch", "train.py"]
-    return run(*command)
+    return run(*command, *request.param)
 
 
 @pytest.mark.slow
-def test_the_main_job_scores_every_question_and_sees(main_job):
+def test_the_main_job_scores_every_question_and_sees(main_job, request):
     scores, fusion = results("digits")["scores"], results("digits")["fusion"]
     assert scores["count"] == 1000 and scores["unparsed"] < 1
-    assert scores["IMG"] >= 90, scores
-    assert fusion["std_over_layers"] > 0.01 and fusion["std_over_images"] > 0.005, "the fuser is not constant"
+    if request.node.callspec.id == "whole":
+        assert scores["IMG"] >= 90, scores
+        assert fusion["std_over_layers"] > 0.02, "the fusion weights differ between layers"
+    else:
+        assert scores["IMG"] >= 40, "without pictures 25 % of about 500 answers are right, give or take 2"
 
 
 @pytest.mark.slow
@@ -74,12 +86,16 @@ def test_the_lines_that_it_ends_with_answer_a_question_about_an_image(main_job):
 
 
 @pytest.mark.slow
-def test_the_readme_shows_what_the_main_jobs_adapters_answer(main_job, monkeypatch):
+def test_the_readme_shows_what_the_main_jobs_adapters_answer(main_job, request, monkeypatch):
     (code,), (answer,) = blocks("README.md", "python"), blocks("README.md", "text")
     monkeypatch.chdir(ROOT)
     with redirect_stdout(io.StringIO()) as output:
         exec(code, {})
-    assert output.getvalue().strip() == answer.strip()
+    printed = output.getvalue().strip()
+    if request.node.callspec.id == "whole":
+        assert printed == answer.strip()
+    else:
+        assert printed[:-2] == answer.strip()[:-2] and printed[-2] in "ABCD", "perhaps another letter"
 
 
 @pytest.mark.slow
