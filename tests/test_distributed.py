@@ -125,7 +125,7 @@ def test_each_engine_gives_the_result_of_a_single_process(engine, single, train_
         assert bool(process["divided_by_fsdp"]) == (engine == "FSDP2")
         assert bool(process["divided_by_deepspeed"]) == engine.startswith("ZeRO-3")
     assert [process["batch_has_image"] for process in seen] == [[True] * 3, [False] * 3], "no hang without any image"
-    assert len(alone["losses"]) == 3 and alone["losses"][-1] < alone["losses"][0] - 0.5
+    assert len(alone["losses"]) == 3 and alone["losses"][-1] < alone["losses"][0] - 0.3
     assert_same(adapters, expected)
     assert answers == expected_answers
     trained = sum(tensor.numel() for tensor in expected.values())

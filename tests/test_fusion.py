@@ -102,7 +102,9 @@ def test_layer_and_position_embeddings_get_gradients_of_like_size(untrained):
 def test_the_fuser_is_trained_at_a_rate_of_its_own(ratio, tmp_path):
     model = tiny_model()
     arguments = DehvfTrainingArguments(str(tmp_path), learning_rate=0.01, fuser_lr_ratio=ratio, weight_decay=0.1)
-    optimizer = AnswerTrainer(model=model, args=arguments, max_new_tokens=1, run={}).create_optimizer()
+    trainer = AnswerTrainer(model=model, args=arguments, max_new_tokens=1, run={})
+    trainer.create_optimizer()
+    optimizer = trainer.create_optimizer()  # as with DeepSpeed
     rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(rates) == len(trained) == sum(len(group["params"]) for group in optimizer.param_groups)

@@ -61,8 +61,9 @@ class AnswerTrainer(AdapterTrainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Puts the fuser and its query into separate groups if `fuser_lr_ratio` changes their learning rate."""
+        is_new = self.optimizer is None  # with DeepSpeed, this is called twice
         optimizer, ratio = super().create_optimizer(model), self.args.fuser_lr_ratio
-        if ratio == 1:
+        if ratio == 1 or not is_new:
             return optimizer
         named = (self.model if model is None else model).named_parameters()
         fuser = {id(parameter) for name, parameter in named if re.search(r"\b(fuser|fuser_query)\.", name)}
