@@ -680,7 +680,8 @@ def test_a_rate_that_is_far_too_large_ends_the_run_with_the_last_good_state(scie
     checkpoint = tmp_path / "output" / "checkpoint-1"
     assert re.search(
         r"loss of step 2 is NaN or Inf, in the batches with the rows \[2, 3\] of the train split. The learning rate "
-        rf"is [\d.]+e\+28, [\d.]+e\+29. The last complete checkpoint is {re.escape(str(checkpoint))}.*`--learning_rate`",
+        r"is [\d.]+e\+28, [\d.]+e\+29. "
+        rf"The last complete checkpoint is {re.escape(str(checkpoint))}.*`--learning_rate`",
         str(error.value),
     ), error.value
     assert read_manifest(checkpoint)["resumable"]
