@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, StaticCache
+from transformers import AutoModelForCausalLM, StaticCache
 
 from benchmarks import RESULTS, machine_in_words, save_report
 from benchmarks.speed import (
@@ -30,6 +30,7 @@ from benchmarks.speed import (
     PRESETS,
     TEXT_ONLY,
     build_all,
+    forward_on_device,
     make_config,
     make_inputs,
     median_ms,
@@ -81,23 +82,6 @@ def timed(replay: Callable, measure: str) -> dict[str, float]:
     return {measure: (time.perf_counter() - start) / REPLAYS}
 
 
-def forward_on_device(model, inputs: dict) -> Callable:
-    """
-    The model's forward. That of LLaVA finds out on the host where the image tokens are, and whether they are as many
-    as the features; this one puts the features before the text, where `make_inputs` has the image tokens.
-    """
-    if not (image_tokens := getattr(model, "image_tokens", [])):
-        return model.forward
-    text = inputs.pop("input_ids")[:, len(image_tokens) :]
-
-    def forward(pixel_values, **kwargs):
-        features, embeddings = model.image_features(pixel_values), model.get_input_embeddings()(text)
-        embeddings = torch.cat((features.to(embeddings.dtype), embeddings), dim=1)
-        return LlavaForConditionalGeneration.forward(model, inputs_embeds=embeddings, **kwargs)
-
-    return forward
-
-
 def training_step(model, preset) -> Callable:
     """Forward, backward and AdamW; of the language model alone forward and backward to its input embeddings."""
     model.train()
@@ -109,7 +93,7 @@ def training_step(model, preset) -> Callable:
     else:
         embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
         inputs["inputs_embeds"], optimizer = embeddings, torch.optim.SGD([embeddings], lr=0.0)
-    forward = forward_on_device(model, inputs)
+    forward = partial(forward_on_device, model) if "pixel_values" in inputs else model
 
     def step():
         forward(**inputs, use_cache=False).loss.backward()

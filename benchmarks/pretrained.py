@@ -7,10 +7,10 @@ The methods, their ablations and variants of the fuser on pretrained bases, Smol
     python -m benchmarks.pretrained --rows DEHVF MemVP --seeds 0 --steps 600 --at-once 2
     python -m benchmarks.pretrained --report            # writes the tables from what is there
 
-For a GPU: eight runs at once took 160 seconds on an H200, and one takes hours on two cores. All rows train on the same
-questions in the same order, with the optimizer of `train.py`. A run writes its accuracy on the first 1,000
-test questions ten times to a file in `outputs/pretrained` that remains when the run is stopped. A second start trains
-what is not finished. The tables go to `benchmarks/results`: `pretrained.json`, `.md` and `.png`.
+For a GPU: eight runs at once took 160 seconds on an H200, and one takes hours on two cores. All rows of a batch size
+train on the same questions in the same order, with the optimizer of `train.py`. A run writes its accuracy on the first
+1,000 test questions ten times to a file in `outputs/pretrained` that remains when the run is stopped. A second start
+trains what is not finished. The tables go to `benchmarks/results`: `pretrained.json`, `.md` and `.png`.
 
 A question counts as answered if the most likely next token is the first token of its answer. All 13 answers have
 different ones.
@@ -34,13 +34,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, AutoModelForCausalLM, LlavaForConditionalGeneration
+from transformers import AutoModel, AutoModelForCausalLM
 
 from baselines import METHODS as BASELINES
-from baselines import BaselineArguments, ImageTokensForConditionalGeneration, assemble
+from baselines import BaselineArguments, assemble
 from benchmarks import RESULTS, fusers, machine_in_words, save_report, spread
 from benchmarks.fusion import replacements
-from benchmarks.speed import with_same_weights
+from benchmarks.speed import forward_on_device, with_same_weights
 from dehvf import ROOT, DehvfConfig, DehvfForConditionalGeneration, DehvfProcessor
 from tasks import easy_vqa
 from training.arguments import DEHVF_METHODS
@@ -55,6 +55,7 @@ CHAT_TEMPLATE = ROOT / "recipes" / "question-answer.jinja"
 SEEDS = (0, 1, 2)
 EVALUATIONS, EVALUATION_BATCH = 10, 2048
 FIRST_QUESTIONS, REPLACED_QUESTIONS = 1000, 2000  # of the test split: while training, and with other fusion weights
+OWN = "its own"  # the fusion weights that are not replaced
 SPLITS, KINDS = ("train", "test"), tuple(easy_vqa.ANSWERS)
 LEARNED = 95  # in %, for "questions until"
 
@@ -76,6 +77,10 @@ class Row:
     fuser: str = "the paper's"
     batch_size: int = 16
     steps: int = 2000
+
+    @property
+    def image_size(self) -> int:
+        return self.values.get("image_size", SETTING["image_size"])
 
 
 # 56 pixels are 16 patches of 14, for pictures of 64 x 64 pixels with one shape in them
@@ -287,11 +292,9 @@ class Run:
         inputs = {name: batch[name] for name in ("input_ids", "pixel_values")}
         if getattr(self.model.config, "reads_instruction", False):
             inputs["instruction_mask"] = ((labels != -100).cumsum(dim=1) == 0).long()
-        inputs = on_device(self.model, **inputs)
-        forward = LlavaForConditionalGeneration.forward if "inputs_embeds" in inputs else type(self.model).forward
         # With a cache, transformers does not look for packed sequences, for which it would wait for the GPU
         options = {"logits_to_keep": kept + 1, "use_cache": not self.model.training}
-        logits = forward(self.model, **inputs, **options).logits[:, :-1].float()
+        logits = forward_on_device(self.model, **inputs, first=1, **options).logits[:, :-1].float()
         return logits, labels[:, -kept:]
 
     def batches(self) -> Iterator[dict]:
@@ -326,7 +329,8 @@ class Run:
             report["scores"] = self.scores(right)
             if weights is not None:
                 report["fusion"] = self.figures(weights)
-                report["replaced"] = {"its own": self.scores(right[:REPLACED_QUESTIONS])["average"]}
+                report["replaced_questions"] = min(REPLACED_QUESTIONS, len(right))
+                report["replaced"] = {OWN: self.scores(right[:REPLACED_QUESTIONS])["average"]}
                 for name, other in replacements(weights, self.model.model.hierarchy.rows).items():
                     right, _ = self.evaluate(REPLACED_QUESTIONS, other)
                     report["replaced"][name] = self.scores(right)["average"]
@@ -384,30 +388,6 @@ class Run:
         return right, by_image[: self.bench.test_images[len(right) - 1] + 1]
 
 
-def on_device(model, input_ids: torch.Tensor, pixel_values: torch.Tensor, **masks) -> dict:
-    """
-    Inputs for the forward of a model. That of a method with image tokens would look for them on the host, where a CUDA
-    graph cannot follow; here they stand behind the first token.
-    """
-    number = len(getattr(model, "image_tokens", []))
-    if not number:
-        return {"input_ids": input_ids, "pixel_values": pixel_values, **masks}
-    if not isinstance(model, ImageTokensForConditionalGeneration):  # ADEM-VL
-        return {"input_ids": input_ids, "visual_embeds": model.image_features(pixel_values)}
-    masks = {name: torch.cat((mask[:, :1], mask[:, 1 + number :]), dim=1) for name, mask in masks.items()}
-    input_ids = torch.cat((input_ids[:, :1], input_ids[:, 1 + number :]), dim=1)
-    if masks:  # IGVA
-        features = model.image_features(pixel_values, instruction=model.instruction(input_ids, None, **masks))
-    else:
-        features = model.image_features(pixel_values)
-    embeddings = model.get_input_embeddings()(input_ids)
-    embeddings = torch.cat((embeddings[:, :1], features.to(embeddings.dtype), embeddings[:, 1:]), dim=1)
-    if not hasattr(model, "routing"):  # of LaVIN
-        return {"inputs_embeds": embeddings}
-    has_image = pixel_values.new_ones(len(input_ids))
-    return {"inputs_embeds": embeddings, "routing": model.routing(has_image, len(input_ids))}
-
-
 class Bench:
     """The bases and the questions, with pictures of one size, on the device of all runs."""
 
@@ -449,23 +429,25 @@ def train_missing(rows: dict[str, Row], seeds: list[int], at_once: int):
     runs = [(name, row, seed) for seed in seeds for name, row in rows.items()]
     missing = [run for run in runs if "scores" not in (read_run(*run) or {})]
     print(f"{len(runs) - len(missing)} runs are finished, {len(missing)} are missing.", flush=True)
-    torch.set_float32_matmul_precision("high")
-    bases = load_bases("cuda" if torch.cuda.is_available() else "cpu") if missing else ()
-    sizes = {row.values.get("image_size", SETTING["image_size"]) for _, row, _ in missing}
-    benches = {
-        size: Bench({split: load_questions(split, load_processor(size)) for split in SPLITS}, *bases) for size in sizes
-    }
-    active, done = {}, object()
+    if not missing:
+        return
+    device, precision = "cuda" if torch.cuda.is_available() else "cpu", torch.get_float32_matmul_precision()
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    bases, benches, active, done = load_bases(device), {}, {}, object()
+    for size in {row.image_size for _, row, _ in missing}:
+        processor = load_processor(size)
+        benches[size] = Bench({split: load_questions(split, processor) for split in SPLITS}, *bases)
     while active or missing:
         while missing and len(active) < at_once:
             name, row, seed = missing.pop(0)
             file_of(name, seed).parent.mkdir(parents=True, exist_ok=True)
-            bench = benches[row.values.get("image_size", SETTING["image_size"])]
-            active[name, seed] = Run(row, seed, bench).train(file_of(name, seed))
+            active[name, seed] = Run(row, seed, benches[row.image_size]).train(file_of(name, seed))
         for (name, seed), steps in list(active.items()):
             if next(steps, done) is done:
                 del active[name, seed]
                 print(f"{name}, seed {seed}: done", flush=True)
+    torch.set_float32_matmul_precision(precision)  # what follows is measured as it was before
 
 
 def load_processor(image_size: int) -> DehvfProcessor:
@@ -488,6 +470,11 @@ def questions_until(run: dict) -> int | None:
     return run["row"]["batch_size"] * steps[0] if steps else None
 
 
+def best_replacement(accuracy: dict[str, float]) -> float:
+    """By how much the best replacement of the fusion weights is better than the fuser's own weights."""
+    return max(value for name, value in accuracy.items() if name != OWN) - accuracy[OWN]
+
+
 def markdown(report: dict) -> str:
     kinds = [*KINDS, "average"]
     head = ["", "trained", "seeds", *kinds, f"questions until {LEARNED} %", "std over layers", "over images"]
@@ -502,17 +489,16 @@ def markdown(report: dict) -> str:
         cells.append(f"{spread(until, 0)} ({len(until)} of {len(runs)})")
         for figure in ("std_over_layers", "std_over_images"):
             cells.append(spread([run["curve"][-1][figure] for run in runs if figure in run["curve"][-1]], 3))
-        replaced = [run["replaced"] for run in runs if "replaced" in run]
-        cells.append(spread([max(list(run.values())[1:]) - run["its own"] for run in replaced], 2))
+        cells.append(spread([best_replacement(run["replaced"]) for run in runs if "replaced" in run], 2))
         lines.append(f"| {' | '.join(cells)} |")
     replaced = {name: [run for run in runs if "replaced" in run] for name, runs in report["runs"].items()}
     if names := list(dict.fromkeys(name for runs in replaced.values() for run in runs for name in run["replaced"])):
-        lines += ["", "Accuracy on the first 2,000 questions with other fusion weights than the trained fuser's:", ""]
-        lines += [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        lines += ["", "Accuracy on the first questions with other fusion weights than the trained fuser's:", ""]
+        lines += [f"| | questions | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
         for row, runs in replaced.items():
             cells = [spread([run["replaced"][name] for run in runs], 2) for name in names]
             if runs:
-                lines.append(f"| {row} | {' | '.join(cells)} |")
+                lines.append(f"| {row} | {runs[0]['replaced_questions']:,} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

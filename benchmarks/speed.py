@@ -30,9 +30,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, StoppingCriteria
+from transformers import AutoModel, AutoModelForCausalLM, LlavaForConditionalGeneration, StoppingCriteria
 
-from baselines import BaselineArguments, assemble
+from baselines import BaselineArguments, ImageTokensForConditionalGeneration, assemble
 from benchmarks import RESULTS, machine_in_words, operations, save_report
 from dehvf import DehvfConfig, DehvfForConditionalGeneration
 
@@ -232,6 +232,30 @@ def make_inputs(model, preset: Preset, patches_per_side: int, batch_size: int, t
         inputs["labels"] = torch.cat((torch.full_like(image_ids, -100), inputs["labels"]), dim=1)
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {name: tensor.to(preset.device) for name, tensor in inputs.items()}
+
+
+def forward_on_device(model, input_ids: torch.Tensor, pixel_values: torch.Tensor, first: int = 0, **kwargs):
+    """
+    The forward of a model on texts with one image each. That of a baseline with image tokens finds out on the host
+    where they are and whether they are as many as the features, which a CUDA graph cannot capture.
+
+    Args:
+        first: position of the first image token; the others follow it.
+    """
+    if not isinstance(model, ImageTokensForConditionalGeneration):
+        if hasattr(model, "visual_embeds"):  # ADEM-VL
+            return model(input_ids, visual_embeds=model.image_features(pixel_values), **kwargs)
+        return model(input_ids, pixel_values=pixel_values, **kwargs)
+    images = {}
+    if hasattr(model, "instruction"):  # IGVA
+        images["instruction"] = model.instruction(input_ids, None, kwargs.pop("instruction_mask", None))
+    if hasattr(model, "routing"):  # LaVIN
+        kwargs["routing"] = model.routing(pixel_values.new_ones(len(pixel_values)), len(input_ids))
+    features = model.image_features(pixel_values, **images)
+    text = input_ids.masked_fill(input_ids == model.config.image_token_id, 0)
+    before, _, after = model.get_input_embeddings()(text).tensor_split((first, first + features.shape[1]), dim=1)
+    embeddings = torch.cat((before, features.to(before.dtype), after), dim=1)
+    return LlavaForConditionalGeneration.forward(model, inputs_embeds=embeddings, **kwargs)
 
 
 def training_step(model, optimizer, inputs: dict, now: Callable) -> dict[str, float]:

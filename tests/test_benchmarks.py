@@ -219,6 +219,7 @@ def test_resolutions_are_measured_trained_and_reported(bench, monkeypatch):
     for part in ("DEHVF, once per image", "language model", "memory lookup"):
         assert bends[f"10⁹ operations: {part}"] == pytest.approx(0, abs=1e-6)
 
+    assert load_bench(24).train.pixel_values.dtype == torch.float16
     pretrained.train_missing({"24 px": rows["24 px"]}, [0], at_once=1)
     resolutions.write_report(measured, pretrained.find_runs(rows, [0]))
     table = (resolutions.RESULTS / "resolutions.md").read_text()
@@ -250,7 +251,7 @@ def test_steps_that_a_graph_can_capture_compute_the_same(tmp_path, monkeypatch, 
     model = speed.build_all((speed.LLAVA,), preset, side, text)[speed.LLAVA]
     inputs = speed.make_inputs(model, preset, side, 2, 6)
     expected = model(**inputs).loss
-    torch.testing.assert_close(cuda_graphs.forward_on_device(model, inputs)(**inputs).loss, expected)
+    torch.testing.assert_close(speed.forward_on_device(model, **inputs).loss, expected)
 
     monkeypatch.setattr(cuda_graphs, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["cuda_graphs", "--preset", "tiny"])
