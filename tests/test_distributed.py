@@ -29,7 +29,7 @@ ENGINES = {
 # feel a bias of its keys) becomes a step of a whole rate in Adam, so `adam_epsilon` is not that small.
 FLAGS = {
     **{"max_steps": 3, "learning_rate": 0.01, "adam_epsilon": 1e-4, "lr_scheduler_type": "constant"},
-    **{"warmup_steps": 0, "memory_dropout": 0.0, "vision_adapter_dropout": 0.0},
+    **{"warmup_steps": 0, "memory_dropout": 0.0, "vision_adapter_dropout": 0.0, "fuser_lr_ratio": 0.5},
     **{"logging_steps": 1, "save_strategy": "no", "disable_tqdm": "true", "train_sampling_strategy": "sequential"},
 }
 
@@ -125,7 +125,7 @@ def test_each_engine_gives_the_result_of_a_single_process(engine, single, train_
         assert bool(process["divided_by_fsdp"]) == (engine == "FSDP2")
         assert bool(process["divided_by_deepspeed"]) == engine.startswith("ZeRO-3")
     assert [process["batch_has_image"] for process in seen] == [[True] * 3, [False] * 3], "no hang without any image"
-    assert len(alone["losses"]) == 3 and alone["losses"][-1] < alone["losses"][0] - 0.3
+    assert len(alone["losses"]) == 3 and alone["losses"][-1] < alone["losses"][0] - 0.5
     assert_same(adapters, expected)
     assert answers == expected_answers
     trained = sum(tensor.numel() for tensor in expected.values())
