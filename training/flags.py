@@ -109,8 +109,10 @@ def check_place(argument: str, place: str | None):
     if place is None or Path(place).exists():
         return
     # Some models on the Hub have no owner in their name (gpt2)
-    on_hub = r"[\w.-]+/[\w.-]+(:[\w.-]+)?" if argument == "--data_path" else r"([\w.-]+/)?[\w.-]+"
+    is_data = argument == "--data_path"
+    on_hub = r"[\w.-]+/[\w.-]+(:[\w.-]+)?" if is_data else r"([\w.-]+/)?[\w.-]+"
     if not re.fullmatch(on_hub, place) or place.startswith("."):
-        advice = "Give a folder or a Hub id (`org/name`)."
+        missing, choices = ("folder or file", "folder, a file") if is_data else ("folder", "folder")
+        advice = f"Give a {choices} or a Hub id (`org/name`)."
         advice += " `python -m assets.real_bases` makes it." if place.startswith("assets/real/") else ""
-        raise ValueError(f"`{argument} {place}`: there is no such folder. {advice}")
+        raise ValueError(f"`{argument} {place}`: there is no such {missing}. {advice}")
