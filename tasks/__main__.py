@@ -9,12 +9,13 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 from tasks import easy_vqa, get_task, nlvr2, print_scores, score_folder, vqav2
-from tasks._formats import split_of
+from tasks._formats import choose_split, split_of
 from tasks._sources import IMAGE_FEATURES, Source, find_reading_faults, list_images
 
 
@@ -41,13 +42,14 @@ def check(path: str, task: str | None = None, columns: str | None = None) -> boo
         task = task or guess_task(path)
         source = Source(get_task(task), path, columns)
         print(f"{path}: {source.format}, read with --task {task}")
-        splits = {split_of(name): name for name in source.splits} | {name: name for name in source.splits}
-        trained = set()
-        order = dict.fromkeys(map(source.find_split, ("train", "validation", "test")))
-        num_faults = sum(check_split(source, splits[split], split, trained) for split in order if split in splits)
+        names = {name: name for name in source.splits}
+        known, trained, num_faults = {*map(split_of, names), *names}, Trained(), 0
+        for split in dict.fromkeys(map(source.find_split, ("train", "validation", "test"))):
+            if split in known:
+                num_faults += check_split(source, choose_split(names, split, path), split, trained)
         for unread in source.find_unread():
             print(f"note: {unread}")
-        if "test" not in splits and not hasattr(source.task, "PARTS"):
+        if "test" not in known and not hasattr(source.task, "PARTS"):
             print("note: there is no test split. `train.py --holdout 0.05` takes one from the train split.")
     if num_faults:
         print(f"{num_faults} faults")
@@ -66,8 +68,16 @@ def check_file(task: ModuleType, file: Path) -> int:
     return len(faults)
 
 
-def check_split(source: Source, name: str, split: str, trained: set[int]) -> int:
-    """Checks a split and prints the result. Adds its rows to `trained`. Returns the number of faults."""
+@dataclass
+class Trained:
+    """What was found in the train split."""
+
+    rows: set[int] = field(default_factory=set)  # hashes
+    has_images: bool = False
+
+
+def check_split(source: Source, name: str, split: str, trained: Trained) -> int:
+    """Checks a split and prints the result. Returns the number of faults. `trained` is filled by the train split."""
     if faults := source.find_missing(name, source.find_absent(name)):
         print(*faults, sep="\n")
         return len(faults)
@@ -97,10 +107,11 @@ def check_split(source: Source, name: str, split: str, trained: set[int]) -> int
         most_images = max(most_images, len(images))
         texts = {column: value for column, value in row.items() if column not in IMAGE_FEATURES}
         row_hash = hash(repr((texts, [hash(image["bytes"]) if image["bytes"] else image["path"] for image in images])))
-        if row_hash in trained:
+        if row_hash in trained.rows:
             note("a row that is also in the train split" if split != "train" else "a row that is repeated", where)
         if split == "train":
-            trained.add(row_hash)
+            trained.rows.add(row_hash)
+            trained.has_images |= bool(images)
     absent = [field for field in source.fields if present.get(field) == 0]
     for fault in source.find_missing(name, absent):
         num_faults += 1
@@ -112,6 +123,11 @@ def check_split(source: Source, name: str, split: str, trained: set[int]) -> int
     if longest:
         lengths = ", ".join(f"{column} {length}" for column, length in longest.items())
         print(f"longest texts in characters: {lengths}")
+    if trained.has_images and not present.get("image"):
+        unread = ", ".join(
+            set(source.names(name)) - {column for columns in source.fields.values() for column in columns}
+        )
+        print(f"note: no row has an image, unlike in the train split. Columns that are not read: {unread or 'none'}.")
     for kind, (count, first) in notes.items():
         print(f"note: {count} times {kind}, the first at {first}")
     return num_faults

@@ -3,6 +3,7 @@ Data formats: finds the splits of a file, a folder or a Hub id, and reads them a
 """
 
 import csv
+import glob
 import json
 import re
 import reprlib
@@ -36,10 +37,15 @@ def choose_split(splits: dict, split: str, path: str, advice: str = ""):
     `train_sft`).
 
     Raises:
-        ValueError: if there is no such split, with `advice`.
+        ValueError: if there is no such split, with `advice`, or if several names refer to it.
     """
     names = [split] if split in splits else [name for name in splits if split_of(name) == split]
-    if len(names) != 1:
+    if len(names) > 1:
+        raise ValueError(
+            f"{path} has no split `{split}`, but several that may be it: {', '.join(names)}. Choose one: load the "
+            f"data set, rename that split to `{split}`, and save it with `save_to_disk`."
+        )
+    if not names:
         raise ValueError(f"{path} has no split `{split}`. It has: {', '.join(splits)}.{advice}")
     return splits[names[0]]
 
@@ -90,7 +96,8 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
         if readme.is_file() and re.search(r"^configs:", readme.read_text(encoding="utf-8"), re.MULTILINE):
             return load_dataset(path, streaming=streaming)
         # `load_dataset(path)` would take a folder with more images than Parquet files for an `imagefolder`
-        names = {split: [str(file) for file in paths] for split, paths in files.items()}
+        # These are patterns, in which a folder's name may have a special character such as `[`
+        names = {split: [glob.escape(str(file)) for file in paths] for split, paths in files.items()}
         try:
             return load_dataset("parquet", data_files=names, streaming=streaming)
         except (DatasetGenerationError, ValueError) as error:

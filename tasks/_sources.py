@@ -12,6 +12,7 @@ A task that reads such data (`tasks/vqa.py`, `tasks/chat.py`) has, in addition t
     PARTS                     optional: each split with the names that it may have in the data, in this order
 """
 
+import base64
 import difflib
 import json
 import os
@@ -24,6 +25,8 @@ from pathlib import Path
 from types import ModuleType
 
 import datasets
+import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import (
@@ -32,7 +35,9 @@ from datasets import (
     Features,
     Image,
     IterableDataset,
+    LargeList,
     List,
+    Value,
     concatenate_datasets,
 )
 from datasets.exceptions import DatasetGenerationError
@@ -63,6 +68,11 @@ SYNONYMS = {
     "context": "hint hints passage paragraph background",
     "messages": "conversation dialog dialogue chat turns",
 }
+# Columns of data sets that have one column for each image of a row
+NUMBERED_IMAGE = re.compile(r"(image|img|picture|photo)[ _-]?\d+", re.IGNORECASE)
+# Keys of an image that is an object, as in data sets on the Hub and in the messages of several APIs
+ENCODED_IMAGE, PLACE_OF_IMAGE = ("bytes", "base64", "data"), ("path", "url", "image_url", "file_name", "image")
+LONGEST_FILE_NAME = 255  # of the usual file systems; longer texts may be base64
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,11 +115,11 @@ def remove_markers(text: str) -> tuple[str, int]:
     return (text.strip() if count else text), count
 
 
-def find_marker_faults(name: str, num_markers: int, num_images: int, kinds: str = "") -> list[str]:
+def find_marker_faults(name: str, num_markers: int, num_images: int | None, kinds: str = "") -> list[str]:
     """
     What is wrong with the number of `<image>` markers in the texts of a row, which must be that of the images or zero.
     """
-    if num_markers in (0, num_images):
+    if num_markers in (0, num_images) or num_images is None:
         return []
     found = f"{name} {num_markers} `<image>`{kinds}"
     if not num_images:
@@ -118,37 +128,28 @@ def find_marker_faults(name: str, num_markers: int, num_images: int, kinds: str 
     return [f"{found}, but the row has {images}. Write one for each image, or none."]
 
 
-def find_images(value, folders: tuple[Path, ...]) -> tuple[dict[str, dict | list | None], list[str]]:
+def find_images(value, find_image) -> tuple[dict[str, dict | list | None], list[str]]:
     """The columns `image` and `images` of a row that has an image or a list of images, and what is wrong with them."""
     values = as_list(value)
-    found = [find_image(image, folders) for image in (values if isinstance(values, list) else [values])]
+    found = [find_image(image) for image in (values if isinstance(values, list) else [values])]
     images = [image for image, _ in found if image is not None]
     row = {"image": images[0] if images else None, "images": images if len(images) > 1 else None}
     return row, [fault for _, faults in found for fault in faults]
 
 
-def find_image(value, folders: tuple[Path, ...]) -> tuple[dict | None, list[str]]:
-    """An undecoded image in the form of `datasets.Image`, and what is wrong with it."""
-    if isinstance(value, bytes):
-        return {"bytes": value, "path": None}, []
-    if isinstance(value, dict):
-        if value.get("bytes") is not None:
-            return {"bytes": value["bytes"], "path": value.get("path")}, []
-        value = value.get("path")
-    if value is None:
-        return None, []
-    if not is_text(value):
-        return None, [f"`image` is {reprlib.repr(value)}. Make it a file's name in quotes, or null."]
-    if re.match(r"[A-Za-z][\w+.-]*:", value) or os.path.isabs(value):  # a URL
-        return {"bytes": None, "path": value}, []
-    if not folders:
-        return None, [
-            f"`image` is {value!r}, a file beside the data, which was not downloaded. Download the repository (`hf "
-            "download --repo-type dataset`) and give its folder."
-        ]
-    places = (os.path.normpath(os.path.join(folder, name, value)) for folder in folders for name in IMAGE_FOLDERS)
-    first = next(places)
-    return {"bytes": None, "path": next(filter(os.path.isfile, (first, *places)), first)}, []
+def decode_base64(text: str) -> bytes | None:
+    """The bytes of a base64 text or a data URL, or `None` if it is neither."""
+    encoded = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        return base64.b64decode("".join(encoded.split()), validate=True)
+    except ValueError:
+        return None
+
+
+def is_no_image(value) -> bool:
+    """Whether a value is empty, as in an `images` column beside an `image` column: null, [] or [null]."""
+    value = as_list(value)
+    return all(image is None for image in value) if isinstance(value, list) else value is None
 
 
 def list_images(row: dict) -> list:
@@ -171,6 +172,31 @@ def find_reading_faults(image: dict) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def convert(value, feature):
+    """
+    A value of a column as the author of the data wrote it: the names of class labels (-1 becomes `None`), and 0.1 for
+    the float32 number that Python shows as 0.10000000149011612.
+    """
+    if isinstance(feature, List | LargeList) and isinstance(value, list):
+        return [convert(element, feature.feature) for element in value]
+    if isinstance(feature, ClassLabel) and isinstance(value, int):
+        return feature.int2str(value) if value >= 0 else None
+    if isinstance(feature, Value) and feature.dtype in ("float16", "float32") and isinstance(value, float):
+        return float(str(np.dtype(feature.dtype).type(value)))
+    return value
+
+
+def without_decoding(feature):
+    """A feature, with the images in it undecoded."""
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, List | LargeList):
+        return replace(feature, feature=without_decoding(feature.feature))
+    if isinstance(feature, dict):
+        return {name: without_decoding(part) for name, part in feature.items()}
+    return feature
+
+
 @dataclass(frozen=True)
 class Reader:
     """Makes rows from records. It can be pickled, as the workers of a data loader require."""
@@ -180,17 +206,18 @@ class Reader:
     folders: tuple[Path, ...]  # in which images are searched for
     place: str  # for messages
     command: str  # which lists all faults
-    labels: dict[str, ClassLabel] = field(default_factory=dict)
+    features: dict = field(default_factory=dict)  # of the columns, if they are known
+    has_several_folders: bool = False  # whether it is unknown which of `folders` an image belongs to
     similar: dict[str, tuple[str, str]] = field(default_factory=dict)  # see `Source.find_similar`
 
     def read(self, record: dict) -> tuple[dict, list[str]]:
         """The row of a record, and what is wrong with it."""
-        fields, task = self._pick(record), import_module(self.task_name)
-        images = fields["image"]
-        if images in (None, []) and hasattr(task, "find_images"):
+        fields, task = self.fields_of(record), import_module(self.task_name)
+        images, has_images = fields["image"], self.fields["image"] != ()
+        if images is None and has_images and hasattr(task, "find_images"):
             images = task.find_images(fields)
-        images, faults = find_images(images, self.folders)
-        row, more = task.parse(fields, len(list_images(images)) + len(faults))
+        images, faults = find_images(images, self._find_image)
+        row, more = task.parse(fields, len(list_images(images)) + len(faults) if has_images else None)
         row, faults = {**images, **row}, faults + more
         return row, faults or self._find_unread(record, row)
 
@@ -198,11 +225,13 @@ class Reader:
         return self.check(f"{self.place}, row {index}", *self.read(record))
 
     def image(self, record: dict, index: int) -> dict:
-        return self.check(f"{self.place}, row {index}", *find_images(self._pick(record)["image"], self.folders))
+        return self.check(
+            f"{self.place}, row {index}", *find_images(self.fields_of(record)["image"], self._find_image)
+        )
 
     def texts(self, record: dict, index: int) -> dict:
         """The row without images of a record that has `num_images` instead of images."""
-        row, faults = import_module(self.task_name).parse(self._pick(record), record["num_images"])
+        row, faults = import_module(self.task_name).parse(self.fields_of(record), record["num_images"])
         faults = faults or self._find_unread(record, {**row, "image": record["num_images"] or None})
         return self.check(f"{self.place}, row {index}", row, faults)
 
@@ -211,20 +240,60 @@ class Reader:
             raise ValueError(f"{where}: {faults[0]}\n`{self.command}` lists all such rows.")
         return row
 
-    def _pick(self, record: dict) -> dict:
-        """
-        Selects the fields of the task from a record. Class labels are replaced by their names; -1 becomes `None`.
-        """
-        for column, label in self.labels.items():
-            if isinstance(number := record.get(column), int):
-                record = {**record, column: label.int2str(number) if number >= 0 else None}
-        fields = {
-            name: next((record[column] for column in columns if record.get(column) is not None), None)
-            for name, columns in self.fields.items()
-        }
-        if fields["image"] == []:  # an empty `images` column beside an `image` column
-            fields["image"] = next((record[column] for column in self.fields["image"] if record.get(column)), None)
+    def fields_of(self, record: dict) -> dict:
+        """Selects the fields of the task from a record. Of several columns, the first with a value is read."""
+        fields = dict.fromkeys(self.fields)
+        for name, columns in self.fields.items():
+            for column in columns:
+                value = record.get(column)
+                if fields[name] is None and not (is_no_image(value) if name == "image" else value is None):
+                    fields[name] = convert(value, self.features.get(column))
         return fields
+
+    def _find_image(self, value) -> tuple[dict | None, list[str]]:
+        """An undecoded image in the form of `datasets.Image`, and what is wrong with it."""
+        if isinstance(value, PIL.Image.Image):  # in a column that `datasets` has decoded
+            return Image().encode_example(value), []
+        if isinstance(value, bytes):
+            return {"bytes": value, "path": None}, []
+        if isinstance(value, dict):
+            filled = {key: part for key, part in value.items() if part is not None}
+            if (key := next((key for key in ENCODED_IMAGE if key in filled), None)) is not None:
+                encoded = filled[key]
+                data = decode_base64(encoded) if isinstance(encoded, str) else encoded
+                faults = [] if isinstance(data, bytes) else [f"`{key}` of an image is neither bytes nor base64."]
+                return None if faults else {"bytes": data, "path": filled.get("path")}, faults
+            if (key := next((key for key in PLACE_OF_IMAGE if key in filled), None)) is not None:
+                return self._find_image(filled[key])
+            if not filled:
+                return None, []
+            return None, [
+                f"an image is an object with {', '.join(map(repr, filled))}. Give one of "
+                f"{', '.join(map(repr, (*ENCODED_IMAGE, *PLACE_OF_IMAGE)))}."
+            ]
+        if value is None:
+            return None, []
+        if not is_text(value):
+            return None, [f"`image` is {reprlib.repr(value)}. Make it a file's name in quotes, or null."]
+        if re.match(r"[A-Za-z][\w+.-]*://|data:", value) or os.path.isabs(value) and len(value) <= LONGEST_FILE_NAME:
+            return {"bytes": None, "path": value}, []
+        if len(value) > LONGEST_FILE_NAME and (data := decode_base64(value)):
+            return {"bytes": data, "path": None}, []
+        if not self.folders:
+            return None, [
+                f"`image` is {value!r}, a file beside the data, which was not downloaded. Download the repository "
+                "(`hf download --repo-type dataset`) and give its folder."
+            ]
+        places = [os.path.normpath(Path(folder, name, value)) for folder in self.folders for name in IMAGE_FOLDERS]
+        if not self.has_several_folders:
+            return {"bytes": None, "path": next(filter(os.path.isfile, places), places[0])}, []
+        files = list(filter(os.path.isfile, dict.fromkeys(places)))
+        if len(files) > 1:
+            return None, [
+                f"`image` is {value!r}, which may be {files[0]} or {files[1]}. Write its path relative to the folder "
+                "of the data."
+            ]
+        return {"bytes": None, "path": (files or places)[0]}, []
 
     def _find_unread(self, record: dict, row: dict) -> list[str]:
         """Faults for fields that a row does not have, but its record has under a similar name."""
@@ -257,6 +326,14 @@ def generate_rows(files: list[Path], reader: Reader) -> Iterator[dict]:
         reader_of_file = replace(reader, folders=tuple(dict.fromkeys((file.parent, *reader.folders))))
         for where, record, faults in read_records(file):
             yield reader.check(where, *((record, faults) if faults else reader_of_file.read(record)))
+
+
+def has_all_bytes(rows: Dataset, column: str) -> bool:
+    """Whether each row of a column with images has none or its bytes, and no row only the path of a file."""
+    if not isinstance(rows.features[column], Image):
+        return False
+    images = rows.data.column(column)
+    return pc.struct_field(images, "bytes").null_count == images.null_count
 
 
 def map_rows(rows: Dataset, function, features: Features, fingerprint: str, desc: str | None = None) -> Dataset:
@@ -365,21 +442,16 @@ class Source:
 
     def names(self, split: str) -> list[str]:
         """
-        The columns of a split; for files with records, the keys of the first 1,000 records, and of as many more as are
-        read until all fields that are needed have a column and, unless streamed, the image.
+        The columns of a split; for files with records, the keys of all records or, if they are streamed, of the first
+        1,000 and of as many more as are read until all fields that are needed have a column.
         """
         part = self._part(split)
         if split not in self._names and not self.has_files:
             self._names[split] = list(part.features or next(iter(part)))
         elif split not in self._names:
-            names = {}
-            sought = [
-                columns
-                for name, columns in self.fields.items()
-                if columns and (self._is_needed(name) or name == "image" and not self.streaming)
-            ]
+            names, needed = {}, [columns for name, columns in self.fields.items() if columns and self._is_needed(name)]
             for number, (_, record, _) in enumerate(record for file in part for record in read_records(file)):
-                if number >= 1000 and all(names.keys() & columns for columns in sought):
+                if self.streaming and number >= 1000 and all(names.keys() & columns for columns in needed):
                     break
                 names |= dict.fromkeys(record or ())
             self._names[split] = list(names)
@@ -395,8 +467,9 @@ class Source:
         Faults for fields that no row has: if the field is required, if a column with a similar name is not read, or if
         it is the image. A stream may have images in later rows.
         """
-        names, faults = self.names(split), []
+        names, faults = self.names(split), self._find_numbered_images(split)
         read = {column for name, columns in self.fields.items() for column in columns if name not in absent}
+        read |= {column for name in self.fields.keys() - {*absent} for column in self.task.FIELDS[name]}
         for name in absent:
             columns = self.fields[name]
             unread = [column for column in names if column not in {*read, *columns}]
@@ -417,6 +490,17 @@ class Source:
             what = f"{'an' if name[0] in 'aeiou' else 'a'} `{name}`{given}"
             faults.append(f"{self.label(split)}: no row has {what}. The columns are {', '.join(names)}. {advice}.")
         return faults
+
+    def _find_numbered_images(self, split: str) -> list[str]:
+        """A fault for columns such as `image_2`, of which only one could be read, unless one was chosen."""
+        numbered = [column for column in self.names(split) if NUMBERED_IMAGE.fullmatch(column)]
+        if not numbered or self.fields["image"] != self.task.FIELDS["image"]:
+            return []
+        return [
+            f"{self.label(split)}: the columns {', '.join(numbered)} seem to have further images of a row. Put all "
+            "images of a row in order into a list, in one column `images`, or choose one column, for example with "
+            f"`--columns image={numbered[0]}`."
+        ]
 
     def find_similar(self, split: str) -> dict[str, tuple[str, str]]:
         """
@@ -463,12 +547,17 @@ class Source:
         folders = dict.fromkeys([*folders, *parents, path.parent if path.is_file() else path])
         command = f"python -m tasks check {self.path} --task {task.rpartition('.')[2]}"
         command += f" --columns {self.columns}" if self.columns else ""
-        labels = {}
-        if not self.has_files:
-            features = self._part(split).features or {}
-            labels = {name: feature for name, feature in features.items() if isinstance(feature, ClassLabel)}
-        folders = tuple(folders) if path.exists() else ()
-        return Reader(task, self.fields, folders, self.label(split), command, labels, self.find_similar(split))
+        features = {} if self.has_files else self._part(split).features or {}
+        return Reader(
+            task,
+            self.fields,
+            folders=tuple(folders) if path.exists() else (),
+            place=self.label(split),
+            command=command,
+            features=dict(features),
+            has_several_folders=len({*parents}) > 1,
+            similar=self.find_similar(split),
+        )
 
     def _read_files(self, split: str, files: list[Path]) -> Rows:
         reader, features = self._reader(split), self.task.FEATURES
@@ -489,10 +578,10 @@ class Source:
             return rows.map(reader.row, with_indices=True, remove_columns=names, features=features)
         present = [column for column in self.fields["image"] if column in rows.column_names]
         filled = [column for column in present if rows.data.column(column).null_count < len(rows)]
-        if not filled:
+        if not filled or self._has_images_in_messages(rows, filled, reader):
             return self._map(rows, reader.row, features)
         images, texts = rows.select_columns(filled), rows.remove_columns(present)
-        if len(filled) == 1 and isinstance(images.features[filled[0]], Image):
+        if len(filled) == 1 and has_all_bytes(images, filled[0]):
             images = images.rename_columns({filled[0]: "image"} if filled != ["image"] else {})
             several = Features({"images": IMAGE_FEATURES["images"]})
             several = Dataset.from_dict({"images": [None] * len(images)}, features=several)
@@ -507,16 +596,24 @@ class Source:
             concatenate_datasets([images, texts], axis=1).cast_column("image", Image()).select_columns(list(features))
         )
 
+    def _has_images_in_messages(self, rows: Dataset, columns: list[str], reader: Reader) -> bool:
+        """Whether a row without an image in these columns has one in its messages."""
+        if not hasattr(self.task, "find_images"):
+            return False
+        is_empty = pc.is_null(rows.data.column(columns[0]))
+        for column in columns[1:]:
+            is_empty = pc.and_(is_empty, pc.is_null(rows.data.column(column)))
+        others = rows.remove_columns(columns).select(np.flatnonzero(is_empty.to_numpy()))
+        return any(self.task.find_images(reader.fields_of(record)) for record in others)
+
     def _undecoded(self, rows: Rows, reader: Reader) -> Rows:
         """The columns that a reader needs, with undecoded images."""
         names = list(rows.features or next(iter(rows)))
         read = {column for columns in self.fields.values() for column in columns}
         rows = rows.select_columns([name for name in names if name in read or name.lower() in reader.similar])
         for column, feature in (rows.features or {}).items():
-            if isinstance(feature, Image):
-                rows = rows.cast_column(column, Image(decode=False))
-            elif isinstance(feature, List) and isinstance(feature.feature, Image) and feature.feature.decode:
-                rows = rows.cast_column(column, List(Image(decode=False)))
+            if (undecoded := without_decoding(feature)) != feature:
+                rows = rows.cast_column(column, undecoded)
         return rows
 
     def _map(self, rows: Dataset, function, features: Features) -> Dataset:
@@ -527,7 +624,9 @@ class Source:
         """
         Fingerprint of the files in `places`, of `facts`, and of the code of the tasks, which makes rows from them.
         """
-        paths = dict.fromkeys(place / name for place in places for name in IMAGE_FOLDERS)
+        folders = dict.fromkeys(place / name for place in places for name in IMAGE_FOLDERS)
+        inner = [entry.path for folder in folders if folder.is_dir() for entry in os.scandir(folder) if entry.is_dir()]
+        paths = [*folders, *map(Path, sorted(inner))]
         stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists()]
         code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
         return Hasher.hash([stamps, *facts, self.task.__name__, self.fields, *code])
@@ -559,7 +658,7 @@ def load(
     source = Source(task, path, columns, streaming)
     if holdout is None:
         return source.rows(split)
-    known = {split_of(name) for name in source.splits}
+    known = {split_of(name) for name in source.splits}  # also if two names mean it, of which one must be chosen
     missing = [name for name in ("test", "validation") if name not in known]
     if not 0 < holdout < 0.5:
         raise ValueError(f"`--holdout {holdout}` is not between 0 and 0.5. Give a fraction of the rows, such as 0.05.")

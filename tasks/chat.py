@@ -10,7 +10,8 @@ Parquet, from a folder that `save_to_disk` wrote, or from the Hub, see docs/own-
 The first is the format of TRL, where a content may also be a list of parts, {"type": "text", "text": "..."} and
 {"type": "image"}, perhaps with the image itself as `image`; the second is the format of LLaVA and ShareGPT. Images may
 be in any of the user's messages. Their placeholders (`<image>`, or a part of type "image") are removed from the text,
-since there are no image tokens: the model is given all images of a row in order. Other columns are not read. `python
+since there are no image tokens: the model is given all images of a row in order. A text in the column `system` becomes
+the system message of a row that has none in its messages. Other columns are not read. `python
 -m tasks check FOLDER --task chat` lists the rows that do not have this form.
 """
 
@@ -31,7 +32,7 @@ CARD = {"task_type": "image-text-to-text", "metric_type": "accuracy", "score": "
 FEATURES = Features(
     {**_sources.IMAGE_FEATURES, "messages": List({"role": Value("string"), "content": Value("string")})}
 )
-FIELDS = {"image": ("images", "image", "file_name"), "messages": ("messages", "conversations")}
+FIELDS = {"image": ("images", "image", "file_name"), "messages": ("messages", "conversations"), "system": ("system",)}
 REQUIRED = ("messages",)
 KEYS = ("role", "from"), ("content", "value")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -40,19 +41,22 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 load = partial(_sources.load, sys.modules[__name__])
 
 
-def find_images(record: dict) -> list:
+def find_images(record: dict) -> list | None:
     """The images in parts of the messages, for a row that has none in a column."""
     turns = _sources.as_list(record["messages"])
     turns = turns if isinstance(turns, list) else []
     contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    keys = (*_sources.PLACE_OF_IMAGE, "source")
     images = [
-        next((part[key] for key in ("image", "image_url", "url", "path") if part.get(key)), None) for part in parts
+        {"base64": part[key]} if key in ("base64", "data") else part[key]
+        for part in parts
+        if (key := next((key for key in (*keys, "base64", "data") if part.get(key)), None))
     ]
-    return [image.get("url", image) if isinstance(image, dict) else image for image in images]
+    return images or None
 
 
-def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
+def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
     """A row without its images, and what is wrong with its messages."""
     turns = _sources.as_list(record["messages"])
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
@@ -60,17 +64,26 @@ def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
             f'`messages` is {reprlib.repr(turns)}. Make it a list of {{"role": "user", "content": "..."}}, or, as '
             '`conversations`, of {"from": "human", "value": "..."}.'
         ]
+    if _sources.is_text(record["system"]) and turns[0].get("role", turns[0].get("from")) != "system":
+        turns = [{"role": "system", "content": record["system"]}, *turns]
     messages, faults, num_markers = [], [], 0
     for number, turn in enumerate(turns, 1):
         role, content = (next((turn[key] for key in keys if turn.get(key) is not None), None) for keys in KEYS)
         role = role if isinstance(role, str) else repr(role)
         text, markers = read_content(content)
         name = f"text in message {number} ({role})"
+        unknown = [part for part in text if kind_of(part) is None] if isinstance(text, list) else []
         if role not in ROLES:
             faults.append(
                 f"message {number} has the role {role!r}. Use system, user and assistant, or system, human and gpt."
             )
-        faults += _sources.find_text_faults(name, text)
+        if unknown:
+            faults.append(
+                f"message {number} ({role}) has the part {reprlib.repr(unknown[0])}. Give parts of type 'text', with "
+                "`text`, and of type 'image'."
+            )
+        else:
+            faults += _sources.find_text_faults(name, text)
         if markers and ROLES.get(role) != "user":
             faults.append(f"message {number} ({role}) has `<image>`, which only a user's message may have. Remove it.")
         num_markers += markers
@@ -92,9 +105,9 @@ def read_content(content) -> tuple[str | None, int]:
         return _sources.remove_markers(content) if isinstance(content, str) else (content, 0)
     texts, num_images = [], 0
     for part in content:
-        if not isinstance(part, dict) or part.get("type") not in ("text", "image", "image_url"):
+        if (kind := kind_of(part)) is None:
             return content, 0
-        if part["type"] == "text":
+        if kind == "text":
             text = part.get("text") or part.get("content") or ""
             if not isinstance(text, str):
                 return content, 0
@@ -104,6 +117,13 @@ def read_content(content) -> tuple[str | None, int]:
         else:
             num_images += 1
     return "\n".join(text for text in texts if text.strip()), num_images
+
+
+def kind_of(part) -> str | None:
+    """Whether a part of a message is a text or an image, also in the form of OpenAI's Responses; else `None`."""
+    kind = part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else None
+    kinds = {"text": "text", "input_text": "text", "output_text": "text"}
+    return (kinds | dict.fromkeys(("image", "image_url", "input_image"), "image")).get(kind)
 
 
 def messages(row: dict) -> list[dict[str, str]]:

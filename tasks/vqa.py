@@ -46,12 +46,13 @@ REQUIRED = ("question", "answer")
 load = partial(_sources.load, sys.modules[__name__])
 
 
-def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
+def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
     """A row without its images, and what is wrong with its texts."""
     question, answer, context = record["question"], record["answer"], record["context"]
     choices, answers = _sources.as_list(record["choices"]), _sources.as_list(record["answers"])
     if answer == record["answers"]:  # there is no separate column with the answer
         answer = answers
+    is_separate = answers is not answer and isinstance(answers, list) and not isinstance(answer, list)
     is_list_of_python = isinstance(answers, str) and re.match(r"\[\s*['\"]", answers.strip())
     answers = answer if isinstance(answer, list) else answers if isinstance(answers, list) else None
     if isinstance(answer, list):
@@ -75,6 +76,9 @@ def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
         )
     if not all(map(_sources.is_text, answers or ())):
         faults.append(f"`answers` is {reprlib.repr(answers)}. Make it a list of texts, none of them blank.")
+    elif is_separate and answers and _sources.is_text(answer) and normalise(answer) not in map(normalise, answers):
+        faults.append(f"`answer` is {answer!r}, which is none of `answers`, {reprlib.repr(answers)}. Add it to them.")
+    faults += find_index_faults(record["choices"], record["answer"])
     row = {"question": question, "choices": choices or None, "answer": answer, "answers": answers, "context": context}
     return row, faults + find_choice_faults(choices, answer)
 
@@ -84,6 +88,20 @@ def number_to_text(value):
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     return str(value).removesuffix(".0") if value == value else None
+
+
+def find_index_faults(choices, answer) -> list[str]:
+    """A fault if the answer is a number that may be the index of an option or the option itself."""
+    choices = _sources.as_list(choices)
+    if not isinstance(choices, list) or isinstance(answer, bool | str) or number_to_text(answer) not in choices:
+        return []
+    index = int(answer)
+    if index >= len(choices) or choices[index] == number_to_text(answer):
+        return []
+    return [
+        f"`answer` is the number {answer}, which may be the option {number_to_text(answer)!r} or the index of the "
+        f"option {choices[index]!r}. Write the option as a text, in quotes."
+    ]
 
 
 def find_choice_faults(choices, answer) -> list[str]:

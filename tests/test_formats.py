@@ -1,5 +1,6 @@
 """Data of your own: every format gives the same rows, loaded, streamed or checked, and every fault is named."""
 
+import base64
 import csv
 import io
 import json
@@ -9,9 +10,11 @@ import sys
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
 from PIL import Image as PILImage
+from pyarrow import parquet as pq
 from test_tasks import write_image, write_lines
 from test_train import tiny_flags
 from tiny import ROOT
@@ -313,7 +316,7 @@ CHAT_FAULTS = [
     ({"messages": [USER, {"role": "assistant", "content": " "}]}, "text in message 2 (assistant) is ' '"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "there is no text in message 2 (assistant)"),
     ({"messages": [USER, {"role": "assistant", "content": "\ud83d"}]}, "half of a surrogate pair"),
-    ({"messages": [USER, {"role": "assistant", "content": [{"type": "audio"}]}]}, "is [{'type': 'audio'}]"),
+    ({"messages": [USER, {"role": "assistant", "content": [{"type": "audio"}]}]}, "has the part {'type': 'audio'}"),
     ({"messages": [{"role": "user", "content": parts("")}, ASSISTANT]}, "text in message 1 (user) is ''"),
     ({"conversations": in_llava()}, "have 1 `<image>`"),
     ({"conversations": in_llava("<image><image>"), "image": "a.png"}, "have 2 `<image>`"),
@@ -355,7 +358,126 @@ def test_the_last_answers_of_chats_are_scored():
     assert chat.CARD["score"] in chat.score(records, 2)
 
 
+# --- images ---
+
+
+def test_an_image_may_be_an_object_or_base64(tmp_path, capsys):
+    write_image(tmp_path / "a.png")
+    encoded = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    url = f"data:image/png;base64,{encoded}"
+    forms = [{key: "a.png"} for key in ("path", "url", "image_url", "file_name", "image")]
+    forms += [{key: encoded} for key in ("bytes", "base64", "data")] + [{"image_url": {"url": url}}, url]
+    forms += ["./a.png", {"bytes": None, "path": "a.png"}, [None, "a.png"]]
+    forms += [encoded + base64.b64encode(bytes(200)).decode()]  # longer than a name may be
+    forms = [{"image": form} for form in forms] + [{"images": [None], "image": "a.png"}]
+    write_lines(tmp_path / "train.jsonl", [{"question": "?", "answer": "x", **form} for form in forms])
+    assert [row["image"] for row in read(vqa, tmp_path)] == ["red"] * len(forms)
+    assert check(str(tmp_path))
+    parts_of = [{"base64": encoded}, {"data": encoded}, {"source": {"type": "base64", "data": encoded}}]
+    parts_of += [{"url": "a.png"}, {"type": "input_image", "image_url": url}]
+    rows = [{"messages": in_parts({"type": "image", **part})} for part in parts_of]
+    write_lines(tmp_path / "train.jsonl", rows)
+    assert [row["image"] for row in read(chat, tmp_path)] == ["red"] * len(rows)
+    assert [row["image"] for row in read(chat, tmp_path, columns="image=none")] == [None] * len(rows)
+    write_lines(tmp_path / "train.jsonl", [{"question": "?", "answer": "x", "image": {"id": 3}}])
+    assert not check(str(tmp_path)) and "an image is an object with 'id'. Give one of" in capsys.readouterr().out
+
+
+def test_images_in_parquet_may_be_paths_nothing_or_in_messages(tmp_path):
+    write_image(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    images = [{"bytes": None, "path": "a.png"}, {"bytes": None, "path": None}, None, {"bytes": data, "path": None}]
+    features = Features({"question": Value("string"), "answer": Value("string"), "image": Image()})
+    rows = [{"question": "?", "answer": "x", "image": image} for image in images]
+    pq.write_table(pa.Table.from_pylist(rows, features.arrow_schema), tmp_path / "x.parquet")
+    assert [row["image"] for row in read(vqa, tmp_path)] == ["red", None, None, "red"]
+    (tmp_path / "x.parquet").unlink()
+
+    part = {"type": Value("string"), "text": Value("string"), "image": Image()}
+    features = {"messages": List({"role": Value("string"), "content": List(part)}), "image": Image()}
+    messages = [{**turn, "content": parts(turn["content"])} for turn in MESSAGES]
+    messages[1]["content"] = parts("What is it?", {"type": "image", "image": PILImage.open(tmp_path / "a.png")})
+    rows = [{"messages": messages, "image": None}]
+    rows += [{"messages": in_parts({"type": "image"}), "image": PILImage.open(tmp_path / "a.png")}]
+    rows += [{"messages": in_parts(), "image": None}]
+    Dataset.from_list(rows, Features(features)).to_parquet(tmp_path / "x.parquet")
+    assert [row["image"] for row in read(chat, tmp_path)] == ["red", "red", None]
+
+
+def test_images_belong_to_their_own_folder(tmp_path, capsys):
+    """A folder's name is no pattern, and a file's name that two folders have is refused."""
+    row = {"question": "?", "answer": "x", "file_name": "1.png"}
+    for name, colour in (("run1", "blue"), ("run[1]", "red"), ("run*", "red")):
+        write_image(tmp_path / name / "1.png", colour)
+        Dataset.from_list([row] * (1 if colour == "red" else 2)).to_parquet(tmp_path / name / "train.parquet")
+    for name in ("run[1]", "run*"):
+        assert [row["image"] for row in read(vqa, tmp_path / name)] == ["red"]
+    for name, colour in (("a", "red"), ("b", "blue")):
+        write_image(tmp_path / "two" / "train" / name / "1.png", colour)
+        Dataset.from_list([row]).to_parquet(tmp_path / "two" / "train" / name / "metadata.parquet")
+    with pytest.raises(ValueError, match="'1.png', which may be .*a/1.png or .*b/1.png. Write its path relative"):
+        vqa.load("train", str(tmp_path / "two"))
+    assert not check(str(tmp_path / "two")) and "which may be" in capsys.readouterr().out
+    names = [f"train/{name}/1.png" for name in "ab"]
+    Dataset.from_list([{**row, "file_name": name} for name in names]).to_parquet(tmp_path / "two" / "train.parquet")
+    assert [row["image"] for row in read(vqa, tmp_path / "two")] == ["red", "blue"]
+
+
+def test_an_image_that_is_added_later_is_found(tmp_path):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    write_lines(tmp_path / "train.jsonl", [{"question": "?", "answer": "x", "image": "a/1.png"}])
+    vqa.load("train", str(tmp_path))
+    write_image(tmp_path / "images" / "a" / "1.png")
+    assert read(vqa, tmp_path)[0]["image"] == "red"
+
+
 # --- what may be meant and is not read ---
+
+
+AMBIGUOUS = [
+    (vqa, {"choices": ["2", "3", "4"], "answer": 2}, "is the number 2, which may be the option '2' or .* '4'"),
+    (vqa, {"answer": "red", "answers": ["blue"]}, r"'red', which is none of `answers`, \['blue'\]"),
+    (vqa, {"answer": "x", "image": "a.png", "image_2": "a.png"}, "columns image_2 seem to have further images"),
+    (vqa, {"answer": "x", "image1": "a.png", "image2": "a.png"}, "columns image1, image2 seem to have further"),
+]
+
+
+@pytest.mark.parametrize("task, values, message", AMBIGUOUS)
+def test_what_may_be_meant_in_two_ways_is_refused(task, values, message, tmp_path, capsys):
+    write_image(tmp_path / "a.png")
+    write_lines(tmp_path / "train.jsonl", [{"question": "?", "image": "a.png", **values}])
+    with pytest.raises(ValueError, match=message):
+        task.load("train", str(tmp_path))
+    assert not check(str(tmp_path)) and re.search(message, capsys.readouterr().out)
+
+
+def test_two_splits_that_may_be_the_test_split_are_named(tmp_path):
+    rows = Dataset.from_list([{"question": "?", "answer": "x"}])
+    DatasetDict(dict.fromkeys(("train", "test_a", "test_b"), rows)).save_to_disk(tmp_path)
+    for arguments in ({}, {"holdout": 0.1}):
+        with pytest.raises(ValueError, match="several that may be it: test_a, test_b. Choose one"):
+            vqa.load("test", str(tmp_path), columns="image=none", **arguments)
+    with pytest.raises(ValueError, match="several that may be it"):
+        check(str(tmp_path), columns="image=none")
+
+
+def test_a_system_message_may_be_in_a_column(tmp_path):
+    rows = [{"system": "Be brief.", "conversations": in_llava("")[1:]}, {"system": "Be long.", "messages": MESSAGES}]
+    write_lines(tmp_path / "train.jsonl", rows)
+    assert [chat.messages(row) for row in read(chat, tmp_path, columns="image=none")] == [MESSAGES, MESSAGES]
+
+
+def test_numbers_and_class_labels_of_arrow_are_learned_as_written(tmp_path):
+    labels = ClassLabel(names=["cat", "dog"])
+    features = {"question": Value("string"), "answer": List(labels), "context": Value("string")}
+    rows = {"question": ["?"], "answer": [[1, 0]], "context": ["c"]}
+    Dataset.from_dict(rows, Features(features)).save_to_disk(tmp_path / "labels")
+    (row,) = read(vqa, tmp_path / "labels", columns="image=none")
+    assert (row["answer"], row["answers"]) == ("dog", ["dog", "cat"])
+    rows, features = {"question": ["?"] * 3, "answer": [0.1, 3.7, 2]}, {**features, "answer": Value("float32")}
+    features.pop("context")
+    Dataset.from_dict(rows, Features(features)).to_parquet(tmp_path / "x.parquet")
+    assert [row["answer"] for row in read(vqa, tmp_path / "x.parquet", columns="image=none")] == ["0.1", "3.7", "2"]
 
 
 UNREAD = [
@@ -424,6 +546,9 @@ def test_columns_may_first_appear_late_in_a_file(tmp_path):
     for streaming in (False, True):
         with pytest.raises(ValueError, match="jsonl:1002: there is no `image`, but `Photo` has a value"):
             list(vqa.load("train", str(tmp_path), streaming=streaming))
+    write_lines(tmp_path / "train.jsonl", [{**text, "image": "a.png"}] * 1001 + [{**text, "options": ["x", "y"]}])
+    with pytest.raises(ValueError, match="no row has a `choices`.*`--columns choices=options`"):
+        vqa.load("train", str(tmp_path))
     write_lines(tmp_path / "train.jsonl", [text] * 1001 + [{**text, "photo": "a.png"}])
     assert [row["image"] for row in read(vqa, tmp_path, columns="image=photo")] == [None] * 1001 + ["red"]
     with pytest.raises(ValueError, match="no row has an `image`.*`--columns image=photo`"):
