@@ -28,7 +28,8 @@ def read_image(entry) -> Image.Image:
             - `bytes`, binary file, or `{"bytes": ..., "path": ...}` as `datasets` gives it;
             - PIL image of any mode;
             - array or tensor of shape `(height, width)`, `(height, width, channels)` or `(channels, height, width)`
-              with 1, 3 or 4 channels and with values in 0..255, in 0..1 (floating point) or in 0..65535 (integers).
+              with 1, 3 or 4 channels and with values in 0..255, in 0..1 (floating point) or in 0..65535 (integers;
+              uint16 always).
               Floating point values whose maximum is between 1 and 2 are refused, since they may be in either range. If
               both layouts are possible, arrays are read with channels last and tensors with channels first.
 
@@ -43,7 +44,7 @@ def read_image(entry) -> Image.Image:
             source = source.get("path") if source.get("bytes") is None else source["bytes"]
         if isinstance(source, Image.Image):
             return _to_rgb(source)
-        if hasattr(source, "__array__"):
+        if hasattr(source, "__array__") and not isinstance(source, str):  # NumPy's texts are arrays
             return _to_rgb(_array_to_image(source))
         with Image.open(_find_file(source)) as image:
             return _to_rgb(image)
@@ -57,7 +58,7 @@ def read_image(entry) -> Image.Image:
 
 def _find_file(source):
     """The source as an argument of `Image.open`: a path or a binary file."""
-    if isinstance(source, (bytes, bytearray)):
+    if isinstance(source, (bytes, bytearray, memoryview)):
         return BytesIO(source)
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         request = Request(source, headers={"User-Agent": "dehvf"})  # some sites refuse the default one
@@ -97,7 +98,7 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
     low, high, is_float = values.min(), values.max(), values.dtype.kind in "bf"
     if is_float and low >= 0 and high <= 1:
         values = np.rint(values * 255.0)
-    elif values.dtype.kind in "iu" and low >= 0 and 255 < high <= 65535:
+    elif values.dtype.kind in "iu" and low >= 0 and (high > 255 or values.dtype == np.uint16) and high <= 65535:
         values = values // 257
     elif not (low >= 0 and high <= 255) or is_float and high < 2:  # NaN fails every comparison
         raise ValueError(f"its values are between {low} and {high}. Scale them to 0..1 (floating point) or 0..255")

@@ -90,7 +90,10 @@ def fit_image(image: Image.Image, image_fit: str, image_processor, rows: int = 1
     if image_fit == "crop":
         return ImageOps.fit(image, size, image_processor.resample)
     colour = tuple(round(255 * mean) for mean in image_processor.image_mean)
-    return ImageOps.pad(image, size, image_processor.resample, colour)
+    # `ImageOps.pad` would make the shorter side of a long image zero
+    scale = min(size[0] / image.width, size[1] / image.height)
+    inner = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return ImageOps.pad(image.resize(inner, image_processor.resample), size, image_processor.resample, colour)
 
 
 # A tokenizer with one word, used to find the special tokens that a post-processor adds

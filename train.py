@@ -35,7 +35,7 @@ from training.arguments import check_arguments, complete_arguments, parse_argume
 from training.checkpoints import RUN_FILE, check_same_rows, choose_start, write_json  # noqa: E402
 from training.data import Collator, load_splits  # noqa: E402
 from training.engines import start_engine  # noqa: E402
-from training.models import load_model, load_processor, method_of  # noqa: E402
+from training.models import end_at_turns, load_model, load_processor, method_of  # noqa: E402
 from training.results import check_metric, command_of, evaluate, make_records, open_repository, push  # noqa: E402
 from training.trainer import AnswerTrainer  # noqa: E402
 
@@ -65,6 +65,7 @@ def main(arguments: list[str]):
         if checkpoint is not None:
             check_same_rows(run["rows"], checkpoint)
     model = load_model(model_args, adapter_args, baseline_args)
+    end_at_turns(model, processor)
     trained, total = adapters.count_parameters(model)
     facts = {"run": run["run"], "method": method_of(model.config, model_args.method), "trained_parameters": trained}
     if main_process:

@@ -8,14 +8,14 @@ import pytest
 import torch
 from tiny import ROOT, tiny_image_processor, tiny_inputs, tiny_model, tiny_processor, tiny_text_config
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.trainer_utils import PredictionOutput
 
 from dehvf import DehvfProcessor
 from training.arguments import DehvfTrainingArguments
 from training.data import Collator
 from training.encoding import RowEncoder
-from training.models import check_tokenizer
+from training.models import check_tokenizer, end_at_turns
 from training.results import make_records
 from training.trainer import AnswerTrainer
 
@@ -168,6 +168,37 @@ def test_special_tokens_in_data_are_text(processor, text):
     assert decoded.count(text.replace(" ", "")) == 2 + before.count(text)
 
 
+def test_private_characters_in_data_are_text():
+    """Special tokens in data are replaced by such characters."""
+    processor = make_processor("gpt2")
+    text = "\U00100000 a </s> \U00100001\U0010ffff"
+    encoded = encode(processor, {"question": text, "answer": text})
+    assert processor.tokenizer.decode(encoded["input_ids"]).count(text) == 2
+
+
+def test_a_token_of_both_prompt_and_answer_is_refused():
+    """Its answer would begin with a token that is not learned, after a prompt that is not trained on."""
+    template = CHATML.replace("assistant\\n", "assistant: ").replace("+ '\\n' + m", "+ ': ' + m")
+    processor = make_processor("qwen", template=template, **IM_END)
+    with pytest.raises(ValueError, match="Row 0 .* joins the end of the generation prompt with the beginning of the"):
+        encode(processor, {"question": "?", "answer": "red"})
+
+
+def test_generation_ends_where_the_chat_template_ends_an_answer(tmp_path):
+    """Also if the base language model, whose tokenizer has a chat template, ends texts with another token."""
+    processor, model = make_processor("qwen", template=CHATML, additional_special_tokens=["<|im_end|>"]), tiny_model()
+    encoded = encode(processor, {"question": "?", "answer": "red"})
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert encoded["input_ids"][-1] == end != processor.tokenizer.eos_token_id
+    for eos, expected in ((1, [1, end]), ([1, 5], [1, 5, end]), (None, [end]), (end, end)):
+        model.generation_config.eos_token_id = eos
+        end_at_turns(model, processor)
+        end_at_turns(model, processor)
+        assert model.generation_config.eos_token_id == expected
+    model.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == end
+
+
 def test_a_context_with_special_tokens_is_cut_where_it_is_too_long(processor):
     values = {"context": lambda row: "A</s> " * 100, "prompt": lambda row, context: f"{context}Q"}
     encoded = encode(processor, {"answer": "A"}, **values)
@@ -190,20 +221,21 @@ def test_a_template_that_cannot_be_trained_with_is_refused(template, message):
         encode(processor, {"answer": "assistant"}, messages=lambda row: messages)
 
 
+@pytest.mark.parametrize("answer", ["so", "think", "in"])
 @pytest.mark.parametrize("preface", ["<think>\n\n</think>\n\n", "assistant: ", "<s>final", ""])
-def test_what_a_template_puts_before_an_answer_is_no_part_of_a_prediction(preface):
+def test_what_a_template_puts_before_an_answer_is_no_part_of_a_prediction(preface, answer):
     template = CHATML.replace(
         "+ message['content']",
         f"+ ({preface!r} if message['role'] == 'assistant' and loop.last else '') + message['content']",
     )
     processor = make_processor("qwen", template=template, **IM_END)
-    row = {"image": None, "question": "?", "answer": "so"}
+    row = {"image": None, "question": "?", "answer": answer}
     split = MagicMock(rows=[dict(row)], encoded=[{"options": []}], __len__=lambda _: 1)
     learned = encode(processor, row)
     said = [token for token, is_answer in zip(learned["input_ids"], learned["is_answer"]) if is_answer]
     output = PredictionOutput((np.array([said]), np.array([-1])), np.array([0]), {})
     (record,) = make_records(make_task(), processor, split, output)
-    assert record["prediction"].strip() == record["expected"] == "so" and not record["cut"]
+    assert record["prediction"].strip() == record["expected"] == answer and not record["cut"]
 
 
 def test_smollm2_answers_in_its_own_template():

@@ -303,6 +303,8 @@ IMAGES = {
     "array of floats up to 255": (ARRAY.astype(np.float32), 0),
     "array of 16 bits": (ARRAY.astype(np.uint16) * 257, 0),
     "array of int64": (ARRAY.astype(np.int64), 0),
+    "memoryview": (memoryview(PNG), 0),
+    "text of NumPy": (np.str_(base64.b64encode(PNG).decode()), 0),
     "array without channels": (GREY, 0),
     "array with one channel": (GREY[..., None], 0),
     "array with one channel first": (GREY[None], 0),
@@ -326,8 +328,8 @@ def test_every_kind_of_image_gives_the_same_picture(kind):
 
 
 def test_a_dark_image_of_16_bits_stays_dark():
-    entry = file_of(Image.fromarray(GREY.astype(np.uint16)))
-    assert np.array_equal(read_image(entry), np.zeros_like(ARRAY))
+    for entry in (file_of(Image.fromarray(GREY.astype(np.uint16))), ARRAY.astype(np.uint16)):
+        assert np.array_equal(read_image(entry), np.zeros_like(ARRAY))
 
 
 def test_an_image_that_needs_no_rescaling_is_read_as_any_other():
@@ -444,6 +446,14 @@ def test_an_image_that_is_not_square_is_fitted_as_asked_also_after_saving(image_
     values = processor(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0, 0] + 0.5
     torch.testing.assert_close(values[8], torch.tensor(columns, dtype=torch.float32), atol=0.15, rtol=0)
     torch.testing.assert_close(values.mean(dim=1), torch.tensor(rows, dtype=torch.float32), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("image_fit", [None, "crop", "squash", "pad"])
+@pytest.mark.parametrize("size", [(1400, 10), (10, 1400), (1, 1), (3, 5)])
+def test_images_of_every_shape_are_fitted(image_fit, size):
+    processor = DehvfProcessor(tiny_image_processor(), tiny_tokenizer(), image_fit=image_fit)
+    pixels = processor(images=Image.new("RGB", size, "white"), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
 
 
 def test_another_image_fit_is_refused():

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from baselines import METHODS as BASELINES
@@ -293,7 +293,12 @@ def set_method(model_args, adapter_args, flags: Collection[str]):
 
 
 def complete_arguments(task, data_args, training_args):
-    """Sets arguments that follow from others."""
+    """
+    Sets arguments that follow from others.
+
+    Raises:
+        ValueError: as in [`check_schedule`].
+    """
     if training_args.base_learning_rate is not None:
         batches = training_args.gradient_accumulation_steps * training_args.world_size
         batch_size = training_args.per_device_train_batch_size * batches
@@ -311,6 +316,7 @@ def complete_arguments(task, data_args, training_args):
     if follows_score:  # these two schedules would treat a higher score as worse
         mode = {"mode": "max" if training_args.greater_is_better else "min"}
         training_args.lr_scheduler_kwargs = mode | (training_args.lr_scheduler_kwargs or {})
+    check_schedule(training_args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,6 +491,19 @@ def check_optimizer(training_args):
             raise ValueError(f"`--optim {name}` does not read `{key}` of `--optim_args`. It reads {known}.")
 
 
+def check_schedule(training_args):
+    """Raises `ValueError` if the learning rate schedule needs other `lr_scheduler_kwargs`."""
+    name, kwargs = training_args.lr_scheduler_type, training_args.lr_scheduler_kwargs or {}
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=training_args.learning_rate)
+    try:
+        get_scheduler(name, optimizer, 1, 10, scheduler_specific_kwargs=dict(kwargs))
+    except Exception as error:  # of many kinds
+        raise ValueError(
+            f"`--lr_scheduler_type {getattr(name, 'value', name)}` cannot be used with `--lr_scheduler_kwargs "
+            f"{json.dumps(kwargs)}`: {error}. Give the values that it needs, or another schedule."
+        ) from error
+
+
 def check_needs(given: Collection[str], training_args):
     """Raises `ValueError` for flags that have no effect, or fail late, without another flag."""
     values, kinds = vars(training_args), ("logging", "eval", "save")
@@ -504,6 +523,7 @@ def check_needs(given: Collection[str], training_args):
             for kind in kinds
         },
         **dict.fromkeys(("eval_delay", "eval_on_start", "greater_is_better", "metric_for_best_model"), evaluates),
+        "load_best_model_at_end": evaluates,
         **dict.fromkeys(("dataloader_multiprocessing_context", "dataloader_persistent_workers"), has_workers),
         **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), pushes),
         **({"save_strategy": evaluates} if values["save_strategy"] == "best" else {}),

@@ -19,8 +19,9 @@ from training.flags import ROOT
 ENCODED = {"input_ids": List(Value("int32")), "is_answer": List(Value("bool")), "shortened": Value("bool")}
 OPTIONS = {"options": List(List(Value("int32")))}
 # One character replaces each special token that occurs in data, so that the tokenizer does not read it as a control
-# token: Supplementary Private Use Area-B
-STAND_INS = 0x100000
+# token. It is from Supplementary Private Use Area-B, whose own characters in data are replaced in the same way.
+STAND_INS = range(0x100000, 0x110000)
+ANY_STAND_IN = f"[{chr(STAND_INS[0])}-{chr(STAND_INS[-1])}]"
 
 
 def render(processor, prompt: str) -> str:
@@ -38,12 +39,20 @@ class ChatTokenizer:
         self.processor, self.tokenizer = processor, processor.tokenizer
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self.special_tokens = sorted({*added, *self.tokenizer.all_special_tokens}, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, self.special_tokens)) or r"(?!)")
+        self.special_ids = {*self.tokenizer.convert_tokens_to_ids(self.special_tokens)}
+        self.special = "|".join(map(re.escape, self.special_tokens)) or r"(?!)"
+        self.pattern = re.compile(f"{self.special}|{ANY_STAND_IN}")
+        self.replaced = []  # the texts that stand-ins have replaced so far
         self.num_appended = processing.num_appended_tokens(self.tokenizer)
 
     def protect(self, text: str) -> str:
         """Replaces each special token by a stand-in character."""
-        return self.pattern.sub(lambda found: chr(STAND_INS + self.special_tokens.index(found[0])), text)
+        return self.pattern.sub(self._stand_in, text)
+
+    def _stand_in(self, found: re.Match) -> str:
+        if found[0] not in self.replaced:
+            self.replaced.append(found[0])
+        return chr(STAND_INS[self.replaced.index(found[0])])
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         messages = [{**message, "content": self.protect(message["content"])} for message in messages]
@@ -68,17 +77,30 @@ class ChatTokenizer:
             before = self.render(messages[:index], add_generation_prompt=True)
             through = text if index == len(messages) - 1 else self.render(messages[: index + 1])
             answer = self.protect(message["content"]).strip()
-            place = through.find(answer, len(before))
+            # Where the answer begins, even if the template puts the same text before it
+            mark = chr(STAND_INS[-1])
+            marked = self.render([*messages[:index], {**message, "content": mark}])
+            place = marked.find(self.protect(mark), len(before))
             end = place + len(answer)
-            if found := re.match(rf"\s*(?:{self.pattern.pattern})", through[end:]):
+            is_kept = place >= 0 and through[:end] == marked[:place] + answer
+            if found := re.match(rf"\s*(?:{self.special})", through[end:]):
                 end += found.end()
-            if place < 0 or not (text.startswith(through[:end]) and through.startswith(before)):
+            if not (is_kept and text.startswith(through[:end]) and through.startswith(before)):
                 raise ValueError(
                     f"the chat template of the tokenizer does not render message {index} ({message}) after the "
                     "messages before it, as training needs. Give another template: `--chat_template plain`."
                 )
             spans.append((len(before), end))
         return text[:end], spans
+
+    def end_of_turn(self) -> int | None:
+        """The id of the token with which the chat template ends an answer, or `None` if it is not a special token."""
+        try:
+            text, _ = self.render_answers([{"role": "user", "content": "?"}, {"role": "assistant", "content": "0"}])
+        except ValueError:  # which is raised again for the first row, unless there is no training
+            return None
+        token = self.encode(text)[0][-1]
+        return token if token in self.special_ids else None
 
     def answer_preface(self) -> str:
         """
@@ -95,12 +117,11 @@ class ChatTokenizer:
         Token ids of a rendered chat, and the begin and end of each token in the text. There is one
         beginning-of-sequence token, even if the chat template contains it.
         """
-        stand_in = re.compile(f"([{chr(STAND_INS)}-{chr(STAND_INS + len(self.special_tokens))}])")
         has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
         tokens, places, begin = [], [], 0
-        for piece in stand_in.split(text):
-            if stand_in.fullmatch(piece):
-                word = self.special_tokens[ord(piece) - STAND_INS]
+        for piece in re.split(f"({ANY_STAND_IN})", text):
+            if re.fullmatch(ANY_STAND_IN, piece):
+                word = self.replaced[ord(piece) - STAND_INS[0]]
                 new = self.tokenizer(word, add_special_tokens=False, split_special_tokens=True).input_ids
                 tokens, places = [*tokens, *new], [*places, *[(begin, begin + 1)] * len(new)]
             elif piece or not begin:
@@ -174,7 +195,13 @@ class RowEncoder:
             text, spans = self._render(row, context, answer)
             tokens, places = self.chat.encode(text)
             is_answer = [any(begin <= start < end for begin, end in spans) for start, _ in places]
-            if self.training and tokens[-1] not in self.processor.tokenizer.all_special_ids:
+            if self.training and any(start < begin < stop for start, stop in places for begin, _ in spans):
+                raise ValueError(
+                    "the tokenizer joins the end of the generation prompt with the beginning of the answer into one "
+                    "token, which generation could not produce. Give a chat template whose generation prompt does not "
+                    "end with a space, such as `--chat_template plain`."
+                )
+            if self.training and tokens[-1] not in self.chat.special_ids:
                 # The template does not end a turn with a token
                 tokens, is_answer = [*tokens, self.processor.tokenizer.eos_token_id], [*is_answer, True]
             length = sum(start < spans[-1][0] for start, _ in places)

@@ -19,6 +19,10 @@ DEFAULT_RECIPE = ROOT / "recipes" / "digits.yaml"
 # Values of a recipe that describe its data, and apply only to its own task
 TASK_VALUES = ("data_path", "columns", "holdout", "captions", "max_new_tokens", "max_samples", "only_images")
 TASK_VALUES += ("train_sampling_strategy",)
+# Flags of other releases of transformers and what replaced them
+RENAMED = {"group_by_length": "train_sampling_strategy group_by_length", "no_cuda": "use_cpu"}
+RENAMED |= {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps", "logging_dir": "output_dir"}
+RENAMED |= {"overwrite_output_dir": "resume_from_checkpoint never"}
 # Flags that name a folder or a repository on the Hub
 PLACES = ("data_path", "adapter", "vision_model", "text_model")
 
@@ -66,6 +70,11 @@ def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None
         ValueError: if there is no such recipe, flag, key of a recipe, folder or chat template; the message suggests
             another.
     """
+    if unreadable := [word for word in arguments if re.search("[\ud800-\udfff]", word)]:
+        raise ValueError(
+            f"Python cannot read {unreadable[0]!a} with the encoding of this locale. Set `PYTHONUTF8=1` or a UTF-8 "
+            "locale, such as `LC_ALL=C.UTF-8`."
+        )
     has_recipe = arguments and not arguments[0].startswith("-")
     recipe = Path(arguments[0]) if has_recipe else DEFAULT_RECIPE
     values, flags = read_recipe(recipe), {}
@@ -77,7 +86,7 @@ def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None
     for place, names in ((recipe, values), ("The command", flags)):
         for name in names:
             if not {name, name.removeprefix("no_")} & known:
-                close = difflib.get_close_matches(name, known, n=1)
+                close = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, known, n=1)
                 hint = f"Did you mean `{close[0]}`?" if close else "`train.py --help` lists all arguments."
                 raise ValueError(f"{place}: unknown argument `{name}`. {hint}")
     values = keep_values(values, flags.get("task"))

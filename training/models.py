@@ -10,6 +10,7 @@ from baselines import METHODS as BASELINES
 from baselines import build
 from dehvf import DehvfConfig, DehvfForConditionalGeneration, DehvfProcessor, processing
 from training.arguments import BASES, DEHVF_METHODS
+from training.encoding import ChatTokenizer
 
 
 def load_processor(model_args, adapter_args):
@@ -130,6 +131,17 @@ def load_model(model_args, adapter_args, baseline_args):
         if getattr(model_args, f"{base}_model_revision") is not None:
             setattr(model.config, f"{base}_model_revision", getattr(model_args, f"{base}_model_revision"))
     return model
+
+
+def end_at_turns(model, processor):
+    """
+    Makes generation end at the token with which the chat template ends an answer, and which is therefore learned. That
+    of a base language model, whose tokenizer has a chat template, may be another one. It is saved with the adapters.
+    """
+    token, ends = ChatTokenizer(processor).end_of_turn(), model.generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if token is not None and token not in ends:
+        model.generation_config.eos_token_id = [*ends, token]
 
 
 def method_of(config, asked: str) -> str:
