@@ -33,7 +33,7 @@ from .bases_dehvf import (
     share_placement,
 )
 from .configuration_dehvf import DehvfConfig
-from .files_dehvf import digest, read_tensors, write_tensors
+from .files_dehvf import FILE_DTYPES, digest, read_tensors, write_tensors
 from .inputs_dehvf import check_visual_memory
 from .layouts_dehvf import check_layouts
 from .memory_dehvf import as_visual_memory
@@ -78,8 +78,8 @@ def check_adapter_tensors(tensors: dict[str, torch.Tensor], expected: dict[str, 
     if problems:
         shown = "\n  ".join(sorted(problems)[:10])
         raise ValueError(
-            f"The adapter in {location} does not fit the config beside it ({len(problems)} problems):\n  {shown}\n"
-            "Load it with the config that it was saved with."
+            f"The adapter in {location} does not fit its config ({len(problems)} problems):\n  {shown}\n"
+            "Use the config that it was made with."
         )
 
 
@@ -107,6 +107,7 @@ class AdapterMixin:
     """
 
     _source = {}  # arguments with which the adapter was loaded from `name_or_path`: `revision`, `token`, ...
+    _has_merged_bases = False  # whether the base models were loaded from the folder of the adapter
     _base_samples = None  # samples of the base models as they were loaded, see `sample_tensors`
 
     # --- loading ---
@@ -189,6 +190,7 @@ class AdapterMixin:
         own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
         model.base_model.load_state_dict(own, strict=False)
         model.name_or_path = str(location)
+        model._has_merged_bases = config.merged_base and vision_model is None and text_model is None
         if generation_config is not None:
             model.generation_config = generation_config
         elif has_file(location, GENERATION_CONFIG_NAME, **source):  # else the language model's own stays
@@ -269,9 +271,9 @@ class AdapterMixin:
             kwargs: further arguments of `transformers`, which are ignored.
 
         Raises:
-            ValueError: if the adapter's modules are wrapped by other modules; if a tensor of the adapter (or, with
-                `merge_base`, of a base model) is missing or empty, for example because ZeRO-3 partitions were not
-                gathered; or if `push_to_hub` is set, since it would not upload a card.
+            ValueError: if the adapter's modules are wrapped by other modules, or do not fit its config; if a tensor of
+                the adapter (or, with `merge_base`, of a base model) is missing or empty, for example because ZeRO-3
+                partitions were not gathered; or if `push_to_hub` is set, since it would not upload a card.
         """
         if push_to_hub:
             raise ValueError(
@@ -279,7 +281,8 @@ class AdapterMixin:
                 "and card to the Hub, in one commit."
             )
         own = self.adapter_state_dict()
-        if differing := own.keys() ^ self._empty_adapter(self.config, save_directory).state_dict().keys():
+        expected = self._empty_adapter(self.config, save_directory).state_dict()
+        if differing := own.keys() ^ expected.keys():
             raise ValueError(
                 f"The modules of the adapter do not match its config, so it could not be loaded again. "
                 f"{len(differing)} names differ, such as {min(differing)}. If `peft` or a parametrization wraps the "
@@ -295,13 +298,17 @@ class AdapterMixin:
                 "as `module.`. Under ZeRO-3 gather the parameters first, or set "
                 '"stage3_gather_16bit_weights_on_model_save" to true.'
             )
+        if is_main_process:
+            check_adapter_tensors(tensors, expected, "this model")
+            if unknown := {tensor.dtype for tensor in tensors.values()} - {*FILE_DTYPES}:
+                raise ValueError(f"The adapter has the dtype {unknown.pop()}. Convert it to one of {FILE_DTYPES}.")
         processor = self._load_processor(save_directory, merge_base) if is_main_process else None
         if merge_base:
             self._save_bases(save_directory, is_main_process, processor, max_shard_size)
         if not is_main_process:
             return
         if not merge_base:
-            self._warn_of_changed_bases()
+            self._warn_of_changed_bases(save_directory)
         os.makedirs(save_directory, exist_ok=True)
         config = copy.copy(self.config)
         config.merged_base = merge_base or self._are_bases_in(save_directory)
@@ -309,25 +316,33 @@ class AdapterMixin:
         model_class = next(cls for cls in type(self).__mro__ if not cls.__module__.startswith("torch."))
         config.architectures = [model_class.__name__]
         config.dtype = str(next(iter(own.values())).dtype).removeprefix("torch.")
+        # Before the config, so that an interrupted save into an existing folder does not leave one for other tensors
+        write_tensors(tensors, os.path.join(save_directory, SAFE_WEIGHTS_NAME))
         custom_object_save(model_class, save_directory)
         config.save_pretrained(save_directory)
         if self.can_generate():
             self.generation_config.save_pretrained(save_directory)
-        write_tensors(tensors, os.path.join(save_directory, SAFE_WEIGHTS_NAME))
         if processor is not None and not os.path.isfile(os.path.join(save_directory, PROCESSOR_NAME)):
             processor.save_pretrained(save_directory)
 
     def _sample_bases(self) -> dict[str, tuple]:
         named = ((plain_name(name), parameter) for name, parameter in self.named_parameters())
-        return sample_tensors((name, parameter) for name, parameter in named if not is_adapter_name(name))
+        bases = ((name, parameter) for name, parameter in named if not is_adapter_name(name))
+        return sample_tensors(bases, self.get_input_embeddings().weight)
 
-    def _warn_of_changed_bases(self):
+    def _warn_of_changed_bases(self, save_directory):
         before, now = self._base_samples, self._sample_bases()
         if before is not None and (changed := find_changes(before, now)):
             logger.warning(
                 f"{len(changed)} tensors of the base models have changed since they were loaded, such as "
                 f"{changed[0]}. Only the adapter is saved, so these changes are lost. Save with "
                 "`model.save_pretrained(folder, merge_base=True)` to keep them."
+            )
+        if self._has_merged_bases and not self._are_bases_in(save_directory):
+            logger.warning(
+                f"The base models were loaded from their copies in {self.name_or_path}. Only the adapter is saved, "
+                f"and the config names {self.config.text_model_id} and {self.config.vision_model_id}. If the copies "
+                "had been changed, save with `model.save_pretrained(folder, merge_base=True)` to keep them."
             )
 
     def _are_bases_in(self, folder) -> bool:

@@ -13,11 +13,13 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_dehvf import DehvfConfig, disable_dropout
 
+
+logger = logging.get_logger(__name__)
 
 BASE_NAMES = {"vision": "vision encoder", "text": "language model"}
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
@@ -95,6 +97,7 @@ def _load_base(auto_class, location, key: str, config: DehvfConfig, **kwargs) ->
     found = load_base_config(location, key, revision, **hub_arguments(kwargs))
     expected = getattr(config, f"{key}_config")
     check_base(found, expected, location)
+    warn_of_other_values(found, expected, location)
     found._attn_implementation = expected._attn_implementation
     dtype = found.dtype if kwargs["dtype"] == "auto" else kwargs["dtype"]
     with _explain_base_errors(location, key), _zero3_dtype(dtype):
@@ -120,6 +123,20 @@ def check_base(found, expected, location):
                 f"The base model in {location} has `{name}={sizes[0]}`, but the adapter was made for "
                 f"`{name}={sizes[1]}`. Give the base model that the adapter was trained on."
             )
+
+
+def warn_of_other_values(found, expected, location):
+    """Warns if the config of a base model was given other values, such as `rope_parameters`: they have no effect."""
+    # The first three depend on how the model was saved and loaded
+    ignored = {"architectures", "dtype", "transformers_version", "quantization_config", "use_cache"}
+    given, own = ({name: v for name, v in config.to_dict().items() if name[0] != "_"} for config in (expected, found))
+    differing = [name for name in given.keys() & own.keys() - ignored if given[name] != own[name]]
+    if differing:
+        values = ", ".join(f"`{name}={given[name]}` (there {own[name]})" for name in sorted(differing))
+        logger.warning(
+            f"The config has other values than the base model in {location}, which have no effect: {values}. To use "
+            "them, save the base model with these values in its config, and pass its folder."
+        )
 
 
 @contextmanager
@@ -225,19 +242,22 @@ def save_base(base: PreTrainedModel, folder, is_main_process: bool, **kwargs):
 # --- noticing changes ---
 
 
-def sample_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple]:
+def sample_tensors(tensors: Iterable[tuple[str, torch.Tensor]], embeddings: torch.Tensor) -> dict[str, tuple]:
     """
     Returns for each tensor, by name, its shape, whether it is trained, and a sample of its values, if this process has
-    the whole tensor. For a matrix the sample has one value of each row, so that a new embedding of a single token is
-    noticed. For tensors with more than 2**20 values, it has the first 16 values: reading others would load the whole
-    mapped file into memory.
+    the whole tensor. For the embeddings and small matrices the sample has one value of each row, so that a new
+    embedding of a single token is noticed. For other tensors with more than 2**20 values, it has the first 16 values:
+    reading others would load the whole mapped file into memory.
     """
     samples = {}
     for name, tensor in tensors:
         numbers = None
         if not tensor.is_meta and not isinstance(tensor, DTensor):
             row, values = tensor.shape[-1] if tensor.dim() > 1 else 1, tensor.detach().flatten()
-            picked = values[:: max(row, len(values) // 512) + 1] if len(values) <= 2**20 else values[:16]
+            if tensor is embeddings:
+                picked = values[:: row + 1]
+            else:
+                picked = values[:: max(row, len(values) // 512) + 1] if len(values) <= 2**20 else values[:16]
             numbers = picked.to("cpu", copy=True)
         samples[name] = tuple(tensor.shape), tensor.requires_grad, numbers
     return samples

@@ -273,6 +273,11 @@ class DehvfConfig(PreTrainedConfig):
         return self.max_images * (1 + math.prod(read_tiles(self.image_tiles)))
 
     @property
+    def image_token_id(self) -> int:
+        """An id that no token has, since there are no image tokens. TRL's `GRPOTrainer` reads it."""
+        return -1
+
+    @property
     def memory_positions(self) -> list[int]:
         """The positions, key (0) and value (1), that have their own features."""
         positions = {"keys_and_values": [0, 1], "keys": [0], "values": [1], "shared": [0], "none": []}

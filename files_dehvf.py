@@ -3,6 +3,7 @@
 
 import hashlib
 import os
+import threading
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,7 +28,7 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: str | os.PathLike, met
     """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     content = save(tensors, metadata={**(metadata or {}), "sha256": digest(tensors)})
-    unfinished = f"{file}.{os.getpid()}.tmp"
+    unfinished = f"{file}.{os.getpid()}.{threading.get_ident()}.tmp"
     with open(unfinished, "wb") as opened:  # creates the file with the default mode; safetensors uses 0600
         opened.write(content)
     os.replace(unfinished, file)

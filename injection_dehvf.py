@@ -32,6 +32,7 @@ class _Running(threading.local):
     def __init__(self):  # not class attributes: `torch.compile` guards instance attributes
         self.extensions = None  # of all layers of the running base model
         self.extension = None  # of the running layer
+        self.is_read = False  # whether the FFN of the running layer has read it
         self.layer_outputs = None  # of the layers that have run
 
 
@@ -57,6 +58,7 @@ def run_extended(base_model: nn.Module, extensions, *args, layer_outputs: list |
 
 def current_extension():
     """The extension of the layer that is running in this thread, e.g. a [`LayerMemory`], or `None`."""
+    _RUNNING.is_read = True
     return _RUNNING.extension
 
 
@@ -74,17 +76,31 @@ class ExtendedLayer(_Extended):
     def __call__(self, *args, **kwargs):
         if _RUNNING.extensions is not None:
             kwargs["extension"] = _RUNNING.extensions[self.extension_index]
+        elif not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # during backward
+            raise RuntimeError(
+                "A checkpoint wrapper around the layers of the base model recomputes them without the image. Use "
+                "`model.gradient_checkpointing_enable()` (`--gradient_checkpointing true`) instead of "
+                "`checkpoint_wrapper` or FSDP's `activation_checkpointing`."
+            )
         output = super().__call__(*args, **kwargs)
         if _RUNNING.layer_outputs is not None:
             _RUNNING.layer_outputs.append(output[0] if isinstance(output, tuple) else output)
         return output
 
     def forward(self, *args, extension=None, **kwargs):
-        outer, _RUNNING.extension = _RUNNING.extension, extension
+        outer = _RUNNING.extension, _RUNNING.is_read
+        _RUNNING.extension, _RUNNING.is_read = extension, extension is None
         try:
-            return super().forward(*args, **kwargs)
+            output = super().forward(*args, **kwargs)
+            if not _RUNNING.is_read:  # the image would be ignored
+                raise RuntimeError(
+                    f"Layer {self.extension_index} of the base model has an FFN that DEHVF has not extended: it was "
+                    "replaced after the model was built. Set the whole base model again, as in "
+                    "`model.model.language_model = model.model.language_model`, which extends the new FFN."
+                )
+            return output
         finally:
-            _RUNNING.extension = outer
+            _RUNNING.extension, _RUNNING.is_read = outer
 
 
 class ZeroLinear(nn.Linear):

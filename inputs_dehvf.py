@@ -10,6 +10,11 @@ from .configuration_dehvf import DehvfConfig
 IMAGE_ARGUMENTS = ("pixel_values", "image_mask", "visual_memory", "adapter_names", "instruction_mask")
 
 
+def check_tensor(name: str, value):
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"`{name}` is a {type(value).__name__}. Give a `torch.Tensor`.")
+
+
 def check_pixel_values(config: DehvfConfig, pixel_values: torch.Tensor):
     """Raises `ValueError` if images do not have the shape that the adapter was made for."""
     size = (config.vision_config.num_channels, config.resolution, config.resolution)
@@ -54,6 +59,7 @@ def check_instruction(config: DehvfConfig, instruction: torch.Tensor | None, num
 
 
 def check_image_mask(image_mask: torch.Tensor, expected: tuple[int, ...], of_what: str):
+    check_tensor("image_mask", image_mask)
     if tuple(image_mask.shape) != tuple(expected):
         raise ValueError(
             f"`image_mask` has the shape {tuple(image_mask.shape)}, but there are {' x '.join(map(str, expected))} "
@@ -88,15 +94,25 @@ def mean_embedding(inputs_embeds: torch.Tensor, mask: torch.Tensor | None) -> to
 
     Args:
         mask: `(batch_size, sequence_length)`, 1 or true for the tokens to average. By default all.
+
+    Raises:
+        ValueError: if the mask has another shape, as the `attention_mask` of a text that is continued from a cache.
     """
     inputs_embeds = inputs_embeds.float()
     if mask is None:
         return inputs_embeds.mean(dim=1)
+    if mask.shape != inputs_embeds.shape[:2]:
+        raise ValueError(
+            f"The mask of the user's text has the shape {tuple(mask.shape)}, but the texts have the shape "
+            f"{tuple(inputs_embeds.shape[:2])}. Pass `instruction_mask` of this shape or, to continue a text, the "
+            "`visual_memory` of its beginning."
+        )
     weights = mask.to(inputs_embeds.dtype)[..., None]
     return (weights * inputs_embeds).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]):
+    check_tensor(name, tensor)
     if tuple(tensor.shape[1:]) != expected:
         advice = {
             "pixel_values": "Make it with this model's own processor, or make the adapter with another `image_size`.",

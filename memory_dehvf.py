@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from .configuration_dehvf import DehvfConfig
-from .inputs_dehvf import check_image_mask, check_instruction, check_num_images
+from .inputs_dehvf import check_image_mask, check_instruction, check_num_images, check_tensor
 
 
 class MemorySlots(nn.Module):
@@ -58,7 +58,11 @@ class MemorySlots(nn.Module):
 
 def as_visual_memory(features: torch.Tensor | ModelOutput | None) -> torch.Tensor | None:
     """Returns the `pooler_output` of a result of `get_image_features`, or the tensor that was given."""
-    return features.pooler_output if isinstance(features, ModelOutput) else features
+    if isinstance(features, ModelOutput):
+        return features.pooler_output
+    if features is not None:
+        check_tensor("visual_memory", features)
+    return features
 
 
 def count_images(config: DehvfConfig, visual_memory: torch.Tensor | None) -> int:
@@ -84,11 +88,12 @@ def mask_images(
 ) -> torch.Tensor:
     """Sets the memory to zero where `image_mask`, `(num_texts,)` or `(num_texts, num_images)`, is false."""
     num_images = count_images(config, visual_memory)
+    check_tensor("image_mask", image_mask)
     if image_mask.ndim == 1:
         check_image_mask(image_mask, (num_texts,), "texts")
-        return visual_memory * image_mask.to(visual_memory.device).view(-1, 1, 1, 1, 1)
+        return visual_memory * image_mask.to(visual_memory.device, torch.bool).view(-1, 1, 1, 1, 1)
     check_image_mask(image_mask, (num_texts, num_images), "texts and images")
-    mask = image_mask.to(visual_memory.device).repeat_interleave(config.num_patches, dim=1)
+    mask = image_mask.to(visual_memory.device, torch.bool).repeat_interleave(config.num_patches, dim=1)
     return visual_memory * mask[:, None, None, :, None]
 
 

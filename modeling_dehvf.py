@@ -158,8 +158,9 @@ class Adapter:
         norm = nn.Identity() if layout.norm is None else vision_tower.get_submodule(layout.norm)
         if self.config.resolution != self.config.vision_config.image_size:
             kwargs |= layout.interpolation
-        # Layers above the last one that is read have no adapter
-        adapters = [*self.vision_adapters, *[None] * (self.hierarchy.num_vision_layers - len(self.vision_adapters))]
+        # Methods, since `accelerate` moves modules among the arguments. Layers that are not read have no adapter
+        adapters = [adapter.__call__ for adapter in self.vision_adapters]
+        adapters += [None] * (self.hierarchy.num_vision_layers - len(adapters))
         hidden_states = []
         outputs = run_extended(vision_tower, adapters, pixel_values, layer_outputs=hidden_states, **kwargs)
         class_features, patches = [], []
@@ -568,7 +569,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         all processes must run the same modules at each step: in training (DDP), and if the base models are sharded
         (ZeRO-3, FSDP2).
         """
-        is_divided = isinstance(next(self.vision_tower.parameters()), DTensor)
+        is_divided = isinstance(next(self.vision_tower.parameters(), None), DTensor)  # none in `nn.DataParallel`
         return self.training or is_deepspeed_zero3_enabled() or is_divided
 
     def _mix_layer_memories(self, adapter_names: list[str], parts, copies: int) -> tuple[MixedLayerMemory, ...]:
@@ -621,7 +622,9 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         self.generation_config = causal_lm.generation_config
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
-        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        # A loaded head may differ from the embeddings although the config says that they are tied
+        is_tied = embeddings.weight.is_meta or self.lm_head.weight is embeddings.weight
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"} if is_tied else {}
         self.freeze_bases()
         self.post_init()
 

@@ -2,6 +2,7 @@
 """Converts images and text, or chat messages, into the input tensors of DEHVF."""
 
 import os
+import reprlib
 from itertools import takewhile
 from tempfile import TemporaryDirectory
 
@@ -266,6 +267,8 @@ class DehvfProcessor(ProcessorMixin):
     def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs):
         if text is not None:
             text, bos = [text] if isinstance(text, str) else list(text), self.tokenizer.bos_token
+            if not text or not all(isinstance(sample, str) for sample in text):
+                raise ValueError(f"`text` is {reprlib.repr(text)}. Give a text, or a list of at least one text.")
             if bos and any(sample.startswith(bos) for sample in text):
                 text = [bos + sample.removeprefix(bos) for sample in text]
                 if "add_special_tokens" not in kwargs.get("text_kwargs", {}):

@@ -27,9 +27,9 @@ _CHANGES = threading.RLock()  # held while an adapter is added, removed or activ
 
 
 class _Disabled(threading.local):
-    """The models whose adapters are disabled in this thread."""
+    """Lists with a model whose adapters are disabled in this thread, or empty ones where this has ended."""
 
-    models = ()
+    entries = ()
 
 
 _DISABLED = _Disabled()
@@ -43,6 +43,7 @@ class AdapterSet:
     """
 
     adapters, active, active_adapter = {}, None, None
+    _is_disabled_replica = False
 
     def get_adapter(self, adapter_name: str):
         """Raises `ValueError` if none of this name is loaded."""
@@ -106,18 +107,24 @@ class AdapterSet:
     @contextmanager
     def disabled_in_this_thread(self):
         """See [`SwitchingMixin.disable_adapter`]."""
-        _DISABLED.models = (*_DISABLED.models, self)
+        entry = [self]
+        _DISABLED.entries = (*filter(None, _DISABLED.entries), entry)
         try:
             yield
         finally:
-            # Removes one entry: the contexts of two coroutines or generators may not end in reverse order
-            models = list(_DISABLED.models)
-            del models[next(index for index, model in enumerate(models) if model is self)]
-            _DISABLED.models = tuple(models)
+            # Emptied and not removed: the contexts of two coroutines may not end in reverse order, and that of a
+            # generator may end in another thread
+            entry.clear()
 
     @property
     def is_disabled(self) -> bool:
-        return any(model is self for model in _DISABLED.models)
+        return self._is_disabled_replica or any(model is self for entry in _DISABLED.entries for model in entry)
+
+    def _replicate_for_data_parallel(self):
+        """`nn.DataParallel` runs each replica in a thread of its own."""
+        replica = super()._replicate_for_data_parallel()
+        replica._is_disabled_replica = self.is_disabled
+        return replica
 
 
 class SwitchingMixin:
@@ -172,6 +179,11 @@ class SwitchingMixin:
     def _take_over_bases(self, config: DehvfConfig, adapter_name: str):
         """Sets the base models of a config to those of this model, and warns if it was made for others."""
         config._attn_implementation = self.config._attn_implementation
+        if config.merged_base:
+            logger.warning(
+                f"The adapter {adapter_name!r} was saved with its own copies of the base models, which are not "
+                "loaded. If they had been changed, its answers will be wrong."
+            )
         for key in ("vision", "text"):
             check_base(getattr(self.config, f"{key}_config"), getattr(config, f"{key}_config"), "this model")
             names = [f"{key}_model_id", f"{key}_model_revision"]
@@ -209,8 +221,9 @@ class SwitchingMixin:
     def disable_adapter(self):
         """
         Inside this context the model computes the same as its language model, bit for bit, and ignores images. This
-        applies to calls in the same thread, including other coroutines while this one waits. To disable the adapter
-        for single threads, coroutines or samples of a batch, use `adapter_names=["__base__"]`.
+        applies to calls in the same thread, including other coroutines while this one waits, and not to calls in
+        other threads, such as those of `asyncio.to_thread` and executors. To disable the adapter for single threads,
+        coroutines or samples of a batch, use `adapter_names=["__base__"]`.
         """
         with self.base_model.disabled_in_this_thread():
             yield

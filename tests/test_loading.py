@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_train import scienceqa, tiny_flags  # noqa: F401
@@ -23,7 +26,14 @@ from tiny import (
     tiny_inputs,
     tiny_model,
 )
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+)
 
 import dehvf
 
@@ -214,6 +224,34 @@ def test_tied_embeddings_stay_tied(tmp_path, tie):
     assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == tie
 
 
+def test_a_head_that_differs_from_tied_embeddings_is_kept(tmp_path):
+    """As `transformers` keeps both if a checkpoint has both, whatever its config says."""
+    vision, text = save_tiny_bases(tmp_path, tie_word_embeddings=True)
+    stock = AutoModelForCausalLM.from_pretrained(text)
+    stock.set_output_embeddings(torch.nn.Linear(32, 64, bias=False))
+    stock.save_pretrained(text)
+    model = DehvfForConditionalGeneration.from_vision_text_pretrained(vision, text, **DEHVF_SIZES)
+    inputs = tiny_inputs()
+    expected = AutoModelForCausalLM.from_pretrained(text)(inputs["input_ids"]).logits
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, expected)
+    model.save_pretrained(tmp_path / "merged", merge_base=True)
+    merged = DehvfForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    assert torch.equal(merged(**inputs).logits, model(**inputs).logits)
+
+
+def test_values_for_a_base_model_that_have_no_effect_are_named(saved, monkeypatch):
+    messages = []
+    monkeypatch.setattr(dehvf.bases.logger, "warning", messages.append)
+    config = dehvf.DehvfConfig.from_pretrained(saved / "adapter")
+    DehvfForConditionalGeneration.from_pretrained(saved / "adapter", config=config)
+    assert not messages
+    config.text_config.rms_norm_eps = 1.0
+    DehvfForConditionalGeneration.from_pretrained(saved / "adapter", config=config)
+    (message,) = messages
+    assert "which have no effect: `rms_norm_eps=1.0` (there 1e-06)" in message
+
+
 def test_bases_can_be_taken_from_elsewhere(saved, tmp_path):
     other_vision, other_text = save_tiny_bases(tmp_path, seed=1)
     model = AutoModel.from_pretrained(
@@ -246,6 +284,10 @@ def test_a_dispatched_base_reads_the_memory(saved, tmp_path):
         saved / "adapter", trust_remote_code=True, device_map=device_map, offload_folder=tmp_path
     )
     assert hasattr(model.model.language_model.layers[3].mlp.up_proj, "_hf_hook")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**tiny_inputs()).logits, expected)
+    model = AutoModel.from_pretrained(saved / "adapter", trust_remote_code=True)
+    dispatch_model(model, {"model": "disk", "lm_head": "cpu"}, main_device="cpu", offload_dir=tmp_path / "all")
     with torch.no_grad():
         torch.testing.assert_close(model(**tiny_inputs()).logits, expected)
 
@@ -349,7 +391,31 @@ def test_an_incomplete_model_is_not_saved(tmp_path):
     model.lm_head.weight.data = torch.empty(0)
     with pytest.raises(ValueError, match="in a single process, and merge there"):
         model.save_pretrained(folder, merge_base=True)
+    with pytest.raises(ValueError, match="has the dtype torch.float64. Convert it to one of"):
+        tiny_model().double().save_pretrained(folder)
+    model = tiny_model()
+    model.config.num_groups = 1
+    with pytest.raises(ValueError, match="this model does not fit its config .*\n  wrong shape: model.fuser.head"):
+        model.save_pretrained(folder)
     assert not (folder / "config.json").exists() and not (folder / "model.safetensors").exists()
+
+
+def test_a_save_that_fails_leaves_the_old_adapter(tmp_path, monkeypatch):
+    model = model_on_new_bases(tmp_path)
+    model.save_pretrained(tmp_path / "saved")
+    before = (tmp_path / "saved" / "config.json").read_bytes()
+    model.config.memory_scale = 9.0
+    monkeypatch.setattr(dehvf.adapters, "write_tensors", MagicMock(side_effect=OSError("No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "config.json").read_bytes() == before
+
+
+def test_threads_may_write_the_same_file(tmp_path):
+    file, tensors = tmp_path / "a.safetensors", {"a": torch.ones(1000)}
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: dehvf.files.write_tensors(tensors, file), range(200)))
+    assert torch.equal(dehvf.files.read_tensors(file)[0]["a"], tensors["a"]) and os.listdir(tmp_path) == [file.name]
 
 
 @pytest.mark.parametrize("values", [{}, {"tie_word_embeddings": True}, {"vision_type": "dinov2"}], ids=str)
@@ -557,3 +623,17 @@ def test_a_changed_base_model_is_named_when_only_the_adapter_is_saved(tmp_path, 
     assert all(f"such as {changed}" in message and "merge_base=True" in message for message in messages)
     merged = DehvfForConditionalGeneration.from_pretrained(tmp_path / "merged")
     assert torch.equal(merged.lm_head.weight, model.lm_head.weight.to(merged.lm_head.weight.dtype))
+    messages.clear()
+    merged.save_pretrained(tmp_path / "merged")
+    assert not messages
+    merged.save_pretrained(tmp_path / "third")
+    assert [f"loaded from their copies in {tmp_path / 'merged'}" in message for message in messages] == [True]
+
+
+def test_a_changed_row_of_large_embeddings_is_named(tmp_path, monkeypatch):
+    bases = save_tiny_bases(tmp_path, vocab_size=40000)
+    model, messages = DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **DEHVF_SIZES), []
+    monkeypatch.setattr(dehvf.adapters.logger, "warning", messages.append)
+    set_row(model)
+    model.save_pretrained(tmp_path / "saved")
+    assert "1 tensors of the base models have changed" in messages[0] and "embed_tokens.weight" in messages[0]

@@ -2,6 +2,7 @@
 
 import random
 from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from tiny import (
     tiny_vision_config,
     vision_parts,
 )
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -644,6 +646,65 @@ def test_two_forwards_before_one_backward_give_the_sum_of_gradients():
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
     apart = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert_same_gradients(together, apart)
+
+
+def test_a_checkpoint_wrapper_that_would_recompute_without_the_image_is_refused():
+    """As that of `fsdp_activation_checkpointing` in accelerate."""
+    model = tiny_model().train()
+    layers = model.model.language_model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = checkpoint_wrapper(layer, CheckpointImpl.NO_REENTRANT, preserve_rng_state=False)
+    loss = model(**tiny_inputs(), labels=tiny_inputs()["input_ids"]).loss
+    with pytest.raises(RuntimeError, match="recomputes them without the image. Use `model.gradient_checkpointing"):
+        loss.backward()
+
+
+def replace_ffn(layer, name):
+    stock = layer.get_submodule(name)
+    new = stock.parts[1].__new__(stock.parts[1])
+    new.__dict__.update({key: value for key, value in vars(stock).items() if key != "extension_index"})
+    setattr(layer, name, new)
+
+
+def patch_forward(layer, name):  # as some kernel libraries do
+    ffn = layer.get_submodule(name)
+    ffn.forward = MethodType(ffn.parts[1].forward, ffn)
+
+
+@pytest.mark.parametrize("change", [replace_ffn, patch_forward])
+@pytest.mark.parametrize("base", ["vision_tower", "language_model"])
+def test_an_ffn_that_does_not_read_the_image_is_refused(base, change):
+    model, inputs = tiny_model(), tiny_inputs()
+    expected = model(**inputs).logits
+    layers = vision_parts(model.model)[0] if base == "vision_tower" else model.model.language_model.layers
+    change(layers[1], "mlp")
+    with pytest.raises(RuntimeError, match="Layer 1 of the base model has an FFN that DEHVF has not extended"):
+        model(**inputs)
+    with model.disable_adapter():
+        model(input_ids=inputs["input_ids"])
+    if change is replace_ffn:
+        setattr(model.model, base, getattr(model.model, base))
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_arguments_of_other_types_and_shapes_are_refused():
+    model, inputs = tiny_model(fuser_query="instruction"), tiny_inputs()
+    memory = model.get_image_features(inputs["pixel_values"], instruction=torch.zeros(2, 32)).pooler_output
+    text = {"input_ids": inputs["input_ids"]}
+    for values, message in (
+        ({"visual_memory": (None, memory)}, "`visual_memory` is a tuple. Give a `torch.Tensor`"),
+        ({"pixel_values": inputs["pixel_values"].numpy()}, "`pixel_values` is a ndarray. Give a `torch.Tensor`"),
+        ({"visual_memory": memory, "image_mask": [True, False]}, "`image_mask` is a list. Give a `torch.Tensor`"),
+        (
+            {"pixel_values": inputs["pixel_values"], "attention_mask": torch.ones(2, 99)},
+            r"has the shape \(2, 99\), but the texts have the shape .* the `visual_memory` of its beginning",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**text, **values)
+    masks = torch.tensor([1, 2]), torch.tensor([True, True])
+    logits = [model(**text, visual_memory=memory, image_mask=mask).logits for mask in masks]
+    assert torch.equal(*logits)
 
 
 def test_reentrant_checkpointing_is_refused():

@@ -456,6 +456,12 @@ def test_images_of_every_shape_are_fitted(image_fit, size):
     assert pixels.shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
 
 
+@pytest.mark.parametrize("text", [[], [None], [("a", "b")]])
+def test_what_is_no_text_is_refused(text):
+    with pytest.raises(ValueError, match="`text` is .* Give a text, or a list of at least one text"):
+        tiny_processor()(text=text)
+
+
 def test_another_image_fit_is_refused():
     with pytest.raises(ValueError, match="`image_fit` is 'stretch'. Give `crop`, `squash` or `pad`"):
         DehvfProcessor(tiny_image_processor(), tiny_tokenizer(), image_fit="stretch")

@@ -150,3 +150,29 @@ def test_contexts_that_disable_an_adapter_may_overlap(model):
     assert model.model.is_disabled
     second.__exit__(None, None, None)
     assert not model.model.is_disabled
+
+
+def test_a_context_may_end_in_another_thread(model):
+    """As that of a generator whose parts are made by the threads of a web server."""
+    inputs = {name: tensor[:1] for name, tensor in tiny_inputs().items()}
+    expected = model(**inputs).logits
+
+    def answers():
+        with model.disable_adapter():
+            yield model(**inputs).logits
+            yield None
+
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        generator = answers()
+        assert not torch.equal(first.submit(next, generator).result(), expected)
+        second.submit(next, generator).result()
+        second.submit(generator.close).result()
+        for pool in (first, second):
+            assert torch.equal(pool.submit(model, **inputs).result().logits, expected)
+
+
+def test_replicas_of_data_parallel_are_disabled_too(model):
+    with model.disable_adapter():
+        replica = model.model._replicate_for_data_parallel()
+    assert replica.is_disabled and not model.model.is_disabled
+    assert not model.model._replicate_for_data_parallel().is_disabled
