@@ -43,12 +43,13 @@ from demo.pictures import (  # noqa: E402
     fusion_weights,
     slot_activations,
 )
-from demo.serve import remember_images  # noqa: E402
+from demo.serve import MAX_CHARACTERS_PER_TOKEN, remember_images  # noqa: E402
 from tasks import NAMES, get_task  # noqa: E402
 from training.data import read_image  # noqa: E402
 
 
 MAX_NEW_TOKENS = 64
+DEFAULT_POSITIONS = 4096
 NUM_EXAMPLES = 6
 NUM_ROWS_READ = 100  # rows of a task in which examples are searched for
 ADAPTERS = Path(__file__).resolve().parents[1] / "examples"
@@ -109,7 +110,9 @@ def read_upload(upload) -> Image.Image | None:
     try:
         if upload.url and upload.url.startswith("data:"):
             return read_image(upload.url)
-        return read_image(Path(upload.path or ""))  # a path is never taken for a URL
+        if not upload.path:
+            raise gr.Error("No image was uploaded. Upload a file.")
+        return read_image(Path(upload.path))  # a path is never taken for a URL
     except ValueError as error:
         fault = error.__cause__
         reason = "it is not an image file" if isinstance(fault, UnidentifiedImageError) else str(fault)
@@ -135,11 +138,21 @@ def ask(model, processor, image, message: str | None):
     ids of question and answer.
 
     Raises:
-        gradio.Error: if there is no image or no question.
+        gradio.Error: if there is no image or no question, or it is too long.
     """
     if image is None or not (message or "").strip():
         raise gr.Error("Upload an image or choose an example, and enter a question.")
-    inputs = make_inputs(model, processor, image, message)
+    # Some models have no maximum
+    limit = getattr(model.config.text_config, "max_position_embeddings", None) or DEFAULT_POSITIONS
+    limit -= MAX_NEW_TOKENS
+    if len(message) > MAX_CHARACTERS_PER_TOKEN * limit:  # before they are tokenized, which could take minutes
+        raise gr.Error(f"The question has {len(message)} characters, but the model reads {limit} tokens. Shorten it.")
+    try:
+        inputs = make_inputs(model, processor, image, message)
+    except TypeError as error:  # of the tokenizer
+        raise gr.Error("The question contains half of a character (a surrogate). Remove it.") from error
+    if (num_tokens := inputs["input_ids"].shape[1]) > limit:
+        raise gr.Error(f"The question has {num_tokens} tokens, but the model reads {limit}. Shorten it.")
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def generate():

@@ -8,6 +8,8 @@ import io
 import ipaddress
 import socket
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -20,6 +22,8 @@ from demo.openai_api import RequestError, shorten
 
 # The formats that OpenAI reads. Pillow supports others too, some of which start programs (EPS) or are rarely tested.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+START_OF_SCAN = b"\xff\xda"  # of a JPEG. Each scan of a progressive one is decoded over the whole image
+USUAL_SCANS = 20  # at most; cameras write about 10
 MAX_REDIRECTS = 3
 # IPv6 addresses that represent an IPv4 address behind a translator
 TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
@@ -92,6 +96,21 @@ class ImageReader:
             if not folder.is_dir():
                 raise ValueError(f"The image folder {given} does not exist. Give an existing folder.")
         self.max_bytes, self.max_pixels, self.max_seconds = max_bytes, max_pixels, max_seconds
+        # Threads of their own, so that slow images and name servers do not delay requests without them
+        self._threads, self._look_ups = ThreadPoolExecutor(4), ThreadPoolExecutor(8)
+
+    async def load(self, url: str) -> Image.Image:
+        """
+        Reads and decodes the image at a URL without blocking other requests.
+
+        Raises:
+            RequestError: as in [`read`] and [`decode`].
+        """
+        data = await self.read(url)
+        return await self._run(self.decode, data)
+
+    async def _run(self, function, *args):
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
     async def read(self, url: str) -> bytes:
         """
@@ -103,9 +122,9 @@ class ImageReader:
         """
         scheme = url.partition(":")[0].lower()
         if scheme == "data":
-            return await asyncio.to_thread(self._read_data_url, url)
+            return await self._run(self._read_data_url, url)
         if scheme == "file":
-            return await asyncio.to_thread(self._read_file, url)
+            return await self._run(self._read_file, url)
         if scheme in ("http", "https"):
             return await self._fetch(url)
         raise refuse(
@@ -118,7 +137,7 @@ class ImageReader:
         The RGB image in a file.
 
         Raises:
-            RequestError: if it has another format or too many pixels, or is damaged.
+            RequestError: if it has another format or too many pixels or scans, or is damaged.
         """
         try:
             with warnings.catch_warnings():
@@ -135,6 +154,13 @@ class ImageReader:
             raise refuse(
                 f"The image has {width} x {height} = {width * height} pixels. This server reads up to "
                 f"{self.max_pixels}. Send a smaller one.",
+                code="image_too_large",
+            )
+        num_scans = data.count(START_OF_SCAN) if image.format == "JPEG" else 1
+        if num_scans * width * height > USUAL_SCANS * self.max_pixels:
+            raise refuse(
+                f"The image is a JPEG with {num_scans} scans of {width} x {height} pixels, which would take long to "
+                "decode. Save it again as a baseline JPEG and send the new file.",
                 code="image_too_large",
             )
         try:
@@ -240,13 +266,13 @@ class ImageReader:
                 code="image_not_allowed",
             )
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
+            look_up = partial(socket.getaddrinfo, url.host, port, type=socket.SOCK_STREAM)
+            found = await asyncio.get_running_loop().run_in_executor(self._look_ups, look_up)
         except (socket.gaierror, UnicodeError) as error:
             raise refuse(f"The image host {shorten(url.host)} is not found. Check the address.") from error
         addresses = list(dict.fromkeys(entry[4][0] for entry in found))
-        listed = [host for host, _ in self.hosts]
         for address in addresses:
-            if not is_public(address) and address not in listed:
+            if not is_public(address) and not {(address, url.port), (address, port)} & set(self.hosts):
                 raise refuse(
                     f"The image host {shorten(url.host)} has an address that is not public. This server fetches no "
                     "images from it unless the address itself is listed (`--allow-image-host`). Send the image as "

@@ -26,6 +26,7 @@ from pydantic import (
 
 MAX_MESSAGE_LENGTH = 1000
 MAX_CHOICES = 16
+MAX_FIELDS = 100  # of an object in a request
 MAX_PARTS = 10_000  # messages and parts of a request: checking millions of them would stall other clients for seconds
 
 
@@ -76,6 +77,7 @@ def check_characters(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(check_characters)]
+MetadataName, MetadataValue = Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]
 
 
 class Part(BaseModel):
@@ -92,6 +94,8 @@ class Part(BaseModel):
     def leave_out(cls, given):
         if not isinstance(given, dict):
             return given
+        if len(given) > MAX_FIELDS:  # an error for each of millions of fields would take long
+            raise ValueError(f"it has {len(given)} fields, most of which this server does not know. Remove them")
         return {
             name: value
             for name, value in given.items()
@@ -185,7 +189,7 @@ class Request(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     # Administrative fields of OpenAI, which do not change an answer
     user: str | None = None
-    metadata: dict | None = Field(None, max_length=16)
+    metadata: dict[MetadataName, MetadataValue] | None = Field(None, max_length=16)
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -370,7 +374,8 @@ def find_images(messages: list[Message], max_images: int) -> list[str]:
     urls = [url for message in messages for url in message.image_urls()]
     if len(urls) <= max_images:
         return urls
-    urls = list(dict.fromkeys(urls))
+    # The same data may be written with other line breaks
+    urls = list(dict.fromkeys("".join(url.split()) if url.startswith("data:") else url for url in urls))
     if len(urls) > max_images:
         places = [index for index, message in enumerate(messages) if message.image_urls()]
         limit = "one image" if max_images == 1 else f"{max_images} images"

@@ -32,6 +32,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
+from PIL import Image
 from starlette.exceptions import HTTPException
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
@@ -82,6 +83,10 @@ MIN_TEMPERATURE = 1e-3  # below this the best token has all the probability, and
 MAX_PADDING = 2  # maximum ratio of all tokens of a batch to those that are not padding
 # Settings of a generation config that read the whole prompt, and the values that turn them off
 READERS_OF_PROMPTS = {"repetition_penalty": (None, 1), "no_repeat_ngram_size": (None, 0), "min_length": (None, 0)}
+# Settings that need arguments which this server does not pass, or that cannot be streamed
+UNSUPPORTED_SETTINGS = ("token_healing", "penalty_alpha", "dola_layers", "constraints", "force_words_ids")
+READ_SECONDS = 60  # time limit for a client to read a piece of its answer, for the same reason
+SHUTDOWN_SECONDS = 120  # time limit for answers in progress after SIGTERM
 UPLOAD_SECONDS = 60  # time limit for the body of a request, so that slow clients do not block the others
 
 
@@ -199,7 +204,7 @@ class Answer:
             self._tokens.append((len(self.text.rstrip(replacement)), job.describe(token, logprobs)))
         self.ids.append(token)
         self.text = job.tokenizer.decode(self.ids, skip_special_tokens=True)
-        found = [place for stop in job.request.stop if (place := self.text.find(stop)) >= 0]
+        found = [place for stop in job.stop if (place := self.text.find(stop)) >= 0]
         if found:
             self.text = self.text[: min(found)]
         if found or token in job.end_tokens:
@@ -223,7 +228,7 @@ class Answer:
         return max(
             (
                 length
-                for stop in self.job.request.stop
+                for stop in self.job.stop
                 for length in range(min(len(stop), longest))
                 if self.text.endswith(stop[:length])
             ),
@@ -249,12 +254,15 @@ class Job:
         seed: random seed, if the answer is sampled.
         tokenizer: decodes the tokens.
         end_tokens: ids of the tokens that end an answer.
+        stop: texts before which an answer ends.
     """
 
-    def __init__(self, request: Request, inputs, max_new_tokens: int, options: dict, seed, tokenizer, end_tokens):
+    def __init__(
+        self, request: Request, inputs, max_new_tokens: int, options: dict, seed, tokenizer, end_tokens, stop=()
+    ):
         self.request, self.inputs, self.max_new_tokens = request, inputs, max_new_tokens
         self.options, self.seed = options, seed
-        self.tokenizer, self.end_tokens = tokenizer, end_tokens
+        self.tokenizer, self.end_tokens, self.stop = tokenizer, end_tokens, stop
         self.answers = [Answer(self, index) for index in range(request.num_choices)]
         self.is_cancelled = False
         self._pieces, self._loop = asyncio.Queue(), asyncio.get_running_loop()
@@ -371,6 +379,15 @@ class Engine:
 
     def __init__(self, model, processor, reader: ImageReader, max_context_tokens: int, max_batch_size: int):
         self.model, self.processor, self.reader, self.max_batch_size = model, processor, reader, max_batch_size
+        config = model.generation_config
+        if unsupported := [name for name in UNSUPPORTED_SETTINGS if getattr(config, name, None)]:
+            raise ValueError(
+                f"The model's generation_config.json sets `{unsupported[0]}`, which this server does not support. "
+                "Remove it."
+            )
+        # Each answer looks for them itself, as for those of its request
+        stop_strings, config.stop_strings = getattr(config, "stop_strings", None) or [], None
+        self.stop = [stop_strings] if isinstance(stop_strings, str) else stop_strings
         num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_context_tokens = min(max_context_tokens, num_positions or max_context_tokens)
         self._tokenizing = threading.Lock()  # a tokenizer changes its padding in each call
@@ -384,9 +401,9 @@ class Engine:
             RequestError: if an image cannot be read, or the chat does not fit the model's template or context.
         """
         urls = find_images(request.messages, self.processor.max_images)
-        files = [await self.reader.read(url) for url in urls]
+        images = [await self.reader.load(url) for url in urls]
         chat = [message.text_message() for message in request.messages]
-        inputs = await asyncio.to_thread(self._process, chat, files)
+        inputs = await asyncio.to_thread(self._process, chat, images)
         num_prompt_tokens = inputs["input_ids"].shape[1]
         left = self.max_context_tokens - num_prompt_tokens
         max_new_tokens = request.max_new_tokens
@@ -396,12 +413,12 @@ class Engine:
         default = self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
         return inputs, max_new_tokens or min(left, default)
 
-    def _process(self, chat: list[dict], files: list[bytes]):
+    def _process(self, chat: list[dict], images: list[Image.Image]):
         num_characters = sum(len(part["text"]) for message in chat for part in message["content"])
         if num_characters > MAX_CHARACTERS_PER_TOKEN * self.max_context_tokens:
             raise too_long(f"The messages have {num_characters} characters", self.max_context_tokens)
         # There are no image tokens, so only the order of the images matters
-        chat[0]["content"] += [{"type": "image", "image": self.reader.decode(data)} for data in files]
+        chat[0]["content"] += [{"type": "image", "image": image} for image in images]
         try:
             with self._tokenizing:
                 return self.processor.apply_chat_template(
@@ -419,7 +436,8 @@ class Engine:
         options, config = self._sampling(request), self.model.generation_config
         seed = request.seed if options.get("do_sample", config.do_sample) else None
         end_tokens = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        job = Job(request, inputs, max_new_tokens, options, seed, self.processor.tokenizer, end_tokens)
+        stop = [*request.stop, *self.stop]
+        job = Job(request, inputs, max_new_tokens, options, seed, self.processor.tokenizer, end_tokens, stop)
         with self._queueing:
             self._waiting.append(job)
         self._thread.submit(self._answer_next)
@@ -483,6 +501,9 @@ class Engine:
         if job.options != first.options or job.seed is not None or first.seed is not None:
             return False
         lengths = [job.num_prompt_tokens for job in together for _ in job.answers]
+        if self.model.generation_config.forced_eos_token_id is not None:  # in the last place of the longest answer
+            if job.max_new_tokens != first.max_new_tokens:
+                return False
         # Some settings of a generation config count the padding before a prompt as a part of it
         config = self.model.generation_config
         if any(getattr(config, name, None) not in neutral for name, neutral in READERS_OF_PROMPTS.items()):
@@ -606,6 +627,8 @@ class Guard:
                 await self.app(scope, receive, send_and_note)
         except RequestError as error:
             await error.response()(scope, receive, send)
+        except ConnectionError as error:  # returning closes the connection
+            logger.warning("%s", error)
         except Exception as error:
             if has_started:
                 raise
@@ -617,7 +640,7 @@ class Guard:
         if not self._is_own_name(host):
             raise RequestError(
                 f"The server was called by the name {shorten(host)}, which is not one of its names. Call it by its "
-                "IP address or by `localhost`, or start it with `--allow-host` and this name.",
+                "IP address or by `localhost`, or start it with `--allow-host` and this name without its port.",
                 status=403,
                 code="host_not_allowed",
             )
@@ -671,7 +694,11 @@ class Guard:
 
         async def send_and_note(message):
             nonlocal is_answered
-            await send(message)
+            try:
+                async with asyncio.timeout(READ_SECONDS):
+                    await send(message)
+            except TimeoutError as error:
+                raise ConnectionError(f"A client did not read its answer for {READ_SECONDS} seconds") from error
             is_answered = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         leaving = asyncio.create_task(receive())  # everything after the body
@@ -742,9 +769,17 @@ def build(
         max_context_tokens: maximum number of tokens of messages and answer.
         max_requests: number of requests that are answered or wait at the same time.
         max_batch_size: maximum number of answers in one call of `generate`.
+
+    Raises:
+        ValueError: if the model is no DEHVF adapter, or its generation config has a setting that is not supported.
     """
     name = manager.force_model
     model, processor = manager.load_model_and_processor(manager.process_model_name(name))
+    if model.config.model_type != "dehvf":
+        raise ValueError(
+            f"{name} is a model of the type {model.config.model_type!r}, not a DEHVF adapter. Give a folder that "
+            "`train.py` has saved, or its Hub id."
+        )
     engine = Engine(model, processor, reader, max_context_tokens, max_batch_size)
     app = build_server(
         manager,
@@ -772,6 +807,30 @@ def build(
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     return app
+
+
+def check_origin(origin: str) -> str:
+    """An origin as browsers write it. Raises `ValueError` if it has another form."""
+    default_ports = {"http": ":80", "https": ":443"}
+    try:
+        url = urlsplit(origin.lower())
+        is_origin = url.port != 0 and url.hostname and url.scheme in default_ports  # reading a wrong port raises
+    except ValueError:
+        is_origin = False
+    if not is_origin or origin.lower() != f"{url.scheme}://{url.netloc}" or {"@", "*"} & {*origin}:
+        raise ValueError(f"The origin {origin!r} is not a scheme and host like https://chat.example.org.")
+    return origin.lower().removesuffix(default_ports[url.scheme])
+
+
+def check_host(name: str) -> str:
+    """The name in lower case. Raises `ValueError` if it is not a host name alone."""
+    try:
+        is_name = urlsplit(f"//{name}").hostname == name.lower()  # which has no port
+    except ValueError:
+        is_name = False
+    if not is_name or "*" in name:
+        raise ValueError(f"The host {name!r} is not a name alone, such as chat.example.org, without scheme and port.")
+    return name.lower()
 
 
 def main(
@@ -804,11 +863,9 @@ def main(
     max_batch_size: Annotated[int, typer.Option(min=1, help="Maximum answers in one batch.")] = 16,
 ):
     """Serves one DEHVF adapter with an OpenAI-compatible API. docs/serving.md explains access and limits."""
-    for origin in allow_origin:
-        parts = urlsplit(origin)
-        if parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}":
-            raise typer.BadParameter(f"The origin {origin!r} is not a scheme and host like https://chat.example.org.")
+    adapter = adapter.rstrip("/") or adapter
     try:
+        origins, hosts = [check_origin(origin) for origin in allow_origin], [check_host(name) for name in allow_host]
         check_place("adapter", adapter)
         reader = ImageReader(
             allow_image_host, allow_image_folder, max_image_bytes, max_image_pixels, max_image_seconds
@@ -824,9 +881,12 @@ def main(
         quantization=quantization,
         force_model=adapter,
     )
-    hosts = ["localhost", host, *allow_host]
-    app = build(manager, reader, hosts, allow_origin, max_context_tokens, max_requests, max_batch_size)
-    uvicorn.run(app, host=host, port=port)
+    hosts = ["localhost", host, *hosts]
+    try:
+        app = build(manager, reader, hosts, origins, max_context_tokens, max_requests, max_batch_size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
 
 
 if __name__ == "__main__":

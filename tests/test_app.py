@@ -71,6 +71,13 @@ def test_an_image_and_a_question_are_required(loaded, given):
         next(app.ask(*loaded, *given))
 
 
+@pytest.mark.parametrize("text, words", [("a b " * 300, r"has \d+ tokens"), ("a" * 10**6, "has 1000000 characters")])
+def test_a_question_that_is_too_long_is_refused(loaded, text, words, monkeypatch):
+    monkeypatch.setattr(loaded[0].config.text_config, "max_position_embeddings", 256)
+    with pytest.raises(gr.Error, match=f"The question {words}, but the model reads 192( tokens)?. Shorten it"):
+        next(app.ask(*loaded, Image.new("RGB", (8, 8)), text))
+
+
 def test_an_error_of_the_model_ends_the_answer(loaded, image, monkeypatch):
     def fail(**kwargs):
         raise RuntimeError("out of memory")

@@ -53,7 +53,7 @@ from openai.types.responses import Response  # noqa: E402
 from transformers.cli.serving.server import build_server  # noqa: E402
 
 from demo import serve  # noqa: E402
-from demo.client_images import ImageReader, is_public  # noqa: E402
+from demo.client_images import START_OF_SCAN, ImageReader, is_public  # noqa: E402
 from demo.openai_api import ChatRequest, RequestError, ResponsesRequest, parse  # noqa: E402
 
 
@@ -249,9 +249,9 @@ def command(monkeypatch, *flags):
 
 def test_the_command_serves_with_its_flags(adapter, registered, monkeypatch, tmp_path):
     flags = ["--trust-remote-code", "--device", "cpu", "--port", "8123", "--host", "127.0.0.1"]
-    flags += ["--allow-host", "dehvf.example.org", "--allow-origin", "https://chat.example.org"]
+    flags += ["--allow-host", "DEHVF.example.org", "--allow-origin", "https://Chat.example.org:443"]
     flags += ["--allow-image-host", "images.example.org", "--allow-image-folder", tmp_path, "--max-requests", "3"]
-    code, (config,) = command(monkeypatch, adapter, *flags)
+    code, (config,) = command(monkeypatch, adapter + "/", *flags)
     assert (code, config.port, config.host) == (0, 8123, "127.0.0.1")
     cors, guard = (middleware.kwargs for middleware in config.app.user_middleware[:2])
     assert cors["allow_origins"] == guard["origins"] == ["https://chat.example.org"]
@@ -266,6 +266,10 @@ def test_the_command_serves_with_its_flags(adapter, registered, monkeypatch, tmp
         (["nothing", "--allow-image-host", "*"], "neither a name nor a name and a port"),
         (["nothing", "--allow-image-folder", "nothing"], "does not exist"),
         (["nothing", "--allow-origin", "*"], "not a scheme and host"),
+        (["nothing", "--allow-origin", "https://a.org/page"], "not a scheme and host"),
+        (["nothing", "--allow-host", "a.org:8000"], "not a name alone"),
+        (["nothing", "--allow-host", "https://a.org"], "not a name alone"),
+        ([ROOT / "assets" / "language_model", "--device", "cpu"], "model of the type 'llama', not a DEHVF adapter"),
         (["/nothing"], "`adapter /nothing`: there is no such folder"),
     ],
 )
@@ -479,6 +483,34 @@ def test_the_address_that_was_checked_is_the_one_that_is_called(image_host, monk
     assert asyncio.run(ImageReader([name]).read(f"http://{name}/image")) == image_host.data
 
 
+def test_a_private_address_is_reached_on_its_listed_port_only(image_host, monkeypatch):
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda _, *args, **kwargs: look_up("127.0.0.1", *args, **kwargs))
+    name = image_host.name.replace("127.0.0.1", "named.test")
+    assert asyncio.run(ImageReader([name, image_host.name]).read(f"http://{name}/image")) == image_host.data
+    with pytest.raises(RequestError, match="has an address that is not public"):
+        read(ImageReader([name, "127.0.0.1:1"]), f"http://{name}/image")
+
+
+def test_name_servers_that_hang_delay_requests_for_their_hosts_only(monkeypatch):
+    released = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: released.wait(60))
+    reader = ImageReader(["slow.test"], max_seconds=0.2)
+
+    async def check():
+        waiting = [reader.read("http://slow.test/image") for _ in range(20)]
+        for fault in await asyncio.gather(*waiting, return_exceptions=True):
+            assert "was not fetched within 0.2 seconds" in str(fault)
+        async with asyncio.timeout(30):
+            assert (await reader.load(data_url(png(image(1))))).tobytes() == image(1).tobytes()
+            await asyncio.to_thread(bool)  # where texts are read
+
+    try:
+        asyncio.run(check())
+    finally:
+        released.set()
+
+
 def test_a_fault_without_words_is_named(reader, image_host, monkeypatch):
     async def hang_up(self, *args, **kwargs):  # as the client says it where a host hangs up before TLS is agreed on
         raise httpx.ConnectError("")
@@ -504,6 +536,16 @@ def noisy(*size: int) -> bytes:
 def test_what_is_no_image_of_allowed_size_is_refused(data, words, reader):
     with pytest.raises(RequestError, match=re.escape(words)):
         reader.decode(data)
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(reader, monkeypatch):
+    file = io.BytesIO()
+    image(1).resize((100, 90)).save(file, "JPEG", progressive=True)
+    assert reader.decode(file.getvalue()).size == (100, 90)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    start = file.getvalue().rindex(START_OF_SCAN)
+    with pytest.raises(RequestError, match="is a JPEG with .* scans of 100 x 90 pixels.* as a baseline JPEG"):
+        reader.decode(file.getvalue()[:-2] + file.getvalue()[start:-2] * 50 + file.getvalue()[-2:])
 
 
 def test_pixels_are_counted_before_they_are_decoded(reader, monkeypatch):
@@ -742,6 +784,28 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(monkeypatch):
 
     monkeypatch.setattr(serve, "UPLOAD_SECONDS", 0.1)
     assert asyncio.run(check()) == (408, 0)
+
+
+def test_a_client_that_does_not_read_its_answer_is_not_waited_for(monkeypatch):
+    async def check():
+        async def send(message):
+            await asyncio.sleep(600)
+
+        async def receive():
+            return {"type": "http.request", "body": b""} if not asked.is_set() and not asked.set() else await never()
+
+        async def never():
+            await asyncio.sleep(600)
+
+        asked = asyncio.Event()
+        guard = serve.Guard(serve.JSONResponse({}), ["localhost"], [], max_requests=1, max_body_bytes=100)
+        scope = {"type": "http", "method": "POST", "path": "/v1/responses", "headers": [(b"host", b"localhost")]}
+        async with asyncio.timeout(60):
+            await guard(scope, receive, send)
+        return guard.num_requests
+
+    monkeypatch.setattr(serve, "READ_SECONDS", 0.1)
+    assert asyncio.run(check()) == 0
 
 
 # --- OpenAI's contract ---
@@ -1070,6 +1134,9 @@ TOO_MANY = [turn("user", PICTURE, "a"), turn("user", image(1), "b")]
         ({"logprobs": True, "top_logprobs": 21}, "`top_logprobs` is 21"),
         ({"logit_bias": {"5": 100}}, "`logit_bias` is"),
         ({"metadata": {str(number): "a" for number in range(17)}}, "`metadata` is"),
+        ({"metadata": {"a": 1}}, "`metadata.a` is 1"),
+        ({"metadata": {"a": "b" * 513}}, "`metadata.a` is"),
+        ({"messages": [{"role": "user", "content": "a", **{str(n): n for n in range(200)}}]}, "it has 202 fields"),
         ({"frequency_penalty": 1}, "`frequency_penalty` is 1"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "`tools` is"),
         ({"response_format": {"type": "json_object"}}, "`response_format` is"),
@@ -1299,6 +1366,7 @@ def test_requests_that_wait_are_answered_together_and_as_alone(server, monkeypat
         ([{"question": 100 * "a"}, {"question": "a"}, {"question": "ab"}, {"question": 90 * "a"}], {}, [3, 1]),
         ([{"question": "abc"}, {"question": "ab"}, {"question": "xyz"}], {}, [3]),
         ([{"question": "abc"}, {"question": "ab"}, {"question": "xyz"}], {"repetition_penalty": 1.5}, [2, 1]),
+        ([{"max_completion_tokens": 3}, {}], {"forced_eos_token_id": 5}, [1, 1]),
         ([{"question": "abc"}, {"question": "ab"}], {"do_sample": True}, [2]),
         ([{"question": "abc", "seed": 1}, {"question": "ab", "seed": 1}], {"do_sample": True}, [1, 1]),
     ],
@@ -1314,6 +1382,18 @@ def test_which_requests_are_answered_together(requests, config, sizes, server, m
     for (_, options), *answers in zip(requests, together, alone):
         samples = config.get("do_sample") or options.get("temperature")
         assert answers[0] == answers[1] or samples and "seed" not in options
+
+
+def test_settings_of_the_generation_config_work_or_are_refused(server, reader, monkeypatch):
+    config = server.model.generation_config
+    expected = server.expected()
+    monkeypatch.setattr(config, "stop_strings", [expected[2:4]])
+    client = TestClient(serve.build(server.manager, reader), base_url="http://localhost")
+    answer = client.post("/v1/responses", json={"input": QUESTION, "max_output_tokens": MAX_NEW_TOKENS}).json()
+    assert answer["output"][0]["content"][0]["text"] == expected[: expected.index(expected[2:4])]
+    monkeypatch.setattr(config, "token_healing", True)
+    with pytest.raises(ValueError, match="sets `token_healing`, which this server does not support"):
+        serve.build(server.manager, reader)
 
 
 def test_a_client_that_leaves_ends_its_row_alone(server, monkeypatch):
