@@ -327,8 +327,7 @@ class AdapterMixin:
 
     def _sample_bases(self) -> dict[str, tuple]:
         named = ((plain_name(name), parameter) for name, parameter in self.named_parameters())
-        bases = ((name, parameter) for name, parameter in named if not is_adapter_name(name))
-        return sample_tensors(bases, self.get_input_embeddings().weight)
+        return sample_tensors((name, parameter) for name, parameter in named if not is_adapter_name(name))
 
     def _warn_of_changed_bases(self, save_directory):
         before, now = self._base_samples, self._sample_bases()

@@ -242,34 +242,38 @@ def save_base(base: PreTrainedModel, folder, is_main_process: bool, **kwargs):
 # --- noticing changes ---
 
 
-def sample_tensors(tensors: Iterable[tuple[str, torch.Tensor]], embeddings: torch.Tensor) -> dict[str, tuple]:
+def sample_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple]:
     """
-    Returns for each tensor, by name, its shape, whether it is trained, and a sample of its values, if this process has
-    the whole tensor. For the embeddings and small matrices the sample has one value of each row, so that a new
-    embedding of a single token is noticed. For other tensors with more than 2**20 values, it has the first 16 values:
-    reading others would load the whole mapped file into memory.
+    Returns for each tensor, by name, its shape, whether it is trained, and, if this process has the whole tensor, a
+    sample of its values and where and how often they were written. For a matrix the sample has one value of each row,
+    so that a new embedding of a single token is noticed. For tensors with more than 2**20 values, it has the first 16
+    values: reading others would load the whole mapped file into memory.
     """
     samples = {}
     for name, tensor in tensors:
-        numbers = None
+        numbers = written = None
         if not tensor.is_meta and not isinstance(tensor, DTensor):
             row, values = tensor.shape[-1] if tensor.dim() > 1 else 1, tensor.detach().flatten()
-            if tensor is embeddings:
-                picked = values[:: row + 1]
-            else:
-                picked = values[:: max(row, len(values) // 512) + 1] if len(values) <= 2**20 else values[:16]
+            picked = values[:: max(row, len(values) // 512) + 1] if len(values) <= 2**20 else values[:16]
             numbers = picked.to("cpu", copy=True)
-        samples[name] = tuple(tensor.shape), tensor.requires_grad, numbers
+            written = None if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
+        samples[name] = tuple(tensor.shape), tensor.requires_grad, numbers, written
     return samples
 
 
 def find_changes(before: dict[str, tuple], now: dict[str, tuple]) -> list[str]:
-    """Names of the tensors that were added, removed, resized or trained, or whose values have changed."""
+    """Names of the tensors that were added, removed, resized, trained or written to, or whose values have changed."""
     return sorted(
         (before.keys() ^ now.keys())
         | {name for name in before.keys() & now.keys() if before[name][:2] != now[name][:2]}
         | {name for name in before.keys() & now.keys() if not _are_close(before[name][2], now[name][2])}
+        | {name for name in before.keys() & now.keys() if _are_rewritten(before[name][3], now[name][3])}
     )
+
+
+def _are_rewritten(before: tuple[int, int] | None, now: tuple[int, int] | None) -> bool:
+    """Whether values in the same place have another version."""
+    return None not in (before, now) and before[0] == now[0] and before[1] != now[1]
 
 
 def _are_close(before: torch.Tensor | None, now: torch.Tensor | None) -> bool:
