@@ -128,15 +128,6 @@ def find_marker_faults(name: str, num_markers: int, num_images: int | None, kind
     return [f"{found}, but the row has {images}. Write one for each image, or none."]
 
 
-def find_images(value, find_image) -> tuple[dict[str, dict | list | None], list[str]]:
-    """The columns `image` and `images` of a row that has an image or a list of images, and what is wrong with them."""
-    values = as_list(value)
-    found = [find_image(image) for image in (values if isinstance(values, list) else [values])]
-    images = [image for image, _ in found if image is not None]
-    row = {"image": images[0] if images else None, "images": images if len(images) > 1 else None}
-    return row, [fault for _, faults in found for fault in faults]
-
-
 def decode_base64(text: str) -> bytes | None:
     """The bytes of a base64 text or a data URL, or `None` if it is neither."""
     encoded = text.partition(",")[2] if text.startswith("data:") else text
@@ -216,7 +207,7 @@ class Reader:
         images, has_images = fields["image"], self.fields["image"] != ()
         if images is None and has_images and hasattr(task, "find_images"):
             images = task.find_images(fields)
-        images, faults = find_images(images, self._find_image)
+        images, faults = self._find_images(images)
         row, more = task.parse(fields, len(list_images(images)) + len(faults) if has_images else None)
         row, faults = {**images, **row}, faults + more
         return row, faults or self._find_unread(record, row)
@@ -225,9 +216,7 @@ class Reader:
         return self.check(f"{self.place}, row {index}", *self.read(record))
 
     def image(self, record: dict, index: int) -> dict:
-        return self.check(
-            f"{self.place}, row {index}", *find_images(self.fields_of(record)["image"], self._find_image)
-        )
+        return self.check(f"{self.place}, row {index}", *self._find_images(self.fields_of(record)["image"]))
 
     def texts(self, record: dict, index: int) -> dict:
         """The row without images of a record that has `num_images` instead of images."""
@@ -250,47 +239,60 @@ class Reader:
                     fields[name] = convert(value, self.features.get(column))
         return fields
 
+    def _find_images(self, value) -> tuple[dict[str, dict | list | None], list[str]]:
+        """The columns `image` and `images` of a row with an image or a list of images, and what is wrong with them."""
+        values = as_list(value)
+        found = [self._find_image(image) for image in (values if isinstance(values, list) else [values])]
+        images = [image for image, _ in found if image is not None]
+        row = {"image": images[0] if images else None, "images": images if len(images) > 1 else None}
+        return row, [fault for _, faults in found for fault in faults]
+
     def _find_image(self, value) -> tuple[dict | None, list[str]]:
         """An undecoded image in the form of `datasets.Image`, and what is wrong with it."""
+        if value is None:
+            return None, []
+        if isinstance(value, dict):
+            return self._find_in_object(value)
         if isinstance(value, PIL.Image.Image):  # in a column that `datasets` has decoded
             return Image().encode_example(value), []
         if isinstance(value, bytes):
             return {"bytes": value, "path": None}, []
-        if isinstance(value, dict):
-            filled = {key: part for key, part in value.items() if part is not None}
-            if (key := next((key for key in ENCODED_IMAGE if key in filled), None)) is not None:
-                encoded = filled[key]
-                data = decode_base64(encoded) if isinstance(encoded, str) else encoded
-                faults = [] if isinstance(data, bytes) else [f"`{key}` of an image is neither bytes nor base64."]
-                return None if faults else {"bytes": data, "path": filled.get("path")}, faults
-            if (key := next((key for key in PLACE_OF_IMAGE if key in filled), None)) is not None:
-                return self._find_image(filled[key])
-            if not filled:
-                return None, []
-            return None, [
-                f"an image is an object with {', '.join(map(repr, filled))}. Give one of "
-                f"{', '.join(map(repr, (*ENCODED_IMAGE, *PLACE_OF_IMAGE)))}."
-            ]
-        if value is None:
-            return None, []
         if not is_text(value):
             return None, [f"`image` is {reprlib.repr(value)}. Make it a file's name in quotes, or null."]
-        if re.match(r"[A-Za-z][\w+.-]*://|data:", value) or os.path.isabs(value) and len(value) <= LONGEST_FILE_NAME:
-            return {"bytes": None, "path": value}, []
+        # Base64 may look like a path: that of a JPEG begins with /9j/
         if len(value) > LONGEST_FILE_NAME and (data := decode_base64(value)):
             return {"bytes": data, "path": None}, []
+        if re.match(r"[A-Za-z][\w+.-]*://|data:", value) or os.path.isabs(value):  # a URL or a whole path
+            return {"bytes": None, "path": value}, []
+        return self._find_file(value)
+
+    def _find_in_object(self, value: dict) -> tuple[dict | None, list[str]]:
+        filled = {key: part for key, part in value.items() if part is not None}
+        if not filled:
+            return None, []
+        for key in (key for key in ENCODED_IMAGE if key in filled):
+            data = decode_base64(filled[key]) if isinstance(filled[key], str) else filled[key]
+            if not isinstance(data, bytes):
+                return None, [f"`{key}` of an image is neither bytes nor base64."]
+            return {"bytes": data, "path": filled.get("path")}, []
+        for key in (key for key in PLACE_OF_IMAGE if key in filled):
+            return self._find_image(filled[key])
+        keys = ", ".join(map(repr, (*ENCODED_IMAGE, *PLACE_OF_IMAGE)))
+        return None, [f"an image is an object with {', '.join(map(repr, filled))}. Give one of {keys}."]
+
+    def _find_file(self, name: str) -> tuple[dict | None, list[str]]:
         if not self.folders:
             return None, [
-                f"`image` is {value!r}, a file beside the data, which was not downloaded. Download the repository "
+                f"`image` is {name!r}, a file beside the data, which was not downloaded. Download the repository "
                 "(`hf download --repo-type dataset`) and give its folder."
             ]
-        places = [os.path.normpath(Path(folder, name, value)) for folder in self.folders for name in IMAGE_FOLDERS]
+        places = [os.path.normpath(Path(folder, inner, name)) for folder in self.folders for inner in IMAGE_FOLDERS]
         if not self.has_several_folders:
             return {"bytes": None, "path": next(filter(os.path.isfile, places), places[0])}, []
         files = list(filter(os.path.isfile, dict.fromkeys(places)))
         if len(files) > 1:
             return None, [
-                f"`image` is {value!r}, which may be {files[0]} or {files[1]}. Write its path relative to the folder "
+                f"`image` is {name!r}, which may be {files[0]} or {files[1]}. Write its path relative to the folder "
                 "of the data."
             ]
         return {"bytes": None, "path": (files or places)[0]}, []
