@@ -96,7 +96,7 @@ def find_index_faults(choices, answer) -> list[str]:
     if not isinstance(choices, list) or isinstance(answer, bool | str) or number_to_text(answer) not in choices:
         return []
     index = int(answer)
-    if index >= len(choices) or choices[index] == number_to_text(answer):
+    if index != answer or not 0 <= index < len(choices) or choices[index] == number_to_text(answer):
         return []
     return [
         f"`answer` is the number {answer}, which may be the option {number_to_text(answer)!r} or the index of the "

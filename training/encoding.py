@@ -40,8 +40,9 @@ class ChatTokenizer:
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self.special_tokens = sorted({*added, *self.tokenizer.all_special_tokens}, key=len, reverse=True)
         self.special_ids = {*self.tokenizer.convert_tokens_to_ids(self.special_tokens)}
-        self.special = "|".join(map(re.escape, self.special_tokens)) or r"(?!)"
-        self.pattern = re.compile(f"{self.special}|{ANY_STAND_IN}")
+        special = "|".join(map(re.escape, self.special_tokens)) or r"(?!)"
+        self.pattern = re.compile(f"{special}|{ANY_STAND_IN}")
+        self.end = re.compile(rf"\s*(?:{special})")  # of a turn
         self.replaced = []  # the texts that stand-ins have replaced so far
         self.num_appended = processing.num_appended_tokens(self.tokenizer)
 
@@ -77,21 +78,27 @@ class ChatTokenizer:
             before = self.render(messages[:index], add_generation_prompt=True)
             through = text if index == len(messages) - 1 else self.render(messages[: index + 1])
             answer = self.protect(message["content"]).strip()
-            # Where the answer begins, even if the template puts the same text before it
-            mark = chr(STAND_INS[-1])
-            marked = self.render([*messages[:index], {**message, "content": mark}])
-            place = marked.find(self.protect(mark), len(before))
+            place = self._find_answer(answer, messages[: index + 1], before, through)
             end = place + len(answer)
-            is_kept = place >= 0 and through[:end] == marked[:place] + answer
-            if found := re.match(rf"\s*(?:{self.special})", through[end:]):
-                end += found.end()
-            if not (is_kept and text.startswith(through[:end]) and through.startswith(before)):
+            if found := self.end.match(through, end):
+                end = found.end()
+            if place < 0 or not (text.startswith(through[:end]) and through.startswith(before)):
                 raise ValueError(
                     f"the chat template of the tokenizer does not render message {index} ({message}) after the "
                     "messages before it, as training needs. Give another template: `--chat_template plain`."
                 )
             spans.append((len(before), end))
         return text[:end], spans
+
+    def _find_answer(self, answer: str, messages: list[dict], before: str, through: str) -> int:
+        """Where the last answer begins in `through`, even if the template puts the same text before it; else -1."""
+        rest = through[len(before) :].lstrip()
+        if rest.startswith(answer) and self.end.match(rest, len(answer)):  # there is no other text
+            return len(through) - len(rest)
+        mark = chr(STAND_INS[-1])
+        marked = self.render([*messages[:-1], {**messages[-1], "content": mark}])
+        place = marked.find(self.protect(mark), len(before))
+        return place if place >= 0 and through.startswith(marked[:place] + answer) else -1
 
     def end_of_turn(self) -> int | None:
         """The id of the token with which the chat template ends an answer, or `None` if it is not a special token."""
