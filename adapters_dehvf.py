@@ -307,11 +307,12 @@ class AdapterMixin:
             self._save_bases(save_directory, is_main_process, processor, max_shard_size)
         if not is_main_process:
             return
+        has_bases = merge_base or self._are_bases_in(save_directory)
         if not merge_base:
-            self._warn_of_changed_bases(save_directory)
+            self._warn_of_changed_bases(has_bases)
         os.makedirs(save_directory, exist_ok=True)
         config = copy.copy(self.config)
-        config.merged_base = merge_base or self._are_bases_in(save_directory)
+        config.merged_base = has_bases
         # FSDP2 replaces the class of a model by a subclass
         model_class = next(cls for cls in type(self).__mro__ if not cls.__module__.startswith("torch."))
         config.architectures = [model_class.__name__]
@@ -329,7 +330,8 @@ class AdapterMixin:
         named = ((plain_name(name), parameter) for name, parameter in self.named_parameters())
         return sample_tensors((name, parameter) for name, parameter in named if not is_adapter_name(name))
 
-    def _warn_of_changed_bases(self, save_directory):
+    def _warn_of_changed_bases(self, has_bases: bool):
+        """Warns if the base models differ from those that are loaded next time; `has_bases` as in the folder."""
         before, now = self._base_samples, self._sample_bases()
         if before is not None and (changed := find_changes(before, now)):
             logger.warning(
@@ -337,7 +339,7 @@ class AdapterMixin:
                 f"{changed[0]}. Only the adapter is saved, so these changes are lost. Save with "
                 "`model.save_pretrained(folder, merge_base=True)` to keep them."
             )
-        if self._has_merged_bases and not self._are_bases_in(save_directory):
+        if self._has_merged_bases and not has_bases:
             logger.warning(
                 f"The base models were loaded from their copies in {self.name_or_path}. Only the adapter is saved, "
                 f"and the config names {self.config.text_model_id} and {self.config.vision_model_id}. If the copies "

@@ -127,7 +127,7 @@ def check_base(found, expected, location):
 
 def warn_of_other_values(found, expected, location):
     """Warns if the config of a base model was given other values, such as `rope_parameters`: they have no effect."""
-    # The first three depend on how the model was saved and loaded
+    # Values that depend on how the model was saved and loaded
     ignored = {"architectures", "dtype", "transformers_version", "quantization_config", "use_cache"}
     given, own = ({name: v for name, v in config.to_dict().items() if name[0] != "_"} for config in (expected, found))
     differing = [name for name in given.keys() & own.keys() - ignored if given[name] != own[name]]
@@ -263,12 +263,12 @@ def sample_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tup
 
 def find_changes(before: dict[str, tuple], now: dict[str, tuple]) -> list[str]:
     """Names of the tensors that were added, removed, resized, trained or written to, or whose values have changed."""
-    return sorted(
-        (before.keys() ^ now.keys())
-        | {name for name in before.keys() & now.keys() if before[name][:2] != now[name][:2]}
-        | {name for name in before.keys() & now.keys() if not _are_close(before[name][2], now[name][2])}
-        | {name for name in before.keys() & now.keys() if _are_rewritten(before[name][3], now[name][3])}
-    )
+    common = before.keys() & now.keys()
+    return sorted((before.keys() ^ now.keys()) | {name for name in common if _has_changed(before[name], now[name])})
+
+
+def _has_changed(before: tuple, now: tuple) -> bool:
+    return before[:2] != now[:2] or not _are_close(before[2], now[2]) or _are_rewritten(before[3], now[3])
 
 
 def _are_rewritten(before: tuple[int, int] | None, now: tuple[int, int] | None) -> bool:

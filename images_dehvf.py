@@ -56,6 +56,12 @@ def read_image(entry) -> Image.Image:
         ) from error
 
 
+def decode_base64(text: str) -> bytes:
+    """The bytes of a base64 text or a data URL. Raises `ValueError` if it is neither."""
+    encoded = text.partition(",")[2] if text.startswith("data:") else text
+    return base64.b64decode("".join(encoded.split()), validate=True)
+
+
 def _find_file(source):
     """The source as an argument of `Image.open`: a path or a binary file."""
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -65,9 +71,8 @@ def _find_file(source):
         with urlopen(request, timeout=60) as response:
             return BytesIO(response.read())
     if isinstance(source, str) and not os.path.isfile(source):
-        encoded = source.partition(",")[2] if source.startswith("data:") else source
         try:
-            return BytesIO(base64.b64decode("".join(encoded.split()), validate=True))
+            return BytesIO(decode_base64(source))
         except ValueError as error:
             raise ValueError("there is no such file, and it is neither a URL nor a base64 string") from error
     if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):

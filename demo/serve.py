@@ -497,15 +497,14 @@ class Engine:
 
     def _fits(self, jobs: list[Job], job: Job) -> bool:
         """Whether a job can be answered in the same call of `generate` as others, with the same result as alone."""
-        first, together = jobs[0], [*jobs, job]
+        first, together, config = jobs[0], [*jobs, job], self.model.generation_config
         if job.options != first.options or job.seed is not None or first.seed is not None:
             return False
         lengths = [job.num_prompt_tokens for job in together for _ in job.answers]
-        if self.model.generation_config.forced_eos_token_id is not None:  # in the last place of the longest answer
-            if job.max_new_tokens != first.max_new_tokens:
-                return False
+        # `generate` forces this token in the last place of the longest answer
+        if config.forced_eos_token_id is not None and job.max_new_tokens != first.max_new_tokens:
+            return False
         # Some settings of a generation config count the padding before a prompt as a part of it
-        config = self.model.generation_config
         if any(getattr(config, name, None) not in neutral for name, neutral in READERS_OF_PROMPTS.items()):
             return len(set(lengths)) == 1 and len(lengths) <= self.max_batch_size
         return len(lengths) <= self.max_batch_size and len(lengths) * max(lengths) <= MAX_PADDING * sum(lengths)

@@ -662,7 +662,7 @@ def test_a_checkpoint_wrapper_that_would_recompute_without_the_image_is_refused(
 def replace_ffn(layer, name):
     stock = layer.get_submodule(name)
     new = stock.parts[1].__new__(stock.parts[1])
-    new.__dict__.update({key: value for key, value in vars(stock).items() if key != "extension_index"})
+    vars(new).update(vars(stock))
     setattr(layer, name, new)
 
 
