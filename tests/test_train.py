@@ -3,6 +3,7 @@
 import itertools
 import json
 import multiprocessing
+import re
 import shutil
 import subprocess
 import sys
@@ -203,6 +204,13 @@ def test_a_wrong_command_is_reported_before_the_libraries_are_imported(flags):
     process = subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode and "ValueError" in process.stderr
     assert "torch" not in process.stderr and time.perf_counter() - start < 5
+
+
+def test_a_python_without_the_requirements_is_named(monkeypatch):
+    monkeypatch.setattr("training.flags.find_spec", lambda name: None)
+    argument_names.cache_clear()
+    with pytest.raises(ModuleNotFoundError, match=f"not installed for {re.escape(sys.executable)}.*requirements.txt"):
+        argument_names()
 
 
 def test_the_help_describes_every_flag_and_no_name_is_missing_from_the_sources(capsys):

@@ -7,6 +7,7 @@ and `transformers` are imported, which takes seconds.
 import ast
 import difflib
 import re
+import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,7 +102,12 @@ def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None
 @cache
 def argument_names() -> set[str]:
     """The names of all arguments, read from the source of their dataclasses."""
-    transformers = Path(find_spec("transformers").origin).parent / "training_args.py"
+    if (found := find_spec("transformers")) is None:
+        raise ModuleNotFoundError(
+            f"transformers is not installed for {sys.executable}. Activate the environment in which it is, or run "
+            "`pip install -r requirements.txt`."
+        )
+    transformers = Path(found.origin).parent / "training_args.py"
     own = ("training/arguments.py", "baselines/__init__.py", "configuration_dehvf.py")
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (transformers, *(ROOT / name for name in own))]
     fields = [node.target for tree in trees for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
