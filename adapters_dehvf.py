@@ -44,6 +44,9 @@ logger = logging.get_logger(__name__)
 
 # The modules of `DehvfModel` whose parameters are trained and saved; no others are
 ADAPTER_MODULES = ("vision_adapters", "fuser_query", "fuser", "projector", "memory_slots")
+# Arguments of `save_pretrained` in `transformers` that make no difference for an adapter
+WITHOUT_EFFECT = {"save_function", "safe_serialization", "token", "save_peft_format", "save_original_format"}
+WITHOUT_EFFECT |= {"distributed_checkpoint"}
 PREFIX = "model."  # of parameter names in a file, as in `DehvfForConditionalGeneration`
 
 
@@ -268,9 +271,10 @@ class AdapterMixin:
             merge_base: also write the base models, to the subfolders `vision_model` and `text_model`, for machines
                 that should not download other repositories. If the adapter is saved there again, they are kept.
             max_shard_size: maximum size of the files of the base models; the adapter is one file.
-            kwargs: further arguments of `transformers`, which are ignored.
+            kwargs: further arguments that `transformers` or `accelerate` pass, which have no effect.
 
         Raises:
+            TypeError: if there is no such argument.
             ValueError: if the adapter's modules are wrapped by other modules, or do not fit its config; if a tensor of
                 the adapter (or, with `merge_base`, of a base model) is missing or empty, for example because ZeRO-3
                 partitions were not gathered; or if `push_to_hub` is set, since it would not upload a card.
@@ -279,6 +283,11 @@ class AdapterMixin:
             raise ValueError(
                 "`save_pretrained` only writes a folder. `model.push_to_hub(repo_id)` uploads the adapter, processor "
                 "and card to the Hub, in one commit."
+            )
+        if unknown := kwargs.keys() - WITHOUT_EFFECT:
+            raise TypeError(
+                f"`save_pretrained` has no argument `{min(unknown)}`. It always writes one `{SAFE_WEIGHTS_NAME}`; "
+                "`merge_base=True` also writes the base models, in files of up to `max_shard_size`."
             )
         own = self.adapter_state_dict()
         expected = self._empty_adapter(self.config, save_directory).state_dict()

@@ -1,4 +1,5 @@
 import os
+from functools import cache
 
 import pytest
 import torch
@@ -28,6 +29,18 @@ LONGEST = ("readme", "checkpoints", "train", "distributed", "threads", "citizen"
 def pytest_collection_modifyitems(items):
     order = {f"test_{name}.py": index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_runtest_setup(item):
+    if "PYTEST_XDIST_WORKER" in os.environ and item.path.name != f"test_{LONGEST[0]}.py":
+        lower_priority()
+
+
+@cache
+def lower_priority():
+    """All workers wait for the one with the README's job, which takes minutes, so that one runs first."""
+    if hasattr(os, "nice"):
+        os.nice(5)
 
 
 @pytest.fixture

@@ -388,6 +388,9 @@ def test_an_incomplete_model_is_not_saved(tmp_path):
         model.save_pretrained(folder, state_dict=divided)
     with pytest.raises(ValueError, match="`model.push_to_hub.repo_id.` uploads the adapter, processor and card"):
         model.save_pretrained(folder, push_to_hub=True)
+    for name in ("variant", "merge_bases"):
+        with pytest.raises(TypeError, match=f"no argument `{name}`. It always writes one `model.safetensors`"):
+            model.save_pretrained(folder, **{name: "fp16"})
     model.lm_head.weight.data = torch.empty(0)
     with pytest.raises(ValueError, match="in a single process, and merge there"):
         model.save_pretrained(folder, merge_base=True)
