@@ -109,7 +109,6 @@ class AdapterMixin:
     `from_bases(config, vision_tower, causal_lm)`; `base_model` is its [`DehvfModel`].
     """
 
-    _source = {}  # arguments with which the adapter was loaded from `name_or_path`: `revision`, `token`, ...
     _has_merged_bases = False  # whether the base models were loaded from the folder of the adapter
     _base_samples = None  # samples of the base models as they were loaded, see `sample_tensors`
 
@@ -163,7 +162,8 @@ class AdapterMixin:
         Raises:
             OSError: if there is no adapter, its file is damaged, or a base model cannot be found.
             ValueError: if the adapter or a base model does not fit the config, a tensor of the adapter is of another
-                dtype than float32, bfloat16 or float16, or not finite, or the config is not a DEHVF config.
+                dtype than float32, bfloat16 or float16, or not finite, the config is not a DEHVF config, or there is
+                an adapter of `peft`.
         """
         location = pretrained_model_name_or_path
         if location is None:
@@ -174,7 +174,13 @@ class AdapterMixin:
         source = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
         source |= hub_arguments(kwargs)
         dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}  # not the config's
-        for name in ("adapter_kwargs", "_from_auto", "_from_pipeline", "trust_remote_code"):
+        if peft_folder := (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path"):
+            raise ValueError(
+                f"{peft_folder} has an adapter of `peft` (`adapter_config.json`), which would be ignored. Load the "
+                "DEHVF adapter that it was trained on, from a folder without such a file, and then "
+                f"`peft.PeftModel.from_pretrained(model, {str(peft_folder)!r})`."
+            )
+        for name in ("_from_auto", "_from_pipeline", "trust_remote_code"):
             kwargs.pop(name, None)
         if config is None or isinstance(config, str | os.PathLike):
             place = location if config is None else config
@@ -193,6 +199,7 @@ class AdapterMixin:
         own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
         model.base_model.load_state_dict(own, strict=False)
         model.name_or_path = str(location)
+        model.base_model.set_source("default", location, source)
         model._has_merged_bases = config.merged_base and vision_model is None and text_model is None
         if generation_config is not None:
             model.generation_config = generation_config
@@ -225,8 +232,7 @@ class AdapterMixin:
         share_placement(causal_lm, model)
         # The Trainer only trains quantized models that are marked as having adapters
         model._hf_peft_config_loaded = getattr(model, "is_quantized", False)
-        # Used to load the processor when the model is saved, where `force_download` is not needed again
-        model._source = {name: value for name, value in source.items() if name != "force_download"}
+        model.base_model.set_source("default", None, source)
         model._base_samples = model._sample_bases()
         return model.eval()
 
@@ -311,7 +317,9 @@ class AdapterMixin:
             check_adapter_tensors(tensors, expected, "this model")
             if unknown := {tensor.dtype for tensor in tensors.values()} - {*FILE_DTYPES}:
                 raise ValueError(f"The adapter has the dtype {unknown.pop()}. Convert it to one of {FILE_DTYPES}.")
-        processor = self._load_processor(save_directory, merge_base) if is_main_process else None
+        has_processor = self._has_processor(save_directory)
+        is_needed = is_main_process and (merge_base or not has_processor)
+        processor = self._load_processor() if is_needed else None
         if merge_base:
             self._save_bases(save_directory, is_main_process, processor, max_shard_size)
         if not is_main_process:
@@ -332,7 +340,7 @@ class AdapterMixin:
         config.save_pretrained(save_directory)
         if self.can_generate():
             self.generation_config.save_pretrained(save_directory)
-        if processor is not None and not os.path.isfile(os.path.join(save_directory, PROCESSOR_NAME)):
+        if processor is not None and not has_processor:
             processor.save_pretrained(save_directory)
 
     def _sample_bases(self) -> dict[str, tuple]:
@@ -342,6 +350,12 @@ class AdapterMixin:
     def _warn_of_changed_bases(self, has_bases: bool):
         """Warns if the base models differ from those that are loaded next time; `has_bases` as in the folder."""
         before, now = self._base_samples, self._sample_bases()
+        if before is None and self is not self.base_model and self.config.text_model_id is not None:
+            logger.warning(
+                "The base models of this model were not loaded from the repositories in its config "
+                f"({self.config.text_model_id} and {self.config.vision_model_id}). Only the adapter is saved. If "
+                "their weights differ, save with `model.save_pretrained(folder, merge_base=True)` to keep them."
+            )
         if before is not None and (changed := find_changes(before, now)):
             logger.warning(
                 f"{len(changed)} tensors of the base models have changed since they were loaded, such as "
@@ -363,15 +377,23 @@ class AdapterMixin:
         names = [f"{key}_model_{what}" for key in ("vision", "text") for what in ("id", "revision")]
         return there.get("merged_base", False) and all(there.get(n) == getattr(self.config, n) for n in names)
 
-    def _load_processor(self, save_directory, merge_base: bool) -> DehvfProcessor | None:
-        """
-        The processor to write to `save_directory`; `None` if the folder has one already, or if none can be loaded.
-        """
-        if not merge_base and os.path.isfile(os.path.join(save_directory, PROCESSOR_NAME)):
-            return None
-        location, source, config = self.name_or_path, self._source, self.config
-        if location and has_file(location, PROCESSOR_NAME, **source):
-            return DehvfProcessor.from_pretrained(location, config=config, **source)
+    def _has_processor(self, folder) -> bool:
+        """Whether a folder has a processor that was not saved for an adapter on other base models or images."""
+        if not os.path.isfile(os.path.join(folder, PROCESSOR_NAME)):
+            return False
+        if not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+            return True
+        there, own = DehvfConfig.get_config_dict(folder)[0], self.config.to_dict()
+        names = ("vision_model_id", "text_model_id", "image_size", "max_images", "image_tiles")
+        return all(there.get(name, own[name]) == own[name] for name in names)
+
+    def _load_processor(self) -> DehvfProcessor | None:
+        """The processor to save with the active adapter; `None` if none can be loaded."""
+        location, source = self.base_model.sources.get(self.base_model.active_adapter, (None, {}))
+        config = self.config
+        options = {name: getattr(config, name) for name in ("image_size", "max_images", "image_tiles")}
+        if location is not None and has_file(location, PROCESSOR_NAME, **source):
+            return DehvfProcessor.from_pretrained(location, config=config, **options, **source)
         bases = (self.base_model.vision_tower.name_or_path, self.base_model.language_model.name_or_path)
         known = {
             config.vision_model_id: config.vision_model_revision,
@@ -379,7 +401,6 @@ class AdapterMixin:
         }
         revisions = map(known.get, bases)  # `None` for a base model that was loaded from another place
         try:
-            options = {name: getattr(config, name) for name in ("image_size", "max_images", "image_tiles")}
             return DehvfProcessor.from_vision_text_pretrained(*bases, *revisions, **options, **hub_arguments(source))
         except (OSError, ValueError, ImportError) as error:
             logger.warning_once(
@@ -507,6 +528,21 @@ class AdapterMixin:
             "loaded with `load_adapter(folder_or_id, name)`. To train one of `peft` on top, wrap the model: "
             "`peft.get_peft_model(model, config)`."
         )
+
+    def disable_adapters(self):
+        """Raises `ValueError`: the inherited method would only look for adapters of `peft`."""
+        raise ValueError(
+            "Disable the adapter in a block, `with model.disable_adapter():`, or for single samples with "
+            '`adapter_names=["__base__"]`.'
+        )
+
+    def enable_adapters(self):
+        """Raises `ValueError`, see `disable_adapters`."""
+        raise ValueError("The active adapter is always enabled, except in a block `with model.disable_adapter():`.")
+
+    def get_adapter_state_dict(self, *args, **kwargs):
+        """Raises `ValueError`, see `disable_adapters`."""
+        raise ValueError("`model.adapter_state_dict()` returns the tensors of the active adapter.")
 
     def merge_and_unload(self, *args, **kwargs):
         """Raises `ValueError`: what the adapter adds depends on the image, so it cannot be merged into weights."""

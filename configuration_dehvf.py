@@ -10,11 +10,16 @@ import random
 import re
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+
+if TYPE_CHECKING:
+    # Never runs. It makes `transformers` copy the other files beside this one when it loads a config, so that `shared`
+    # does not take the class of an adapter with other code
+    from .modeling_dehvf import DehvfForConditionalGeneration as DehvfForConditionalGeneration
 
 # Written to every config.json, so that a saved folder is loaded with its own code and not with the code of the
 # repository that it once came from.
@@ -242,7 +247,7 @@ class DehvfConfig(PreTrainedConfig):
         except Exception as error:  # a config from elsewhere can be wrong in more ways than could be listed
             raise ValueError(
                 f"The config in {pretrained_model_name_or_path} cannot be used ({type(error).__name__}: {error}). "
-                "Use the `config.json` that was saved with the adapters, and remove arguments that override it."
+                f"Check the arguments ({', '.join(kwargs)}), and use the `config.json` of the adapter."
             ) from error
 
     @classmethod

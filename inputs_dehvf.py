@@ -83,9 +83,13 @@ def check_one_of(**given):
 
 
 def find_instruction(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Mask of the user's tokens, `(batch_size, sequence_length)`: tokens without a label that are not padding."""
-    is_instruction = labels == -100
-    return is_instruction if attention_mask is None else is_instruction & attention_mask.bool()
+    """
+    Mask of the user's tokens, `(batch_size, sequence_length)`: tokens without a label that are not padding. In a text
+    in which all tokens have labels, all are the user's, as in a call without labels.
+    """
+    is_token = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    is_instruction = (labels == -100) & is_token
+    return is_instruction.where(is_instruction.any(dim=1, keepdim=True), is_token)
 
 
 def mean_embedding(inputs_embeds: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 
 import os
 import reprlib
+from collections.abc import Iterable
 from itertools import takewhile
 from tempfile import TemporaryDirectory
 
@@ -115,16 +116,74 @@ def num_appended_tokens(tokenizer) -> int:
     return len(list(takewhile(bool, reversed(is_special))))
 
 
-def check_part(part: dict):
-    """Raises `ValueError` if a part of a message is not supported."""
+IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
+
+
+def read_chats(conversation) -> list[list[dict]]:
+    """
+    The chats of a conversation, or of a list of them, with each image under the key `image` of its part, where
+    `transformers` finds it whatever the type of the part.
+
+    Raises:
+        ValueError: if a message or part has another form, in which it would be ignored.
+    """
+    chats = conversation if is_batch_of_chats(conversation) else [conversation]
+    chats = [getattr(chat, "messages", chat) for chat in chats]  # of a pipeline's `Chat`
+    if not all(isinstance(chat, (list, tuple)) and chat for chat in chats):
+        raise _wrong_chat(conversation)
+    return [[_read_message(message) for message in chat] for chat in chats]
+
+
+def is_batch_of_chats(conversation) -> bool:
+    first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
+    return isinstance(first, (list, tuple)) or hasattr(first, "messages")
+
+
+def _wrong_chat(given) -> ValueError:
+    return ValueError(
+        f"A chat is a list of messages such as {{'role': 'user', 'content': 'Who?'}}. Got {reprlib.repr(given)}."
+    )
+
+
+def _read_message(message) -> dict:
+    if hasattr(message, "model_dump"):  # of OpenAI's client
+        message = message.model_dump()
+    if not isinstance(message, dict):
+        raise _wrong_chat(message)
+    content = message.get("content")
+    if misplaced := [key for key in ("image", "images") if message.get(key) is not None]:
+        raise ValueError(
+            f"A message has the key {misplaced[0]!r}. Give each image as a part of `content`: "
+            "{'type': 'image', 'image': image}."
+        )
+    if content is None or isinstance(content, str):
+        return message
+    if not isinstance(content, (list, tuple)) or not all(isinstance(part, dict) for part in content):
+        raise ValueError(
+            f"The content of a message is {reprlib.repr(content)}. Give a text, or a list of parts such as "
+            "{'type': 'text', 'text': 'Who?'}."
+        )
+    return {**message, "content": [_read_part(part) for part in content]}
+
+
+def _read_part(part: dict) -> dict:
     kind = part.get("type")
-    if kind not in ("text", "image", "image_url"):
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"A part of type 'text' is {reprlib.repr(part)}. Give its text as a string under 'text'.")
+        return part
+    if kind not in ("image", "image_url"):
         raise ValueError(f"A message has a part of type {kind!r}. Give parts of type 'text' and 'image'.")
-    if kind != "text" and all(part.get(name) is None for name in ("image", "url", "path", "base64", "image_url")):
+    image = next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
+    if isinstance(image, dict) and "url" in image:  # as in OpenAI's API
+        image = image["url"]
+    if image is None:
         raise ValueError(
             "A message has a part of type 'image' without the image. Add it to the part as `image`, `url`, `path` "
             "or `base64`; or render the text (`tokenize=False`) and call the processor with `images` and `text`."
         )
+    rest = {key: value for key, value in part.items() if key not in IMAGE_KEYS}
+    return {**rest, "type": "image", "image": image}
 
 
 class DehvfProcessorKwargs(ProcessingKwargs, total=False):
@@ -229,6 +288,7 @@ class DehvfProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         """
         Loads a saved processor. If the folder or repository only has a config, loads the processors of its bases.
+        `image_size`, `image_fit`, `max_images`, `image_tiles` and `chat_template` replace what was saved.
         """
         kwargs.setdefault("trust_remote_code", False)  # as above
         hub_kwargs = hub_arguments(kwargs)
@@ -237,17 +297,20 @@ class DehvfProcessor(ProcessorMixin):
             pretrained_model_name_or_path, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **source
         )
         if has_processor:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            image_size = kwargs.pop("image_size", None)
+            processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            if image_size is not None:
+                set_image_size(processor.image_processor, image_size)
+            return processor
         config = DehvfConfig.from_pretrained(pretrained_model_name_or_path, **source)
+        names = ("image_size", "max_images", "image_tiles")
+        options = {name: getattr(config, name) for name in ("vision_model_revision", "text_model_revision", *names)}
+        options |= {name: kwargs[name] for name in (*names, "image_fit", "chat_template") if name in kwargs}
         return cls.from_vision_text_pretrained(
             config.vision_model_id,
             config.text_model_id,
-            vision_model_revision=config.vision_model_revision,
-            text_model_revision=config.text_model_revision,
-            image_size=config.image_size,
-            max_images=config.max_images,
-            image_tiles=config.image_tiles,
             trust_remote_code=kwargs["trust_remote_code"],
+            **options,
             **hub_kwargs,
         )
 
@@ -266,7 +329,8 @@ class DehvfProcessor(ProcessorMixin):
 
     def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs):
         if text is not None:
-            text, bos = [text] if isinstance(text, str) else list(text), self.tokenizer.bos_token
+            is_batch, bos = isinstance(text, Iterable) and not isinstance(text, str), self.tokenizer.bos_token
+            text = list(text) if is_batch else [text]
             if not text or not all(isinstance(sample, str) for sample in text):
                 raise ValueError(f"`text` is {reprlib.repr(text)}. Give a text, or a list of at least one text.")
             if bos and any(sample.startswith(bos) for sample in text):
@@ -284,14 +348,12 @@ class DehvfProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation, *args, tokenize: bool = False, **kwargs):
         """
-        As in `transformers`. With `tokenize=True`, raises `ValueError` if messages have parts that are neither text
-        nor image, or image parts without an image, which would otherwise be ignored silently.
+        As in `transformers`. With `tokenize=True`, raises `ValueError` if a chat, message or part has another form,
+        such as an image part without an image, which would otherwise be ignored silently.
         """
         if tokenize:
-            chats = [conversation] if conversation and isinstance(conversation[0], dict) else conversation
-            contents = [message.get("content") for chat in chats for message in chat]
-            for part in (part for content in contents if isinstance(content, list) for part in content):
-                check_part(part)
+            chats = read_chats(conversation)
+            conversation = chats if is_batch_of_chats(conversation) else chats[0]
         return super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .adapters_dehvf import ADAPTER_MODULES, PREFIX, check_adapter_tensors, load_adapter_tensors
-from .bases_dehvf import check_base
+from .bases_dehvf import check_base, hub_arguments
 from .configuration_dehvf import DehvfConfig
 
 
@@ -29,7 +29,8 @@ _CHANGES = threading.RLock()  # held while an adapter is added, removed or activ
 class _Disabled(threading.local):
     """Lists with a model whose adapters are disabled in this thread, or empty ones where this has ended."""
 
-    entries = ()
+    def __init__(self):  # not a class attribute: `torch.compile` guards instance attributes
+        self.entries = ()
 
 
 _DISABLED = _Disabled()
@@ -43,6 +44,7 @@ class AdapterSet:
     """
 
     adapters, active, active_adapter = {}, None, None
+    sources = {}  # name -> folder or Hub id (`None` if new), and the arguments with which it was loaded
     _is_disabled_replica = False
 
     def get_adapter(self, adapter_name: str):
@@ -64,6 +66,11 @@ class AdapterSet:
             if adapter_name in self.adapters:
                 raise ValueError(f"An adapter {adapter_name!r} was loaded meanwhile. Choose another name.")
             self.adapters = {**self.adapters, adapter_name: adapter}
+
+    def set_source(self, adapter_name: str, location, source: dict):
+        """Where an adapter was loaded from. Its processor is loaded from there when the adapter is saved."""
+        source = {name: value for name, value in source.items() if name != "force_download"}  # not again
+        self.sources = {**self.sources, adapter_name: (location and str(location), source)}
 
     def activate_adapter(self, adapter_name: str):
         """See [`SwitchingMixin.set_adapter`]."""
@@ -155,6 +162,7 @@ class SwitchingMixin:
 
         Raises:
             OSError: if there is no adapter.
+            TypeError: if there is no such argument.
             ValueError: if the name is taken, the adapter does not fit its config, or it was made for base models of
                 other sizes.
         """
@@ -164,6 +172,8 @@ class SwitchingMixin:
                 f"{', '.join(taken)}."
             )
         kwargs.pop("trust_remote_code", None)
+        if unknown := kwargs.keys() - {"revision", "subfolder"} - hub_arguments(kwargs).keys():
+            raise TypeError(f"`load_adapter` has no argument `{min(unknown)}`. See its docstring for those it has.")
         tensors = load_adapter_tensors(pretrained_model_name_or_path, kwargs)
         config = DehvfConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
         self._take_over_bases(config, adapter_name)
@@ -175,6 +185,7 @@ class SwitchingMixin:
         modules.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
         adapter.hierarchy.reset_parameters()
         self.base_model.add_adapter_modules(adapter_name, adapter)
+        self.base_model.set_source(adapter_name, pretrained_model_name_or_path, kwargs)
 
     def _take_over_bases(self, config: DehvfConfig, adapter_name: str):
         """Sets the base models of a config to those of this model, and warns if it was made for others."""
@@ -196,14 +207,21 @@ class SwitchingMixin:
             for name in (f"{key}_config", *names):
                 setattr(config, name, getattr(self.config, name))
 
-    def set_adapter(self, adapter_name: str):
+    def set_adapter(self, adapter_name: str | list[str]):
         """
         Activates an adapter: calls use it by default, and it is trained and saved. Calls that are running in other
-        threads finish with the adapter with which they began.
+        threads finish with the adapter with which they began. As in `transformers`, its name may be in a list.
 
         Raises:
-            ValueError: if none of this name is loaded.
+            ValueError: if none of this name is loaded, or several names are given.
         """
+        if isinstance(adapter_name, (list, tuple)):
+            if len(adapter_name) != 1:
+                raise ValueError(
+                    f"One adapter is active at a time. Got {adapter_name}. Give one name, or `adapter_names=` in a "
+                    "call, with a name for each sample."
+                )
+            (adapter_name,) = adapter_name
         with _CHANGES:
             self.base_model.activate_adapter(adapter_name)
             self.config = self.base_model.config

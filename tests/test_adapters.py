@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import DehvfForConditionalGeneration, save_tiny_bases, tiny_inputs
+from tiny import DehvfForConditionalGeneration, DehvfProcessor, save_tiny_bases, tiny_inputs
 
 
 # Different in size, switches and numbers, so that nothing of one can pass for the other's
@@ -190,3 +190,32 @@ def test_wrong_names_in_a_batch_are_refused_and_the_active_adapters_stay(model):
     with pytest.raises(ValueError, match="inference"):
         model.train()(**inputs, adapter_names=["second", "default"])
     assert model.active_adapters() == ["default"]
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda model: model.set_adapter(["second", "blind"]), ValueError, "One adapter is active at a time. Got"),
+        (lambda model: model.load_adapter("folder", "third", revison="x"), TypeError, "no argument `revison`"),
+        (lambda model: model.disable_adapters(), ValueError, "in a block, `with model.disable_adapter"),
+        (lambda model: model.enable_adapters(), ValueError, "always enabled, except in a block"),
+        (lambda model: model.get_adapter_state_dict(), ValueError, "`model.adapter_state_dict.*active adapter"),
+    ],
+)
+def test_methods_of_transformers_that_do_not_apply_name_ours(model, call, error, message):
+    with pytest.raises(error, match=message):
+        call(model)
+    model.set_adapter(["second"])
+    assert model.active_adapters() == ["second"]
+
+
+def test_an_adapter_is_saved_with_its_own_processor(folders, tmp_path):
+    processor = DehvfProcessor.from_pretrained(folders["second"], image_fit="pad")
+    shutil.copytree(folders["second"], tmp_path / "padded")
+    processor.save_pretrained(tmp_path / "padded")
+    model = DehvfForConditionalGeneration.from_pretrained(folders["first"])
+    model.load_adapter(tmp_path / "padded", "padded")
+    for name, image_fit in (("padded", "pad"), ("default", None)):
+        model.set_adapter(name)
+        model.save_pretrained(tmp_path / name / "again")
+        assert DehvfProcessor.from_pretrained(tmp_path / name / "again").image_fit == image_fit

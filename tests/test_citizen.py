@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -120,6 +121,23 @@ def test_each_kind_of_call_is_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="eager")  # inductor takes half a minute for each graph
     for name, inputs in calls(model).items():
         torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, msg=name)
+
+
+@torch.no_grad()
+def test_a_compiled_model_can_be_disabled():
+    def compile_and_disable():  # in a thread in which nothing was disabled before
+        with torch.no_grad():
+            compiled(**tiny_inputs())
+            with model.disable_adapter():
+                return compiled(**tiny_inputs()).logits
+
+    model = shallow_model()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(compile_and_disable).result()
+    with model.disable_adapter():
+        torch.testing.assert_close(found, model(**tiny_inputs()).logits)
+    assert not torch.allclose(found, model(**tiny_inputs()).logits, atol=1e-3)
 
 
 @pytest.mark.slow

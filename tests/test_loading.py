@@ -14,14 +14,17 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from accelerate import dispatch_model
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_train import scienceqa, tiny_flags  # noqa: F401
 from tiny import (
     DEHVF_SIZES,
+    IMAGE_SIZE,
     ROOT,
     VISION_BACKBONES,
     DehvfForConditionalGeneration,
+    DehvfProcessor,
     save_tiny_bases,
     tiny_inputs,
     tiny_model,
@@ -32,6 +35,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     GenerationConfig,
 )
 
@@ -492,6 +496,47 @@ def test_a_processor_of_ones_own_goes_with_the_adapters(tmp_path):
         assert found.chat_template == "{{ 'mine' }}", name
 
 
+@pytest.mark.parametrize("values", [{"max_images": 2}, {"image_size": IMAGE_SIZE // 2}])
+def test_the_processor_is_saved_with_the_values_of_the_model(tmp_path, values):
+    model_on_new_bases(tmp_path).save_pretrained(tmp_path / "first")
+    model = DehvfForConditionalGeneration.from_pretrained(tmp_path / "first", **values)
+    for folder in ("first", "second"):  # the first already has a processor, with other values
+        model.save_pretrained(tmp_path / folder)
+        processor = DehvfProcessor.from_pretrained(tmp_path / folder)
+        image = Image.new("RGB", (50, 40))
+        images = [[image] * model.config.max_images]
+        assert model(**processor(images=images, text="a", return_tensors="pt")).logits.isfinite().all()
+    assert DehvfProcessor.from_pretrained(tmp_path / "first", image_size=32).image_processor.crop_size["height"] == 32
+
+
+def test_a_folder_that_was_used_for_other_bases_gets_a_new_processor(tmp_path):
+    for seed, side in enumerate(("one", "other")):
+        (tmp_path / side).mkdir()
+        model = model_on_new_bases(tmp_path / side, seed=seed)
+        if side == "one":
+            model.save_pretrained(tmp_path / "saved")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "other" / "text")
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "other" / "text")
+    model.save_pretrained(tmp_path / "saved")
+    assert "<new>" in DehvfProcessor.from_pretrained(tmp_path / "saved").tokenizer.get_vocab()
+
+
+def test_each_folder_is_loaded_with_its_own_code(saved, tmp_path):
+    models = []
+    for name, factor in (("old", 1), ("new", 2)):
+        shutil.copytree(saved / "adapter", tmp_path / name)
+        code = (tmp_path / name / "modeling_dehvf.py").read_text()
+        assert code.count("F.silu(torch.einsum(") == 1
+        code = code.replace("F.silu(torch.einsum(", f"{factor} * F.silu(torch.einsum(")
+        (tmp_path / name / "modeling_dehvf.py").write_text(code)
+        models.append(AutoModel.from_pretrained(tmp_path / name, trust_remote_code=True))
+    one, two = (model.get_image_features(tiny_inputs()["pixel_values"]).pooler_output for model in models)
+    torch.testing.assert_close(two[..., :-1], 2 * one[..., :-1])
+    models[1].save_pretrained(tmp_path / "again")
+    assert "2 * F.silu(" in (tmp_path / "again" / "modeling_dehvf.py").read_text()
+
+
 def test_bases_in_a_folder_are_taken_for_those_of_the_adapters_only_if_they_are(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "other").mkdir()
@@ -631,6 +676,23 @@ def test_a_changed_base_model_is_named_when_only_the_adapter_is_saved(tmp_path, 
     assert not messages
     merged.save_pretrained(tmp_path / "third")
     assert [f"loaded from their copies in {tmp_path / 'merged'}" in message for message in messages] == [True]
+
+
+def test_base_models_that_were_not_loaded_are_named_when_only_the_adapter_is_saved(tmp_path, monkeypatch):
+    loaded, messages = model_on_new_bases(tmp_path), []
+    monkeypatch.setattr(dehvf.adapters.logger, "warning", messages.append)
+    model = DehvfForConditionalGeneration(loaded.config)
+    model.save_pretrained(tmp_path / "saved")
+    assert [f"not loaded from the repositories in its config ({tmp_path}" in message for message in messages] == [True]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft
+def test_a_folder_with_an_adapter_of_peft_is_refused(tmp_path):
+    model_on_new_bases(tmp_path).save_pretrained(tmp_path / "saved")
+    model = AutoModel.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="lora has an adapter of `peft`.*PeftModel.from_pretrained"):
+        AutoModel.from_pretrained(tmp_path / "lora", trust_remote_code=True)
 
 
 def test_a_changed_row_of_large_embeddings_is_named(tmp_path, monkeypatch):

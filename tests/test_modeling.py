@@ -515,6 +515,12 @@ def test_the_answer_is_no_part_of_the_instruction():
     assert not torch.allclose(model(**inputs).visual_memory, asked)
 
 
+def test_labels_of_all_tokens_leave_the_instruction():
+    model, inputs = tiny_model(fuser_query="instruction"), tiny_inputs()
+    expected = model(**inputs).logits
+    assert torch.equal(model(**inputs, labels=inputs["input_ids"]).logits, expected)
+
+
 def test_an_instruction_that_is_missing_or_of_another_batch_is_refused():
     model, inputs = tiny_model(fuser_query="instruction"), tiny_inputs()
     for instruction in (None, model.get_instruction_features(inputs["input_ids"][:1])):

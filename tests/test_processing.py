@@ -108,7 +108,10 @@ def test_the_assistant_mask_covers_answers_and_their_ends():
     [
         ({"type": "image"}, "of type 'image' without the image. Add it to the part"),
         ({"type": "image", "image": None}, "of type 'image' without the image"),
+        ({"type": "image_url", "image_url": {"url": None}}, "of type 'image' without the image"),
         ({"type": "video", "video": "a.mp4"}, "a part of type 'video'. Give parts of type 'text' and 'image'"),
+        ({"type": "text", "content": "who"}, "'content': 'who'.* Give its text as a string under 'text'"),
+        ({"type": "text", "text": None}, "Give its text as a string under 'text'"),
     ],
 )
 def test_parts_of_messages_that_would_be_left_out_are_refused(part, message):
@@ -117,8 +120,45 @@ def test_parts_of_messages_that_would_be_left_out_are_refused(part, message):
     for chats in (messages, [messages]):
         with pytest.raises(ValueError, match=message):
             processor.apply_chat_template(chats, tokenize=True, return_dict=True)
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}]}], add_generation_prompt=True
+    )
     assert processor(images=image(), text=text)["image_mask"].all()
+
+
+@pytest.mark.parametrize(
+    "chat, message",
+    [
+        ("hello", "A chat is a list of messages such as .* Got 'hello'"),
+        ([], r"A chat is a list of messages such as .* Got \[\]"),
+        ([[]], "A chat is a list of messages"),
+        (["hello"], "A chat is a list of messages such as .* Got 'hello'"),
+        (
+            [{"role": "user", "content": ["hello"]}],
+            r"content of a message is \['hello'\]. Give a text, or a list of parts",
+        ),
+        ([{"role": "user", "content": {"type": "text", "text": "a"}}], "Give a text, or a list of parts"),
+        ([{"role": "user", "content": "a", "images": [image()]}], "has the key 'images'. Give each image as a part"),
+    ],
+)
+def test_chats_of_another_form_are_refused(chat, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_processor().apply_chat_template(chat, tokenize=True, return_dict=True)
+
+
+def test_an_image_is_found_under_each_key_of_its_part(tmp_path):
+    processor, file = tiny_processor(), tmp_path / "a.png"
+    image().save(file)
+    encoded, place = base64.b64encode(file.read_bytes()).decode(), str(file)
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    expected = processor(images=image(), text="a", return_tensors="pt")["pixel_values"]
+    values = {"image": image(), "url": place, "path": place, "base64": encoded, "image_url": {"url": place}}
+    for kind in ("image", "image_url"):
+        for key, value in [*values.items(), ("image_url", place)]:
+            message = {"role": "user", "content": [{"type": kind, key: value}, {"type": "text", "text": "who"}]}
+            found = processor.apply_chat_template([message], **options)
+            assert torch.equal(found["pixel_values"], expected), (kind, key)
+            assert message["content"][0] == {"type": kind, key: value}
 
 
 def test_threads_share_a_processor():
