@@ -1,6 +1,6 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-The memory slots, and the memory of samples with several images.
+The projector and the slots of the visual memory, and the memory of samples with several images.
 
 Each image of a sample has a slot for each of its patches; the slots after the patches exist once per sample. The
 memory of several images is therefore the concatenation of the memories of single images along the patches, and FFNs
@@ -19,6 +19,36 @@ from transformers.utils import ModelOutput
 
 from .configuration_dehvf import DehvfConfig
 from .inputs_dehvf import check_image_mask, check_instruction, check_num_images, check_tensor
+
+
+class ProjectorBasis(nn.Module):
+    """
+    `W_2` and `b_2`, which are applied in the FFNs: `(language_hidden_size, projector_hidden_size + 1)`. The module
+    takes no input; it is not an `nn.Linear`, since `peft` would wrap it.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        linear = nn.Linear(in_features, out_features)
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self) -> torch.Tensor:
+        return torch.cat((self.weight, self.bias[:, None]), dim=1)
+
+
+class VisualProjector(nn.Module):
+    """
+    The two-layer network `g(F) = W_2 SiLU(W_1 F + b_1) + b_2` from vision to language width (method step 6).
+
+    It is never run as a whole. Fusion is linear with weights that sum to one, so `down` is applied once to each vision
+    layer and its outputs are fused; `W_2` is applied in the FFNs. The memory of an image then has the width of the
+    projector instead of the language model (in exact arithmetic the result is the same).
+    """
+
+    def __init__(self, config: DehvfConfig):
+        super().__init__()
+        self.down = nn.Linear(config.vision_config.hidden_size, config.projector_hidden_size)
+        self.up = ProjectorBasis(config.projector_hidden_size, config.text_config.hidden_size)
 
 
 class MemorySlots(nn.Module):

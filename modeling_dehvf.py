@@ -22,6 +22,7 @@ from transformers import initialization as init
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 
 from .adapters_dehvf import AdapterMixin, is_adapter_name
@@ -59,6 +60,8 @@ from .inputs_dehvf import (
 from .layouts_dehvf import VisionLayout, find_text_layout, find_vision_layout
 from .memory_dehvf import (
     MemorySlots,
+    ProjectorBasis,
+    VisualProjector,
     as_visual_memory,
     count_images,
     drop_absent_images,
@@ -72,42 +75,7 @@ from .switching_dehvf import BASE_MODEL, AdapterSet, SwitchingMixin
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Encode: method steps 1 to 7 and 10
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class ProjectorBasis(nn.Module):
-    """
-    `W_2` and `b_2`, which are applied in the FFNs: `(language_hidden_size, projector_hidden_size + 1)`. The module
-    takes no input; it is not an `nn.Linear`, since `peft` would wrap it.
-    """
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__()
-        linear = nn.Linear(in_features, out_features)
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self) -> torch.Tensor:
-        return torch.cat((self.weight, self.bias[:, None]), dim=1)
-
-
-class VisualProjector(nn.Module):
-    """
-    The two-layer network `g(F) = W_2 SiLU(W_1 F + b_1) + b_2` from vision to language width (method step 6).
-
-    It is never run as a whole. Fusion is linear with weights that sum to one, so `down` is applied once to each vision
-    layer and its outputs are fused; `W_2` is applied in the FFNs. The memory of an image then has the width of the
-    projector instead of the language model (in exact arithmetic the result is the same).
-    """
-
-    def __init__(self, config: DehvfConfig):
-        super().__init__()
-        self.down = nn.Linear(config.vision_config.hidden_size, config.projector_hidden_size)
-        self.up = ProjectorBasis(config.projector_hidden_size, config.text_config.hidden_size)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One adapter: all that is trained
+# One adapter: all that is trained, and what encodes images (method steps 1 to 7 and 10)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +231,8 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
         # The list of CLIP also contains modules of its text tower, and FSDP fails if it does not find a module
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = [name for name in self._no_split_modules or () if name in present]
+        # Checkpoints do not contain these, and the Trainer does not warn of it when it loads one
+        self._keys_to_ignore_on_save = {name for name in self.state_dict() if not is_adapter_name(name)}
 
     def freeze_bases(self):
         """Sets `requires_grad` to true for the parameters of the adapter only."""
@@ -696,5 +666,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
 
 
 DehvfForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+# With label smoothing, the Trainer only shifts the labels of the classes that are listed there
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["dehvf"] = DehvfForConditionalGeneration.__name__
 
 __all__ = ["DehvfConfig", "DehvfForConditionalGeneration", "DehvfModel", "DehvfPreTrainedModel"]

@@ -63,13 +63,21 @@ def score_folder(folder: str | Path) -> dict:
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
-        ValueError: if there are fewer or more answers than the split has rows.
+        ValueError: if one of them is damaged, or there is not one answer for each row of the split.
     """
     predictions, results = Path(folder) / "predictions.jsonl", Path(folder) / "results.json"
     require_files([predictions, results], "`train.py` writes both files into its `--output_dir`.")
-    with open(predictions, encoding="utf-8") as lines:
-        records = [json.loads(line) for line in lines]
-    facts = json.loads(results.read_text(encoding="utf-8"))
+    records = [
+        read_json(line, f"{predictions}, line {number}")
+        for number, line in enumerate(predictions.read_text(encoding="utf-8").split("\n"), 1)
+        if line.strip()
+    ]
+    facts = read_json(results.read_text(encoding="utf-8"), results)
+    if missing := {"task", "size"} - facts.keys():
+        raise ValueError(f"{results} has no `{min(missing)}`, which `train.py` writes. Run the evaluation again.")
+    indices = [record["index"] for record in records if "index" in record]
+    if len(indices) == facts["size"] and sorted(indices) != list(range(facts["size"])):
+        raise ValueError(f"{predictions} does not have each row of the split once. Run the evaluation again.")
     task = get_task(facts["task"])
     scores = {"scores": task.score(records, facts["size"])}
     if all(record.get("choice") is not None for record in records):
@@ -80,6 +88,17 @@ def score_folder(folder: str | Path) -> dict:
     unfinished.write_text(json.dumps(scores | others, indent=2), encoding="utf-8")
     os.replace(unfinished, results)
     return scores | others
+
+
+def read_json(text: str, place) -> dict:
+    """Raises `ValueError` that names the place if the text is not a JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not valid JSON ({error}). Run the evaluation again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} has {value!r} in place of a JSON object. Run the evaluation again.")
+    return value
 
 
 def print_scores(results: dict):

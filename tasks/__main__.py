@@ -124,9 +124,10 @@ def check_split(source: Source, name: str, split: str, trained: Trained) -> int:
         lengths = ", ".join(f"{column} {length}" for column, length in longest.items())
         print(f"longest texts in characters: {lengths}")
     if trained.has_images and not present.get("image"):
-        read = {column for columns in source.fields.values() for column in columns}
-        unread = ", ".join(column for column in source.names(name) if column not in read) or "none"
-        print(f"note: no row has an image, unlike in the train split. Columns that are not read: {unread}.")
+        print("note: no row has an image, unlike in the train split")
+    read = {column for columns in source.fields.values() for column in columns}
+    if unread := [column for column in source.names(name) if column not in read]:
+        print(f"note: columns that are not read: {', '.join(unread)}")
     for kind, (count, first) in notes.items():
         print(f"note: {count} times {kind}, the first at {first}")
     return num_faults

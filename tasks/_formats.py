@@ -88,7 +88,7 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
     """
     folder = Path(path)
     if is_saved(folder):
-        rows = load_from_disk(path)
+        rows = load_from_disk(path).with_format(None)  # it may have been saved with tensors
         splits = {"train": rows} if isinstance(rows, Dataset) else rows
         return {name: rows.to_iterable_dataset() if streaming else rows for name, rows in splits.items()}
     if files := find_files(folder, "*.parquet"):
@@ -106,9 +106,10 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
                 "and its files the same columns."
             ) from error
     if folder.exists():
+        names = sorted(file.name for file in (folder.iterdir() if folder.is_dir() else [folder]))
         raise ValueError(
-            f"{path} has no data set that this task reads: no `dataset_dict.json` or `state.json` (`save_to_disk` "
-            "writes them), no Parquet file, and none of the files that the task's docstring in tasks/ names."
+            f"{path} has no data that this task reads. Give files that match {', '.join(FORMATS)}, unpacked and with "
+            f"names in lower case, or a folder that `save_to_disk` has written. Found: {reprlib.repr(names)}."
         )
     name, _, config = path.partition(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or f"*{folder.suffix}" in FORMATS:
@@ -187,8 +188,11 @@ def read_csv(file: Path) -> Iterator[Record]:
     """Reads a line with the column names, then one record per line. Empty cells are `None`."""
     csv.field_size_limit(1 << 30)
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        reader, line = csv.DictReader(lines, strict=True), 2
+        reader, line = csv.DictReader(lines, strict=True, skipinitialspace=True), 2
         names = reader.fieldnames or []
+        if len(names) == 1 and (found := [sign for sign in ";\t|" if sign in names[0]]):
+            yield f"{file}:1", None, [f"the columns seem to be separated by {found[0]!r}. Save it with commas."]
+            return
         if len({*names}) < len(names):
             yield f"{file}:1", None, [f"it names a column twice: {', '.join(names)}. Give each a name of its own."]
             return

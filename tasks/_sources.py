@@ -60,11 +60,13 @@ IMAGE_FEATURES = {"image": Image(), "images": List(Image(decode=False))}
 IMAGE_FOLDERS = ("", "images", "image", "imgs")  # relative to the folder of the file
 # Names that other data sets use for the fields of a task
 SYNONYMS = {
-    "image": "images img imgs picture pictures photo image_path image_file image_url image_name filename filepath",
+    "image": "images img imgs picture pictures photo image_path image_file image_url image_name filename filepath "
+    "image_file_name file_names images_file_names",
     "question": "prompt query instruction problem input text",
     "answer": "label labels caption captions response output target solution completion",
     "choices": "options candidates alternatives",
-    "context": "hint hints passage paragraph background",
+    "context": "hint hints passage paragraph background input",
+    "system": "system_prompt system_message",
     "messages": "conversation dialog dialogue chat turns",
 }
 # Columns of data sets that have one column for each image of a row
@@ -204,10 +206,14 @@ class Reader:
     def read(self, record: dict) -> tuple[dict, list[str]]:
         """The row of a record, and what is wrong with it."""
         fields, task = self.fields_of(record), import_module(self.task_name)
-        images, has_images = fields["image"], self.fields["image"] != ()
-        if images is None and has_images and hasattr(task, "find_images"):
-            images = task.find_images(fields)
-        images, faults = self._find_images(images)
+        images, has_images, faults = fields["image"], self.fields["image"] != (), self._find_second_images(record)
+        inner = task.find_images(fields) if has_images and hasattr(task, "find_images") else None
+        if images is None:
+            images = inner
+        elif inner and inner != as_list(images):
+            faults = ["there are images in the messages and in a column. Give them in one of the two places."]
+        images, more = self._find_images(images)
+        faults = faults + more
         row, more = task.parse(fields, len(list_images(images)) + len(faults) if has_images else None)
         row, faults = {**images, **row}, faults + more
         return row, faults or self._find_unread(record, row)
@@ -216,7 +222,17 @@ class Reader:
         return self.check(f"{self.place}, row {index}", *self.read(record))
 
     def image(self, record: dict, index: int) -> dict:
-        return self.check(f"{self.place}, row {index}", *self._find_images(self.fields_of(record)["image"]))
+        row, faults = self._find_images(self.fields_of(record)["image"])
+        return self.check(f"{self.place}, row {index}", row, self._find_second_images(record) + faults)
+
+    def _find_second_images(self, record: dict) -> list[str]:
+        """A fault if two columns have different images, of which only the first would be read."""
+        values = {column: as_list(record.get(column)) for column in self.fields["image"]}
+        filled = [column for column, value in values.items() if not is_no_image(value)]
+        lists = [value if isinstance(value := values[column], list) else [value] for column in filled]
+        if all(value == lists[0] for value in lists):
+            return []
+        return [f"`{filled[0]}` and `{filled[1]}` have different images. Put all images of a row into `images`."]
 
     def texts(self, record: dict, index: int) -> dict:
         """The row without images of a record that has `num_images` instead of images."""
@@ -330,6 +346,15 @@ def generate_rows(files: list[Path], reader: Reader) -> Iterator[dict]:
             yield reader.check(where, *((record, faults) if faults else reader_of_file.read(record)))
 
 
+def find_subfolders(folder: str | Path, depth: int) -> Iterator[str]:
+    """The folders in a folder, up to a depth, as in `coco/train2017`."""
+    for entry in os.scandir(folder):
+        if entry.is_dir() and not entry.name.startswith("."):
+            yield entry.path
+            if depth > 1:
+                yield from find_subfolders(entry.path, depth - 1)
+
+
 def has_only_texts(messages) -> bool:
     """Whether the feature of a column with messages allows no parts in them, and so no images."""
     turn = messages.feature if isinstance(messages, List | LargeList) else None
@@ -362,6 +387,11 @@ def map_rows(rows: Dataset, function, features: Features, fingerprint: str, desc
     )
 
 
+def find_train_files(folder: Path, splits: dict[str, list[Path]]) -> list[Path]:
+    """The files of the train split that are named after it, directly in the folder."""
+    return [file for file in splits.get("train", ()) if file.parent == folder and split_of(file.stem) == "train"]
+
+
 class Source:
     """
     The data of a file, a folder or a Hub id, as read by a task. `splits` has the files or the rows of each split.
@@ -378,12 +408,14 @@ class Source:
         self.task, self.path, self.columns, self.streaming = task, path, columns, streaming
         self.fields = self._choose_columns()
         folder = Path(path)
-        for pattern, self.format in FORMATS.items():
-            self.splits = {} if is_saved(folder) else find_files(folder, pattern)
-            if self.splits:
-                break
-        else:
-            self.format = "save_to_disk" if folder.exists() else "the Hub"
+        found = {name: {} if is_saved(folder) else find_files(folder, pattern) for pattern, name in FORMATS.items()}
+        # Files that are named after the split, and no others, are surely its data
+        named = {name: find_train_files(folder, splits) for name, splits in found.items()}
+        if len(places := [str(files[0]) for files in named.values() if files]) > 1:
+            raise ValueError(f"{' and '.join(places)} may both be the train split. Keep one, or give its path.")
+        formats = [name for name in found if named[name]] or [name for name in found if found[name]]
+        self.format = formats[0] if formats else "save_to_disk" if folder.exists() else "the Hub"
+        self.splits = found.get(self.format, {})
         self._names = {}
         self.has_files = bool(self.splits) and self.format != "Parquet"
         self.files = self.splits
@@ -476,6 +508,11 @@ class Source:
         it is the image. A stream may have images in later rows.
         """
         names, faults = self.names(split), self._find_numbered_images(split)
+        # Fields that are read into others, such as `system` into `messages`
+        inner = [
+            name for name in self.fields if name not in self.task.FEATURES and not {*self.fields[name]} & {*names}
+        ]
+        absent = list(dict.fromkeys([*absent, *inner]))
         read = {column for name, columns in self.fields.items() for column in columns if name not in absent}
         read |= {column for name in self.fields.keys() - {*absent} for column in self.task.FIELDS[name]}
         for name in absent:
@@ -531,11 +568,11 @@ class Source:
         return [f"{file} is not read, since other files are {self.format}. Save it as that too." for file in unread]
 
     def _needs_image(self, split: str) -> bool:
-        """Whether a split without images is a fault. A stream may have images in later rows."""
+        """Whether a split without images is a fault. A stream with a column for them may have some in later rows."""
+        if self.streaming:
+            return not {*self.fields["image"]} & {*self.names(split)}
         others = [] if split_of(split) == "train" else self.splits
-        return not self.streaming and not any(
-            row and row["image"] for name in others for _, row, _ in self.records(name)
-        )
+        return not any(row and row["image"] for name in others for _, row, _ in self.records(name))
 
     def _is_needed(self, name: str) -> bool:
         return name in self.task.REQUIRED or self.fields[name] != self.task.FIELDS[name]
@@ -634,8 +671,8 @@ class Source:
         Fingerprint of the files in `places`, of `facts`, and of the code of the tasks, which makes rows from them.
         """
         folders = dict.fromkeys(place / name for place in places for name in IMAGE_FOLDERS)
-        inner = [entry.path for folder in folders if folder.is_dir() for entry in os.scandir(folder) if entry.is_dir()]
-        paths = [*folders, *map(Path, sorted(inner))]
+        inner = [path for folder in folders if folder.is_dir() for path in find_subfolders(folder, 3)]
+        paths = [*folders, *map(Path, sorted({*inner}))]
         stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists()]
         code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
         return Hasher.hash([stamps, *facts, self.task.__name__, self.fields, *code])

@@ -35,6 +35,8 @@ FEATURES = Features(
 FIELDS = {"image": ("images", "image", "file_name"), "messages": ("messages", "conversations"), "system": ("system",)}
 REQUIRED = ("messages",)
 KEYS = ("role", "from"), ("content", "value")
+# Parts of a message in other formats that would be ignored
+UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
@@ -77,6 +79,13 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
             faults.append(
                 f"message {number} has the role {role!r}. Use system, user and assistant, or system, human and gpt."
             )
+        if ignored := [key for key in UNREAD if turn.get(key)]:
+            faults.append(f"message {number} ({role}) has `{ignored[0]}`, which is not read. Remove it or the row.")
+        if turn.get("weight") not in (None, 1):
+            faults.append(
+                f"message {number} ({role}) has the weight {turn['weight']}, but all of the assistant's messages are "
+                "learned. Remove the row, or split it."
+            )
         if unknown:
             faults.append(
                 f"message {number} ({role}) has the part {reprlib.repr(unknown[0])}. Give parts of type 'text', with "
@@ -87,6 +96,8 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
         if markers and ROLES.get(role) != "user":
             faults.append(f"message {number} ({role}) has `<image>`, which only a user's message may have. Remove it.")
         num_markers += markers
+        if ROLES.get(role) == "assistant" and isinstance(text, str):
+            text = text.strip()  # the tokens of an answer begin after the generation prompt
         messages.append({"role": ROLES.get(role), "content": text})
     roles = [message["role"] for message in messages]
     spoken = roles[roles[0] == "system" :]

@@ -367,7 +367,10 @@ def load(
     of `datasets` in later ones.
     """
     if path is not None:
-        raise ValueError(f"path is {path!r}, but `digits` is generated at run time and has no files. Remove it.")
+        raise ValueError(
+            f"path is {path!r}, but `digits` is generated at run time and has no files. Remove it, or give the task "
+            "of these files, such as `--task vqa`."
+        )
     if split not in SIZES:
         raise ValueError(f"split is {split!r}, but must be one of {', '.join(SIZES)}.")
     if max_samples is not None and max_samples < 1:

@@ -101,7 +101,7 @@ def read_captions(file: Path) -> dict[str, str]:
 
 
 def context(row: dict) -> str:
-    return " ".join((row["hint"], row.get("caption", ""))).strip()
+    return " ".join((row["hint"] or "", row.get("caption") or "")).strip()
 
 
 def prompt(row: dict, context: str) -> str:

@@ -80,7 +80,10 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
         faults.append(f"`answer` is {answer!r}, which is none of `answers`, {reprlib.repr(answers)}. Add it to them.")
     faults += find_index_faults(record["choices"], record["answer"])
     row = {"question": question, "choices": choices or None, "answer": answer, "answers": answers, "context": context}
-    return row, faults + find_choice_faults(choices, answer)
+    wrong = [
+        fault for value in dict.fromkeys([answer, *(answers or ())]) for fault in find_choice_faults(choices, value)
+    ]
+    return row, faults + list(dict.fromkeys(wrong))
 
 
 def number_to_text(value):
@@ -159,7 +162,7 @@ def score(records: list[dict], size: int) -> dict[str, float | None]:
             hits.append(said[-1] in map(normalise, record.get("answers") or [wanted]))
         else:
             said.append(parse(text, len(choices)))
-            hits.append(said[-1] == choices.index(wanted))
+            hits.append(said[-1] is not None and choices[said[-1]] in (record.get("answers") or [wanted]))
 
     def accuracy(belongs):
         part = [hit for hit, record in zip(hits, records) if belongs(record)]
@@ -179,9 +182,10 @@ def score(records: list[dict], size: int) -> dict[str, float | None]:
 def normalise(text: str) -> str:
     """Lower case, without punctuation and articles (" The red car." -> "red car"), unless nothing would be left."""
     text = unicodedata.normalize("NFC", text).lower().strip()
-    text = text.removesuffix(".") or text
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.removesuffix(".") or text)  # as in VQAv2's script
     # A sign before a digit is part of the number: -5, 3.5, 10:30, 1/2
     is_part = [bool(re.match(r"[-.,:/]\d", text[place:])) for place in range(len(text))]
+    is_part = [part or sign in "#%" for sign, part in zip(text, is_part)]  # C#, 50%
     kept = [sign for sign, part in zip(text, is_part) if part or not unicodedata.category(sign).startswith("P")]
     words = "".join(kept).split() or text.split()
     return " ".join([word for word in words if word not in ("a", "an", "the")] or words)

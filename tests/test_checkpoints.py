@@ -19,14 +19,21 @@ import pytest
 import torch
 from processes import let_accelerate_take_fsdp_on_the_cpu, start
 from safetensors.torch import load_file
-from test_train import make_rows, scienceqa, tiny_flags  # noqa: F401  `scienceqa` is a fixture
+from test_train import make_rows, make_split, scienceqa, tiny_flags  # noqa: F401  `scienceqa` is a fixture
 from tiny import NUM_PATCHES, ROOT, save_tiny_bases, tiny_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import train
 from tasks import get_task
 from training.arguments import DataArguments
-from training.checkpoints import commit_of_this_code, find_last_checkpoint, find_start, list_checkpoints, read_manifest
+from training.checkpoints import (
+    commit_of_this_code,
+    find_last_checkpoint,
+    find_start,
+    list_checkpoints,
+    move_finished_run,
+    read_manifest,
+)
 from training.data import Split
 from training.engines import ENGINE_OF_ONE
 from training.trainer import AnswerTrainer, Speed
@@ -356,6 +363,18 @@ def test_a_run_on_other_rows_is_not_gone_on_with(interrupted, monkeypatch):
         train.main(flags(output))
 
 
+def test_rows_with_other_images_are_other_rows(scienceqa):  # noqa: F811
+    split = make_split(scienceqa[0])
+    digest, content = split.digest(), split.images[:]["image"]
+    place = next(index for index, image in enumerate(content) if image is not None)
+    for image in (None, {**content[place], "path": "b.png"}, {**content[place], "bytes": b"1"}):
+        images = [*content[:place], image, *content[place + 1 :]]
+        split.images = datasets.Dataset.from_dict({"image": images}, features=split.images.features)
+        assert split.digest() != digest
+    split.images = datasets.Dataset.from_dict({"image": content}, features=split.images.features)
+    assert split.digest() == digest
+
+
 def test_other_code_is_told_when_a_run_goes_on(interrupted, monkeypatch, caplog):
     flags, output = interrupted
     monkeypatch.setattr("training.checkpoints.commit_of_this_code", lambda: "another")
@@ -386,10 +405,23 @@ def test_a_run_that_has_come_to_its_end_is_replaced(interrupted, capsys):
     train.main(flags(output))
     before = json.loads((output / "results.json").read_text())["run"]
     capsys.readouterr()
-    train.main(flags(output, learning_rate=0.01))
+    train.main(flags(output))
     assert "resuming from" not in capsys.readouterr().out
     after, run = (json.loads((output / name).read_text())["run"] for name in ("results.json", "run.json"))
     assert before != after == run
+
+
+def test_a_finished_run_with_other_arguments_is_moved(interrupted):
+    flags, output = interrupted
+    train.main(flags(output))
+    before, weights = json.loads((output / "results.json").read_text()), adapters(output)
+    with pytest.raises(ValueError, match="is in the output folder .* Give another `--output_dir`"):
+        move_finished_run(output, before["run"], str(output / "checkpoint-4"))
+    train.main(flags(output, learning_rate=0.01))
+    moved = output.with_name(f"{output.name}-{before['run'][:8]}")
+    assert json.loads((moved / "results.json").read_text()) == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in adapters(moved).items())
+    assert json.loads((output / "results.json").read_text())["run"] != before["run"]
 
 
 def test_a_run_cut_off_after_its_last_step_takes_no_further_one(scienceqa, tmp_path):  # noqa: F811

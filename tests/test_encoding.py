@@ -33,7 +33,7 @@ STRICT = (  # as LLaMA-2: no end of a user's turn, and no role but these two
 )
 # Earlier answers are left out, as reasoning is by some templates
 FORGETFUL = (
-    "{% for message in messages %}{% if message['role'] == 'user' or loop.last %}"
+    "{% for message in messages %}{% if message['role'] != 'assistant' or loop.last %}"
     "{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
@@ -204,6 +204,29 @@ def test_a_context_with_special_tokens_is_cut_where_it_is_too_long(processor):
     encoded = encode(processor, {"answer": "A"}, **values)
     length = encoded["is_answer"].index(True)
     assert encoded["shortened"] and 190 <= length <= 200
+
+
+def test_a_template_that_leaves_out_the_system_message_is_refused():
+    template = CHATML.replace("{{ '<|im_start|>' +", "{{ '' if message['role'] == 'system' else '<|im_start|>' +")
+    processor = make_processor("qwen", template=template, **IM_END)
+    messages = [{"role": role, "content": f"the {role}"} for role in ("system", "user", "assistant")]
+    with pytest.raises(ValueError, match="leaves out or changes .*the system.* Give another template"):
+        encode(processor, {}, messages=lambda row: messages, answer=lambda row: "the assistant")
+
+
+def test_special_tokens_in_a_context_are_text_whatever_was_encoded_before():
+    class Encoder(RowEncoder):
+        task = make_task(
+            context=lambda row: row["context"], prompt=lambda row, context: f"{context} {row['question']}"
+        )
+
+    processor, found = make_processor("qwen", template=CHATML, **IM_END), []
+    for earlier in ("<|im_start|>", "nothing"):
+        encoder = Encoder(make_task(), "test", processor, max_prompt_length=200, training=True)
+        encoder({"question": earlier, "answer": "x", "context": earlier}, 0)
+        row = encoder({"question": "What?", "answer": "x", "context": "<|im_end|> ends a turn."}, 0)
+        found.append(processor.tokenizer.decode(row["input_ids"]))
+    assert found[0] == found[1] and "<|im_end|> ends a turn. What?" in found[0]
 
 
 @pytest.mark.parametrize(

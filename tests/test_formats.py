@@ -318,6 +318,16 @@ CHAT_FAULTS = [
     ({"messages": [USER, {"role": "assistant", "content": "\ud83d"}]}, "half of a surrogate pair"),
     ({"messages": [USER, {"role": "assistant", "content": [{"type": "audio"}]}]}, "has the part {'type': 'audio'}"),
     ({"messages": [{"role": "user", "content": parts("")}, ASSISTANT]}, "text in message 1 (user) is ''"),
+    ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "message 2 (assistant) has the weight 0"),
+    ({"messages": [USER, {**ASSISTANT, "reasoning_content": "so"}]}, "(assistant) has `reasoning_content`, which"),
+    ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"id": 1}]}]}, "(assistant) has `tool_calls`, which"),
+    (
+        {
+            "messages": [{"role": "user", "content": [{"type": "image", "image": "b.png"}]}, ASSISTANT],
+            "image": "a.png",
+        },
+        "there are images in the messages and in a column",
+    ),
     ({"conversations": in_llava()}, "have 1 `<image>`"),
     ({"conversations": in_llava("<image><image>"), "image": "a.png"}, "have 2 `<image>`"),
     (
@@ -431,6 +441,16 @@ def test_an_image_that_is_added_later_is_found(tmp_path):
     assert read(vqa, tmp_path)[0]["image"] == "red"
 
 
+def test_an_image_that_is_added_to_a_deep_folder_is_found(tmp_path):
+    (tmp_path / "images" / "coco" / "train2017").mkdir(parents=True)
+    rows = [{"question": "?", "answer": "x", "image": f"coco/train2017/{number}.png"} for number in (1, 2)]
+    write_lines(tmp_path / "train.jsonl", rows)
+    write_image(tmp_path / "images" / "coco" / "train2017" / "1.png")
+    vqa.load("train", str(tmp_path))
+    write_image(tmp_path / "images" / "coco" / "train2017" / "2.png")
+    assert [row["image"] for row in read(vqa, tmp_path)] == ["red", "red"]
+
+
 # --- what may be meant and is not read ---
 
 
@@ -438,6 +458,13 @@ AMBIGUOUS = [
     (vqa, {"choices": ["2", "3", "4"], "answer": 2}, "is the number 2, which may be the option '2' or .* '4'"),
     (vqa, {"answer": "red", "answers": ["blue"]}, r"'red', which is none of `answers`, \['blue'\]"),
     (vqa, {"answer": "x", "image": "a.png", "image_2": "a.png"}, "columns image_2 seem to have further images"),
+    (
+        chat,
+        {"messages": [USER, ASSISTANT], "system_prompt": "x"},
+        "no row has a `system`.*`--columns system=system_prompt`",
+    ),
+    (vqa, {"answer": "x", "images": ["b.png"]}, "`images` and `image` have different images"),
+    (vqa, {"choices": ["a", "b"], "answer": ["a", "c"]}, "`answer` is 'c', which is none of"),
     (vqa, {"answer": "x", "image1": "a.png", "image2": "a.png"}, "columns image1, image2 seem to have further"),
 ]
 
@@ -448,7 +475,27 @@ def test_what_may_be_meant_in_two_ways_is_refused(task, values, message, tmp_pat
     write_lines(tmp_path / "train.jsonl", [{"question": "?", "image": "a.png", **values}])
     with pytest.raises(ValueError, match=message):
         task.load("train", str(tmp_path))
-    assert not check(str(tmp_path)) and re.search(message, capsys.readouterr().out)
+    name = task.__name__.rpartition(".")[2]
+    assert not check(str(tmp_path), task=name) and re.search(message, capsys.readouterr().out)
+
+
+def test_files_of_another_format_do_not_replace_the_train_file(tmp_path, capsys):
+    row = {"question": "?", "answer": "x"}
+    write_list(tmp_path / "train.json", [row])
+    write_lines(tmp_path / "predictions.jsonl", [{**row, "answer": "y"}])
+    assert [row["answer"] for row in read(vqa, tmp_path, columns="image=none")] == ["x"]
+    write_csv(tmp_path / "train.csv", [row])
+    with pytest.raises(ValueError, match=r"train.csv and .*train.json may both be the train split. Keep one"):
+        vqa.load("train", str(tmp_path))
+    assert read(vqa, tmp_path / "train.csv", columns="image=none")
+
+
+def test_a_stream_without_a_column_of_images_must_be_meant(tmp_path):
+    write_image(tmp_path / "train" / "a.png")
+    write_lines(tmp_path / "train" / "metadata.jsonl", [{"image_file_name": "a.png", "question": "?", "answer": "x"}])
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="no row has an `image`.*`--columns image=image_file_name`"):
+            vqa.load("train", str(tmp_path), streaming=streaming)
 
 
 def test_two_splits_that_may_be_the_test_split_are_named(tmp_path):
@@ -655,7 +702,8 @@ FILES = [
         "train.csv:1: it names a column twice: answer,",
     ),
     ("train.csv", b"", "train.csv: no rows"),
-    ("train.txt", b"question", "has no data set"),
+    ("train.txt", b"question", "has no data that this task reads"),
+    ("train.csv", b"question;answer\n?;x\n", "columns seem to be separated by ';'"),
 ]
 
 
@@ -737,3 +785,22 @@ def test_the_check_command_prints_any_text_in_any_locale(tmp_path, monkeypatch):
         main()
     output.flush()
     assert b"`answer` is 'Zo\\xeb', which is none of" in output.buffer.getvalue()
+
+
+def test_signs_of_answers_count_and_each_of_several_options_is_right():
+    records = [
+        {"prediction": text, "answer": "C#", "has_image": False, "answers": None, "choices": None}
+        for text in ("C#", " c#.", "C", "3,000")
+    ]
+    records[3]["answer"] = "3000"
+    assert vqa.score(records, 4)["average"] == 75
+    chosen = {"choices": ["red", "blue", "green"], "answer": "red", "answers": ["red", "blue"], "has_image": False}
+    assert vqa.score([{**chosen, "prediction": f" {letter}"} for letter in "ABC"], 3)["average"] == pytest.approx(
+        200 / 3
+    )
+
+
+def test_data_sets_saved_with_tensors_are_read(tmp_path):
+    rows = Dataset.from_list([{"question": "?", "answer": 1}]).with_format("torch")
+    rows.save_to_disk(tmp_path)
+    assert read(vqa, tmp_path, columns="image=none")[0]["answer"] == "1"

@@ -244,7 +244,7 @@ def test_what_the_original_scienceqa_lacks_is_named(missing, original):
 
 def test_a_folder_of_another_kind_or_without_the_split_is_refused(original, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty has no data set.*dataset_dict.json"):
+    with pytest.raises(ValueError, match="empty has no data that this task reads.*save_to_disk"):
         scienceqa.load("test", str(tmp_path / "empty"))
     DatasetDict(test=scienceqa.load("test", str(original))).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="no split `train`. It has: test"):
@@ -968,12 +968,13 @@ def test_the_check_command_names_every_bad_row_and_no_other(command, tmp_path):
     file.write_bytes(b"\n".join(lines))
     code, output = command("check", file)
     assert code == 1
-    _, *faults, summary, longest, note, missing, total = output.splitlines()
+    _, *faults, summary, longest, unread, note, missing, total = output.splitlines()
     for number, (fault, (_, text)) in enumerate(zip(faults, FAULTS, strict=True)):
         assert fault.startswith(f"{file}:{3 + 2 * number}: ") and text in fault
         assert fault.endswith(".")  # what to do
     assert summary == f"{file}: 27 good rows, 27 with an image, 27 with choices"
     assert longest == "longest texts in characters: question 6, choices 5, answer 5, context 9"
+    assert unread.startswith("note: columns that are not read: ") and "id" in unread
     assert note == f"note: 26 times a row that is repeated, the first at {file}:4"
     assert "no test split" in missing and total == "26 faults"
 
@@ -1000,7 +1001,7 @@ def test_the_check_command_reads_easy_vqa(command, tmp_path):
 
 
 def test_the_check_command_refuses_what_holds_no_rows(command, tmp_path):
-    assert "has no data set" in command("check", tmp_path)[1]
+    assert "has no data that this task reads" in command("check", tmp_path)[1]
     assert "There is no file or folder" in command("check", tmp_path / "lost.jsonl")[1]
     (tmp_path / "train.jsonl").write_text("\n")
     assert "train.jsonl: no rows" in command("check", tmp_path)[1]
@@ -1038,6 +1039,25 @@ def test_answers_without_a_choice_have_no_score_by_likelihood(answered):
     del records[5]["choice"]
     write_lines(answered / "predictions.jsonl", records)
     assert "scores_by_likelihood" not in score_folder(answered)
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("predictions.jsonl", lambda text: text[:-20], r"predictions.jsonl, line 12 is not valid JSON"),
+        ("predictions.jsonl", lambda text: text.replace('"index": 1,', '"index": 0,'), "each row of the split once"),
+        ("predictions.jsonl", lambda text: text + "3\n", "line 13 has 3 in place of a JSON object"),
+        ("results.json", lambda text: "{}", "results.json has no `size`, which `train.py` writes"),
+        ("results.json", lambda text: text[:-1], "results.json is not valid JSON"),
+    ],
+)
+def test_scoring_names_the_damaged_file(answered, name, change, message):
+    text = (answered / name).read_text()
+    (answered / name).write_text(change(text))
+    with pytest.raises(ValueError, match=message):
+        score_folder(answered)
+    (answered / name).write_text(text + "\n")
+    score_folder(answered)
 
 
 def test_scoring_refuses_a_folder_that_lacks_an_answer_or_a_file(answered, command):

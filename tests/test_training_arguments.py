@@ -492,6 +492,52 @@ def test_a_number_of_epochs_overrides_a_recipes_number_of_steps(tmp_path):
     assert (training.num_train_epochs, training.max_steps) == (2, -1)
 
 
+def test_a_recipe_overrides_the_partner_of_its_value_in_its_base(tmp_path):
+    (tmp_path / "base.yaml").write_text("base_learning_rate: 0.02\nmax_steps: 1500\n")
+    (tmp_path / "row.yaml").write_text("base: base.yaml\nlearning_rate: 1e-4\nnum_train_epochs: 3\n")
+    training = parse_arguments([str(tmp_path / "row.yaml")])[-1]
+    assert (training.learning_rate, training.base_learning_rate) == (1e-4, None)
+    assert (training.num_train_epochs, training.max_steps) == (3, -1)
+
+
+def test_values_of_yaml_are_read_as_they_are_meant(tmp_path):
+    lines = ["save_strategy: no", "eval_strategy: off", "report_to: [tensorboard, trackio]", "learning_rate: 1e-4"]
+    lines += ["lr_scheduler_type: cosine_with_min_lr", "lr_scheduler_kwargs: {min_lr: 1e-5}"]
+    (tmp_path / "row.yaml").write_text("\n".join(lines))
+    training = parse_arguments([str(tmp_path / "row.yaml")])[-1]
+    assert training.save_strategy == training.eval_strategy == "no"
+    assert training.report_to == ["tensorboard", "trackio"] and training.learning_rate == 1e-4
+    assert training.lr_scheduler_kwargs == {"min_lr": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "message"),
+    [
+        ("learning_rate: 1\nbase_learning_rate: 1\n", [], "has both `learning_rate` and `base_learning_rate`"),
+        ("seed: 1\nseed: 2\n", [], "row.yaml is not valid YAML: `seed` is given twice"),
+        ("seed: [1\n", [], "(?s)row.yaml is not valid YAML: .*Write a flag on each line"),
+        ("base: row.yaml\n", [], "row.yaml is its own `base`"),
+        ("base: [row.yaml]\n", [], r"`base` is \['row.yaml'\]. Give the name of one recipe"),
+        ("eval_steps: 5\n", [], "`--eval_steps` has no effect without `--eval_strategy steps`"),
+        ("lora_rank: 8\n", [], "`--lora_rank` has no effect with `--method dehvf`"),
+        ("hub_model_id: org/name\n", [], "`--hub_model_id` has no effect without `--push_to_hub true`"),
+        ("adapter: assets\nvisual_scale: 0.9\n", [], "`--visual_scale` was given, but `--adapter .*` already defines"),
+        ("seed: 1\n", ["--seed", "2", "other.yaml"], "Give the recipe other.yaml before all flags"),
+        (
+            "seed: 1\n",
+            ["--lr_scheduler_kwargs", "{'min_lr': 1}"],
+            r"\{'min_lr': 1\}\" is not valid JSON .*double quotes",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_meant_is_refused(recipe, flags, message, tmp_path):
+    (tmp_path / "row.yaml").write_text(recipe)
+    arguments = [str(tmp_path / "row.yaml"), *flags]
+    with pytest.raises(ValueError, match=message):
+        parsed = parse_arguments(arguments)
+        check_arguments(arguments, *parsed[1:4], parsed[-1])
+
+
 @pytest.mark.parametrize(
     ("recipe", "flags", "expected"),
     [

@@ -8,6 +8,7 @@ import re
 from argparse import ArgumentTypeError
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -19,7 +20,7 @@ from baselines import BaselineArguments
 from dehvf import DehvfConfig, hub
 from tasks import NAMES
 from training.engines import ENGINE_OF_ONE, name_engine
-from training.flags import read_command
+from training.flags import PARTNERS, read_chain, read_command
 
 
 DESCRIPTION = "Trains adapters on frozen bases, evaluates them on the test split and saves them with a model card."
@@ -189,8 +190,15 @@ class DehvfTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep false: all columns are needed."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Not used."})
     hub_strategy: str = field(default="end", metadata={"help": "Keep: adapters are pushed once, with their results."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, trackio, ..."})
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "tensorboard, trackio, ..., or several, separated by commas."}
+    )
     use_cpu: bool = field(default=not torch.accelerator.is_available(), metadata={"help": "Train on the CPU."})
+
+    def __post_init__(self):
+        if isinstance(self.report_to, str):
+            self.report_to = self.report_to.split(",")
+        super().__post_init__()
 
 
 def adapter_arguments() -> type:
@@ -257,18 +265,25 @@ def parse_arguments(arguments: list[str]):
         allow_abbrev=False,
     )
     recipe, values, flags = read_command(arguments)
-    for name, other in (("learning_rate", "base_learning_rate"), ("num_train_epochs", "max_steps")):
+    for name, other in PARTNERS:
         if name in flags:  # otherwise the value of the other one in the recipe would take precedence
             values.pop(other, None)
     words = [f"--output_dir=outputs/{recipe.stem}"]
     for name, value in values.items():
-        is_nested = isinstance(value, list) and any(isinstance(element, list) for element in value)
-        if isinstance(value, dict) or is_nested:
+        if isinstance(value, dict) or isinstance(value, list) and name == "layer_mapping":
             value = json.dumps(value)
+        elif isinstance(value, list) and name == "report_to":
+            value = ",".join(map(str, value))
         elements = value if isinstance(value, list) else [value]
         words += [f"--{name}", *map(str, elements)]
     given = arguments if not arguments or arguments[0].startswith("-") else arguments[1:]
-    parsed = parser.parse_args_into_dataclasses([*words, *given], look_for_args_file=False)
+    try:
+        parsed = parser.parse_args_into_dataclasses([*words, *given], look_for_args_file=False)
+    except json.JSONDecodeError as error:  # of the fields that are dicts
+        raise ValueError(
+            f"{error.doc!r} is not valid JSON ({error.msg}). Write names and texts in double quotes, such as "
+            "'{\"min_lr\": 1e-5}'."
+        ) from error
     _, model_args, adapter_args, _, _ = parsed
     if model_args.adapter is not None:
         # The config of the adapters contains their bases. The bases in a recipe are for new adapters, or for adapters
@@ -371,9 +386,13 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
     Raises `ValueError` for arguments that exclude each other, would fail late or have no effect.
 
     Args:
-        flags: the words of the command.
+        flags: the words of the command. The keys of a recipe that is named there count as flags, those of its base do
+            not.
     """
     given = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in flags if word.startswith("--")}
+    if flags and not flags[0].startswith("-"):
+        (_, own), *_ = read_chain(Path(flags[0]))
+        given |= {name for name, value in own.items() if value is not None}
     method, is_baseline = model_args.method, model_args.method in BASELINES
     check_training_arguments(given, training_args)
     for name in ("max_prompt_length", "max_new_tokens", "max_samples"):

@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from training.engines import ENGINE_OF_ONE, name_engine
-from training.flags import ROOT
+from training.flags import PLACES, ROOT
 
 
 MANIFEST, RUN_FILE, RESULTS_FILE = "manifest.json", "run.json", "results.json"
@@ -183,6 +183,9 @@ def describe_arguments(training_args, *others) -> dict:
     training = training_args.to_dict().items()
     values |= {name: value for name, value in training if not name.startswith(FREE_ARGUMENTS)}
     del values["text_model_id"], values["vision_model_id"]  # they only matter for the Hub
+    for name in PLACES:  # the same folder is another relative path in another working directory
+        if values[name] is not None and Path(values[name]).exists():
+            values[name] = os.path.abspath(values[name])
     if values["streaming"]:  # each worker reads its own shards
         values["dataloader_num_workers"] = training_args.dataloader_num_workers
     factors = (training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps)
@@ -222,9 +225,9 @@ def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | No
     Decides where a run starts.
 
     Args:
-        asked: `auto` resumes an interrupted run in `output_dir` and replaces a finished one, `never` replaces any run;
-            any other value is the path of a checkpoint in `output_dir`. The Trainer's `true` and `false` mean `auto`
-            and `never`.
+        asked: `auto` resumes an interrupted run in `output_dir`, replaces a finished one with the same arguments, and
+            moves a finished one with other arguments to another folder; `never` replaces any run; any other value is
+            the path of a checkpoint in `output_dir`. The Trainer's `true` and `false` mean `auto` and `never`.
         run: `arguments`, `engine`, `processes`, `versions` and `commit` of this run.
 
     Returns:
@@ -239,6 +242,8 @@ def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | No
     if asked.lower() in ("auto", "true"):
         earlier, results = read_json(output_dir / RUN_FILE), read_json(output_dir / RESULTS_FILE)
         finished = "scores" in results and results.get("run") == earlier.get("run")
+        if finished and find_differing(run["arguments"], earlier["arguments"]):
+            move_finished_run(output_dir, earlier["run"], run["arguments"]["adapter"])
         if not earlier and (left := list_checkpoints(output_dir)):
             logger.warning(f"{output_dir} has no {RUN_FILE}, so this run does not resume from {left[-1]}.")
         found = None if finished or not earlier else find_last_checkpoint(output_dir, earlier["run"])
@@ -277,11 +282,35 @@ def read_named_checkpoint(checkpoint: Path, output_dir: Path) -> dict:
     return manifest
 
 
+def move_finished_run(output_dir: Path, run: str, adapter: str | None):
+    """Renames the folder of a finished run, so that a run with other arguments does not overwrite its results."""
+    if adapter is not None and Path(adapter).resolve().is_relative_to(output_dir.resolve()):
+        raise ValueError(
+            f"`--adapter {adapter}` is in the output folder {output_dir}, which has the results of a finished run. "
+            "Give another `--output_dir`."
+        )
+    target = output_dir.absolute().with_name(f"{output_dir.absolute().name}-{run[:8]}")
+    try:
+        output_dir.rename(target)
+    except OSError as error:
+        raise ValueError(
+            f"{output_dir} has the results of a finished run with other arguments, and cannot be moved to {target} "
+            f"({error}). Give another `--output_dir`, or `--resume_from_checkpoint never` to replace them."
+        ) from error
+    logger.warning(
+        f"{output_dir} had the results of a finished run with other arguments. They were moved to {target}."
+    )
+
+
+def find_differing(now: dict, earlier: dict) -> list[str]:
+    """The arguments that differ, in words."""
+    names = sorted(now.keys() & earlier.keys())  # other releases may have other arguments
+    return [f"`{name}` was {earlier[name]} and is {now[name]}" for name in names if now[name] != earlier[name]]
+
+
 def check_same_arguments(now: dict, earlier: dict, checkpoint: Path):
     """Raises `ValueError` if a checkpoint belongs to a run with other arguments."""
-    names = sorted(now.keys() & earlier.keys())  # other releases may have other arguments
-    differing = [f"`{name}` was {earlier[name]} and is {now[name]}" for name in names if now[name] != earlier[name]]
-    if differing:
+    if differing := find_differing(now, earlier):
         raise ValueError(
             f"{checkpoint} belongs to a run with other arguments: {'; '.join(differing)}. To resume that run, give "
             "its arguments. For a new run, use another `--output_dir`, perhaps with `--adapter` and this checkpoint. "

@@ -9,8 +9,11 @@ import hashlib
 import inspect
 import itertools
 import multiprocessing
+import os
+import re
 from dataclasses import dataclass, field
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
@@ -74,9 +77,8 @@ def read_image(image) -> Image.Image | None:
     """
     if image is None:
         return None
-    if (
-        isinstance(image, dict) and image["bytes"] is None and "://" in image["path"]
-    ):  # in a streamed data set, possibly inside an archive
+    # A place inside an archive, in a streamed data set
+    if isinstance(image, dict) and image["bytes"] is None and re.match(r"(?!https?:)[\w+.-]+://", image["path"]):
         with xopen(image["path"], "rb") as file:
             image = {"bytes": file.read(), "path": image["path"]}
     return dehvf.images.read_image(image)
@@ -181,11 +183,20 @@ class Split(torch.utils.data.Dataset):
             )
 
     def digest(self) -> str:
-        """SHA-256 of the tokens of all rows."""
+        """SHA-256 of the tokens of all rows, and of the paths and sizes of their images."""
         sha256 = hashlib.sha256()
         for chunk in self.encoded.data.column("input_ids").chunks:
             for buffer in chunk.buffers():
                 sha256.update(buffer or b"")
+        for batch in self.images.with_format("arrow").iter(1000):
+            for column in batch.columns:
+                if pa.types.is_list(column.type):
+                    sha256.update(repr(pc.list_value_length(column).to_pylist()).encode())
+                    column = pc.list_flatten(column)
+                places, contents = (pc.struct_field(column, name) for name in ("path", "bytes"))
+                places, lengths = places.to_pylist(), pc.binary_length(contents).to_pylist()
+                sizes = [os.path.getsize(place) if place and os.path.isfile(place) else None for place in places]
+                sha256.update(repr((places, lengths, sizes)).encode())
         return sha256.hexdigest()
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 
 import json
 import re
+import reprlib
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -55,12 +56,23 @@ class ChatTokenizer:
             self.replaced.append(found[0])
         return chr(STAND_INS[self.replaced.index(found[0])])
 
+    def restore(self, text: str) -> str:
+        """Reverses `protect`."""
+        return re.sub(ANY_STAND_IN, lambda found: self.replaced[ord(found[0]) - STAND_INS[0]], text)
+
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         messages = [{**message, "content": self.protect(message["content"])} for message in messages]
         try:
-            return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
         except TemplateError as error:  # for example because of an unknown role
             raise ValueError(f"the chat template of the tokenizer refuses {messages}: {error}") from error
+        for message in messages:
+            if message["role"] != "assistant" and message["content"].strip() not in text:
+                raise ValueError(
+                    f"the chat template of the tokenizer leaves out or changes {reprlib.repr(message)}. Give another "
+                    "template, `--chat_template plain`, or remove such messages."
+                )
+        return text
 
     def render_answers(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """
@@ -199,7 +211,7 @@ class RowEncoder:
         context, offsets, shortened = self.chat.protect(self.task.context(row)), None, False
         while True:
             # Encoded in one piece, as the model will read it, and split at the end of the prompt
-            text, spans = self._render(row, context, answer)
+            text, spans = self._render(row, self.chat.restore(context), answer)
             tokens, places = self.chat.encode(text)
             is_answer = [any(begin <= start < end for begin, end in spans) for start, _ in places]
             if self.training and any(start < begin < stop for start, stop in places for begin, _ in spans):

@@ -28,6 +28,25 @@ RENAMED |= {"overwrite_output_dir": "resume_from_checkpoint never"}
 PLACES = ("data_path", "adapter", "vision_model", "text_model")
 
 
+# The first has no effect if the second is given as well
+PARTNERS = (("learning_rate", "base_learning_rate"), ("num_train_epochs", "max_steps"))
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Reads `1e-5` as a number, as YAML 1.2 does, and refuses keys that are given twice."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.MarkedYAMLError(problem=f"`{twice[0]}` is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 def recipes() -> list[Path]:
     return sorted((ROOT / "recipes").glob("*.yaml"))
 
@@ -38,19 +57,52 @@ def read_recipe(recipe: Path) -> dict:
     that belong to a task are also removed if the task differs. A relative path is searched for beside the recipe, in
     the working directory and in this repository, in this order.
     """
+    values = {}
+    for file, own in reversed(read_chain(recipe)):
+        values = keep_values(values, own.get("task"))
+        for name, other in PARTNERS:  # a recipe overrides its base like a flag overrides a recipe
+            if name in own:
+                values.pop(other, None)
+        for name in (*PLACES, "chat_template", "captions"):
+            if (place := own.get(name)) is not None:
+                places = (file.absolute().parent / place, Path(place), ROOT / place)
+                own[name] = str(next(filter(Path.exists, places), place))
+        values |= own
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def read_chain(recipe: Path) -> list[tuple[Path, dict]]:
+    """The values in a recipe, in its `base`, in the base of this, and so on, each with its file."""
+    chain = []
+    while recipe is not None:
+        if recipe.resolve() in (file.resolve() for file, _ in chain):
+            raise ValueError(f"{recipe} is its own `base`. Name another recipe there.")
+        values = read_yaml(recipe)
+        base = values.pop("base", None)
+        if not isinstance(base, str | None):
+            raise ValueError(f"{recipe}: `base` is {base!r}. Give the name of one recipe.")
+        if None not in (values.get("learning_rate"), values.get("base_learning_rate")):
+            raise ValueError(f"{recipe} has both `learning_rate` and `base_learning_rate`. Remove one of them.")
+        chain.append((recipe, values))
+        recipe = base and recipe.parent / base
+    return chain
+
+
+def read_yaml(recipe: Path) -> dict:
+    """The content of a recipe file. `no` and `off` are words if they are the value of a strategy."""
     if not recipe.is_file():
         raise ValueError(f"There is no recipe {recipe}. Recipes: {', '.join(path.name for path in recipes())}.")
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+    try:
+        values = yaml.load(recipe.read_text(encoding="utf-8"), RecipeLoader) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{recipe} is not valid YAML: {error}. Write a flag on each line, as `name: value`."
+        ) from error
     if not isinstance(values, dict):
         raise ValueError(f"{recipe} contains a {type(values).__name__}. Write a flag on each line, as `name: value`.")
-    base = values.pop("base", None)
-    values = values if base is None else keep_values(read_recipe(recipe.parent / base), values.get("task")) | values
-    for name in (*PLACES, "chat_template", "captions"):
-        place = values.get(name)
-        if place is not None:
-            places = (recipe.absolute().parent / place, Path(place), ROOT / place)
-            values[name] = str(next(filter(Path.exists, places), place))
-    return {name: value for name, value in values.items() if value is not None}
+    return {
+        name: "no" if value is False and str(name).endswith("_strategy") else value for name, value in values.items()
+    }
 
 
 def keep_values(values: dict, task: str | None) -> dict:
@@ -77,6 +129,9 @@ def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None
             "locale, such as `LC_ALL=C.UTF-8`."
         )
     has_recipe = arguments and not arguments[0].startswith("-")
+    for before, word in zip(arguments, arguments[1:]):
+        if word.endswith((".yaml", ".yml")) and not before.startswith("--"):
+            raise ValueError(f"Give the recipe {word} before all flags, and only one.")
     recipe = Path(arguments[0]) if has_recipe else DEFAULT_RECIPE
     values, flags = read_recipe(recipe), {}
     for word, following in zip(arguments, [*arguments[1:], "--"]):

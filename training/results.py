@@ -4,6 +4,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +68,10 @@ def make_records(task, processor, split: Split, output) -> list[dict]:
     tokens = torch.as_tensor(tokens)
     tokens = tokens.masked_fill(tokens == -100, processor.tokenizer.pad_token_id)
     texts = processor.batch_decode(tokens, skip_special_tokens=True)
-    if not task.ANSWER_PREFIX and (preface := ChatTokenizer(processor).answer_preface()):
+    chat = ChatTokenizer(processor)
+    if not task.ANSWER_PREFIX and (preface := chat.answer_preface()):
         texts = [text.strip().removeprefix(preface) for text in texts]
-    ended = torch.isin(tokens, torch.tensor(processor.tokenizer.all_special_ids)).any(dim=1)
+    ended = torch.isin(tokens, torch.tensor([*chat.special_ids])).any(dim=1)
     answers = dict(sorted(zip(output.label_ids.tolist(), zip(texts, choices.tolist(), ended.tolist()))))
     if list(answers) != list(range(len(split))):
         raise ValueError(f"There are {len(answers)} answers for the {len(split)} rows of the {split.name} split.")
@@ -192,6 +194,7 @@ def write_card(folder: Path, name: str, results: dict, code: str | None):
         eval_results=[result],
     )
     card.save(folder / "README.md")
+    shutil.rmtree(folder / ".eval_results", ignore_errors=True)  # of an earlier run
     if dataset:
         hub.write_eval_results(folder, dataset, results["task"], result.metric_value)
 
@@ -214,6 +217,8 @@ print(processor.batch_decode(tokens, skip_special_tokens=True)[0])
 
 def write_example(folder: Path, task, processor, split: Split) -> bool:
     """Writes the first question with an image to files, for `example_code`. Returns whether there is one."""
+    for name in ("example.png", "example.txt"):  # of an earlier run
+        (folder / name).unlink(missing_ok=True)
     for index, row in enumerate(split.rows):
         if row["image"] is not None and not row.get("images"):
             split[index]["image"].save(folder / "example.png")
