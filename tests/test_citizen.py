@@ -86,7 +86,7 @@ def close(found: torch.Tensor, expected: torch.Tensor):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def train_two_steps(model, folder, **kwargs) -> torch.Tensor:
+def train_two_steps(model, folder, resume=None, **kwargs) -> torch.Tensor:
     """With a plain `Trainer`, every other row without an image. Returns the losses."""
     rows = [{name: value[0] for name, value in tiny_inputs(1, seed=seed).items()} for seed in range(4)]
     rows = [{**row, "image_mask": MASK[seed % 2], "labels": row["input_ids"]} for seed, row in enumerate(rows)]
@@ -94,8 +94,23 @@ def train_two_steps(model, folder, **kwargs) -> torch.Tensor:
         folder, max_steps=2, per_device_train_batch_size=2, learning_rate=0.01, logging_steps=1, use_cpu=True, **kwargs
     )
     trainer = Trainer(model, arguments, train_dataset=rows)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+
+def test_a_plain_trainer_smooths_the_labels_of_the_next_tokens(tmp_path):
+    model = tiny_model(memory_dropout=0.0, vision_adapter_dropout=0.0)
+    expected = train_two_steps(copy.deepcopy(model), tmp_path / "plain")
+    close(train_two_steps(model, tmp_path / "smoothed", label_smoothing_factor=1e-9), expected)
+
+
+def test_a_plain_trainer_resumes_without_a_warning_about_frozen_weights(tmp_path, monkeypatch):
+    model, messages = tiny_model(memory_dropout=0.0, vision_adapter_dropout=0.0), []
+    monkeypatch.setattr("transformers.trainer.logger.warning", messages.append)
+    again = copy.deepcopy(model)
+    expected = train_two_steps(model, tmp_path, save_strategy="steps", save_steps=1)
+    losses = train_two_steps(again, tmp_path, resume=str(tmp_path / "checkpoint-1"))
+    assert torch.equal(losses, expected) and not [message for message in messages if "missing keys" in message]
 
 
 # --- torch ---
