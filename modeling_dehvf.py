@@ -231,8 +231,6 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
         # The list of CLIP also contains modules of its text tower, and FSDP fails if it does not find a module
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = [name for name in self._no_split_modules or () if name in present]
-        # Checkpoints do not contain these, and the Trainer does not warn of it when it loads one
-        self._keys_to_ignore_on_save = {name for name in self.state_dict() if not is_adapter_name(name)}
 
     def freeze_bases(self):
         """Sets `requires_grad` to true for the parameters of the adapter only."""
@@ -597,6 +595,8 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"} if is_tied else {}
         self.freeze_bases()
         self.post_init()
+        # Checkpoints do not contain these, and the Trainer does not warn of it when it loads one
+        self._keys_to_ignore_on_save = {name for name in self.state_dict() if not is_adapter_name(name)}
 
     @classmethod
     def from_bases(cls, config: DehvfConfig, vision_tower: PreTrainedModel, causal_lm: PreTrainedModel):

@@ -226,11 +226,15 @@ class Reader:
         return self.check(f"{self.place}, row {index}", row, self._find_second_images(record) + faults)
 
     def _find_second_images(self, record: dict) -> list[str]:
-        """A fault if two columns have different images, of which only the first would be read."""
+        """
+        A fault if two columns have different images, of which only the first would be read. A column with the first
+        image beside one with all of them is none.
+        """
         values = {column: as_list(record.get(column)) for column in self.fields["image"]}
         filled = [column for column, value in values.items() if not is_no_image(value)]
         lists = [value if isinstance(value := values[column], list) else [value] for column in filled]
-        if all(value == lists[0] for value in lists):
+        longest = max(lists, key=len, default=[])
+        if all(value == longest[: len(value)] for value in lists):
             return []
         return [f"`{filled[0]}` and `{filled[1]}` have different images. Put all images of a row into `images`."]
 

@@ -23,7 +23,9 @@ def pytest_configure(config):
 
 
 # The files that take longest, so that with `-n` no worker is left with one of them at the end
-LONGEST = ("readme", "checkpoints", "train", "distributed", "threads", "citizen", "app", "loading", "hub", "speed")
+LONGEST = ("readme", "checkpoints", "citizen", "train", "distributed", "hub", "serving", "baselines", "loading")
+LONGEST += ("transformers_suite", "training_arguments", "large_bases", "bases", "several_images", "generation", "app")
+LONGEST += ("recipes", "modeling", "pictures", "operations", "tasks", "speed", "threads", "releases", "fusion")
 
 
 def pytest_collection_modifyitems(items):

@@ -415,7 +415,8 @@ def test_rows_without_an_image_can_be_left_out_of_training(scienceqa):
     assert len(make_split(scienceqa[0], "test", training=False, only_images=True)) == 4
 
 
-@pytest.mark.parametrize("streaming", [pytest.param(True, marks=pytest.mark.extended), False])
+@pytest.mark.extended
+@pytest.mark.parametrize("streaming", [True, False])
 def test_workers_need_not_be_forked(scienceqa, monkeypatch, streaming):
     """As on macOS, and on Linux from Python 3.14 on."""
     spawn = multiprocessing.get_context("spawn")
