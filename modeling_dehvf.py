@@ -595,6 +595,9 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"} if is_tied else {}
         self.freeze_bases()
         self.post_init()
+
+    def post_init(self):
+        super().post_init()
         # Checkpoints do not contain these, and the Trainer does not warn of it when it loads one
         self._keys_to_ignore_on_save = {name for name in self.state_dict() if not is_adapter_name(name)}
 

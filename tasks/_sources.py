@@ -18,6 +18,7 @@ import os
 import re
 import reprlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -351,12 +352,13 @@ def generate_rows(files: list[Path], reader: Reader) -> Iterator[dict]:
 
 
 def find_subfolders(folder: str | Path, depth: int) -> Iterator[str]:
-    """The folders in a folder, up to a depth, as in `coco/train2017`."""
-    for entry in os.scandir(folder):
-        if entry.is_dir() and not entry.name.startswith("."):
-            yield entry.path
-            if depth > 1:
-                yield from find_subfolders(entry.path, depth - 1)
+    """The folders in a folder, up to a depth, as in `coco/train2017`. Those that cannot be read are skipped."""
+    with suppress(PermissionError):
+        for entry in os.scandir(folder):
+            if entry.is_dir() and not entry.name.startswith("."):
+                yield entry.path
+                if depth > 1:
+                    yield from find_subfolders(entry.path, depth - 1)
 
 
 def has_only_texts(messages) -> bool:

@@ -225,7 +225,7 @@ def kill_at(moment: int, rank: int | None, me: int):
     AnswerTrainer.training_step = before(AnswerTrainer.training_step)
 
 
-@pytest.mark.parametrize("moments", [8, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.extended])])
+@pytest.mark.parametrize("moments", [5, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.extended])])
 def test_a_run_killed_at_many_moments_ends_with_the_same_adapters(scienceqa, tmp_path, moments):  # noqa: F811
     """Bit for bit; with dropout, so that the random numbers have to go on as well."""
     values = {"num_train_epochs": 8, "save_steps": 2, "save_total_limit": 2, "memory_dropout": 0.1, **SAVING}

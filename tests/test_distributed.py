@@ -238,8 +238,8 @@ def test_under_zero_3_no_process_ever_holds_a_whole_base(folder, tmp_path):
 @pytest.mark.parametrize(
     "config, flags, ranks",
     [
-        ("cpu", (), [None]),
-        ("one-gpu", (), [None]),
+        pytest.param("cpu", (), [None], marks=pytest.mark.extended),
+        pytest.param("one-gpu", (), [None], marks=pytest.mark.extended),
         ("gpus", ("--num_processes", 2), ["0", "1"]),
         ("fsdp2", ("--num_processes", 2), ["0", "1"]),
     ],

@@ -126,7 +126,7 @@ def test_bitsandbytes_is_named_where_it_lacks(saved, monkeypatch):
         load(saved[0], quantization_config=NF4)
 
 
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("bits", ["4bit", pytest.param("8bit", marks=pytest.mark.extended)])
 def test_training_with_a_quantised_language_model(saved, tmp_path, bits):
     folder, output = saved[0], tmp_path / "output"
     flags = {

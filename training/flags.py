@@ -26,9 +26,7 @@ RENAMED |= {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_step
 RENAMED |= {"overwrite_output_dir": "resume_from_checkpoint never"}
 # Flags that name a folder or a repository on the Hub
 PLACES = ("data_path", "adapter", "vision_model", "text_model")
-
-
-# The first has no effect if the second is given as well
+# Pairs of which the first has no effect if the second is given as well
 PARTNERS = (("learning_rate", "base_learning_rate"), ("num_train_epochs", "max_steps"))
 
 
@@ -61,7 +59,7 @@ def read_recipe(recipe: Path) -> dict:
     for file, own in reversed(read_chain(recipe)):
         values = keep_values(values, own.get("task"))
         for name, other in PARTNERS:  # a recipe overrides its base like a flag overrides a recipe
-            if name in own:
+            if own.get(name) is not None:
                 values.pop(other, None)
         for name in (*PLACES, "chat_template", "captions"):
             if (place := own.get(name)) is not None:
