@@ -37,7 +37,7 @@ from .files_dehvf import FILE_DTYPES, digest, read_tensors, write_tensors
 from .inputs_dehvf import check_visual_memory
 from .layouts_dehvf import check_layouts
 from .memory_dehvf import as_visual_memory
-from .processing_dehvf import DehvfProcessor
+from .processing_dehvf import IMAGE_OPTIONS, DehvfProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -141,7 +141,9 @@ class AdapterMixin:
             fields[f"{key}_config"] = load_base_config(places[key], key, revision, **hub_arguments(kwargs))
         config = DehvfConfig(**fields)
         check_layouts(config)  # before loading the base models, which may have many GB
-        return cls._from_places(config, places, hub_arguments(kwargs), kwargs)
+        model = cls._from_places(config, places, kwargs)
+        model.base_model.set_source("default", None, hub_arguments(kwargs))
+        return model
 
     @classmethod
     def from_pretrained(
@@ -195,7 +197,7 @@ class AdapterMixin:
         places = cls._find_bases(config, location, {"vision": vision_model, "text": text_model}, source)
         if config.merged_base:  # then the base models come from the same repository, and no pickle may be read from it
             kwargs["use_safetensors"] = True
-        model = cls._from_places(config, places, source, {**dtype, **kwargs})
+        model = cls._from_places(config, places, {**dtype, **kwargs})
         own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
         model.base_model.load_state_dict(own, strict=False)
         model.name_or_path = str(location)
@@ -224,7 +226,7 @@ class AdapterMixin:
         return places
 
     @classmethod
-    def _from_places(cls, config: DehvfConfig, places: dict[str, str], source: dict, kwargs: dict):
+    def _from_places(cls, config: DehvfConfig, places: dict[str, str], kwargs: dict):
         """Creates a new adapter on base models that are loaded from these places."""
         vision_tower, causal_lm = load_bases(config, places["vision"], places["text"], **kwargs)
         with vision_tower.device:
@@ -232,7 +234,6 @@ class AdapterMixin:
         share_placement(causal_lm, model)
         # The Trainer only trains quantized models that are marked as having adapters
         model._hf_peft_config_loaded = getattr(model, "is_quantized", False)
-        model.base_model.set_source("default", None, source)
         model._base_samples = model._sample_bases()
         return model.eval()
 
@@ -371,27 +372,29 @@ class AdapterMixin:
 
     def _are_bases_in(self, folder) -> bool:
         """Whether `merge_base` has already written these base models to a folder."""
-        if not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
-            return False
-        there = DehvfConfig.get_config_dict(folder)[0]
+        there = self._config_in(folder)
         names = [f"{key}_model_{what}" for key in ("vision", "text") for what in ("id", "revision")]
         return there.get("merged_base", False) and all(there.get(n) == getattr(self.config, n) for n in names)
+
+    @staticmethod
+    def _config_in(folder) -> dict:
+        """The values of the config in a folder; none if there is no config."""
+        has_config = os.path.isfile(os.path.join(folder, CONFIG_NAME))
+        return DehvfConfig.get_config_dict(folder)[0] if has_config else {}
 
     def _has_processor(self, folder) -> bool:
         """Whether a folder has a processor that was not saved for an adapter on other base models or images."""
         if not os.path.isfile(os.path.join(folder, PROCESSOR_NAME)):
             return False
-        if not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
-            return True
-        there, own = DehvfConfig.get_config_dict(folder)[0], self.config.to_dict()
-        names = ("vision_model_id", "text_model_id", "image_size", "max_images", "image_tiles")
-        return all(there.get(name, own[name]) == own[name] for name in names)
+        there = self._config_in(folder)
+        own = {name: getattr(self.config, name) for name in ("vision_model_id", "text_model_id", *IMAGE_OPTIONS)}
+        return all(there.get(name, value) == value for name, value in own.items())
 
     def _load_processor(self) -> DehvfProcessor | None:
         """The processor to save with the active adapter; `None` if none can be loaded."""
         location, source = self.base_model.sources.get(self.base_model.active_adapter, (None, {}))
         config = self.config
-        options = {name: getattr(config, name) for name in ("image_size", "max_images", "image_tiles")}
+        options = {name: getattr(config, name) for name in IMAGE_OPTIONS}
         if location is not None and has_file(location, PROCESSOR_NAME, **source):
             return DehvfProcessor.from_pretrained(location, config=config, **options, **source)
         bases = (self.base_model.vision_tower.name_or_path, self.base_model.language_model.name_or_path)

@@ -116,6 +116,8 @@ def num_appended_tokens(tokenizer) -> int:
     return len(list(takewhile(bool, reversed(is_special))))
 
 
+IMAGE_OPTIONS = ("image_size", "max_images", "image_tiles")  # of a processor, with the values of its model's config
+# Keys of an image in a part of a message
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 
 
@@ -303,9 +305,9 @@ class DehvfProcessor(ProcessorMixin):
                 set_image_size(processor.image_processor, image_size)
             return processor
         config = DehvfConfig.from_pretrained(pretrained_model_name_or_path, **source)
-        names = ("image_size", "max_images", "image_tiles")
-        options = {name: getattr(config, name) for name in ("vision_model_revision", "text_model_revision", *names)}
-        options |= {name: kwargs[name] for name in (*names, "image_fit", "chat_template") if name in kwargs}
+        names = ("vision_model_revision", "text_model_revision", *IMAGE_OPTIONS)
+        options = {name: getattr(config, name) for name in names}
+        options |= {name: kwargs[name] for name in (*IMAGE_OPTIONS, "image_fit", "chat_template") if name in kwargs}
         return cls.from_vision_text_pretrained(
             config.vision_model_id,
             config.text_model_id,

@@ -140,10 +140,15 @@ def decode_base64(text: str) -> bytes | None:
         return None
 
 
+def image_values(value) -> list:
+    """The entries of a column of images, which has one image or a list of them in each row."""
+    value = as_list(value)
+    return value if isinstance(value, list) else [value]
+
+
 def is_no_image(value) -> bool:
     """Whether a value is empty, as in an `images` column beside an `image` column: null, [] or [null]."""
-    value = as_list(value)
-    return all(image is None for image in value) if isinstance(value, list) else value is None
+    return all(image is None for image in image_values(value))
 
 
 def list_images(row: dict) -> list:
@@ -207,16 +212,14 @@ class Reader:
     def read(self, record: dict) -> tuple[dict, list[str]]:
         """The row of a record, and what is wrong with it."""
         fields, task = self.fields_of(record), import_module(self.task_name)
-        images, has_images, faults = fields["image"], self.fields["image"] != (), self._find_second_images(record)
+        images, has_images = fields["image"], self.fields["image"] != ()
         inner = task.find_images(fields) if has_images and hasattr(task, "find_images") else None
-        if images is None:
-            images = inner
-        elif inner and inner != as_list(images):
-            faults = ["there are images in the messages and in a column. Give them in one of the two places."]
-        images, more = self._find_images(images)
-        faults = faults + more
+        second = self._find_second_images(record)
+        if images is not None and inner and inner != image_values(images):
+            second.append("there are images in the messages and in a column. Give them in one of the two places.")
+        images, faults = self._find_images(inner if images is None else images)
         row, more = task.parse(fields, len(list_images(images)) + len(faults) if has_images else None)
-        row, faults = {**images, **row}, faults + more
+        row, faults = {**images, **row}, second + faults + more
         return row, faults or self._find_unread(record, row)
 
     def row(self, record: dict, index: int) -> dict:
@@ -228,16 +231,16 @@ class Reader:
 
     def _find_second_images(self, record: dict) -> list[str]:
         """
-        A fault if two columns have different images, of which only the first would be read. A column with the first
-        image beside one with all of them is none.
+        A fault if a column has other images than the column before it, which is read instead. It may have the first
+        of them only.
         """
-        values = {column: as_list(record.get(column)) for column in self.fields["image"]}
-        filled = [column for column, value in values.items() if not is_no_image(value)]
-        lists = [value if isinstance(value := values[column], list) else [value] for column in filled]
-        longest = max(lists, key=len, default=[])
-        if all(value == longest[: len(value)] for value in lists):
-            return []
-        return [f"`{filled[0]}` and `{filled[1]}` have different images. Put all images of a row into `images`."]
+        values = {column: image_values(record.get(column)) for column in self.fields["image"]}
+        read, *others = [column for column, images in values.items() if not is_no_image(images)] or [None]
+        return [
+            f"`{read}` and `{column}` have different images. Put all images of a row into `images`."
+            for column in others
+            if values[column] != values[read][: len(values[column])]
+        ]
 
     def texts(self, record: dict, index: int) -> dict:
         """The row without images of a record that has `num_images` instead of images."""
@@ -262,8 +265,7 @@ class Reader:
 
     def _find_images(self, value) -> tuple[dict[str, dict | list | None], list[str]]:
         """The columns `image` and `images` of a row with an image or a list of images, and what is wrong with them."""
-        values = as_list(value)
-        found = [self._find_image(image) for image in (values if isinstance(values, list) else [values])]
+        found = [self._find_image(image) for image in image_values(value)]
         images = [image for image, _ in found if image is not None]
         row = {"image": images[0] if images else None, "images": images if len(images) > 1 else None}
         return row, [fault for _, faults in found for fault in faults]
@@ -393,9 +395,19 @@ def map_rows(rows: Dataset, function, features: Features, fingerprint: str, desc
     )
 
 
-def find_train_files(folder: Path, splits: dict[str, list[Path]]) -> list[Path]:
-    """The files of the train split that are named after it, directly in the folder."""
-    return [file for file in splits.get("train", ()) if file.parent == folder and split_of(file.stem) == "train"]
+def find_format(folder: Path) -> str | None:
+    """
+    The pattern of the files directly in a folder that are named after the train split, `None` if there are none.
+
+    Raises:
+        ValueError: if they have several formats.
+    """
+    named = {pattern: file for pattern in FORMATS for file in folder.glob(pattern) if split_of(file.stem) == "train"}
+    if len(named) > 1:
+        raise ValueError(
+            f"{' and '.join(map(str, named.values()))} may both be the train split. Keep one, or give its path."
+        )
+    return next(iter(named), None)
 
 
 class Source:
@@ -414,14 +426,14 @@ class Source:
         self.task, self.path, self.columns, self.streaming = task, path, columns, streaming
         self.fields = self._choose_columns()
         folder = Path(path)
-        found = {name: {} if is_saved(folder) else find_files(folder, pattern) for pattern, name in FORMATS.items()}
-        # Files that are named after the split, and no others, are surely its data
-        named = {name: find_train_files(folder, splits) for name, splits in found.items()}
-        if len(places := [str(files[0]) for files in named.values() if files]) > 1:
-            raise ValueError(f"{' and '.join(places)} may both be the train split. Keep one, or give its path.")
-        formats = [name for name in found if named[name]] or [name for name in found if found[name]]
-        self.format = formats[0] if formats else "save_to_disk" if folder.exists() else "the Hub"
-        self.splits = found.get(self.format, {})
+        named = None if is_saved(folder) else find_format(folder)
+        for pattern, self.format in FORMATS.items():
+            is_other = is_saved(folder) or named not in (None, pattern)
+            self.splits = {} if is_other else find_files(folder, pattern)
+            if self.splits:
+                break
+        else:
+            self.format = "save_to_disk" if folder.exists() else "the Hub"
         self._names = {}
         self.has_files = bool(self.splits) and self.format != "Parquet"
         self.files = self.splits
@@ -676,9 +688,8 @@ class Source:
         """
         Fingerprint of the files in `places`, of `facts`, and of the code of the tasks, which makes rows from them.
         """
-        folders = dict.fromkeys(place / name for place in places for name in IMAGE_FOLDERS)
-        inner = [path for folder in folders if folder.is_dir() for path in find_subfolders(folder, 3)]
-        paths = [*folders, *map(Path, sorted({*inner}))]
+        paths = list(dict.fromkeys(places))
+        paths += map(Path, sorted({path for place in paths if place.is_dir() for path in find_subfolders(place, 4)}))
         stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists()]
         code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
         return Hasher.hash([stamps, *facts, self.task.__name__, self.fields, *code])

@@ -80,10 +80,7 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
         faults.append(f"`answer` is {answer!r}, which is none of `answers`, {reprlib.repr(answers)}. Add it to them.")
     faults += find_index_faults(record["choices"], record["answer"])
     row = {"question": question, "choices": choices or None, "answer": answer, "answers": answers, "context": context}
-    wrong = [
-        fault for value in dict.fromkeys([answer, *(answers or ())]) for fault in find_choice_faults(choices, value)
-    ]
-    return row, faults + list(dict.fromkeys(wrong))
+    return row, faults + find_choice_faults(choices, [answer, *(other for other in answers or () if other != answer)])
 
 
 def number_to_text(value):
@@ -107,7 +104,7 @@ def find_index_faults(choices, answer) -> list[str]:
     ]
 
 
-def find_choice_faults(choices, answer) -> list[str]:
+def find_choice_faults(choices, answers: list) -> list[str]:
     if not choices and isinstance(choices, list | None):  # Arrow may have an empty list for none
         return []
     if not isinstance(choices, list) or not all(map(_sources.is_text, choices)):
@@ -118,9 +115,10 @@ def find_choice_faults(choices, answer) -> list[str]:
     bare = [choice.strip() for choice in choices]
     if repeated := sorted({choice for choice in bare if bare.count(choice) > 1}):
         faults.append(f"`choices` repeats {', '.join(map(repr, repeated))}. Give each option once.")
-    if _sources.is_text(answer) and answer not in choices:
-        faults.append(f"`answer` is {answer!r}, which is none of {choices}. Write it exactly as in `choices`.")
-    return faults
+    wrong = [answer for answer in answers if _sources.is_text(answer) and answer not in choices]
+    return faults + [
+        f"`answer` is {answer!r}, which is none of {choices}. Write it exactly as in `choices`." for answer in wrong
+    ]
 
 
 def context(row: dict) -> str:

@@ -20,7 +20,7 @@ from baselines import BaselineArguments
 from dehvf import DehvfConfig, hub
 from tasks import NAMES
 from training.engines import ENGINE_OF_ONE, name_engine
-from training.flags import PARTNERS, read_chain, read_command
+from training.flags import PARTNERS, read_command, read_yaml
 
 
 DESCRIPTION = "Trains adapters on frozen bases, evaluates them on the test split and saves them with a model card."
@@ -391,8 +391,7 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
     """
     given = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in flags if word.startswith("--")}
     if flags and not flags[0].startswith("-"):
-        (_, own), *_ = read_chain(Path(flags[0]))
-        given |= {name for name, value in own.items() if value is not None}
+        given |= {name for name, value in read_yaml(Path(flags[0])).items() if value is not None}
     method, is_baseline = model_args.method, model_args.method in BASELINES
     check_training_arguments(given, training_args)
     for name in ("max_prompt_length", "max_new_tokens", "max_samples"):
