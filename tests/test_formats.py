@@ -465,6 +465,12 @@ AMBIGUOUS = [
     ),
     (vqa, {"answer": "x", "images": ["b.png"]}, "`images` and `image` have different images"),
     (vqa, {"choices": ["a", "b"], "answer": ["a", "c"]}, "`answer` is 'c', which is none of"),
+    (
+        vqa,
+        {"choices": ["a", "b"], "answer": "a", "answers": [{"text": "a"}]},
+        "`answers` is .* Make it a list of texts",
+    ),
+    (vqa, {"answer": "x", "images": ["a.png"], "image": ["a.png", "b.png"]}, "`images` and `image` have different"),
     (vqa, {"answer": "x", "image1": "a.png", "image2": "a.png"}, "columns image1, image2 seem to have further"),
 ]
 

@@ -101,6 +101,14 @@ def test_the_default_recipe_finds_its_bases_from_any_folder(tmp_path, monkeypatc
     assert parse_arguments([])[2].vision_model == str(ROOT / "assets" / "vision_model")
 
 
+def test_a_recipe_of_this_repository_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_arguments(["recipes/digits.yaml"])[0] == DEFAULT_RECIPE
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "digits.yaml").write_text("task: vqa\n")
+    assert parse_arguments(["recipes/digits.yaml"])[1].task == "vqa"
+
+
 def test_the_paths_of_a_recipe_are_found_beside_it_first(tmp_path, monkeypatch):
     for folder in (tmp_path / "own" / "data", tmp_path / "other" / "data", tmp_path / "other" / "more"):
         folder.mkdir(parents=True)

@@ -8,7 +8,6 @@ import re
 from argparse import ArgumentTypeError
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -20,7 +19,7 @@ from baselines import BaselineArguments
 from dehvf import DehvfConfig, hub
 from tasks import NAMES
 from training.engines import ENGINE_OF_ONE, name_engine
-from training.flags import PARTNERS, read_command, read_yaml
+from training.flags import PARTNERS, find_recipe, read_command, read_yaml
 
 
 DESCRIPTION = "Trains adapters on frozen bases, evaluates them on the test split and saves them with a model card."
@@ -276,7 +275,7 @@ def parse_arguments(arguments: list[str]):
             value = ",".join(map(str, value))
         elements = value if isinstance(value, list) else [value]
         words += [f"--{name}", *map(str, elements)]
-    given = arguments if not arguments or arguments[0].startswith("-") else arguments[1:]
+    given = arguments[1:] if find_recipe(arguments) else arguments
     try:
         parsed = parser.parse_args_into_dataclasses([*words, *given], look_for_args_file=False)
     except json.JSONDecodeError as error:  # of the fields that are dicts
@@ -390,8 +389,8 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
             not.
     """
     given = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in flags if word.startswith("--")}
-    if flags and not flags[0].startswith("-"):
-        given |= {name for name, value in read_yaml(Path(flags[0])).items() if value is not None}
+    if recipe := find_recipe(flags):
+        given |= {name for name, value in read_yaml(recipe).items() if value is not None}
     method, is_baseline = model_args.method, model_args.method in BASELINES
     check_training_arguments(given, training_args)
     for name in ("max_prompt_length", "max_new_tokens", "max_samples"):

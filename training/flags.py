@@ -109,6 +109,14 @@ def keep_values(values: dict, task: str | None) -> dict:
     return {name: value for name, value in values.items() if not (is_other and name in TASK_VALUES)}
 
 
+def find_recipe(arguments: list[str]) -> Path | None:
+    """The recipe that a command names, if any, from the working directory or else from this repository."""
+    if not arguments or arguments[0].startswith("-"):
+        return None
+    recipe = Path(arguments[0])
+    return ROOT / recipe if not recipe.is_file() and (ROOT / recipe).is_file() else recipe
+
+
 def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None]]:
     """
     Splits `[recipe.yaml] [--flag value ...]`.
@@ -126,11 +134,10 @@ def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None
             f"Python cannot read {unreadable[0]!a} with the encoding of this locale. Set `PYTHONUTF8=1` or a UTF-8 "
             "locale, such as `LC_ALL=C.UTF-8`."
         )
-    has_recipe = arguments and not arguments[0].startswith("-")
     for before, word in zip(arguments, arguments[1:]):
         if word.endswith((".yaml", ".yml")) and not before.startswith("--"):
             raise ValueError(f"Give the recipe {word} before all flags, and only one.")
-    recipe = Path(arguments[0]) if has_recipe else DEFAULT_RECIPE
+    recipe = find_recipe(arguments) or DEFAULT_RECIPE
     values, flags = read_recipe(recipe), {}
     for word, following in zip(arguments, [*arguments[1:], "--"]):
         if word.startswith("--"):
