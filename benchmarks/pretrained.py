@@ -1,7 +1,8 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 The methods, their ablations and variants of the fuser on pretrained bases, SmolLM2-135M-Instruct and DINOv2-small
-(docs/bases.md), and the published pictures and questions of easy-VQA.
+(docs/bases.md), with two data sets: the published pictures and questions of easy-VQA, and questions about the named
+drawings of Noto Emoji (`python examples/emoji.py outputs/emoji-data` makes them), tested on other drawings.
 
     python -m benchmarks.pretrained                     # trains what is missing, then writes the tables
     python -m benchmarks.pretrained --rows DEHVF MemVP --seeds 0 --steps 600 --at-once 2
@@ -12,8 +13,8 @@ train on the same questions in the same order, with the optimizer of `train.py`.
 1,000 test questions ten times to a file in `outputs/pretrained` that remains when the run is stopped. A second start
 trains what is not finished. The tables go to `benchmarks/results`: `pretrained.json`, `.md` and `.png`.
 
-A question counts as answered if the most likely next token is the first token of its answer. All 13 answers have
-different ones.
+A question counts as answered if the most likely next token is the first token of its answer. All answers of a data
+set have different ones.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
@@ -42,6 +43,7 @@ from benchmarks import RESULTS, fusers, machine_in_words, save_report, spread
 from benchmarks.fusion import replacements
 from benchmarks.speed import forward_on_device, with_same_weights
 from dehvf import ROOT, DehvfConfig, DehvfForConditionalGeneration, DehvfProcessor
+from examples import emoji
 from tasks import easy_vqa
 from training.arguments import DEHVF_METHODS
 from training.data import read_image
@@ -51,13 +53,51 @@ from training.fusion import fusion_figures
 
 RUNS = ROOT / "outputs" / "pretrained"
 VISION_MODEL, TEXT_MODEL = (ROOT / "assets" / "real" / name for name in ("dinov2-small", "smollm2-135m-instruct"))
+EMOJI = ROOT / "outputs" / "emoji-data"
 CHAT_TEMPLATE = ROOT / "recipes" / "question-answer.jinja"
 SEEDS = (0, 1, 2)
-EVALUATIONS, EVALUATION_BATCH = 10, 2048
+EVALUATIONS, EVALUATION_BATCH = 10, 1024
 FIRST_QUESTIONS, REPLACED_QUESTIONS = 1000, 2000  # of the test split: while training, and with other fusion weights
 OWN = "its own"  # the fusion weights that are not replaced
-SPLITS, KINDS = ("train", "test"), tuple(easy_vqa.ANSWERS)
+SPLITS = ("train", "test")
 LEARNED = 95  # in %, for "questions until"
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    load: reads the rows of a split, each with `question`, `answer`, `image` and `image_id`. The rows of an image are
+        next to each other.
+    kinds: answer -> kind of question.
+    """
+
+    load: Callable[[str], datasets.Dataset]
+    kinds: dict[str, str]
+
+
+def load_emoji(split: str) -> datasets.Dataset:
+    file = EMOJI / f"{split}.jsonl"
+    if not file.exists():
+        sys.exit(f"There is no {file}. `python examples/emoji.py outputs/emoji-data` makes it.")
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        question, answer = (message["content"] for message in row["messages"])
+        rows.append(
+            {"question": question, "answer": answer, "image": str(EMOJI / row["image"]), "image_id": row["image"]}
+        )
+    rows.sort(key=lambda row: row["image_id"])
+    return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+
+
+TASKS = {
+    "easy-VQA": Task(easy_vqa.load, easy_vqa.TYPES),
+    "emoji": Task(load_emoji, {**dict.fromkeys(emoji.KINDS.values(), "kind"), "yes": "yes/no", "no": "yes/no"}),
+}
+
+
+def kinds_of(task: str) -> list[str]:
+    return list(dict.fromkeys(TASKS[task].kinds.values()))
 
 
 @dataclass(frozen=True)
@@ -68,6 +108,7 @@ class Row:
     rate, fuser_ratio: learning rate, and that of the fuser and its query as a ratio to it.
     fuser: one of `benchmarks.fusers.VARIANTS`, or the paper's.
     batch_size, steps: questions of a step, and steps.
+    task: one of `TASKS`.
     """
 
     method: str = "dehvf"
@@ -77,6 +118,7 @@ class Row:
     fuser: str = "the paper's"
     batch_size: int = 16
     steps: int = 2000
+    task: str = "easy-VQA"
 
     @property
     def image_size(self) -> int:
@@ -111,17 +153,44 @@ ABLATIONS = {
 }
 OTHER_RATES = {"DEHVF": 1e-3, "MemVP": 2.5e-4, "LLaVA-LoRA": 1e-3, "LaVIN": 1e-3, "LLaMA-Adapter": 1e-3}
 OTHER_RATES |= {"ADEM-VL": 1e-3, "IGVA": 1e-3, "mean weights": 2.5e-4}
-ROWS = {
-    **METHODS,
-    **ABLATIONS,
-    **{
-        f"{name}, rate {rate:g}": dataclasses.replace({**METHODS, **ABLATIONS}[name], rate=rate)
-        for name, rate in OTHER_RATES.items()
-    },
-    "fuser: the paper's at the full rate": Row(fuser_ratio=1.0),
-    **{f"fuser: {name}": Row(fuser=name) for name in fusers.VARIANTS},
-    "batches of 64, rate 0.001": Row(rate=1e-3, batch_size=64, steps=1200),
+# (`visual_scale`, `memory_scale`, rate)
+SCALES = [(0.3, 1.0, 1e-3), (0.3, 1.0, 2e-3), (0.3, 0.3, 2e-3), (0.3, 0.3, 4e-3), (0.3, 0.1, 4e-3)]
+SCALES += [(0.1, 1.0, 2e-3), (0.1, 1.0, 4e-3), (0.1, 0.3, 3e-3), (0.1, 0.3, 6e-3), (0.1, 0.1, 6e-3)]
+EMOJI_ROWS = {
+    name: dataclasses.replace(row, values={"visual_scale": 0.1, "memory_scale": 0.3, **row.values}, rate=3e-3)
+    for name, row in {**METHODS, **ABLATIONS}.items()
+    if name in ("DEHVF", "MemVP", "mean weights", "K = 1", "layer + instruction", "without visual prompts")
 }
+EMOJI_ROWS |= {
+    "MemVP, rate 0.001": dataclasses.replace(EMOJI_ROWS["MemVP"], rate=1e-3),
+    "LLaVA-LoRA": dataclasses.replace(METHODS["LLaVA-LoRA"], rate=1e-3),
+    "ADEM-VL": METHODS["ADEM-VL"],
+}
+EASY_VQA_TABLE, EMOJI_TABLE = "Methods, ablations and fusers on easy-VQA", "Emoji: drawings that were not trained on"
+TABLES = {
+    EASY_VQA_TABLE: {
+        **METHODS,
+        **ABLATIONS,
+        **{
+            f"{name}, rate {rate:g}": dataclasses.replace({**METHODS, **ABLATIONS}[name], rate=rate)
+            for name, rate in OTHER_RATES.items()
+        },
+        "fuser: the paper's at the full rate": Row(fuser_ratio=1.0),
+        **{f"fuser: {name}": Row(fuser=name) for name in fusers.VARIANTS},
+        "batches of 64, rate 0.001": Row(rate=1e-3, batch_size=64, steps=1200),
+    },
+    "DEHVF with other scales and rates on easy-VQA": {
+        f"scales {visual:g} and {memory:g}, rate {rate:g}": Row(
+            values={"visual_scale": visual, "memory_scale": memory}, rate=rate, batch_size=64, steps=600
+        )
+        for visual, memory, rate in SCALES
+    },
+    EMOJI_TABLE: {
+        f"emoji: {name}": dataclasses.replace(row, batch_size=64, steps=285, task="emoji")
+        for name, row in EMOJI_ROWS.items()
+    },
+}
+ROWS = {name: row for rows in TABLES.values() for name, row in rows.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,7 +205,7 @@ class Questions:
     what follows it, and padding has no label.
 
     ids, labels: of each question with its answer, padded to the longest; labels are -100 where no answer is.
-    kinds: of each question, see `easy_vqa.ANSWERS`.
+    kinds: of each question, see [`Task`].
     image_rows: the row of `pixel_values` that a question is about.
     pixel_values: of each picture once, in half precision: 5,000 pictures of 518 pixels are 16 GB in float32.
     """
@@ -170,8 +239,8 @@ class Questions:
         return {"input_ids": ids, "labels": labels, "pixel_values": self.pixel_values[self.image_rows[rows]].float()}
 
 
-def load_questions(split: str, processor) -> Questions:
-    rows = easy_vqa.load(split)
+def load_questions(task: Task, split: str, processor) -> Questions:
+    rows = task.load(split)
     encoder = RowEncoder(easy_vqa, split, processor, max_prompt_length=64, training=True)
     encoded = encoder.encode(rows.remove_columns("image"))
     rows = rows.cast_column("image", datasets.Image(decode=False))
@@ -189,7 +258,7 @@ def load_questions(split: str, processor) -> Questions:
     return Questions(
         pad_sequence(ids, batch_first=True),
         pad_sequence(labels, batch_first=True, padding_value=-100),
-        [easy_vqa.TYPES[answer] for answer in rows["answer"][:]],
+        [task.kinds[answer] for answer in rows["answer"][:]],
         torch.tensor([image_rows[number] for number in numbers]),
         pixel_values,
     )
@@ -349,7 +418,8 @@ class Run:
     def scores(self, right: torch.Tensor) -> dict[str, float]:
         """Accuracy in % of each kind of question, and of all."""
         right = right.tolist()
-        by_kind = {kind: [hit for hit, other in zip(right, self.bench.test.kinds) if other == kind] for kind in KINDS}
+        hits = list(zip(right, self.bench.test.kinds))
+        by_kind = {kind: [hit for hit, other in hits if other == kind] for kind in kinds_of(self.row.task)}
         scores = {kind: round(100 * statistics.mean(hits), 2) for kind, hits in by_kind.items() if hits}
         return {**scores, "average": round(100 * statistics.mean(right), 2)}
 
@@ -435,14 +505,15 @@ def train_missing(rows: dict[str, Row], seeds: list[int], at_once: int):
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
     bases, benches, active, done = load_bases(device), {}, {}, object()
-    for size in {row.image_size for _, row, _ in missing}:
+    for task, size in {(row.task, row.image_size) for _, row, _ in missing}:
         processor = load_processor(size)
-        benches[size] = Bench({split: load_questions(split, processor) for split in SPLITS}, *bases)
+        questions = {split: load_questions(TASKS[task], split, processor) for split in SPLITS}
+        benches[task, size] = Bench(questions, *bases)
     while active or missing:
         while missing and len(active) < at_once:
             name, row, seed = missing.pop(0)
             file_of(name, seed).parent.mkdir(parents=True, exist_ok=True)
-            active[name, seed] = Run(row, seed, benches[row.image_size]).train(file_of(name, seed))
+            active[name, seed] = Run(row, seed, benches[row.task, row.image_size]).train(file_of(name, seed))
         for (name, seed), steps in list(active.items()):
             if next(steps, done) is done:
                 del active[name, seed]
@@ -476,12 +547,28 @@ def best_replacement(accuracy: dict[str, float]) -> float:
 
 
 def markdown(report: dict) -> str:
-    kinds = [*KINDS, "average"]
+    lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"]]
+    for table, rows in TABLES.items():
+        if found := {name: report["runs"][name] for name in rows if name in report["runs"]}:
+            lines += ["", f"## {table}", "", *accuracy_table(found)]
+    replaced = {name: [run for run in runs if "replaced" in run] for name, runs in report["runs"].items()}
+    if names := list(dict.fromkeys(name for runs in replaced.values() for run in runs for name in run["replaced"])):
+        lines += ["", "## Other fusion weights", ""]
+        lines += ["Accuracy on the first questions with other fusion weights than the trained fuser's.", ""]
+        lines += [f"| | questions | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+        for row, runs in replaced.items():
+            cells = [spread([run["replaced"][name] for run in runs], 2) for name in names]
+            if runs:
+                lines.append(f"| {row} | {runs[0]['replaced_questions']:,} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def accuracy_table(rows: dict[str, list[dict]]) -> list[str]:
+    kinds = [*kinds_of(next(iter(rows.values()))[0]["row"]["task"]), "average"]
     head = ["", "trained", "seeds", *kinds, f"questions until {LEARNED} %", "std over layers", "over images"]
     head += ["at best without its own weights"]
-    lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"], ""]
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name, runs in report["runs"].items():
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, runs in rows.items():
         last = [run.get("scores") or run["curve"][-1] for run in runs]
         until = [number for run in runs if (number := questions_until(run))]
         cells = [name, f"{runs[0]['trained_parameters']:,}", ", ".join(str(run["seed"]) for run in runs)]
@@ -491,15 +578,7 @@ def markdown(report: dict) -> str:
             cells.append(spread([run["curve"][-1][figure] for run in runs if figure in run["curve"][-1]], 3))
         cells.append(spread([best_replacement(run["replaced"]) for run in runs if "replaced" in run], 2))
         lines.append(f"| {' | '.join(cells)} |")
-    replaced = {name: [run for run in runs if "replaced" in run] for name, runs in report["runs"].items()}
-    if names := list(dict.fromkeys(name for runs in replaced.values() for run in runs for name in run["replaced"])):
-        lines += ["", "Accuracy on the first questions with other fusion weights than the trained fuser's:", ""]
-        lines += [f"| | questions | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-        for row, runs in replaced.items():
-            cells = [spread([run["replaced"][name] for run in runs], 2) for name in names]
-            if runs:
-                lines.append(f"| {row} | {runs[0]['replaced_questions']:,} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def draw(report: dict, file: Path):
@@ -508,21 +587,29 @@ def draw(report: dict, file: Path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [name for name in report["runs"] if name in METHODS]
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), sharex=True, sharey=True, layout="constrained")
-    for axis, kind in zip(axes, ("yes/no", "colour")):
-        for index, name in enumerate(rows):
-            for number, run in enumerate(report["runs"][name]):
+    methods = [*METHODS, "mean weights", "MemVP, rate 0.001", "without visual prompts"]
+    panels = [("easy-VQA, yes/no questions", METHODS, "", "yes/no"), ("easy-VQA, colours", METHODS, "", "colour")]
+    panels += [("emoji, all questions", [name for name in methods if name in EMOJI_ROWS], "emoji: ", "average")]
+    figure, axes = pyplot.subplots(1, 3, figsize=(17, 5), sharey=True, layout="constrained")
+    for axis, (title, names, prefix, kind) in zip(axes, panels):
+        for name in names:
+            for number, run in enumerate(report["runs"].get(prefix + name, [])):
                 trained = [run["row"]["batch_size"] * point["step"] / 1000 for point in run["curve"]]
                 scores = [point[kind] for point in run["curve"]]
-                style = {"color": f"C{index}", "linewidth": 2.5 if name == "DEHVF" else 1.2, "marker": "."}
+                style = {
+                    "color": f"C{methods.index(name)}",
+                    "linewidth": 2.5 if name == "DEHVF" else 1.2,
+                    "marker": ".",
+                }
                 axis.plot(trained, scores, label=None if number else name, **style)
-        axis.set_title(f"{kind} questions", loc="left")
+        axis.set_title(title, loc="left")
         axis.set_xlabel("thousand questions trained on")
         axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(loc="lower right", bbox_to_anchor=(1, 0.08))
     axes[0].set_ylabel(f"accuracy on the first {FIRST_QUESTIONS:,} test questions, in %")
-    axes[1].legend(loc="lower right")
     figure.savefig(file, dpi=130)
+    pyplot.close(figure)
 
 
 def find_runs(rows: dict[str, Row], seeds: list[int]) -> dict[str, list[dict]]:
@@ -537,13 +624,15 @@ def write_report(rows: dict[str, Row], seeds: list[int]):
     report = {
         "command": "python -m benchmarks.pretrained",
         "note": (
-            "SmolLM2-135M-Instruct and DINOv2-small on easy-VQA: 2,000 steps of 16 questions, at the rate of 5e-4 "
-            "(LaVIN and LLaMA-Adapter 2.5e-3, ADEM-VL 2e-3) if the row names no other, accuracy in % on the "
-            f"9,673 test questions (of a run that was stopped, on the first {FIRST_QUESTIONS:,} when it was), mean ± "
+            "Adapters on SmolLM2-135M-Instruct and DINOv2-small. easy-VQA: 2,000 steps of 16 questions, at the rate "
+            "of 5e-4 (LaVIN and LLaMA-Adapter 2.5e-3, ADEM-VL 2e-3) if the row names no other; the scales and rates: "
+            "600 steps of 64 questions. Emoji: 285 steps of 64 questions, DEHVF and its ablations with the scales 0.1 "
+            "and 0.3 and the rate 3e-3, LLaVA-LoRA with 1e-3, ADEM-VL with 2e-3. Accuracy in % on the 9,673 and the "
+            f"1,146 test questions (of a run that was stopped, on the first {FIRST_QUESTIONS:,} when it was), mean ± "
             "standard deviation over seeds. Most frequent answers to the same question text, without the "
-            "picture: yes/no 82.5, shape 34.8, colour 12.0. The last column is the difference of the accuracy with "
-            "the best of six replacements of the fusion weights (`benchmarks.fusion`): 0 or more means that the "
-            f"fuser's own contribute nothing. {'; '.join(machines)}."
+            "picture: yes/no 82.5, shape 34.8, colour 12.0 (easy-VQA), kind 19.9 (emoji). The last column "
+            "is the difference of the accuracy with the best of six replacements of the fusion weights "
+            f"(`benchmarks.fusion`): 0 or more means that the fuser's own contribute nothing. {'; '.join(machines)}."
         ),
         "runs": runs,
     }

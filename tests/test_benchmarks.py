@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import re
 import sys
 
@@ -27,6 +28,7 @@ from benchmarks import (
     start,
 )
 from dehvf import processing
+from examples import emoji
 from tasks import coco_captions, easy_vqa
 from training.arguments import parse_arguments
 
@@ -129,19 +131,19 @@ def bench(tmp_path, monkeypatch):
 
 def load_bench(image_size):
     processor = pretrained.load_processor(image_size)
-    questions = {split: pretrained.load_questions(split, processor) for split in ("train", "test")}
+    task = pretrained.TASKS["easy-VQA"]
+    questions = {split: pretrained.load_questions(task, split, processor) for split in ("train", "test")}
     return pretrained.Bench(questions, *pretrained.load_bases("cpu"))
 
 
 # One row for each method and one of another fuser; the others are trained with the extended tests
-FIRST_ROWS = {
-    (row.method, row.fuser == "the paper's"): name for name, row in reversed(pretrained.ROWS.items())
-}.values()
+EASY_VQA_ROWS = pretrained.TABLES[pretrained.EASY_VQA_TABLE]
+FIRST_ROWS = {(row.method, row.fuser == "the paper's"): name for name, row in reversed(EASY_VQA_ROWS.items())}.values()
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in FIRST_ROWS else pytest.mark.extended) for name in pretrained.ROWS],
+    [pytest.param(name, marks=() if name in FIRST_ROWS else pytest.mark.extended) for name in EASY_VQA_ROWS],
 )
 def test_rows_on_pretrained_bases_train_and_do_not_read_the_answer(name, bench):
     row = pretrained.ROWS[name]
@@ -193,6 +195,27 @@ def test_the_report_on_pretrained_bases_takes_runs_that_were_stopped(bench):
     table = (pretrained.RESULTS / "pretrained.md").read_text()
     assert "| DEHVF | 1,234 | 0 | 96.0 | 96.0 | 96.0 | 96.0 | 20 (1 of 1) |" in table
     assert "| MemVP | 1,234 | 0 | 80.0 | 80.0 | 80.0 | 80.0 | – (0 of 1) |" in table
+
+
+def test_rows_of_the_emoji_table_are_trained_on_the_drawings(bench, tmp_path, monkeypatch):
+    folder = tmp_path / "emoji"
+    (folder / "images").mkdir(parents=True)
+    for split, kinds in {"train": ("face", "flag", "food", "animal"), "test": ("flag", "face")}.items():
+        rows = []
+        for number, kind in enumerate(kinds):
+            Image.new("RGBA", (9, 9), (50 * number, 0, 0)).save(folder / "images" / f"{split}-{number}.png")
+            for question, answer in emoji.questions(kind, random.Random(0)):
+                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                rows.append({"image": f"images/{split}-{number}.png", "messages": messages})
+        random.Random(0).shuffle(rows)
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(pretrained, "EMOJI", folder)
+    row = dataclasses.replace(pretrained.ROWS["emoji: DEHVF"], batch_size=4, steps=2)
+    pretrained.train_missing({"emoji: DEHVF": row}, [0], at_once=1)
+    run = pretrained.read_run("emoji: DEHVF", row, 0)
+    assert run["scores"].keys() == {"kind", "yes/no", "average"} and run["replaced_questions"] == 6
+    pretrained.write_report({"emoji: DEHVF": row}, [0])
+    assert f"## {pretrained.EMOJI_TABLE}" in (pretrained.RESULTS / "pretrained.md").read_text()
 
 
 @pytest.mark.extended
