@@ -8,6 +8,7 @@ seconds of imports per process.
 
 import ctypes
 import faulthandler
+import gc
 import io
 import multiprocessing
 import os
@@ -31,7 +32,8 @@ M_MMAP_THRESHOLD = -3  # of malloc.h
 
 def fork_server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "deepspeed", "datasets", "peft"])
+    bases = (f"transformers.models.{name}.modeling_{name}" for name in ("clip", "llama"))
+    context.set_forkserver_preload(["train", "deepspeed", "datasets", "peft", "evaluate", *bases])
     return context
 
 
@@ -83,6 +85,7 @@ def _train(rank: int, environment: dict, log: Path, prepare, flags: list[str]):
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)  # what was printed before a kill or `os._exit` is to be found
     os.environ.update(environment)
+    gc.freeze()  # the objects of the imported libraries, as in conftest.py
     if prepare is not None:
         prepare(rank)
     try:
@@ -131,6 +134,7 @@ def run_in_processes(job, environments: list[dict], *arguments, timeout: float =
 
 def _run(job, rank: int, environment: dict, arguments: tuple, results, timeout: float):
     os.environ.update(environment)
+    gc.freeze()
     faulthandler.dump_traceback_later(0.9 * timeout)  # where it hangs
     try:
         results.put((rank, job(*arguments), None))
