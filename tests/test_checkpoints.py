@@ -19,7 +19,7 @@ import pytest
 import torch
 from processes import let_accelerate_take_fsdp_on_the_cpu, start
 from safetensors.torch import load_file
-from test_train import make_rows, make_split, scienceqa, tiny_flags  # noqa: F401  `scienceqa` is a fixture
+from test_train import FEW_LAYERS, make_rows, make_split, scienceqa, tiny_flags  # noqa: F401  `scienceqa` is a fixture
 from tiny import NUM_PATCHES, ROOT, save_tiny_bases, tiny_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -260,6 +260,7 @@ def test_two_processes_killed_end_with_the_same_adapters(scienceqa, tmp_path, st
     values = {"per_device_train_batch_size": 1, "num_train_epochs": 2, "save_steps": 2, **SAVING}
     values |= {"memory_dropout": 0.1, "train_sampling_strategy": "random"}
     values |= {} if stage is None else {"deepspeed": zero(tmp_path, stage)}
+    save_tiny_bases(tmp_path, **FEW_LAYERS, max_position_embeddings=512)
     flags = partial(tiny_flags, tmp_path, scienceqa[0], **values)
     finish(tmp_path, flags(tmp_path / "whole"), 2)
     resumed = []

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import datasets
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from processes import growth_while_loading, run_in_processes, torchrun_environments, train_and_look
 from safetensors.torch import load_file
 from test_start import SIZES, check_start
-from test_train import make_rows, read_predictions, tiny_flags
+from test_train import FEW_LAYERS, make_rows, read_predictions, tiny_flags
 from tiny import ROOT, save_tiny_bases
 
 
@@ -28,7 +29,7 @@ ENGINES = {
 # Each process draws its own dropout, so there is none. A small gradient that is nothing but rounding (softmax does not
 # feel a bias of its keys) becomes a step of a whole rate in Adam, so `adam_epsilon` is not that small.
 FLAGS = {
-    **{"max_steps": 3, "learning_rate": 0.01, "adam_epsilon": 1e-4, "lr_scheduler_type": "constant"},
+    **{"max_steps": 3, "learning_rate": 0.02, "adam_epsilon": 1e-4, "lr_scheduler_type": "constant"},
     **{"warmup_steps": 0, "memory_dropout": 0.0, "vision_adapter_dropout": 0.0, "fuser_lr_ratio": 0.5},
     **{"logging_steps": 1, "save_strategy": "no", "disable_tqdm": "true", "train_sampling_strategy": "sequential"},
 }
@@ -47,6 +48,7 @@ def folder(tmp_path_factory):
     image = next(row["image"] for row in rows if row["image"] is not None)
     test = make_rows(4).map(lambda row, index: {"image": image if index < 2 else None}, with_indices=True)
     datasets.DatasetDict(train=rows, test=test).save_to_disk(str(folder / "data"))
+    save_tiny_bases(folder, **FEW_LAYERS, max_position_embeddings=512)
     stage_1 = json.loads((ROOT / "ds_config.json").read_text())
     stage_1["zero_optimization"]["stage"] = 1
     (folder / "zero1.json").write_text(json.dumps(stage_1))
@@ -86,6 +88,7 @@ os.write(1, f"{own}\\n".encode())
 """
 
 
+@cache
 def accelerate_launch(config: str, *flags) -> list[dict]:
     """Starts a launch file of this repository. Returns the environment of each process that it starts, by rank."""
     file = ROOT / "launch" / f"{config}.yaml"
