@@ -168,9 +168,8 @@ def test_what_is_no_adapter_is_refused(adapter, message, place, monkeypatch, cap
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "command", ["serve.py", *(pytest.param(name, marks=pytest.mark.extended) for name in ("app.py", "pictures.py"))]
-)
+@pytest.mark.extended  # test_serving.py starts serve.py in another folder
+@pytest.mark.parametrize("command", ["app.py", "pictures.py", "serve.py"])
 def test_the_commands_run_from_any_folder(command, tmp_path):
     assert "--help" in run(sys.executable, ROOT / "demo" / command, "--help", folder=tmp_path)
 
