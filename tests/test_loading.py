@@ -98,13 +98,23 @@ def saved(tmp_path_factory):
     return folder
 
 
-def test_a_fresh_process_gets_identical_logits(saved):
+def test_a_fresh_process_gets_the_processor_identical_logits_and_a_pipeline_that_answers(saved):
+    """The processor first: test_hub.py begins with the model."""
     model = AutoModelForImageTextToText.from_pretrained(saved / "adapter", trust_remote_code=True)
     with torch.no_grad():
         memory = model.get_image_features(tiny_inputs()["pixel_values"])
     model.save_visual_memory(memory, saved / "memory.safetensors")
-    run_fresh(
+    answer = run_fresh(
         """
+        from PIL import Image
+        from transformers import AutoProcessor
+        processor = AutoProcessor.from_pretrained("adapter", trust_remote_code=True)
+        assert type(processor).__name__ == "DehvfProcessor", type(processor)
+        image = Image.new("RGB", (20, 30), "red")
+        inputs = processor(images=image, text="what?", return_tensors="pt")
+        assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "image_mask"}, set(inputs)
+        assert inputs["pixel_values"].shape == (1, 3, 16, 16)
+
         import torch, transformers
         config = transformers.AutoConfig.from_pretrained("adapter", trust_remote_code=True)
         assert type(config).__name__ == "DehvfConfig", type(config)
@@ -121,28 +131,8 @@ def test_a_fresh_process_gets_identical_logits(saved):
         model = transformers.AutoModel.from_pretrained("again", trust_remote_code=True)
         with torch.no_grad():
             assert torch.equal(model(**inputs).logits, expected)
-        """,
-        saved,
-    )
-    assert sorted(path.name for path in (saved / "again").iterdir()) == saved_names(saved)
 
-
-def saved_names(saved) -> list[str]:
-    return sorted(path.name for path in (saved / "adapter").iterdir())
-
-
-def test_a_fresh_process_gets_the_processor_and_a_pipeline_that_answers(saved):
-    answer = run_fresh(
-        """
-        from PIL import Image
-        from transformers import AutoProcessor, pipeline
-        processor = AutoProcessor.from_pretrained("adapter", trust_remote_code=True)
-        assert type(processor).__name__ == "DehvfProcessor", type(processor)
-        image = Image.new("RGB", (20, 30), "red")
-        inputs = processor(images=image, text="what?", return_tensors="pt")
-        assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "image_mask"}, set(inputs)
-        assert inputs["pixel_values"].shape == (1, 3, 16, 16)
-        answer = pipeline("image-text-to-text", "adapter", trust_remote_code=True)
+        answer = transformers.pipeline("image-text-to-text", "adapter", trust_remote_code=True)
         message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]}
         options = {"max_new_tokens": 4, "suppress_tokens": [0, 1, 2, 3]}
         chat = answer([message], return_full_text=False, generate_kwargs=dict(options))
@@ -154,6 +144,11 @@ def test_a_fresh_process_gets_the_processor_and_a_pipeline_that_answers(saved):
         saved,
     )
     assert int(answer) == 4
+    assert sorted(path.name for path in (saved / "again").iterdir()) == saved_names(saved)
+
+
+def saved_names(saved) -> list[str]:
+    return sorted(path.name for path in (saved / "adapter").iterdir())
 
 
 def test_the_folder_holds_the_adapter_alone(saved):
