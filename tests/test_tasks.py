@@ -1020,13 +1020,14 @@ def answered(tmp_path):
     return tmp_path
 
 
-def test_scoring_a_folder_writes_both_scores_and_can_be_repeated(answered):
+def test_scoring_a_folder_writes_both_scores_and_can_be_repeated(answered, command):
     results = score_folder(answered)
     assert results["scores"]["average"] == 75 and results["scores_by_likelihood"]["average"] == 100
     assert (results["task"], results["size"], results["seed"]) == ("digits", 12, 3)
     written = (answered / "results.json").read_text()
     assert json.loads(written) == results
-    output = run(sys.executable, "-m", "tasks", "score", answered)
+    code, output = command("score", answered)
+    assert code == 0
     assert (answered / "results.json").read_text() == written
     greedy, likelihood = output.splitlines()
     assert greedy.startswith("scores: ") and "average 75.00" in greedy
