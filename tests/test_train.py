@@ -488,7 +488,7 @@ def launch(*arguments, launcher=()) -> str:
 
 
 TINY_ADAPTERS = [word for name, value in DEHVF_SIZES.items() for word in (f"--{name}", value)]
-# Under ZeRO-3, half a second for each layer and process
+# Under ZeRO-3, each layer takes long
 FEW_LAYERS = {"num_vision_layers": 4, "num_hidden_layers": 2}
 TWO_PROCESSES = ("--num_processes", "2", "--use_deepspeed")
 
