@@ -13,7 +13,7 @@ A prompt length, h language width.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 from transformers.activations import ACT2FN
+from transformers.hf_argparser import HfArg
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from dehvf import DehvfConfig, bases, injection, layouts
@@ -46,101 +47,84 @@ class BaselineArguments:
     begins with the methods that read the value.
     """
 
-    lora_rank: int = field(default=8, metadata={"help": "llava-lora, igva: rank (ours, meets the paper's count)."})
-    lora_alpha: float = field(default=16, metadata={"help": "llava-lora, igva: scale times rank (LLaVA's train.py)."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "llava-lora, igva: dropout (LLaVA's train.py)."})
-    lora_target_modules: list[str] = field(
+    lora_rank: int = HfArg(default=8, help="llava-lora, igva: rank (ours, meets the paper's count).")
+    lora_alpha: float = HfArg(default=16, help="llava-lora, igva: scale times rank (LLaVA's train.py).")
+    lora_dropout: float = HfArg(default=0.05, help="llava-lora, igva: dropout (LLaVA's train.py).")
+    lora_target_modules: list[str] = HfArg(
         default_factory=lambda: ["q_proj", "v_proj"],
-        metadata={"help": "llava-lora, igva: adapted linear layers of the language model (LoRA, arXiv 2106.09685)."},
+        help="llava-lora, igva: adapted linear layers of the language model (LoRA, arXiv 2106.09685).",
     )
-    lora_projector_size: int = field(
-        default=40, metadata={"help": "llava-lora: hidden width of the projector (ours, meets the paper's count)."}
+    lora_projector_size: int = HfArg(
+        default=40, help="llava-lora: hidden width of the projector (ours, meets the paper's count)."
     )
-    lavin_adapter_size: int = field(
-        default=8, metadata={"help": "lavin: width of the adapters (scripts/finetuning_sqa_7b.sh)."}
+    lavin_adapter_size: int = HfArg(default=8, help="lavin: width of the adapters (scripts/finetuning_sqa_7b.sh).")
+    lavin_adapter_dropout: float = HfArg(default=0.1, help="lavin: dropout inside the adapters (mm_adapter.py).")
+    lavin_temperature: float = HfArg(
+        default=10.0, help="lavin: temperature of the routers (scripts/finetuning_sqa_7b.sh)."
     )
-    lavin_adapter_dropout: float = field(
-        default=0.1, metadata={"help": "lavin: dropout inside the adapters (mm_adapter.py)."}
+    lavin_image_tokens: int = HfArg(
+        default=6, help="lavin: class tokens per image, one a layer, evenly spread (arXiv 2305.15023)."
     )
-    lavin_temperature: float = field(
-        default=10.0, metadata={"help": "lavin: temperature of the routers (scripts/finetuning_sqa_7b.sh)."}
+    lavin_projector_size: int = HfArg(default=128, help="lavin: hidden width of the visual adapter (train.py there).")
+    adaption_prompt_length: int = HfArg(
+        default=10, help="llama-adapter, llama-adapter-v2: prompts per layer (arXiv 2303.16199)."
     )
-    lavin_image_tokens: int = field(
-        default=6,
-        metadata={"help": "lavin: class tokens per image, one a layer, evenly spread (arXiv 2305.15023)."},
-    )
-    lavin_projector_size: int = field(
-        default=128, metadata={"help": "lavin: hidden width of the visual adapter (train.py there)."}
-    )
-    adaption_prompt_length: int = field(
-        default=10, metadata={"help": "llama-adapter, llama-adapter-v2: prompts per layer (arXiv 2303.16199)."}
-    )
-    adaption_prompt_layers: int | None = field(
+    adaption_prompt_layers: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "llama-adapter, llama-adapter-v2: topmost layers with prompts; by default all but two, or all but "
-            "one for llama-adapter-v2, as there."
-        },
+        help="llama-adapter, llama-adapter-v2: topmost layers with prompts; by default all but two, or all but one "
+        "for llama-adapter-v2, as there.",
     )
-    adaption_image_layers: int = field(
-        default=4, metadata={"help": "llama-adapter: vision layers whose class tokens make the image feature (ours)."}
+    adaption_image_layers: int = HfArg(
+        default=4, help="llama-adapter: vision layers whose class tokens make the image feature (ours)."
     )
-    adaption_projector_size: int = field(
-        default=64, metadata={"help": "llama-adapter: hidden width of the projector (ours, meets the paper's count)."}
+    adaption_projector_size: int = HfArg(
+        default=64, help="llama-adapter: hidden width of the projector (ours, meets the paper's count)."
     )
-    adapter_v2_prompts: int = field(
-        default=20, metadata={"help": "llama-adapter-v2: prompts made of an image (arXiv 2304.15010)."}
+    adapter_v2_prompts: int = HfArg(default=20, help="llama-adapter-v2: prompts made of an image (arXiv 2304.15010).")
+    adapter_v2_size: int = HfArg(
+        default=288, help="llama-adapter-v2: width of the blocks that make them (ours, meets the paper's count)."
     )
-    adapter_v2_size: int = field(
-        default=288,
-        metadata={"help": "llama-adapter-v2: width of the blocks that make them (ours, meets the paper's count)."},
+    adapter_v2_layers: int = HfArg(
+        default=8, help="llama-adapter-v2: number of these blocks (llama_adapter.py there, v_depth)."
     )
-    adapter_v2_layers: int = field(
-        default=8, metadata={"help": "llama-adapter-v2: number of these blocks (llama_adapter.py there, v_depth)."}
+    adapter_v2_heads: int = HfArg(
+        default=16, help="llama-adapter-v2: attention heads of these blocks (v_num_heads there)."
     )
-    adapter_v2_heads: int = field(
-        default=16, metadata={"help": "llama-adapter-v2: attention heads of these blocks (v_num_heads there)."}
+    adem_adapter_size: int = HfArg(
+        default=12, help="adem-vl: width of the vision adapters (README there, --adapter_dim)."
     )
-    adem_adapter_size: int = field(
-        default=12, metadata={"help": "adem-vl: width of the vision adapters (README there, --adapter_dim)."}
+    adem_adapter_scale: float = HfArg(
+        default=0.1, help="adem-vl: scale of what the vision adapters add (adem/build.py there)."
     )
-    adem_adapter_scale: float = field(
-        default=0.1, metadata={"help": "adem-vl: scale of what the vision adapters add (adem/build.py there)."}
+    adem_adapter_dropout: float = HfArg(
+        default=0.1, help="adem-vl: dropout inside the vision adapters (adem/adapter.py there)."
     )
-    adem_adapter_dropout: float = field(
-        default=0.1, metadata={"help": "adem-vl: dropout inside the vision adapters (adem/adapter.py there)."}
+    adem_projector_size: int = HfArg(
+        default=128, help="adem-vl: hidden width of both projectors (train.py there, --hidden_proj)."
     )
-    adem_projector_size: int = field(
-        default=128, metadata={"help": "adem-vl: hidden width of both projectors (train.py there, --hidden_proj)."}
-    )
-    adem_pool_sizes: list[int] = field(
+    adem_pool_sizes: list[int] = HfArg(
         default_factory=lambda: [1, 2],
-        metadata={
-            "help": "adem-vl: for each scale the side of the squares of patches that are averaged. 1 and 2 make of "
-            "16 x 16 patches 16 x 16 and 8 x 8 (down_sample_num 256 64 in their README)."
-        },
+        help="adem-vl: for each scale the side of the squares of patches that are averaged. 1 and 2 make of 16 x 16 "
+        "patches 16 x 16 and 8 x 8 (down_sample_num 256 64 in their README).",
     )
-    adem_image_scale: float = field(
-        default=0.01, metadata={"help": "adem-vl: scale of the projected patches (README there, --beta)."}
+    adem_image_scale: float = HfArg(
+        default=0.01, help="adem-vl: scale of the projected patches (README there, --beta)."
     )
-    adem_memory_scale: float = field(
-        default=0.1, metadata={"help": "adem-vl: scale of what the language FFNs read (README there, --alpha)."}
+    adem_memory_scale: float = HfArg(
+        default=0.1, help="adem-vl: scale of what the language FFNs read (README there, --alpha)."
     )
-    adem_drop_ratio: float = field(
-        default=0.1,
-        metadata={"help": "adem-vl: share of a token's scores, the lowest, set to zero (README there, --drop_ratio)."},
+    adem_drop_ratio: float = HfArg(
+        default=0.1, help="adem-vl: share of a token's scores, the lowest, set to zero (README there, --drop_ratio)."
     )
-    igva_num_groups: int = field(
-        default=4, metadata={"help": "igva: groups of vision layers (scripts/v1_5/finetune_balance.sh)."}
+    igva_num_groups: int = HfArg(default=4, help="igva: groups of vision layers (scripts/v1_5/finetune_balance.sh).")
+    igva_hidden_size: int = HfArg(
+        default=1024, help="igva: width of the aggregator (same script, --aggregator_hidden_dim)."
     )
-    igva_hidden_size: int = field(
-        default=1024, metadata={"help": "igva: width of the aggregator (same script, --aggregator_hidden_dim)."}
+    igva_num_layers: int = HfArg(
+        default=4, help="igva: blocks of the aggregator (same script, --aggregator_num_transformers)."
     )
-    igva_num_layers: int = field(
-        default=4, metadata={"help": "igva: blocks of the aggregator (same script, --aggregator_num_transformers)."}
-    )
-    igva_num_heads: int = field(
-        default=4, metadata={"help": "igva: attention heads of the aggregator (same script, --aggregator_num_heads)."}
+    igva_num_heads: int = HfArg(
+        default=4, help="igva: attention heads of the aggregator (same script, --aggregator_num_heads)."
     )
 
 

@@ -7,11 +7,12 @@ import math
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments, get_scheduler
+from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from baselines import METHODS as BASELINES
@@ -44,48 +45,39 @@ SCORE_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 class DataArguments:
     """The task and its data."""
 
-    task: Literal[NAMES] = field(
-        default="digits", metadata={"help": "Name of a file in tasks/, which reads the data and scores the answers."}
+    task: Literal[NAMES] = HfArg(
+        default="digits", help="Name of a file in tasks/, which reads the data and scores the answers."
     )
-    data_path: str | None = field(
-        default=None, metadata={"help": "Hub id, folder or file of the data, for tasks without a default."}
+    data_path: str | None = HfArg(
+        default=None, help="Hub id, folder or file of the data, for tasks without a default."
     )
-    columns: str | None = field(
+    columns: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Columns of your own data that have other names: question=prompt,answer=label. Use `image=none` "
-            "for data without images."
-        },
+        help="Columns of your own data that have other names: question=prompt,answer=label. Use `image=none` for data "
+        "without images.",
     )
-    holdout: float | None = field(
+    holdout: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Fraction of your own train split, such as 0.05, to use as the test split if there is none; as "
-            "many rows become the validation split if there is none. The rows are the same in every run."
-        },
+        help="Fraction of your own train split, such as 0.05, to use as the test split if there is none; as many rows "
+        "become the validation split if there is none. The rows are the same in every run.",
     )
-    captions: str | None = field(
+    captions: str | None = HfArg(
         default=None,
-        metadata={
-            "help": 'scienceqa: file with captions of the images, {"captions": {"<number>": "<text>"}}, which are '
-            "added to the context in evaluation."
-        },
+        help='scienceqa: file with captions of the images, {"captions": {"<number>": "<text>"}}, which are added to '
+        "the context in evaluation.",
     )
-    max_prompt_length: int = field(
-        default=512,
-        metadata={"help": "Maximum number of tokens of a prompt. In longer ones the end of the context is removed."},
+    max_prompt_length: int = HfArg(
+        default=512, help="Maximum number of tokens of a prompt. In longer ones the end of the context is removed."
     )
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Maximum number of tokens of an answer in evaluation. Tasks have defaults."}
+    max_new_tokens: int | None = HfArg(
+        default=None, help="Maximum number of tokens of an answer in evaluation. Tasks have defaults."
     )
-    max_samples: int | None = field(
-        default=None,
-        metadata={"help": "Use only the first rows of each split (digits: smaller splits), for a quick test."},
+    max_samples: int | None = HfArg(
+        default=None, help="Use only the first rows of each split (digits: smaller splits), for a quick test."
     )
-    only_images: bool = field(default=False, metadata={"help": "Remove rows without an image from the train split."})
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read the train split row by row, without a copy on disk. Needs --max_steps."},
+    only_images: bool = HfArg(default=False, help="Remove rows without an image from the train split.")
+    streaming: bool = HfArg(
+        default=False, help="Read the train split row by row, without a copy on disk. Needs --max_steps."
     )
 
 
@@ -93,56 +85,46 @@ class DataArguments:
 class ModelArguments:
     """The method and the frozen bases."""
 
-    method: Literal[(*DEHVF_METHODS, *BASELINES)] = field(
-        default="dehvf", metadata={"help": "The method to train: DEHVF, a variant of it, or a baseline."}
+    method: Literal[(*DEHVF_METHODS, *BASELINES)] = HfArg(
+        default="dehvf", help="The method to train: DEHVF, a variant of it, or a baseline."
     )
-    adapter: str | None = field(
+    adapter: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Hub id or folder of DEHVF adapters to start from, with their config. Use --num_train_epochs 0 to "
-            "evaluate them without training."
-        },
+        help="Hub id or folder of DEHVF adapters to start from, with their config. Use --num_train_epochs 0 to "
+        "evaluate them without training.",
     )
-    adapter_revision: str | None = field(default=None, metadata={"help": "Commit of the adapters."})
-    vision_model: str | None = field(
-        default="openai/clip-vit-large-patch14", metadata={"help": "Hub id or folder of the vision encoder."}
+    adapter_revision: str | None = HfArg(default=None, help="Commit of the adapters.")
+    vision_model: str | None = HfArg(
+        default="openai/clip-vit-large-patch14", help="Hub id or folder of the vision encoder."
     )
-    text_model: str | None = field(
-        default="huggyllama/llama-7b", metadata={"help": "Hub id or folder of the language model."}
+    text_model: str | None = HfArg(default="huggyllama/llama-7b", help="Hub id or folder of the language model.")
+    vision_model_revision: str | None = HfArg(default=None, help="Commit of the vision encoder.")
+    text_model_revision: str | None = HfArg(default=None, help="Commit of the language model.")
+    vision_model_id: str | None = HfArg(
+        default=None, help="Hub id of the vision encoder, if --vision_model is a local copy."
     )
-    vision_model_revision: str | None = field(default=None, metadata={"help": "Commit of the vision encoder."})
-    text_model_revision: str | None = field(default=None, metadata={"help": "Commit of the language model."})
-    vision_model_id: str | None = field(
-        default=None, metadata={"help": "Hub id of the vision encoder, if --vision_model is a local copy."}
+    text_model_id: str | None = HfArg(
+        default=None, help="Hub id of the language model, if --text_model is a local copy."
     )
-    text_model_id: str | None = field(
-        default=None, metadata={"help": "Hub id of the language model, if --text_model is a local copy."}
-    )
-    chat_template: str | None = field(
+    chat_template: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "File with a Jinja chat template that replaces the tokenizer's, or `plain`: the prompt, then "
-            "`Response:` on a separate line, without a system message. It is saved with the processor."
-        },
+        help="File with a Jinja chat template that replaces the tokenizer's, or `plain`: the prompt, then `Response:` "
+        "on a separate line, without a system message. It is saved with the processor.",
     )
-    image_fit: Literal["crop", "squash", "pad"] | None = field(
+    image_fit: Literal["crop", "squash", "pad"] | None = HfArg(
         default=None,
-        metadata={
-            "help": "How to make an image square: `crop` its centre, `squash` it, or `pad` it with the mean colour. "
-            "By default the image processor of the encoder decides. It is saved with the processor."
-        },
+        help="How to make an image square: `crop` its centre, `squash` it, or `pad` it with the mean colour. By "
+        "default the image processor of the encoder decides. It is saved with the processor.",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "dtype of the frozen bases. Adapters are float32."}
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
+        default="auto", help="dtype of the frozen bases. Adapters are float32."
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={"help": "Load the language model in 4 bits (NF4) and compute in --dtype. Needs bitsandbytes."},
+    attn_implementation: str | None = HfArg(default=None, help="eager, sdpa, flash_attention_2, ...")
+    load_in_4bit: bool = HfArg(
+        default=False, help="Load the language model in 4 bits (NF4) and compute in --dtype. Needs bitsandbytes."
     )
-    load_in_8bit: bool = field(
-        default=False,
-        metadata={"help": "Load the language model in 8 bits (LLM.int8), with --dtype float16. Needs bitsandbytes."},
+    load_in_8bit: bool = HfArg(
+        default=False, help="Load the language model in 8 bits (LLM.int8), with --dtype float16. Needs bitsandbytes."
     )
 
 
@@ -154,45 +136,38 @@ class DehvfTrainingArguments(TrainingArguments):
     [`check_training_arguments`] refuses arguments that would have no effect or a wrong one.
     """
 
-    base_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate per 256 samples, as in the paper: learning rate = this x total batch / 256."},
+    base_learning_rate: float | None = HfArg(
+        default=None, help="Learning rate per 256 samples, as in the paper: learning rate = this x total batch / 256."
     )
-    fuser_lr_ratio: float = field(
+    fuser_lr_ratio: float = HfArg(
         default=0.1,
-        metadata={
-            "help": "Learning rate of the fuser and its query network, as a ratio to that of the other parts (ours: "
-            "at 1 the fusion weights became constant in some runs)."
-        },
+        help="Learning rate of the fuser and its query network, as a ratio to that of the other parts (ours: at 1 the "
+        "fusion weights became constant in some runs).",
     )
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={"help": "Stop after this number of evaluations without a better score, and keep the best adapters."},
+    early_stopping_patience: int | None = HfArg(
+        default=None, help="Stop after this number of evaluations without a better score, and keep the best adapters."
     )
-    metric_for_best_model: str | None = field(
-        default="score",
-        metadata={"help": "`score` (as in the model card), another score of the task, or eval_loss."},
+    metric_for_best_model: str | None = HfArg(
+        default="score", help="`score` (as in the model card), another score of the task, or eval_loss."
     )
-    do_train: bool = field(default=True, metadata={"help": "Keep true: `--num_train_epochs 0` only evaluates."})
-    do_predict: bool = field(default=True, metadata={"help": "Keep true: the test split is always evaluated."})
-    resume_from_checkpoint: str | None = field(
+    do_train: bool = HfArg(default=True, help="Keep true: `--num_train_epochs 0` only evaluates.")
+    do_predict: bool = HfArg(default=True, help="Keep true: the test split is always evaluated.")
+    resume_from_checkpoint: str | None = HfArg(
         default="auto",
-        metadata={
-            "help": "`auto`: resume an interrupted run in --output_dir; `never`: replace it; or the path of a "
-            "checkpoint in --output_dir to resume from."
-        },
+        help="`auto`: resume an interrupted run in --output_dir; `never`: replace it; or the path of a checkpoint in "
+        "--output_dir to resume from.",
     )
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Keep true, so that early stopping resumes."}
+    restore_callback_states_from_checkpoint: bool = HfArg(
+        default=True, help="Keep true, so that early stopping resumes."
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Keep false: a NaN loss stops a run."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep false: all columns are needed."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Not used."})
-    hub_strategy: str = field(default="end", metadata={"help": "Keep: adapters are pushed once, with their results."})
-    report_to: None | str | list[str] = field(
-        default="none", metadata={"help": "tensorboard, trackio, ..., or several, separated by commas."}
+    logging_nan_inf_filter: bool = HfArg(default=False, help="Keep false: a NaN loss stops a run.")
+    remove_unused_columns: bool = HfArg(default=False, help="Keep false: all columns are needed.")
+    ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Not used.")
+    hub_strategy: str = HfArg(default="end", help="Keep: adapters are pushed once, with their results.")
+    report_to: None | str | list[str] = HfArg(
+        default="none", help="tensorboard, trackio, ..., or several, separated by commas."
     )
-    use_cpu: bool = field(default=not torch.accelerator.is_available(), metadata={"help": "Train on the CPU."})
+    use_cpu: bool = HfArg(default=not torch.accelerator.is_available(), help="Train on the CPU.")
 
     def __post_init__(self):
         if isinstance(self.report_to, str):
@@ -213,7 +188,7 @@ def adapter_arguments() -> type:
             (
                 name,
                 readers.get(hint, hint),  # argparse calls the type
-                field(default=getattr(DehvfConfig, name), metadata={"help": descriptions[name]}),
+                HfArg(default=getattr(DehvfConfig, name), help=descriptions[name]),
             )
             for name, hint in own.items()
         ],
