@@ -7,7 +7,7 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,6 +45,21 @@ def spread(values: list[float], digits: int = 1) -> str:
     """Mean ± standard deviation."""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}" if values else "–"
+
+
+def heading(command: str, note: str) -> list[str]:
+    """The first lines of a report."""
+    return [f"<!-- Written by `{command}`. Do not edit. -->", "", note, ""]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    head, *rows = ("|" + "".join(f" {cell} |" if cell else " |" for cell in cells) for cells in (head, *rows))
+    return [head, "|---" * (head.count("|") - 1) + "|", *rows]
+
+
+def ratio_in_words(ratios: Sequence[float]) -> str:
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
 def save_report(folder: Path, name: str, report: dict, markdown: Callable, draw: Callable | None = None):

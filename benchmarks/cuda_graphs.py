@@ -5,23 +5,21 @@ without the time in which it waits for Python to launch kernels.
 
     python -m benchmarks.cuda_graphs                 # the preset llama-7b; needs one CUDA device with about 25 GB
 
-What is compared takes turns, as in `benchmarks.speed`. The results go to `benchmarks/results`: `cuda_graphs.json`,
-`.md` and `.png`.
+What is compared takes turns, as in `benchmarks.speed`. The results go to `benchmarks/results`: `cuda_graphs.json` and
+`.md`.
 """
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
-from benchmarks import RESULTS, machine_in_words, save_report
+from benchmarks import RESULTS, heading, machine_in_words, ratio_in_words, save_report, table
 from benchmarks.speed import (
     DEHVF,
     LLAVA,
@@ -147,33 +145,20 @@ def measure(preset) -> dict:
 
 
 def markdown(report: dict) -> str:
-    lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"], ""]
-    lines += ["| | of | over | median of the rounds' ratios (least to greatest) | target |", "|---" * 5 + "|"]
+    ratios, times = [], []
     for what, above, below, target in RATIOS:
         pairs = zip(report["samples"][what][above][what], report["samples"][what][below][what])
-        ratios = [one / other for one, other in pairs]
-        ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        lines.append(f"| {what} | {above} | {below} | {ratio} | {target} |")
-    lines += ["", f"| milliseconds | {TRAINING} | {DECODING} |", "|---" * 3 + "|"]
+        ratios.append([what, above, below, ratio_in_words([one / other for one, other in pairs]), target])
     for name in METHODS:
-        cells = [report["samples"][what].get(name) for what in (TRAINING, DECODING)]
-        times = [median_ms(cell[what]) if cell else "–" for cell, what in zip(cells, (TRAINING, DECODING))]
-        lines.append(f"| {' | '.join([name, *times])} |")
+        cells = {what: report["samples"][what].get(name) for what in (TRAINING, DECODING)}
+        times.append([name, *(median_ms(cell[what]) if cell else "–" for what, cell in cells.items())])
+    lines = [
+        *heading(report["command"], report["note"]),
+        *table(("", "of", "over", "median of the rounds' ratios (least to greatest)", "target"), ratios),
+        "",
+        *table(("milliseconds", TRAINING, DECODING), times),
+    ]
     return "\n".join(lines) + "\n"
-
-
-def draw(report: dict, file: Path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.5), layout="constrained")
-    for axis, (what, methods) in zip(axes, report["samples"].items()):
-        for name, sample in list(methods.items())[::-1]:
-            axis.barh(name, 1e3 * statistics.median(sample[what]), color="tab:blue" if name == DEHVF else "grey")
-        axis.set_title(f"{what}, milliseconds", loc="left")
-    figure.savefig(file, dpi=120)
 
 
 def main():
@@ -196,7 +181,7 @@ def main():
     # Graphs are captured on a stream of their own, on which gradients must have been made as well
     with torch.cuda.stream(torch.cuda.Stream()) if preset.device == "cuda" else nullcontext():
         report["samples"] = measure(preset)
-    save_report(RESULTS, "cuda_graphs", report, markdown, draw)
+    save_report(RESULTS, "cuda_graphs", report, markdown)
 
 
 if __name__ == "__main__":

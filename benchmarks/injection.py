@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM
 
-from benchmarks import RESULTS, machine_in_words, memory, save_report, speed
+from benchmarks import RESULTS, heading, machine_in_words, memory, save_report, speed, table
 from dehvf import injection
 
 
@@ -113,18 +113,22 @@ def training_peak(preset: speed.Preset, form: str) -> int:
 
 
 def markdown(report: dict) -> str:
-    reading, training = report["reading"], report["training"]
-    lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"], "", "## Inference", ""]
-    lines += ["| | an image, 10⁶ bytes | prompt, ms | further token, ms |", "|---|---|---|---|"]
+    reading, training, peaks = report["reading"], report["training"], report["training_peaks"]
+    inference, steps = [], []
     for name, num_bytes in reading["bytes"].items():
         times = [speed.median_ms(reading["samples"][name][measure]) for measure in ("prompt", "further token")]
-        lines.append(f"| {name} | {num_bytes / 1e6:.1f} | {' | '.join(times)} |")
-    lines += ["", "## Training", "", "| | a step, ms | at the peak, 10⁶ bytes beyond the weights |", "|---|---|---|"]
+        inference.append([name, f"{num_bytes / 1e6:.1f}", *times])
     for form in TRAINED_FORMS:
-        peaks = report["training_peaks"]
         peak = "not measured" if peaks is None else f"{peaks[form] / 1e6:,.0f}"
         name = f"{NAIVE}, {form}" if form == MATERIALISED else form
-        lines.append(f"| {name} | {speed.median_ms(training[form]['training step'])} | {peak} |")
+        steps.append([name, speed.median_ms(training[form]["training step"]), peak])
+    lines = [
+        *heading(report["command"], report["note"]),
+        *("## Inference", ""),
+        *table(("", "an image, 10⁶ bytes", "prompt, ms", "further token, ms"), inference),
+        *("", "## Training", ""),
+        *table(("", "a step, ms", "at the peak, 10⁶ bytes beyond the weights"), steps),
+    ]
     return "\n".join(lines) + "\n"
 
 

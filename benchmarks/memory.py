@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
 
-from benchmarks import RESULTS, machine_in_words, operations, save_report, speed
+from benchmarks import RESULTS, heading, machine_in_words, operations, save_report, speed, table
 from dehvf import ROOT, DehvfForConditionalGeneration
 
 
@@ -290,19 +290,17 @@ BASES_PER_GPU = {
 
 
 def estimate_table() -> str:
-    lines = [
+    note = (
         f"10⁹ bytes per GPU, calculated: bases in bfloat16, batch {ESTIMATE_BATCH}, 256 patches, {ESTIMATE_TOKENS} "
         "text tokens. GPU = bases + 16 x trained (adapters and gradients in float32, AdamW) + activations (what "
         "autograd keeps of a forward, with whole attention matrices, counted on the meta device). Bases: whole; "
         "ZeRO-3: whole / GPUs + at most 10⁹ values at work; FSDP2: whole / GPUs + two layers; offload: at most 10⁹ "
         "values at work, and the whole once in each machine's memory. Not counted: about 1 for CUDA, and what its "
-        "allocator wastes.",
-        "",
-        "| engine | GPUs | 7B | 7B, checkpointed | 13B | 13B, checkpointed |",
-        "|---" * 6 + "|",
-    ]
+        "allocator wastes."
+    )
     shapes = [shape for name, shape in operations.SHAPES.items() if "256" in name]
     needs = [training_needs(operations.load_config(*shape)) for shape in shapes]
+    rows = []
     for engine, bases in BASES_PER_GPU.items():
         for gpus in (2, 4, 8) if engine in ("ZeRO-3", "FSDP2") else ("any",):
             cells = [
@@ -310,8 +308,9 @@ def estimate_table() -> str:
                 for one in needs
                 for activations in ("activations", "activations, checkpointed")
             ]
-            lines.append(f"| {engine} | {gpus} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            rows.append([engine, str(gpus), *cells])
+    head = ("engine", "GPUs", "7B", "7B, checkpointed", "13B", "13B, checkpointed")
+    return "\n".join([note, "", *table(head, rows)]) + "\n"
 
 
 def measure_gpu(preset: speed.Preset) -> dict[str, int]:
@@ -344,80 +343,69 @@ def measure_gpu(preset: speed.Preset) -> dict[str, int]:
 
 
 def markdown(report: dict) -> str:
-    lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"], ""]
-    lines += ["## An image, once it is encoded", "", "10⁶ bytes, in bfloat16.", ""]
-    lines += ["| | visual memory | LLaVA's KV cache | materialised memory |", "|---" * 4 + "|"]
+    images, checkpoints = [], []
     for name, shape in report["shapes"].items():
-        image = shape["image"]
+        image, checkpoint = shape["image"], shape["checkpoint"]
         numbers = [image["visual memory"]["tensors"], image["KV cache"]["tensors"]]
         numbers.append(image["materialised memory"]["closed_form"])
-        cells = [f"{number / 1e6:.1f}" for number in numbers]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "## A checkpoint", "", "10⁶ bytes: trained tensors in float32, bases in bfloat16.", ""]
-    lines += [
-        "| | DEHVF | LLaVA-LoRA | vision encoder | language model | DEHVF, in % of the bases |",
-        "|---" * 6 + "|",
-    ]
-    for name, shape in report["shapes"].items():
-        checkpoint = shape["checkpoint"]
+        images.append([name, *(f"{number / 1e6:.1f}" for number in numbers)])
         share = 100 * checkpoint["DEHVF"] / (checkpoint["vision encoder"] + checkpoint["language model"])
-        numbers = " | ".join(f"{number / 1e6:,.1f}" for number in checkpoint.values())
-        lines.append(f"| {name} | {numbers} | {share:.2f} |")
-    lines += ["", f"## The peak of training, preset `{report['preset']}`", ""]
+        checkpoints.append([name, *(f"{number / 1e6:,.1f}" for number in checkpoint.values()), f"{share:.2f}"])
+    lines = [
+        *heading(report["command"], report["note"]),
+        *("## An image, once it is encoded", "", "10⁶ bytes, in bfloat16.", ""),
+        *table(("", "visual memory", "LLaVA's KV cache", "materialised memory"), images),
+        *("", "## A checkpoint", "", "10⁶ bytes: trained tensors in float32, bases in bfloat16.", ""),
+        *table(
+            ("", "DEHVF", "LLaVA-LoRA", "vision encoder", "language model", "DEHVF, in % of the bases"), checkpoints
+        ),
+        *("", f"## The peak of training, preset `{report['preset']}`", ""),
+    ]
     if report["training_peaks"] is None:
         lines.append("Not measured: this system has no `/proc/self/clear_refs`.")
     else:
         lines += ["10⁶ bytes that the resident set grows by, beyond the weights.", ""]
-        lines += ["| | median | least to greatest |", "|---|---|---|"]
+        rows = []
         for method, peaks in report["training_peaks"].items():
             least, median, greatest = (f(peaks) / 1e6 for f in (min, statistics.median, max))
-            lines.append(f"| {method} | {median:,.0f} | {least:,.0f} to {greatest:,.0f} |")
+            rows.append([method, f"{median:,.0f}", f"{least:,.0f} to {greatest:,.0f}"])
+        lines += table(("", "median", "least to greatest"), rows)
     lines += ["", "## Loading", ""]
     if report["loading"] is None:
         lines.append("Not measured: this system has no `/proc/self/clear_refs`.")
     else:
-        num_bytes = report["loading"]["bytes"]
+        num_bytes, growth = report["loading"]["bytes"], report["loading"]["growth"]
         lines += [f"By how much the resident set grows, in shares of the base's {num_bytes / 1e6:,.0f}·10⁶ bytes.", ""]
-        lines += ["| | at most | in the end |", "|---|---|---|"]
-        for name, growth in report["loading"]["growth"].items():
-            lines.append(f"| {name} | {growth['peak'] / num_bytes:.2f} | {growth['after'] / num_bytes:.2f} |")
+        rows = [
+            [name, *(f"{one[when] / num_bytes:.2f}" for when in ("peak", "after"))] for name, one in growth.items()
+        ]
+        lines += table(("", "at most", "in the end"), rows)
     return "\n".join(lines) + "\n"
 
 
 def draw(report: dict, file: Path):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    figure = Figure(figsize=(12, 5), dpi=110, layout="constrained")
+    images, checkpoints = figure.subplots(1, 2)
 
-    figure, (images, checkpoints, training) = pyplot.subplots(1, 3, figsize=(16, 5), layout="constrained")
-    names = [name.replace(", ", "\n") for name in report["shapes"]]
-    bars = {"visual memory": "tab:blue", "KV cache": "tab:orange"}
-    for shift, (part, color) in enumerate(bars.items()):
-        numbers = [shape["image"][part]["tensors"] / 1e6 for shape in report["shapes"].values()]
-        places = [position + 0.4 * shift - 0.2 for position in range(len(names))]
-        label = "LLaVA's KV cache" if part == "KV cache" else part
-        images.bar_label(images.bar(places, numbers, 0.36, color=color, label=label), fmt="%.1f", fontsize=8)
-    images.set_title("An image, once it is encoded: 10⁶ bytes in bfloat16")
-    parts = {"DEHVF": "tab:blue", "LLaVA-LoRA": "tab:orange", "language model": "grey"}
-    for shift, (part, color) in enumerate(parts.items()):
-        numbers = [shape["checkpoint"][part] / 1e6 for shape in report["shapes"].values()]
-        places = [position + 0.27 * (shift - 1) for position in range(len(names))]
-        container = checkpoints.bar(places, numbers, 0.25, color=color, label=part)
-        checkpoints.bar_label(container, fmt="%.0f", fontsize=8)
-    checkpoints.set_yscale("log")
-    checkpoints.set_ylim(top=3e5)  # room for the legend
-    checkpoints.set_title("A checkpoint, and the base that it leaves out: 10⁶ bytes")
-    for axis in (images, checkpoints):
-        axis.set_xticks(range(len(names)), names, fontsize=8)
+    def draw_bars(axis, parts: dict[str, list[int]]):
+        for shift, (part, sizes) in enumerate(parts.items()):
+            places = [position + 0.27 * shift for position in range(len(sizes))]
+            container = axis.bar(places, [size / 1e6 for size in sizes], 0.25, label=part)
+            axis.bar_label(container, fmt="%.1f", fontsize=8)
+        axis.set_xticks(range(len(sizes)), [name.replace(", ", "\n") for name in report["shapes"]], fontsize=8)
         axis.legend(fontsize=9, loc="upper left")
-    training.set_title(f"The peak of training in `{report['preset']}`: 10⁶ bytes")
-    for position, peaks in enumerate((report["training_peaks"] or {}).values()):
-        training.bar(position, statistics.median(peaks) / 1e6, color="tab:blue", alpha=0.4)
-        training.plot([position] * len(peaks), [peak / 1e6 for peak in peaks], "o", color="tab:blue", markersize=4)
-    training.set_xticks(range(len(report["training_peaks"] or {})), list(report["training_peaks"] or {}))
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+
+    shapes = report["shapes"].values()
+    parts = ("visual memory", "KV cache")
+    draw_bars(images, {part: [shape["image"][part]["tensors"] for shape in shapes] for part in parts})
+    images.set_title("An image, once it is encoded: 10⁶ bytes in bfloat16")
+    parts = ("DEHVF", "LLaVA-LoRA", "language model")
+    draw_bars(checkpoints, {part: [shape["checkpoint"][part] for shape in shapes] for part in parts})
+    checkpoints.set(title="A checkpoint, and the base that it leaves out: 10⁶ bytes", yscale="log")
+    checkpoints.set_ylim(top=3e5)  # room for the legend
+    figure.savefig(file)
 
 
 def main():

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from benchmarks import RESULTS, machine_in_words, save_report
+from benchmarks import RESULTS, heading, machine_in_words, save_report, table
 from dehvf import DehvfConfig, DehvfForConditionalGeneration
 
 
@@ -263,46 +263,47 @@ def sweep() -> dict[str, list]:
 
 
 def markdown(report: dict) -> str:
-    lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"], ""]
-    lines += [f"## In % of LLaVA-1.5, at {NUM_TEXT_TOKENS} text tokens", ""]
-    lines += ["| | language side: text alone | DEHVF | DEHVF, materialised | all but the vision encoder | all |"]
-    lines += ["|---|---|---|---|---|---|"]
+    shares, lookups, parts = [], [], []
     for name, shape in report["shapes"].items():
-        shares = shape["percent_of_llava"]
-        side = [shares["language side"][key] for key in ("text alone", "DEHVF", "DEHVF, materialised")]
-        numbers = [*side, shares["all but the vision encoder"], shares["all"]]
-        lines.append(f"| {name} | {' | '.join(f'{number:.2f}' for number in numbers)} |")
-    lines += ["", f"The paper says {PAPER_SHARE} % at a text length of 32, without a number of visual tokens."]
-    lines += ["", "## Memory lookup, factored or materialised", ""]
-    lines += [f"10⁹ operations at {NUM_TEXT_TOKENS} text tokens, and the text tokens per image from which the"]
-    lines += ["materialised form has fewer.", "", "| | factored | materialised | break-even |", "|---|---|---|---|"]
-    for name, shape in report["shapes"].items():
-        factored = shape["operations"]["DEHVF"]["memory lookup"]["closed_form"]
-        numbers = f"{factored / 1e9:.2f} | {shape['materialised_lookup'] / 1e9:.2f}"
-        lines.append(f"| {name} | {numbers} | {shape['break_even_text_tokens']:.1f} |")
-    for name, shape in report["shapes"].items():
-        lines += ["", f"## {name}", "", "10⁹ operations.", ""]
-        lines += ["| | " + " | ".join(f"{model} | torch counts | difference" for model in shape["operations"]) + " |"]
-        lines += ["|---" * 7 + "|"]
-        for part in shape["operations"]["DEHVF"]:
+        share, models = shape["percent_of_llava"], shape["operations"]
+        side = [share["language side"][key] for key in ("text alone", "DEHVF", "DEHVF, materialised")]
+        numbers = [*side, share["all but the vision encoder"], share["all"]]
+        shares.append([name, *(f"{number:.2f}" for number in numbers)])
+        lookup = models["DEHVF"]["memory lookup"]["closed_form"], shape["materialised_lookup"]
+        numbers = [f"{number / 1e9:.2f}" for number in lookup]
+        lookups.append([name, *numbers, f"{shape['break_even_text_tokens']:.1f}"])
+        rows = []
+        for part in models["DEHVF"]:
             cells = [part]
-            for parts in shape["operations"].values():
-                if part in parts:
-                    closed, counted = parts[part]["closed_form"], parts[part]["torch"]
-                    cells += [f"{closed / 1e9:.3f}", f"{counted / 1e9:.3f}", f"{100 * (closed / counted - 1):.3f} %"]
-                else:
+            for found in (model.get(part) for model in models.values()):
+                if found is None:
                     cells += ["–", "–", "–"]
-            lines.append(f"| {' | '.join(cells)} |")
+                else:
+                    closed, counted = found["closed_form"], found["torch"]
+                    cells += [f"{closed / 1e9:.3f}", f"{counted / 1e9:.3f}", f"{100 * (closed / counted - 1):.3f} %"]
+            rows.append(cells)
+        head = [word for model in models for word in (model, "torch counts", "difference")]
+        parts += ["", f"## {name}", "", "10⁹ operations.", "", *table(("", *head), rows)]
+    columns = ("language side: text alone", "DEHVF", "DEHVF, materialised", "all but the vision encoder", "all")
+    lines = [
+        *heading(report["command"], report["note"]),
+        *(f"## In % of LLaVA-1.5, at {NUM_TEXT_TOKENS} text tokens", ""),
+        *table(("", *columns), shares),
+        *("", f"The paper says {PAPER_SHARE} % at a text length of 32, without a number of visual tokens."),
+        *("", "## Memory lookup, factored or materialised", ""),
+        f"10⁹ operations at {NUM_TEXT_TOKENS} text tokens, and the text tokens per image from which the",
+        *("materialised form has fewer.", ""),
+        *table(("", "factored", "materialised", "break-even"), lookups),
+        *parts,
+    ]
     return "\n".join(lines) + "\n"
 
 
 def draw(report: dict, file: Path):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (absolute, relative, lookup) = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), dpi=130, layout="constrained")
+    absolute, relative = figure.subplots(1, 2)
     rows = report["figure"]
     tokens, theirs = rows["visual tokens"], rows["LLaVA-1.5"]
     styles = {
@@ -317,34 +318,16 @@ def draw(report: dict, file: Path):
             shares = [100 * number / other for number, other in zip(rows[name], theirs)]
             relative.plot(tokens, shares, label=name, **style)
     relative.plot(576, PAPER_SHARE, "x", color="black", label=f"the paper's {PAPER_SHARE} %")
-    absolute.set_title(f"Language side at {NUM_TEXT_TOKENS} text tokens (the paper's Figure 2)")
-    absolute.set_ylabel("operations, in 10¹²")
-    relative.set_title("The same, in % of LLaVA-1.5")
-    relative.set_ylabel("operations, in % of LLaVA-1.5")
+    absolute.set(title="Language side (the paper's Figure 2)", ylabel="operations, in 10¹²")
+    relative.set(title="The same, in % of LLaVA-1.5", ylabel="operations, in % of LLaVA-1.5")
     for axis in (absolute, relative):
         axis.set_xlabel("visual tokens (and memory slots)")
-
-    lengths = range(0, 801, 10)
-    for name, color in zip(SHAPES, ("tab:green", "tab:purple")):  # those of 7B
-        config = load_config(*SHAPES[name])
-        for form, style in ((memory_lookup, "-"), (materialised_lookup, "--")):
-            label = f"{'factored' if form is memory_lookup else 'materialised'}, {config.num_patches} visual tokens"
-            numbers = [form(config, length) / 1e9 for length in lengths]
-            lookup.plot(lengths, numbers, style, color=color, label=label)
-        even = break_even(config)
-        height = memory_lookup(config, even) / 1e9
-        lookup.plot(even, height, "o", color=color)
-        lookup.annotate(f"{even:.0f}", (even, height), (8, -14), textcoords="offset points", color=color)
-    lookup.set_title("Memory lookup and its break-even")
-    lookup.set_xlabel("text tokens per image")
-    lookup.set_ylabel("operations, in 10⁹")
-    for axis in (absolute, relative, lookup):
         axis.set_ylim(0)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9)
     relative.set(xlim=(256, 1024), ylim=(0, 12))  # below, text is most of both, and the curves coincide
-    figure.suptitle("Operations of one image and one prompt, LLaMA-7B and CLIP ViT-L/14")
-    figure.savefig(file, dpi=130)
+    figure.suptitle(f"Operations of one image and {NUM_TEXT_TOKENS} text tokens, LLaMA-7B and CLIP ViT-L/14")
+    figure.savefig(file)
 
 
 def main():

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from benchmarks import RESULTS, machine_in_words, memory, operations, save_report
+from benchmarks import RESULTS, heading, machine_in_words, memory, operations, save_report, table
 
 
 BATCH, TEXT_TOKENS = 32, 64  # of each GPU
@@ -144,20 +144,9 @@ def measure() -> dict:
 
 
 def markdown(report: dict) -> str:
-    lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"], ""]
-    head = [
-        "model",
-        "engine",
-        "GPUs",
-        "memory, GB",
-        "compute, s",
-        "launches, s",
-        "network, s",
-        "received, GB",
-        "limit",
-    ]
-    head += ["images/s", "hours for 10⁶", "for 10⁸", "read, GB/s", "cores per GPU"]
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    head = ["model", "engine", "GPUs", "memory, GB", "compute, s", "launches, s", "network, s", "received, GB"]
+    head += ["limit", "images/s", "hours for 10⁶", "for 10⁸", "read, GB/s", "cores per GPU"]
+    rows = []
     for row in report["rows"]:
         cells = [row["model"], row["engine"], str(row["gpus"]), f"{row['memory'] / 1e9:.1f}"]
         cells += [f"{row['seconds'][part]:.3f}" for part in ("compute", "launches", "network")]
@@ -167,18 +156,16 @@ def markdown(report: dict) -> str:
         else:
             cells += [f"{row['images_per_second']:,.0f}", *(f"{hours:.2f}" for hours in row["hours"].values())]
             cells += [f"{row['read_per_second'] / 1e9:.2f}", f"{row['cores_per_gpu']:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return "\n".join([*heading(report["command"], report["note"]), *table(head, rows)]) + "\n"
 
 
 def draw(report: dict, file: Path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(row["model"] for row in report["rows"]))
-    figure, axes = pyplot.subplots(1, len(models), figsize=(12, 4), sharex=True, sharey=True, layout="constrained")
+    figure = Figure(figsize=(12, 4), dpi=120, layout="constrained")
+    axes = figure.subplots(1, len(models), sharex=True, sharey=True)
     for axis, model in zip(axes, models):
         for engine, style in zip(ENGINES, ("o-", "s--", "^:", "x-.")):
             rows = [row for row in report["rows"] if (row["model"], row["engine"]) == (model, engine)]
@@ -189,7 +176,7 @@ def draw(report: dict, file: Path):
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("images per second, calculated")
     axes[0].legend()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file)
 
 
 def main():

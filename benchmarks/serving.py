@@ -37,7 +37,7 @@ from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM
 
 from baselines import BaselineArguments, assemble
-from benchmarks import RESULTS, machine_in_words, save_report
+from benchmarks import RESULTS, heading, machine_in_words, save_report, table
 from benchmarks.pretrained import TEXT_MODEL, VISION_MODEL
 from benchmarks.speed import DEHVF, MERGED, TEXT_ONLY
 from dehvf import DehvfForConditionalGeneration, DehvfProcessor
@@ -288,15 +288,9 @@ def milliseconds(samples: list[dict], name: str) -> str:
     return f"{np.median(values):,.0f} / {np.percentile(values, 95):,.0f}"
 
 
-def table(*columns: str) -> list[str]:
-    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-
-
 def markdown(report: dict) -> str:
     most = max(row["clients"] for row in report["load"])
-    lines = ["<!-- Written by `python -m benchmarks.serving`. Do not edit. -->", "", report["note"], ""]
-    lines += ["## Load", "", "Milliseconds to the first token and to the end: median / 95th percentile.", ""]
-    lines += table("clients", "answer", "", "requests per second", "first token", "end", "ratio", "target")
+    load, known = [], []
     for row in report["load"]:
         for name, samples in row["samples"].items():
             rate = statistics.median(sample["requests_per_second"] for sample in samples)
@@ -305,19 +299,22 @@ def markdown(report: dict) -> str:
             cells += [f"{speedup(row):.2f}" if name == DEHVF else ""]
             has_target = name == DEHVF and row["clients"] == most
             cells += [f"≥ {LEAST_RATIO}: {verdict(speedup(row) >= LEAST_RATIO)}" if has_target else ""]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## A known image", "", "Milliseconds of a whole answer to one client.", ""]
-    lines += table(
-        "answer", *report["known"][0]["samples"], f"known over {TEXT_ONLY}", "known over no image", "target"
-    )
+            load.append(cells)
     for row in report["known"]:
         samples = row["samples"]
         over_text = median_ratio(samples[KNOWN], samples[TEXT_ONLY])
         cells = [count(row["answer_tokens"], "token")]
         cells += [f"{1000 * statistics.median(values):,.0f}" for values in samples.values()]
         cells += [f"{over_text:.3f}", f"{median_ratio(samples[KNOWN], samples[WITHOUT]):.3f}"]
-        cells += [f"≤ {LARGEST_RATIO} of {TEXT_ONLY}: {verdict(over_text <= LARGEST_RATIO)}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        known.append([*cells, f"≤ {LARGEST_RATIO} of {TEXT_ONLY}: {verdict(over_text <= LARGEST_RATIO)}"])
+    kinds = report["known"][0]["samples"]
+    lines = [
+        *heading("python -m benchmarks.serving", report["note"]),
+        *("## Load", "", "Milliseconds to the first token and to the end: median / 95th percentile.", ""),
+        *table(("clients", "answer", "", "requests per second", "first token", "end", "ratio", "target"), load),
+        *("", "## A known image", "", "Milliseconds of a whole answer to one client.", ""),
+        *table(("answer", *kinds, f"known over {TEXT_ONLY}", "known over no image", "target"), known),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -330,25 +327,19 @@ def verdict(is_met: bool) -> str:
 
 
 def draw(report: dict, file: Path):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = report["load"]
-    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
-    for shift, (name, colour) in enumerate({DEHVF: "tab:blue", MERGED: "tab:orange"}.items()):
-        for place, row in enumerate(rows):
-            rates = [sample["requests_per_second"] for sample in row["samples"][name]]
-            label = name if place == 0 else None
-            axes.bar(place + 0.36 * (shift - 0.5), statistics.median(rates), 0.34, color=colour, label=label)
+    rows, figure = report["load"], Figure(figsize=(9, 4.5), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for shift, name in enumerate((DEHVF, MERGED)):
+        rates = [statistics.median(sample["requests_per_second"] for sample in row["samples"][name]) for row in rows]
+        axes.bar([place + 0.36 * (shift - 0.5) for place in range(len(rows))], rates, 0.34, label=name)
     labels = [f"{count(row['clients'], 'client')},\n{count(row['answer_tokens'], 'token')}" for row in rows]
     axes.set_xticks(range(len(rows)), labels, fontsize=8)
     axes.set_title("Requests per second")
     axes.legend()
     axes.grid(axis="y", alpha=0.3)
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+    figure.savefig(file)
 
 
 def note(setting: Setting, rounds: int, threads: int, load_average: float) -> str:

@@ -33,7 +33,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlavaForConditionalGeneration, StoppingCriteria
 
 from baselines import BaselineArguments, ImageTokensForConditionalGeneration, assemble
-from benchmarks import RESULTS, machine_in_words, operations, save_report
+from benchmarks import RESULTS, heading, machine_in_words, operations, save_report, table
 from dehvf import DehvfConfig, DehvfForConditionalGeneration
 
 
@@ -447,65 +447,62 @@ def median_ms(samples: list[float]) -> str:
 def markdown(report: dict) -> str:
     groups, growth = report["groups"], report["growth"]
     verdict = {True: "met", False: "**missed**", None: "–"}
-
-    def table(*head: str) -> list[str]:
-        return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-
-    lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"], "", "## Ratios", ""]
-    lines += table("", "of", "over", "median of the rounds' ratios (least to greatest)", "target", "")
+    comparisons = []
     for row in report["comparisons"]:
         target = f"≥ {row['at_least']}" if row["at_least"] else f"≤ {row['at_most']}" if row["at_most"] else "–"
         ratio = f"{row['ratio']:.3f} ({row['least']:.3f} to {row['greatest']:.3f})"
-        cells = [row["what"], row["method"], row["reference"], ratio, target, verdict[row["met"]]]
-        lines.append(f"| {' | '.join(cells)} |")
-    deviation = growth["largest_deviation_in_percent"]
-    lines.append(
-        f"| growth over the patches: off a straight line | DEHVF | | {deviation:.1f} % of it | "
-        f"≤ {LARGEST_DEVIATION} % (ours) | {verdict[growth['is_linear']]} |"
-    )
-    lines += ["", "## Methods", "", "Milliseconds per batch.", ""]
-    lines += table("", "trained", "training step", "first token", "further token", "whole answer")
+        comparisons.append([row["what"], row["method"], row["reference"], ratio, target, verdict[row["met"]]])
+    deviation, limit = growth["largest_deviation_in_percent"], f"≤ {LARGEST_DEVIATION} % (ours)"
+    what = "growth over the patches: off a straight line"
+    comparisons.append([what, "DEHVF", "", f"{deviation:.1f} % of it", limit, verdict[growth["is_linear"]]])
+
+    methods, measures = [], ("first token", "further token", "whole answer")
     for name, trained in report["trained_parameters"].items():
         step = (groups["training, LLaVA"] | groups["training"]).get(name)
-        cells = [name, f"{trained:,}", median_ms(step["training step"]) if step else "–"]
         answers = (groups["inference, LLaVA"] | groups["inference"])[name]
-        cells += [median_ms(answers[measure]) for measure in ("first token", "further token", "whole answer")]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## Language side, the image having been encoded before", "", "Milliseconds per batch.", ""]
-    lines += table("", "prefill", "decoding step", "second question: first token", "whole answer")
+        cells = [name, f"{trained:,}", median_ms(step["training step"]) if step else "–"]
+        methods.append([*cells, *(median_ms(answers[measure]) for measure in measures)])
+
+    language_side = []
     for name in (TEXT_ONLY, DEHVF):
         second = groups["second question"][name]
         samples = groups["prefill"][name]["prefill"], groups["decoding"][name]["further token"], second["first token"]
-        cells = [name, *map(median_ms, samples), median_ms(second["whole answer"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## Answer of one token over text and patches", "", "Milliseconds per batch, encoder included.", ""]
-    names = list(report["sweep"][0]["samples"])
-    lines += table("patches", "text tokens", *names, f"{MERGED} over DEHVF")
+        language_side.append([name, *map(median_ms, samples), median_ms(second["whole answer"])])
+
+    sweep = []
     for point in report["sweep"]:
         samples = {name: measures["first token"] for name, measures in point["samples"].items()}
         ratio = statistics.median(one / other for one, other in zip(samples[MERGED], samples[DEHVF]))
-        cells = [f"{point['patches']:,}", str(point["text_tokens"]), *map(median_ms, samples.values()), f"{ratio:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## Growth over the patches: prefill, language side", ""]
-    lines += table("patches (and slots)", "milliseconds per batch")
-    lines += [f"| {int(name):,} | {median_ms(row['prefill'])} |" for name, row in growth["samples"].items()]
-    slope = 1e5 * growth["seconds_per_patch"]
-    text = (
-        f"{slope:.2f} ms per batch for each 100 patches; at most {deviation:.1f} % of the growth off a straight line."
-    )
-    lines += ["", text]
+        sizes = f"{point['patches']:,}", str(point["text_tokens"])
+        sweep.append([*sizes, *map(median_ms, samples.values()), f"{ratio:.2f}"])
+
+    lines = [
+        *heading(report["command"], report["note"]),
+        *("## Ratios", ""),
+        *table(("", "of", "over", "median of the rounds' ratios (least to greatest)", "target", ""), comparisons),
+        *("", "## Methods", "", "Milliseconds per batch.", ""),
+        *table(("", "trained", "training step", *measures), methods),
+        *("", "## Language side, the image having been encoded before", "", "Milliseconds per batch.", ""),
+        *table(("", "prefill", "decoding step", "second question: first token", "whole answer"), language_side),
+        *("", "## Answer of one token over text and patches", "", "Milliseconds per batch, encoder included.", ""),
+        *table(("patches", "text tokens", *report["sweep"][0]["samples"], f"{MERGED} over DEHVF"), sweep),
+        *("", "## Growth over the patches: prefill, language side", ""),
+        *table(
+            ("patches (and slots)", "milliseconds per batch"),
+            [(f"{int(name):,}", median_ms(row["prefill"])) for name, row in growth["samples"].items()],
+        ),
+        "",
+        f"{1e5 * growth['seconds_per_patch']:.2f} ms per batch for each 100 patches; at most {deviation:.1f} % of the "
+        "growth off a straight line.",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def draw(report: dict, file: Path):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    colors = {TEXT_ONLY: "grey", DEHVF: "tab:blue", MEMVP: "tab:green", LLAVA: "tab:red", MERGED: "tab:orange"}
-    figure, ((ratios, bars), (texts, patches)) = pyplot.subplots(2, 2, figsize=(15, 9), layout="constrained")
-
+    figure = Figure(figsize=(15, 5), dpi=110, layout="constrained")
+    ratios, patches = figure.subplots(1, 2)
     rows = report["comparisons"][::-1]
     for position, row in enumerate(rows):
         color = {True: "tab:green", False: "tab:red", None: "tab:blue"}[row["met"]]
@@ -517,45 +514,20 @@ def draw(report: dict, file: Path):
     ratios.set_yticks(range(len(rows)), labels, fontsize=8)
     ratios.set_title("Ratios of time: median, least to greatest; target (black)")
 
-    training, inference = (
-        report["groups"][f"{group}, LLaVA"] | report["groups"][group] for group in ("training", "inference")
-    )
-    measures = [(training, "training step"), (inference, "first token"), (inference, "whole answer")]
-    for shift, (name, color) in enumerate(colors.items()):
-        for position, (group, measure) in enumerate(measures):
-            if name in group:
-                seconds = statistics.median(group[name][measure])
-                label = name if measure == "whole answer" else None
-                bars.bar(position + 0.16 * (shift - 2), seconds, 0.15, color=color, label=label)
-    bars.legend(fontsize=9)
-    bars.set_xticks(range(len(measures)), [measure for _, measure in measures])
-    bars.set_title("Seconds per batch")
-
-    first = report["sweep"][0]["patches"]
-    points = [point for point in report["sweep"] if point["patches"] == first]
-    for name in points[0]["samples"]:
-        seconds = [statistics.median(point["samples"][name]["first token"]) for point in points]
-        texts.plot([point["text_tokens"] for point in points], seconds, "o-", color=colors[name], label=name)
-    texts.set_title(f"Answer of one token at {first} patches, seconds per batch")
-    texts.set_xlabel("text tokens")
-    texts.legend(fontsize=9)
-
     growth = report["growth"]
     numbers = [int(name) for name in growth["samples"]]
     seconds = [statistics.median(row["prefill"]) for row in growth["samples"].values()]
-    patches.plot(numbers, seconds, "o", color=colors[DEHVF], label="DEHVF")
+    patches.plot(numbers, seconds, "o", color="tab:blue", label="DEHVF")
     ends = np.array([0, numbers[-1]])
     line = growth["seconds_at_no_patch"] + growth["seconds_per_patch"] * ends
-    patches.plot(ends, line, "--", color=colors[DEHVF], label="straight line")
+    patches.plot(ends, line, "--", color="tab:blue", label="straight line")
     patches.set_title("Prefill, language side: seconds per batch")
     patches.set_xlabel("patches (and memory slots)")
+    patches.set_ylim(bottom=0)
+    patches.grid(alpha=0.3)
     patches.legend(fontsize=9)
-    for axis in (bars, texts, patches):
-        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
-        axis.grid(alpha=0.3)
     figure.suptitle(f"Preset `{report['preset']}`, {report['threads']} threads, {report['clock']} time")
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+    figure.savefig(file)
 
 
 def note(name: str, preset: Preset, clock: str) -> str:

@@ -29,7 +29,7 @@ from pathlib import Path
 import psutil
 from PIL import Image
 
-from benchmarks import RESULTS, machine_in_words, save_report
+from benchmarks import RESULTS, heading, machine_in_words, save_report, table
 from benchmarks.memory import resident_set
 from dehvf import ROOT, DehvfForConditionalGeneration, DehvfProcessor
 from tasks import coco_captions
@@ -168,48 +168,47 @@ def measure_captions(size: int) -> dict:
     return {"captions": size, "measured_on": machine_in_words(), "runs": runs, "rows": rows}
 
 
+COMMAND = "python -m benchmarks.start"
+
+
 def markdown(report: dict) -> str:
     medians = {name: statistics.median(values) for name, values in report["seconds"].items()}
-    lines = [
-        "<!-- Written by `python -m benchmarks.start`. Do not edit. -->\n",
-        f"Medians of {report['rounds']} rounds, in seconds, each in a fresh process. {report['measured_on']}.\n",
-        "| | seconds | least to greatest | target |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for name, values in report["seconds"].items():
-        target = (
-            f"≤ {TARGETS[name]}: {'met' if medians[name] <= TARGETS[name] else 'not met'}" if name in TARGETS else ""
-        )
-        lines.append(f"| {name} | {medians[name]:.1f} | {min(values):.1f} to {max(values):.1f} | {target} |")
+        target = f"≤ {TARGETS[name]}: {verdict(medians[name], TARGETS[name])}" if name in TARGETS else ""
+        rows.append([name, f"{medians[name]:.1f}", f"{min(values):.1f} to {max(values):.1f}", target])
     added = medians[SHIPPED] - medians[OWN]
-    lines.append(f"| the shipped files alone | {added:.1f} | | ≤ {ADDED}: {'met' if added <= ADDED else 'not met'} |")
-    lines.append(
-        "\nThe first run on a machine, which makes and encodes the rows of the default run, takes "
-        f"{report['first_run']:.0f} seconds to its first step."
-    )
+    rows.append(["the shipped files alone", f"{added:.1f}", "", f"≤ {ADDED}: {verdict(added, ADDED)}"])
+    note = f"Medians of {report['rounds']} rounds, in seconds, each in a fresh process. {report['measured_on']}."
+    lines = [
+        *heading(COMMAND, note),
+        *table(("", "seconds", "least to greatest", "target"), rows),
+        "",
+        "The first run on a machine, which makes and encodes the rows of the default run, takes "
+        f"{report['first_run']:.0f} seconds to its first step.",
+    ]
     return "\n".join(lines) + "\n"
+
+
+def verdict(seconds: float, most: float) -> str:
+    return "met" if seconds <= most else "not met"
 
 
 def captions_markdown(report: dict) -> str:
-    lines = [
-        "<!-- Written by `python -m benchmarks.start`. Do not edit. -->\n",
+    note = (
         f"{report['captions']:,} captions in COCO's layout, tiny bases; MB of each process when the first step is "
-        f"logged, resident at most and without what is mapped from files. {report['measured_on']}.\n",
-        "| processes | cache of encoded rows | seconds to the first step | at most | without files |",
-        "|---|---|---|---|---|",
-    ]
+        f"logged, resident at most and without what is mapped from files. {report['measured_on']}."
+    )
+    starts = []
     for processes, runs in report["runs"].items():
         for state, run in zip(("empty", "filled"), runs):
-            peak, anonymous = (", ".join(f"{memory[kind] / 1e6:,.0f}" for memory in run["memory"]) for kind in FIELDS)
-            lines.append(f"| {processes} | {state} | {run['seconds']:.0f} | {peak} | {anonymous} |")
-    lines += [
-        f"\n{min(ROWS, report['captions']):,} of these rows, without their images, by one process:\n",
-        "| | rows per second | bytes of memory per row |",
-        "|---|---|---|",
-    ]
-    for name, row in report["rows"].items():
-        lines.append(f"| {name} | {row['per_second']:,.0f} | {row['bytes']:,.0f} |")
-    return "\n".join(lines) + "\n"
+            memory = [", ".join(f"{memory[kind] / 1e6:,.0f}" for memory in run["memory"]) for kind in FIELDS]
+            starts.append([str(processes), state, f"{run['seconds']:.0f}", *memory])
+    reads = [[name, f"{row['per_second']:,.0f}", f"{row['bytes']:,.0f}"] for name, row in report["rows"].items()]
+    head = ("processes", "cache of encoded rows", "seconds to the first step", "at most", "without files")
+    what = f"{min(ROWS, report['captions']):,} of these rows, without their images, by one process:"
+    lines = [*heading(COMMAND, note), *table(head, starts), "", what, ""]
+    return "\n".join([*lines, *table(("", "rows per second", "bytes of memory per row"), reads)]) + "\n"
 
 
 def main():
