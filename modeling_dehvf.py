@@ -74,9 +74,7 @@ from .outputs_dehvf import DehvfCausalLMOutputWithPast, DehvfModelOutputWithPast
 from .switching_dehvf import BASE_MODEL, AdapterSet, SwitchingMixin
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One adapter: all that is trained, and what encodes images (method steps 1 to 7 and 10)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- one adapter: all that is trained, and what encodes images (method steps 1 to 7 and 10) ---
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,9 +174,7 @@ class Adapter:
         return tuple(LayerMemory(*pair, keys, values, slot_mask, **how) for pair in pairs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The models
-# ---------------------------------------------------------------------------------------------------------------------
+# --- the models ---
 
 
 class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedModel):

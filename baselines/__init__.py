@@ -128,9 +128,7 @@ class BaselineArguments:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the methods share
-# ---------------------------------------------------------------------------------------------------------------------
+# --- what the methods share ---
 
 
 class Projector(nn.Module):
@@ -344,9 +342,7 @@ class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Building
-# ---------------------------------------------------------------------------------------------------------------------
+# --- building ---
 
 
 def assemble(method: str, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):

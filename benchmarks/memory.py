@@ -41,9 +41,7 @@ PEAK_RUNS = 3
 LOADED_LAYERS = 14  # of the base that is loaded, 67 MB each
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Closed forms: numbers of values. Letters: modeling_dehvf.py.
-# ---------------------------------------------------------------------------------------------------------------------
+# --- closed forms: numbers of values. Letters: modeling_dehvf.py ---
 
 
 def visual_memory(config) -> int:
@@ -62,9 +60,7 @@ def kv_cache(text, tokens: int) -> int:
     return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tensors
-# ---------------------------------------------------------------------------------------------------------------------
+# --- tensors ---
 
 
 def bytes_of(tensors) -> int:
@@ -113,9 +109,7 @@ def measure(shape: tuple) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The peak of training
-# ---------------------------------------------------------------------------------------------------------------------
+# --- the peak of training ---
 
 
 def resident_set(field: str, process: int | str = "self") -> int:
@@ -167,9 +161,7 @@ def peaks_in_fresh_processes(
     return peaks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-# ---------------------------------------------------------------------------------------------------------------------
+# --- loading ---
 
 
 def save_sharded_base(folder: Path, num_layers: int) -> int:
@@ -223,9 +215,7 @@ def loading_in_a_fresh_process() -> dict | None:
         return {"bytes": num_bytes, "growth": json.loads(process.stdout)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a GPU needs to train, calculated
-# ---------------------------------------------------------------------------------------------------------------------
+# --- what a GPU needs to train, calculated ---
 
 # Adapters and gradients in float32, and AdamW's two moments
 BYTES_PER_TRAINED = 4 + 4 + 8
@@ -337,9 +327,7 @@ def measure_gpu(preset: speed.Preset) -> dict[str, int]:
     return peaks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-# ---------------------------------------------------------------------------------------------------------------------
+# --- results ---
 
 
 def markdown(report: dict) -> str:

@@ -52,9 +52,7 @@ def load_config(file: str, patches_per_side: int, num_memory_slots: int):
     return config
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Closed forms, for CLIP and LLaMA, and for DEHVF without ablations. Letters: modeling_dehvf.py.
-# ---------------------------------------------------------------------------------------------------------------------
+# --- closed forms, for CLIP and LLaMA, and for DEHVF without ablations. Letters: modeling_dehvf.py ---
 
 
 def product(rows: int, inner: int, columns: int) -> int:
@@ -146,9 +144,7 @@ def llava(config, text_tokens: int) -> dict[str, int]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# torch's counter
-# ---------------------------------------------------------------------------------------------------------------------
+# --- torch's counter ---
 
 
 @contextmanager
@@ -203,9 +199,7 @@ def count(model, text_tokens: int, image_tokens: int = 0) -> dict[str, int]:
     return {part: number for part, number in parts.items() if number}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-# ---------------------------------------------------------------------------------------------------------------------
+# --- results ---
 
 
 def total(parts: dict[str, int], names=None) -> int:

@@ -158,9 +158,7 @@ COMPARISONS = [
 LARGEST_DEVIATION = 10
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------------------
+# --- models ---
 
 
 def make_config(preset: Preset, patches_per_side: int):
@@ -212,9 +210,7 @@ def count_trained(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Jobs: what is timed. Each returns what it measured -> seconds.
-# ---------------------------------------------------------------------------------------------------------------------
+# --- jobs: what is timed. Each returns what it measured -> seconds ---
 
 
 def make_inputs(model, preset: Preset, patches_per_side: int, batch_size: int, text_tokens: int) -> dict:
@@ -333,9 +329,7 @@ def take_turns(
     return samples
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Groups of jobs that take turns
-# ---------------------------------------------------------------------------------------------------------------------
+# --- groups of jobs that take turns ---
 
 
 def measure_methods(models: dict, preset: Preset, now: Callable) -> dict:
@@ -419,9 +413,7 @@ def measure_growth(text: nn.Module, preset: Preset, now: Callable) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-# ---------------------------------------------------------------------------------------------------------------------
+# --- results ---
 
 
 def compare(comparison: Comparison, groups: dict, preset: str) -> dict:

@@ -20,9 +20,7 @@ Rows = Dataset | IterableDataset
 FORMATS = {"*.jsonl": "JSON Lines", "*.csv": "CSV", "*.parquet": "Parquet", "*.json": "JSON"}  # in this order
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Splits
-# ---------------------------------------------------------------------------------------------------------------------
+# --- splits ---
 
 
 def split_of(name: str) -> str | None:
@@ -120,9 +118,7 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
         raise OSError(f"There is no folder {path}, and the Hub gave no data set of this name: {error}") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records of JSON and CSV
-# ---------------------------------------------------------------------------------------------------------------------
+# --- records of JSON and CSV ---
 
 # A record is an entry of a file, from which a row is made. Faults are texts that say what is wrong and what to do.
 Record = tuple[str, dict | None, list[str]]  # its place, the record, its faults

@@ -42,9 +42,7 @@ FREE_ARGUMENTS = (
 logger = logging.get_logger("train")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------------
+# --- files ---
 
 
 def write_json(file: Path, content: dict):
@@ -154,9 +152,7 @@ def find_last_checkpoint(output_dir: Path, run_id: str) -> tuple[Path, dict] | N
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run is
-# ---------------------------------------------------------------------------------------------------------------------
+# --- what a run is ---
 
 
 def commit_of_this_code() -> str | None:
@@ -195,9 +191,7 @@ def describe_arguments(training_args, *others) -> dict:
     return json.loads(json.dumps(values, default=str))  # in the form in which they are read from a file
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where it resumes
-# ---------------------------------------------------------------------------------------------------------------------
+# --- where it resumes ---
 
 
 def choose_start(training_args, *other_arguments) -> tuple[dict, Path | None]:
