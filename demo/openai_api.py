@@ -13,15 +13,7 @@ import time
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from fastapi.responses import JSONResponse
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 MAX_MESSAGE_LENGTH = 1000
@@ -144,9 +136,8 @@ Parts = Annotated[
 
 
 class Message(Part):
-    ignored: ClassVar[set[str]] = set(
-        "id name status phase annotations reasoning reasoning_content cache_control".split()
-    )
+    ignored: ClassVar[set[str]] = {"id", "name", "status", "phase", "annotations", "cache_control"}
+    ignored |= {"reasoning", "reasoning_content"}
 
     role: Literal["system", "developer", "user", "assistant"]
     type: Literal["message"] | None = None
@@ -248,11 +239,8 @@ class ResponsesRequest(Request):
     @classmethod
     def to_messages(cls, given):
         """Turns a text, or parts without a role, into one message of the user."""
-        if isinstance(given, list) and given:
-            is_content = all(isinstance(item, dict) and "role" not in item for item in given)
-        else:
-            is_content = isinstance(given, str)
-        return [{"role": "user", "content": given}] if is_content else given
+        has_parts = isinstance(given, list) and all(isinstance(item, dict) and "role" not in item for item in given)
+        return [{"role": "user", "content": given}] if isinstance(given, str) or given and has_parts else given
 
     @property
     def messages(self) -> list[Message]:
@@ -357,11 +345,8 @@ def parse(request_class: type[Request], unsupported: dict[str, tuple], body: dic
         name = ".".join(map(str, loc))
         given = "is missing" if fault["type"] == "missing" else f"is {shorten(fault['input'])}"
         message = FAULTS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
-        raise RequestError(
-            f"`{name}` {given}: {message}.",
-            param=str(fault["loc"][0]) if fault["loc"] else None,
-            code="invalid_value",
-        ) from error
+        param = str(fault["loc"][0]) if fault["loc"] else None
+        raise RequestError(f"`{name}` {given}: {message}.", param=param, code="invalid_value") from error
 
 
 def find_images(messages: list[Message], max_images: int) -> list[str]:

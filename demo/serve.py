@@ -18,7 +18,9 @@ import sys
 import threading
 import uuid
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -69,12 +71,7 @@ from training.flags import check_place  # noqa: E402
 logger = logging.getLogger("uvicorn.error")  # uvicorn's log, without accesses
 
 # The endpoints. All others are refused, including those that later releases of `transformers serve` add.
-ENDPOINTS = {
-    ("POST", "/v1/chat/completions"),
-    ("POST", "/v1/responses"),
-    ("GET", "/v1/models"),
-    ("GET", "/health"),
-}
+ENDPOINTS = {("POST", "/v1/chat/completions"), ("POST", "/v1/responses"), ("GET", "/v1/models"), ("GET", "/health")}
 ONE_MODEL = "/v1/models/"  # followed by the name of a model
 DEFAULT_NEW_TOKENS = 1024  # as in `transformers serve`
 # Texts with more characters than this per allowed token are refused without tokenizing them
@@ -85,54 +82,28 @@ MAX_PADDING = 2  # maximum ratio of all tokens of a batch to those that are not 
 READERS_OF_PROMPTS = {"repetition_penalty": (None, 1), "no_repeat_ngram_size": (None, 0), "min_length": (None, 0)}
 # Settings that need arguments which this server does not pass, or that cannot be streamed
 UNSUPPORTED_SETTINGS = ("token_healing", "penalty_alpha", "dola_layers", "constraints", "force_words_ids")
-READ_SECONDS = 60  # time limit for a client to read a piece of its answer, for the same reason
 SHUTDOWN_SECONDS = 120  # time limit for answers in progress after SIGTERM
-UPLOAD_SECONDS = 60  # time limit for the body of a request, so that slow clients do not block the others
+# Time limits for the body of a request and for reading a piece of an answer, so that slow clients do not block others
+UPLOAD_SECONDS = READ_SECONDS = 60
 
 
 # --- the model ---
 
 
-class MemoryCache:
-    """
-    Cache of the visual memories of the images that were used last. It can be shared between threads.
-
-    Args:
-        num_images: maximum number of images. The least recently used one is removed first.
-    """
-
-    def __init__(self, num_images: int):
-        self.num_images = num_images
-        self._memories = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key):
-        """The entry under this key, or `None`."""
-        with self._lock:
-            if key in self._memories:
-                self._memories.move_to_end(key)
-            return self._memories.get(key)
-
-    def put(self, key, memory):
-        with self._lock:
-            self._memories[key] = memory
-            if len(self._memories) > self.num_images:
-                self._memories.popitem(last=False)
-
-
 def remember_images(model, num_images: int = 64):
     """
     Caches the visual memories of images, so that further questions about an image do not run the encoder. Images of a
-    batch that are not cached are encoded together. At 7B in bf16, the memory of an image takes 4.2 MB.
+    batch that are not cached are encoded together. At 7B in bf16, the memory of an image takes 4.2 MB. Threads can
+    share the cache.
 
     Args:
         model: `DehvfForConditionalGeneration`. Its adapters must not be trained afterwards.
-        num_images: maximum number of cached images.
+        num_images: maximum number of cached images. The least recently used ones are removed first.
 
     Returns:
         The same model.
     """
-    cache, encode = MemoryCache(num_images), model.model._encode
+    cache, lock, encode = OrderedDict(), threading.Lock(), model.model._encode
 
     def encode_or_look_up(adapter, pixel_values, image_mask, instruction, **kwargs):
         if pixel_values.ndim == 5:  # samples with several images: calls this function for each image
@@ -144,14 +115,19 @@ def remember_images(model, num_images: int = 64):
         if kwargs or not rows or not is_reusable or torch.is_grad_enabled():
             return encode(adapter, pixel_values, image_mask, instruction, **kwargs)
         keys = {row: (adapter, hash_pixels(pixel_values[row])) for row in rows}
-        memories = {key: cache.get(key) for key in keys.values()}
-        new = {key: row for row, key in keys.items() if memories[key] is None}
+        with lock:
+            memories = {key: cache[key] for key in keys.values() if key in cache}
+        new = {key: row for row, key in keys.items() if key not in memories}
         if new:
             encoded = encode(adapter, pixel_values[list(new.values())], None, None).pooler_output
             # Copies, since a slice would keep the whole tensor in memory
             memories |= {key: memory[None].clone() for key, memory in zip(new, encoded)}
-            for key in new:
-                cache.put(key, memories[key])
+        with lock:
+            for key, memory in memories.items():
+                cache[key] = memory
+                cache.move_to_end(key)
+            while len(cache) > num_images:
+                cache.popitem(last=False)
         blank = None if len(rows) == num_rows else torch.zeros_like(memories[keys[rows[0]]])
         memory = [memories[keys[row]] if row in keys else blank for row in range(num_rows)]
         return BaseModelOutputWithPooling(pooler_output=memory[0] if num_rows == 1 else torch.cat(memory))
@@ -183,13 +159,7 @@ def register():
 
 
 class Answer:
-    """
-    An answer that is generated in the thread of the model.
-
-    Args:
-        job: the job of the answer.
-        index: its number among the choices of the job.
-    """
+    """An answer of a job, the choice with the number `index`, which is generated in the thread of the model."""
 
     def __init__(self, job: "Job", index: int):
         self.job, self.index = job, index
@@ -225,15 +195,8 @@ class Answer:
     def _num_held_back(self) -> int:
         """The length of the longest suffix of the text that may be the beginning of a stop string."""
         longest = len(self.text) + 1  # a stop may be much longer than the text
-        return max(
-            (
-                length
-                for stop in self.job.stop
-                for length in range(min(len(stop), longest))
-                if self.text.endswith(stop[:length])
-            ),
-            default=0,
-        )
+        beginnings = (stop[:length] for stop in self.job.stop for length in range(min(len(stop), longest)))
+        return max((len(beginning) for beginning in beginnings if self.text.endswith(beginning)), default=0)
 
     def _send(self, end: int):
         if end > self._num_sent:
@@ -242,29 +205,22 @@ class Answer:
             self._num_sent, self._num_tokens_sent = end, len(tokens)
 
 
+@dataclass(eq=False)
 class Job:
-    """
-    A request that is being answered. The event loop iterates over the new pieces of its answers.
+    """A request that is being answered. The event loop iterates over the new pieces of its answers."""
 
-    Args:
-        request: the request.
-        inputs: inputs of the model, for one row.
-        max_new_tokens: maximum number of tokens of an answer.
-        options: arguments of `generate`.
-        seed: random seed, if the answer is sampled.
-        tokenizer: decodes the tokens.
-        end_tokens: ids of the tokens that end an answer.
-        stop: texts before which an answer ends.
-    """
+    request: Request
+    inputs: dict  # of the model, for one row
+    max_new_tokens: int  # of an answer
+    options: dict  # arguments of `generate`
+    seed: int | None  # if the answer is sampled
+    tokenizer: object
+    end_tokens: list[int]
+    stop: Sequence[str] = ()  # texts before which an answer ends
+    is_cancelled: bool = False
 
-    def __init__(
-        self, request: Request, inputs, max_new_tokens: int, options: dict, seed, tokenizer, end_tokens, stop=()
-    ):
-        self.request, self.inputs, self.max_new_tokens = request, inputs, max_new_tokens
-        self.options, self.seed = options, seed
-        self.tokenizer, self.end_tokens, self.stop = tokenizer, end_tokens, stop
-        self.answers = [Answer(self, index) for index in range(request.num_choices)]
-        self.is_cancelled = False
+    def __post_init__(self):
+        self.answers = [Answer(self, index) for index in range(self.request.num_choices)]
         self._pieces, self._loop = asyncio.Queue(), asyncio.get_running_loop()
 
     @property
@@ -337,10 +293,6 @@ class Batch:
                 inputs[name] = torch.cat(padded)
         return inputs | stack_images(rows)
 
-    @property
-    def max_new_tokens(self) -> int:
-        return max(job.max_new_tokens for job in self.jobs)
-
     def keep_logprobs(self, input_ids, scores: torch.Tensor) -> torch.Tensor:
         """Keeps the logprobs of the model, before temperature and `top_p` are applied."""
         for row, answer in enumerate(self.answers):
@@ -349,10 +301,7 @@ class Batch:
         return scores
 
     def grow(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        """
-        Passes its new token to each answer. Returns which rows are done, including rows whose clients have
-        disconnected.
-        """
+        """Passes its new token to each answer. Returns which rows are done, also because their clients left."""
         for answer, token, logprobs in zip(self.answers, input_ids[:, -1].tolist(), self.logprobs):
             job = answer.job
             if answer.finish_reason is None and not job.is_cancelled:
@@ -372,8 +321,7 @@ class Engine:
         model: `DehvfForConditionalGeneration`.
         processor: `DehvfProcessor`.
         reader: reads the images of clients.
-        max_context_tokens: maximum number of tokens of a chat and its answer, if the model does not have a lower
-            maximum.
+        max_context_tokens: maximum number of tokens of a chat and its answer, unless that of the model is lower.
         max_batch_size: maximum number of answers in a call. A request for more choices gets a separate call.
     """
 
@@ -456,8 +404,7 @@ class Engine:
         return {**options, **{name: value for name, value in given.items() if value is not None}}
 
     def _answer_next(self):
-        jobs = self._take()
-        if not jobs:  # they have been answered together with others
+        if not (jobs := self._take()):  # they have been answered together with others
             return
         batch, seed = Batch(jobs), jobs[0].seed
         asks_logprobs = any(job.request.logprobs for job in jobs)
@@ -468,7 +415,7 @@ class Engine:
                     torch.manual_seed(seed)
                 self.model.generate(
                     **{name: tensor.to(self.model.device) for name, tensor in batch.inputs().items()},
-                    max_new_tokens=batch.max_new_tokens,
+                    max_new_tokens=max(job.max_new_tokens for job in jobs),
                     num_beams=1,  # with beams there are no pieces before the end
                     stopping_criteria=[batch.grow],
                     logits_processor=[batch.keep_logprobs] if asks_logprobs else [],
@@ -478,12 +425,11 @@ class Engine:
             for job in jobs:
                 job.put(error)
             return
-        for job in jobs:
-            if not job.is_done:  # its client left, or a limit of the generation config came first, such as `max_time`
-                for answer in job.answers:
-                    if answer.finish_reason is None:
-                        answer.end("length")
-                job.put(None)
+        # Their clients left, or a limit of the generation config came first, such as `max_time`
+        for job in (job for job in jobs if not job.is_done):
+            for answer in (answer for answer in job.answers if answer.finish_reason is None):
+                answer.end("length")
+            job.put(None)
 
     def _take(self) -> list[Job]:
         """Takes the job that has waited longest out of the queue, and the jobs to answer with it."""
@@ -539,21 +485,15 @@ def unknown_model(given: str, model: str) -> RequestError:
     )
 
 
+@dataclass(eq=False)
 class Handler:
-    """
-    An endpoint that answers chats, with the interface of handlers in `transformers serve`.
+    """An endpoint that answers chats, with the interface of handlers in `transformers serve`."""
 
-    Args:
-        engine: answers the requests.
-        model: the name under which the model is listed.
-        request_class: the fields that are read.
-        unsupported: the fields that are refused.
-        writer_class: how the answer is written.
-    """
-
-    def __init__(self, engine: Engine, model: str, request_class, unsupported, writer_class):
-        self.engine, self.model = engine, model
-        self.request_class, self.unsupported, self.writer_class = request_class, unsupported, writer_class
+    engine: Engine
+    model: str  # the name under which it is listed
+    request_class: type[Request]  # the fields that are read
+    unsupported: dict[str, tuple]  # the fields that are refused
+    writer_class: type  # how the answer is written
 
     async def handle_request(self, body: dict, request_id: str) -> JSONResponse | StreamingResponse:
         request = parse(self.request_class, self.unsupported, body)
@@ -562,9 +502,8 @@ class Handler:
         inputs, max_new_tokens = await self.engine.prepare(request)
         writer = self.writer_class(request, self.model, uuid.uuid4().hex)
         if request.stream:
-            return StreamingResponse(
-                self._stream(writer, request, inputs, max_new_tokens), media_type="text/event-stream"
-            )
+            pieces = self._stream(writer, request, inputs, max_new_tokens)
+            return StreamingResponse(pieces, media_type="text/event-stream")
         job = self.engine.start(request, inputs, max_new_tokens)
         try:
             async for _ in job.pieces():
@@ -742,9 +681,7 @@ async def answer_error(request, error: RequestError) -> JSONResponse:
 
 
 async def answer_malformed(request, error: RequestValidationError | HTTPException) -> JSONResponse:
-    message = (
-        "The body of the request is not a JSON object. Send one, with the header `Content-Type: application/json`."
-    )
+    message = "The body of the request is not a JSON object. Send one, with `Content-Type: application/json`."
     return RequestError(message, code="invalid_json").response()
 
 
