@@ -32,14 +32,8 @@ AUTO_MAP = {
 }
 
 
-CLIP_VIT_L_14 = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 14,
-}
+CLIP_VIT_L_14 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+CLIP_VIT_L_14 |= {"image_size": 224, "patch_size": 14}
 NUM_MEMORY_SLOTS = 320  # the paper's at 7B, whose images have 256 patches
 
 # What is read from the configs of the base models
@@ -296,18 +290,9 @@ class DehvfConfig(PreTrainedConfig):
 
     def validate_numbers(self):
         """Each size is positive and each dropout a probability."""
-        for name in (
-            "max_images",
-            "num_groups",
-            "layer_embedding_size",
-            "fuser_hidden_size",
-            "fuser_num_layers",
-            "fuser_num_heads",
-            "fuser_intermediate_size",
-            "num_memory_slots",
-            "projector_hidden_size",
-            "vision_adapter_size",
-        ):
+        sizes = ("max_images", "num_groups", "layer_embedding_size", "fuser_hidden_size", "fuser_num_layers")
+        sizes += ("fuser_num_heads", "fuser_intermediate_size", "num_memory_slots", "projector_hidden_size")
+        for name in (*sizes, "vision_adapter_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 1.")
         for name in ("memory_dropout", "vision_adapter_dropout"):

@@ -412,11 +412,6 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         """Vision layers that each language layer may read, D M, see [`LayerHierarchy`]."""
         return self.hierarchy.candidates
 
-    @property
-    def valid_candidates(self) -> torch.Tensor:
-        """False for padding in `candidates`, D M."""
-        return self.hierarchy.valid
-
     # --- read ---
 
     @can_return_tuple

@@ -308,13 +308,8 @@ class DehvfProcessor(ProcessorMixin):
         names = ("vision_model_revision", "text_model_revision", *IMAGE_OPTIONS)
         options = {name: getattr(config, name) for name in names}
         options |= {name: kwargs[name] for name in (*IMAGE_OPTIONS, "image_fit", "chat_template") if name in kwargs}
-        return cls.from_vision_text_pretrained(
-            config.vision_model_id,
-            config.text_model_id,
-            trust_remote_code=kwargs["trust_remote_code"],
-            **options,
-            **hub_kwargs,
-        )
+        options |= {**hub_kwargs, "trust_remote_code": kwargs["trust_remote_code"]}
+        return cls.from_vision_text_pretrained(config.vision_model_id, config.text_model_id, **options)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: bool | str | None = None, **kwargs

@@ -333,13 +333,8 @@ class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
             features = features.to(inputs_embeds.dtype)  # I n h
             placeholders = self.model.get_placeholder_mask(input_ids, inputs_embeds, features)
             inputs_embeds = inputs_embeds.masked_scatter(placeholders, features)
-        return super().forward(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+        named = {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
+        return super().forward(inputs_embeds=inputs_embeds, **named, **kwargs)
 
 
 # --- building ---

@@ -65,15 +65,8 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
 
     def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
         vision, width, act = vision_tower.config, causal_lm.config.hidden_size, "silu"
-        super().__init__(
-            vision_tower,
-            causal_lm,
-            nn.Identity(),
-            image_size,
-            vision_feature_layer=-2,
-            vision_feature_select_strategy="full",
-            image_seq_length=1,
-        )
+        features = {"vision_feature_layer": -2, "vision_feature_select_strategy": "full", "image_seq_length": 1}
+        super().__init__(vision_tower, causal_lm, nn.Identity(), image_size, **features)
         self.pool_sizes, self.image_scale = arguments.adem_pool_sizes, arguments.adem_image_scale
         self.drop_ratio, self.memory_scale = arguments.adem_drop_ratio, arguments.adem_memory_scale
         if not 0 <= self.drop_ratio < 1:
@@ -181,15 +174,9 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
             drop_ratio=self.drop_ratio,
             scale=self.memory_scale,
         )
-        return injection.run_extended(
-            super().forward,
-            [memory] * len(self.model.language_model.layers),
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+        named = {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
+        memories = [memory] * len(self.model.language_model.layers)
+        return injection.run_extended(super().forward, memories, inputs_embeds=inputs_embeds, **named, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """

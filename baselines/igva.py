@@ -75,13 +75,8 @@ class IgvaForConditionalGeneration(ImageTokensForConditionalGeneration):
 
     def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
         vision, width, act = vision_tower.config, causal_lm.config.hidden_size, "gelu"
-        super().__init__(
-            vision_tower,
-            causal_lm,
-            Projector(2 * vision.hidden_size, width, width, act),
-            image_size,
-            projector_hidden_act=act,
-        )
+        projector = Projector(2 * vision.hidden_size, width, width, act)
+        super().__init__(vision_tower, causal_lm, projector, image_size, projector_hidden_act=act)
         if arguments.igva_hidden_size % arguments.igva_num_heads:
             raise ValueError(
                 f"`igva_hidden_size` is {arguments.igva_hidden_size}, which is not a multiple of `igva_num_heads`, "

@@ -92,16 +92,13 @@ class LavinForConditionalGeneration(ImageTokensForConditionalGeneration):
 
     def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
         vision, width, act = vision_tower.config, causal_lm.config.hidden_size, "silu"
-        super().__init__(
-            vision_tower,
-            causal_lm,
-            ClassTokenProjector(vision, 1, arguments.lavin_projector_size, width, act),
-            image_size,
-            projector_hidden_act=act,
-            vision_feature_layer=spread_layers(vision.num_hidden_layers, arguments.lavin_image_tokens),
-            vision_feature_select_strategy="full",
-            image_seq_length=arguments.lavin_image_tokens,
-        )
+        features = {
+            "vision_feature_layer": spread_layers(vision.num_hidden_layers, arguments.lavin_image_tokens),
+            "vision_feature_select_strategy": "full",
+            "image_seq_length": arguments.lavin_image_tokens,
+        }
+        projector = ClassTokenProjector(vision, 1, arguments.lavin_projector_size, width, act)
+        super().__init__(vision_tower, causal_lm, projector, image_size, projector_hidden_act=act, **features)
         self.modality_embedding = nn.Embedding(2, width)  # text alone, text with an image
         layout = self.vision_layout
         vision_layers = vision_tower.get_submodule(layout.layers)
@@ -151,16 +148,8 @@ class LavinForConditionalGeneration(ImageTokensForConditionalGeneration):
         """
         if routing is None:
             routing = self.routing(_image_mask(pixel_values, image_mask), len(input_ids))
-        return super().forward(
-            input_ids,
-            pixel_values,
-            image_mask,
-            attention_mask,
-            position_ids,
-            logits_to_keep,
-            routing=routing,
-            **kwargs,
-        )
+        arguments = input_ids, pixel_values, image_mask, attention_mask, position_ids, logits_to_keep
+        return super().forward(*arguments, routing=routing, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """

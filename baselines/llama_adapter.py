@@ -144,14 +144,8 @@ class VisualPromptForConditionalGeneration(FrozenBasesForConditionalGeneration):
         if position_ids is None and attention_mask is not None:
             # The keys of the prompts have no position, so padding on the left must not shift the queries
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            logits_to_keep=logits_to_keep,
-            visual_prompt=visual_prompt,
-            **kwargs,
-        )
+        named = {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
+        return super().forward(input_ids=input_ids, visual_prompt=visual_prompt, **named, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """
@@ -173,15 +167,10 @@ class LlamaAdapterForConditionalGeneration(VisualPromptForConditionalGeneration)
     def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
         vision, act, number = vision_tower.config, "silu", arguments.adaption_image_layers
         width, depth = causal_lm.config.hidden_size, causal_lm.config.num_hidden_layers
-        super().__init__(
-            vision_tower,
-            causal_lm,
-            ClassTokenProjector(vision, number, arguments.adaption_projector_size, width, act),
-            image_size,
-            projector_hidden_act=act,
-            vision_feature_layer=spread_layers(vision.num_hidden_layers, number),
-            vision_feature_select_strategy="full",
-        )
+        layers = spread_layers(vision.num_hidden_layers, number)
+        features = {"vision_feature_layer": layers, "vision_feature_select_strategy": "full"}
+        projector = ClassTokenProjector(vision, number, arguments.adaption_projector_size, width, act)
+        super().__init__(vision_tower, causal_lm, projector, image_size, projector_hidden_act=act, **features)
         for layer in self.layers_with_prompts(arguments.adaption_prompt_layers, default=depth - 2, most=depth):
             layer.self_attn = ImageAdaptedAttention(layer.self_attn, arguments.adaption_prompt_length)
 

@@ -138,14 +138,8 @@ class LlamaAdapterV2ForConditionalGeneration(VisualPromptForConditionalGeneratio
     """
 
     def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
-        super().__init__(
-            vision_tower,
-            causal_lm,
-            nn.Identity(),
-            image_size,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-        )
+        features = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+        super().__init__(vision_tower, causal_lm, nn.Identity(), image_size, **features)
         text = self.model.language_model
         self.prompter = VisualPrompter(vision_tower.config.hidden_size, text.config.hidden_size, arguments)
         below = len(text.layers) - 1

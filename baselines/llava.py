@@ -19,14 +19,9 @@ class PatchTokensForConditionalGeneration(ImageTokensForConditionalGeneration):
 
     def __init__(self, vision_tower, causal_lm, projector_size: int, image_size: int | None = None):
         vision, act = vision_tower.config, "gelu"
-        super().__init__(
-            vision_tower,
-            causal_lm,
-            Projector(vision.hidden_size, projector_size, causal_lm.config.hidden_size, act),
-            image_size,
-            projector_hidden_act=act,
-            vision_feature_layer=-2,
-        )
+        projector = Projector(vision.hidden_size, projector_size, causal_lm.config.hidden_size, act)
+        features = {"projector_hidden_act": act, "vision_feature_layer": -2}
+        super().__init__(vision_tower, causal_lm, projector, image_size, **features)
         self.config.image_seq_length = self.grid_size**2
         self.config.vision_feature_select_strategy = "default" if self.vision_layout.has_class_token else "full"
 

@@ -19,22 +19,8 @@ from functools import partial
 import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
-from benchmarks import RESULTS, heading, machine_in_words, ratio_in_words, save_report, table
-from benchmarks.speed import (
-    DEHVF,
-    LLAVA,
-    MEMVP,
-    MERGED,
-    PRESETS,
-    TEXT_ONLY,
-    build_all,
-    forward_on_device,
-    make_config,
-    make_inputs,
-    median_ms,
-    random_base,
-    take_turns,
-)
+from benchmarks import RESULTS, heading, machine_in_words, ratio_in_words, save_report, speed, table
+from benchmarks.speed import DEHVF, LLAVA, MEMVP, MERGED, TEXT_ONLY
 from dehvf import DehvfForConditionalGeneration
 
 
@@ -83,7 +69,7 @@ def timed(replay: Callable, measure: str) -> dict[str, float]:
 def training_step(model, preset) -> Callable:
     """Forward, backward and AdamW; of the language model alone forward and backward to its input embeddings."""
     model.train()
-    inputs = make_inputs(model, preset, preset.patches_per_side[0], preset.training_batch, preset.text_tokens[0])
+    inputs = speed.make_inputs(model, preset, preset.patches_per_side[0], preset.training_batch, preset.text_tokens[0])
     del inputs["attention_mask"]  # of ones, which is found out on the host
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if trained:
@@ -91,7 +77,7 @@ def training_step(model, preset) -> Callable:
     else:
         embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
         inputs["inputs_embeds"], optimizer = embeddings, torch.optim.SGD([embeddings], lr=0.0)
-    forward = partial(forward_on_device, model) if "pixel_values" in inputs else model
+    forward = partial(speed.forward_on_device, model) if "pixel_values" in inputs else model
 
     def step():
         forward(**inputs, use_cache=False).loss.backward()
@@ -105,7 +91,7 @@ def training_step(model, preset) -> Callable:
 def decoding_step(model, preset) -> Callable:
     """One token for each of a batch, after prefill, with a cache of a fixed size."""
     model.eval()
-    inputs = make_inputs(model, preset, preset.patches_per_side[0], preset.decode_batch, preset.text_tokens[0])
+    inputs = speed.make_inputs(model, preset, preset.patches_per_side[0], preset.decode_batch, preset.text_tokens[0])
     length = inputs["input_ids"].shape[1]
     room = length + WARM_UPS + (ROUNDS + 2) * REPLAYS
     cache = StaticCache(config=getattr(model.config, "text_config", model.config), max_cache_len=room)
@@ -132,15 +118,15 @@ def decoding_step(model, preset) -> Callable:
 
 def measure(preset) -> dict:
     side = preset.patches_per_side[0]
-    text = random_base(AutoModelForCausalLM, make_config(preset, side).text_config, preset)
-    models, samples = build_all(METHODS, preset, side, text), {}
+    text = speed.random_base(AutoModelForCausalLM, speed.make_config(preset, side).text_config, preset)
+    models, samples = speed.build_all(METHODS, preset, side, text), {}
     for what, make, left_out in ((TRAINING, training_step, MERGED), (DECODING, decoding_step, LLAVA)):
         jobs = {
             name: partial(timed, Replay(make(model, preset)), what)
             for name, model in models.items()
             if name != left_out
         }
-        samples[what] = take_turns(jobs, 0, ROUNDS)
+        samples[what] = speed.take_turns(jobs, 0, ROUNDS)
     return samples
 
 
@@ -151,7 +137,7 @@ def markdown(report: dict) -> str:
         ratios.append([what, above, below, ratio_in_words([one / other for one, other in pairs]), target])
     for name in METHODS:
         cells = {what: report["samples"][what].get(name) for what in (TRAINING, DECODING)}
-        times.append([name, *(median_ms(cell[what]) if cell else "–" for what, cell in cells.items())])
+        times.append([name, *(speed.median_ms(cell[what]) if cell else "–" for what, cell in cells.items())])
     lines = [
         *heading(report["command"], report["note"]),
         *table(("", "of", "over", "median of the rounds' ratios (least to greatest)", "target"), ratios),
@@ -163,9 +149,9 @@ def markdown(report: dict) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="llama-7b")
+    parser.add_argument("--preset", choices=speed.PRESETS, default="llama-7b")
     arguments = parser.parse_args()
-    preset = PRESETS[arguments.preset]
+    preset = speed.PRESETS[arguments.preset]
     if preset.device == "cuda" and not torch.cuda.is_available():
         sys.exit(f"The preset `{arguments.preset}` needs one CUDA device, and there is none here.")
     report = {

@@ -31,14 +31,8 @@ GPUS_PER_MACHINE = 8
 WITHIN, BETWEEN = 450e9, 50e9
 ROOM = 141e9  # memory of an H200
 BYTES_PER_IMAGE = 160_000  # COCO's train2017: 19 GB, 118,287 images
-LLAMA_70B = {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 4096,
-}
+LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+LLAMA_70B |= {"num_key_value_heads": 8, "max_position_embeddings": 4096}
 # Engine -> its row in `memory.BASES_PER_GPU`
 HYBRID = "FSDP2 within machines"  # whose few gradients alone pass between machines
 ENGINES = {"DDP, ZeRO-2": "one GPU, DDP, ZeRO-1, ZeRO-2", "ZeRO-3": "ZeRO-3", "FSDP2": "FSDP2", HYBRID: "FSDP2"}

@@ -122,14 +122,8 @@ def read_upload(upload) -> Image.Image | None:
 def make_inputs(model, processor, image, message: str) -> dict[str, torch.Tensor]:
     """The model's inputs for a message about an image."""
     content = [{"type": "image", "image": image}, {"type": "text", "text": message.strip()}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    return inputs.to(model.device)
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return processor.apply_chat_template([{"role": "user", "content": content}], **options).to(model.device)
 
 
 def ask(model, processor, image, message: str | None):

@@ -132,8 +132,7 @@ def groups(model) -> list[tuple[np.ndarray, np.ndarray]]:
     Consecutive language layers with the same candidate vision layers, and these candidates, sorted and without
     repeats.
     """
-    candidates, valid = model.model.candidates.cpu().numpy(), model.model.valid_candidates.cpu().numpy()
-    rows = [tuple(np.unique(row[is_valid])) for row, is_valid in zip(candidates, valid)]
+    rows = [tuple(sorted(set(row))) for row in model.model.hierarchy.rows]
     runs = itertools.groupby(range(len(rows)), key=lambda layer: rows[layer])
     return [(np.array(list(layers)), np.array(row)) for row, layers in runs]
 
@@ -168,13 +167,15 @@ def count_layers(axis):
     axis.set_major_locator(MaxNLocator(nbins=16, integer=True))
 
 
-def penultimate_note(model) -> str:
-    if model.config.layer_fusion == "penultimate" or isinstance(model.config.layer_mapping, list):
-        return ""
-    return (
-        f"\nThe penultimate vision layer, {model.config.vision_config.num_hidden_layers - 2}, is a candidate of every "
-        "group;\nin its own group it counts twice, and its two weights are added."
-    )
+def add_note(figure, model, text: str):
+    """Explains a figure below it."""
+    config = model.config
+    if config.layer_fusion != "penultimate" and not isinstance(config.layer_mapping, list):
+        text += (
+            f"\nThe penultimate vision layer, {config.vision_config.num_hidden_layers - 2}, is a candidate of every "
+            "group;\nin its own group it counts twice, and its two weights are added."
+        )
+    figure.supxlabel(text, fontsize="small")
 
 
 def draw_fusion_weights(weights: np.ndarray, model, title: str):
@@ -214,11 +215,8 @@ def draw_fusion_weights(weights: np.ndarray, model, title: str):
     axes[0].set_ylabel("language layer")
     figure.colorbar(image, ax=list(axes), label="mean weight", fraction=0.05)
     figure.suptitle(f"Vision layers that the memory of each language layer is mixed from\n{title}", parse_math=False)
-    figure.supxlabel(
-        "Framed: the candidates of a group of language layers. Grey: not a candidate. Layers are counted from 0."
-        + penultimate_note(model),
-        fontsize="small",
-    )
+    what = "Framed: the candidates of a group of language layers. Grey: not a candidate"
+    add_note(figure, model, f"{what}. Layers are counted from 0.")
     return figure
 
 
@@ -257,11 +255,8 @@ def draw_fusion_curves(weights: np.ndarray, model, title: str):
         f"Weights of the vision layers over language layers\n{title}, with the 10th to 90th percentile as a band",
         parse_math=False,
     )
-    figure.supxlabel(
-        "Between two grey lines: a group, with its run of vision layers above. Layers are counted from 0."
-        + penultimate_note(model),
-        fontsize="small",
-    )
+    what = "Between two grey lines: a group, with its run of vision layers above"
+    add_note(figure, model, f"{what}. Layers are counted from 0.")
     return figure
 
 
@@ -283,14 +278,8 @@ def draw_group_means(weights: np.ndarray, model, title: str):
         for index, name in enumerate(names):
             of_group = by_layer[layers, index][:, candidates]
             shift = (index - (num_positions - 1) / 2) * 0.8 / num_positions
-            axis.bar(
-                places + shift,
-                of_group.mean(axis=0),
-                0.8 / num_positions,
-                yerr=of_group.std(axis=0),
-                label=name,
-                error_kw={"elinewidth": 0.8},
-            )
+            bars = {"width": 0.8 / num_positions, "yerr": of_group.std(axis=0), "error_kw": {"elinewidth": 0.8}}
+            axis.bar(places + shift, of_group.mean(axis=0), label=name, **bars)
         axis.set_xticks(places, candidates)
         span = f"layers {layers[0]}–{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
         axis.set_title(f"language {span}", fontsize="medium")
@@ -300,11 +289,8 @@ def draw_group_means(weights: np.ndarray, model, title: str):
     axes[0].set(ylabel="mean fusion weight", ylim=(0, None))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", title="memory")
     figure.suptitle(f"Vision layers that the memory of each group is mixed from\n{title}", parse_math=False)
-    figure.supxlabel(
-        "Error bars: standard deviation over the group's language layers. Layers are counted from 0."
-        + penultimate_note(model),
-        fontsize="small",
-    )
+    what = "Error bars: standard deviation over the group's language layers"
+    add_note(figure, model, f"{what}. Layers are counted from 0.")
     return figure
 
 
