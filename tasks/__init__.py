@@ -109,6 +109,16 @@ def print_scores(results: dict):
             print(f"{kind}:", *(f"{name} {value:.2f}" for name, value in scores.items()))
 
 
+def no_context(row: dict) -> str:
+    """The function `context` of a task whose prompts are never shortened."""
+    return ""
+
+
+def no_options(row: dict) -> None:
+    """The function `options` of a task with free answers."""
+    return None
+
+
 def run_metric(metric: Path, records: list[dict], references: list, size: int) -> dict:
     """Computes the scores of the predictions in records with one of the metrics in `metrics/`."""
     import evaluate

@@ -10,13 +10,12 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 from tasks import easy_vqa, get_task, nlvr2, print_scores, score_folder, vqav2
 from tasks._formats import choose_split, split_of
-from tasks._sources import IMAGE_FEATURES, Source, find_reading_faults, list_images
+from tasks._sources import IMAGE_FEATURES, Source, find_reading_faults, image_checker, list_images
 
 
 PUBLISHED = (easy_vqa, nlvr2, vqav2)  # tasks that read the files of a published data set
@@ -82,7 +81,7 @@ def check_split(source: Source, name: str, split: str, trained: Trained) -> int:
         print(*faults, sep="\n")
         return len(faults)
     num_faults, num_rows, most_images, present, longest, notes = 0, 0, 0, {}, {}, {}
-    read_once = cache(lambda path: find_reading_faults({"bytes": None, "path": path}))
+    read_once = image_checker()
 
     def note(kind: str, where: str):
         count, first = notes.get(kind, (0, where))

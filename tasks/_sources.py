@@ -17,9 +17,10 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -107,18 +108,13 @@ def as_list(value):
 
 
 def remove_markers(text: str) -> tuple[str, int]:
-    """
-    Removes the `<image>` markers of LLaVA from a text, since there are no image tokens here. Also returns their
-    number.
-    """
+    """Removes the `<image>` markers of LLaVA, since there are no image tokens here. Also returns their number."""
     text, count = re.subn(r"\s*<image>\s*", lambda found: "\n" if "\n" in found[0] else " ", text)
     return (text.strip() if count else text), count
 
 
 def find_marker_faults(name: str, num_markers: int, num_images: int | None, kinds: str = "") -> list[str]:
-    """
-    What is wrong with the number of `<image>` markers in the texts of a row, which must be that of the images or zero.
-    """
+    """What is wrong with the number of `<image>` markers of a row, which must be that of the images or zero."""
     if num_markers in (0, num_images) or num_images is None:
         return []
     found = f"{name} {num_markers} `<image>`{kinds}"
@@ -162,6 +158,11 @@ def find_reading_faults(image: dict) -> list[str]:
     except ValueError as error:
         return [str(error)]
     return []
+
+
+def image_checker(opens: bool = True) -> Callable[[str], list[str]]:
+    """A function that finds what is wrong with the image in a file and opens each file once, or none at all."""
+    return cache(lambda path: find_reading_faults({"bytes": None, "path": path}) if opens else [])
 
 
 # --- rows ---
@@ -226,10 +227,7 @@ class Reader:
         return self.check(f"{self.place}, row {index}", row, self._find_second_images(record) + faults)
 
     def _find_second_images(self, record: dict) -> list[str]:
-        """
-        A fault if a column has other images than the column before it, which is read instead. It may have the first
-        of them only.
-        """
+        """A fault if a column has other images than the one before it, which is read. It may have its first ones."""
         values = {column: image_values(record.get(column)) for column in self.fields["image"]}
         read, *others = [column for column, images in values.items() if not is_no_image(images)] or [None]
         return [
@@ -392,12 +390,7 @@ def map_rows(rows: Dataset, function, features: Features, fingerprint: str, desc
 
 
 def find_format(folder: Path) -> str | None:
-    """
-    The pattern of the files directly in a folder that are named after the train split, `None` if there are none.
-
-    Raises:
-        ValueError: if they have several formats.
-    """
+    """The pattern of a folder's files that are named after the train split, if any. Raises `ValueError` if several."""
     named = {pattern: file for pattern in FORMATS for file in folder.glob(pattern) if split_of(file.stem) == "train"}
     if len(named) > 1:
         raise ValueError(
@@ -681,9 +674,7 @@ class Source:
         return map_rows(rows, function, features, fingerprint)
 
     def _fingerprint(self, places: Iterable[Path], *facts) -> str:
-        """
-        Fingerprint of the files in `places`, of `facts`, and of the code of the tasks, which makes rows from them.
-        """
+        """Fingerprint of the files in `places`, of `facts`, and of the code of the tasks."""
         paths = list(dict.fromkeys(places))
         paths += map(Path, sorted({path for place in paths if place.is_dir() for path in find_subfolders(place, 4)}))
         stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists()]

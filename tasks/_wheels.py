@@ -13,12 +13,7 @@ def cache_folder() -> Path:
 
 
 def download(requirement: str, folder: str | Path) -> Path:
-    """
-    Downloads the wheel of `requirement` (`package==version`) into an empty folder, and returns its file.
-
-    Raises:
-        OSError: if `pip` fails, for example because no package registry can be reached.
-    """
+    """Downloads the wheel of `package==version` into an empty folder. Raises `OSError` if `pip` fails."""
     options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
     process = subprocess.run(
         [sys.executable, "-m", "pip", "download", *options, requirement], capture_output=True, text=True

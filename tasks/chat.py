@@ -21,7 +21,7 @@ from functools import partial
 
 from datasets import Features, List, Value
 
-from tasks import _sources, vqa
+from tasks import _sources, no_context, no_options, vqa
 
 
 COLUMNS = ("image", "messages")
@@ -142,8 +142,7 @@ def messages(row: dict) -> list[dict[str, str]]:
     return row["messages"]
 
 
-def context(row: dict) -> str:
-    return ""
+context, options = no_context, no_options
 
 
 def prompt(row: dict, context: str) -> str:
@@ -153,10 +152,6 @@ def prompt(row: dict, context: str) -> str:
 
 def answer(row: dict) -> str:
     return row["messages"][-1]["content"]
-
-
-def options(row: dict) -> None:
-    return None
 
 
 def score(records: list[dict], size: int) -> dict[str, float | None]:

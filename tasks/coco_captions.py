@@ -13,7 +13,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 
-from tasks import _sources, require_files, run_metric
+from tasks import _sources, no_context, no_options, require_files, run_metric
 
 
 COLUMNS = ("image", "captions", "image_id")
@@ -57,8 +57,7 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
     return _sources.make_dataset(rows, FEATURES, streaming)
 
 
-def context(row: dict) -> str:
-    return ""
+context, options = no_context, no_options
 
 
 def prompt(row: dict, context: str) -> str:
@@ -69,18 +68,8 @@ def answer(row: dict) -> str:
     return row["captions"][0]
 
 
-def options(row: dict) -> None:
-    return None
-
-
 def check_scorer():
-    """
-    Scores one caption, so that a missing program is reported before hours of generation.
-
-    Raises:
-        ImportError: without pycocoevalcap; from `evaluate`, which names the package.
-        RuntimeError: without a working Java.
-    """
+    """Scores one caption, so that a missing package (`ImportError`) or Java (`RuntimeError`) is reported early."""
     if shutil.which("java") is None:
         raise RuntimeError(
             "There is no `java` on PATH, but captions are scored after the PTB tokenizer, a Java program that is part "

@@ -18,7 +18,6 @@ import json
 import os
 import random
 import reprlib
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from zipfile import ZipFile
@@ -26,7 +25,7 @@ from zipfile import ZipFile
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from filelock import FileLock
 
-from tasks import _sources, _wheels, check_size, require_files, vqa
+from tasks import _sources, _wheels, check_size, no_context, no_options, require_files, vqa
 
 
 COLUMNS = ("image", "question", "answer")
@@ -131,18 +130,14 @@ def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     if not isinstance(entries, list) or not entries:
         return [], [f"{file}: no rows. Write one list of rows."]
 
-    @cache  # several questions refer to the same picture
-    def find_image_faults(name: str) -> list[str]:
-        image = {"bytes": None, "path": str(file.parent / name)}
-        return _sources.find_reading_faults(image) if with_images else []
-
+    find_image_faults = _sources.image_checker(with_images)  # several questions refer to the same picture
     rows, faults = [], []
     for index, entry in enumerate(entries):
-        wrong = find_faults(entry) or find_image_faults(image_name(entry[2]))
+        wrong = find_faults(entry) or find_image_faults(image_of(file, entry[2]))
         faults += [f"{file}: row {index}: {fault}" for fault in wrong]
         if not wrong:
             question, answer, number = entry
-            image = str(file.parent / image_name(number))
+            image = image_of(file, number)
             rows.append({"image": image, "question": question, "answer": answer, "image_id": number})
     return rows, faults
 
@@ -158,12 +153,11 @@ def find_faults(entry) -> list[str]:
     ]
 
 
-def image_name(number: int) -> str:
-    return f"images/{number}.png"
+def image_of(file: Path, number: int) -> str:
+    return str(file.parent / f"images/{number}.png")
 
 
-def context(row: dict) -> str:
-    return ""
+context, options = no_context, no_options
 
 
 def prompt(row: dict, context: str) -> str:
@@ -174,18 +168,19 @@ def answer(row: dict) -> str:
     return row["answer"]
 
 
-def options(row: dict) -> None:
-    return None
-
-
 def score(records: list[dict], size: int) -> dict[str, float | None]:
     """
     Accuracy in per cent of each type of question and of all questions (`average`). An answer is correct if it equals
     the expected word after `tasks.vqa.normalise`.
     """
+    return score_kinds(records, size, TYPES)
+
+
+def score_kinds(records: list[dict], size: int, kinds: dict[str, str]) -> dict[str, float | None]:
+    """As `score`, for each kind of row. `kinds` maps the expected answers to these."""
     check_size(records, size)
-    hits = {kind: [] for kind in ANSWERS}
+    hits = {kind: [] for kind in kinds.values()}
     for record in records:
-        hits[TYPES[record["answer"]]].append(vqa.normalise(record["prediction"]) == record["answer"])
+        hits[kinds[record["answer"]]].append(vqa.normalise(record["prediction"]) == record["answer"])
     accuracy = {kind: 100 * sum(part) / len(part) if part else None for kind, part in hits.items()}
     return {**accuracy, "average": 100 * sum(map(sum, hits.values())) / size, "count": size}

@@ -9,7 +9,7 @@ import random
 
 from datasets import Dataset, Features, Image, IterableDataset, Value
 
-from tasks import check_size, easy_vqa, vqa
+from tasks import easy_vqa, no_context, no_options
 from tasks._sources import IMAGE_FEATURES, make_dataset
 
 
@@ -23,10 +23,7 @@ FEATURES = Features({**IMAGE_FEATURES, "answer": Value("string")})
 
 
 def load(split: str, path: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
-    """
-    Raises:
-        OSError, ValueError: as in `easy_vqa.load`, or if all pictures of the split show the same shape.
-    """
+    """Raises OSError and ValueError as `easy_vqa.load`, or if all pictures of the split show the same shape."""
     rows = easy_vqa.load(split, path).cast_column("image", Image(decode=False))
     pairs = zip(rows["image"][:], rows["answer"][:])
     shapes = {image["path"]: answer for image, answer in pairs if easy_vqa.TYPES[answer] == "shape"}
@@ -45,8 +42,7 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
     return make_dataset(rows, FEATURES, streaming)
 
 
-def context(row: dict) -> str:
-    return ""
+context, options = no_context, no_options
 
 
 def prompt(row: dict, context: str) -> str:
@@ -57,15 +53,6 @@ def answer(row: dict) -> str:
     return row["answer"]
 
 
-def options(row: dict) -> None:
-    return None
-
-
 def score(records: list[dict], size: int) -> dict[str, float | None]:
     """Accuracy in per cent of the pairs that show the same shape ("yes"), of the others, and of all (`average`)."""
-    check_size(records, size)
-    hits = {"yes": [], "no": []}
-    for record in records:
-        hits[record["answer"]].append(vqa.normalise(record["prediction"]) == record["answer"])
-    accuracy = {answer: 100 * sum(part) / len(part) if part else None for answer, part in hits.items()}
-    return {**accuracy, "average": 100 * sum(map(sum, hits.values())) / size, "count": size}
+    return easy_vqa.score_kinds(records, size, {"yes": "yes", "no": "no"})

@@ -12,12 +12,11 @@ subsets are read.
 
 import re
 import sys
-from functools import cache
 from pathlib import Path
 
 from datasets import Dataset, Features, IterableDataset, Value
 
-from tasks import _sources, run_metric
+from tasks import _sources, no_context, run_metric
 from tasks._formats import read_records
 
 
@@ -99,10 +98,7 @@ def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     if not photos:
         raise FileNotFoundError(f"There are no photos (*-img0.png and *-img1.png) in {file.parent}. {LAYOUT}")
 
-    @cache  # several statements refer to the same photo
-    def find_image_faults(image: str) -> list[str]:
-        return _sources.find_reading_faults({"bytes": None, "path": image}) if with_images else []
-
+    find_image_faults = _sources.image_checker(with_images)  # several rows refer to the same photo
     rows, faults = [], []
     for where, record, wrong in read_records(file):
         if not wrong:
@@ -136,8 +132,7 @@ def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
     return {"statement": statement, "label": str(label).capitalize(), "identifier": identifier}, faults
 
 
-def context(row: dict) -> str:
-    return ""
+context = no_context
 
 
 def prompt(row: dict, context: str) -> str:

@@ -81,13 +81,7 @@ def load_original(folder: Path, split: str, captions: str | None = None) -> Data
 
 
 def read_captions(file: Path) -> dict[str, str]:
-    """
-    Maps the number of a problem to the caption of its image.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file has another format.
-    """
+    """Captions by the number of the problem. Raises `FileNotFoundError`, or `ValueError` for another format."""
     form = 'Captions are a JSON file, {"captions": {"<number>": "<text>"}}'
     require_files([file], f"{form}, such as the captions.json of MemVP and LaVIN.")
     try:
@@ -123,15 +117,10 @@ def letter(index: int) -> str:
 
 def score(records: list[dict], size: int) -> dict[str, float | None]:
     """The nine columns of the ScienceQA table, and the share of answers that are not a letter, in per cent."""
+    names = ("answer", "subject", "grade", "has_image")
     references = [
-        {
-            "answer": record["answer"],
-            "num_choices": len(record["choices"]),
-            "subject": record["subject"],
-            "grade": record["grade"],
-            "has_hint": bool(record["hint"]),
-            "has_image": record["has_image"],
-        }
+        {name: record[name] for name in names}
+        | {"num_choices": len(record["choices"]), "has_hint": bool(record["hint"])}
         for record in records
     ]
     return run_metric(METRIC, records, references, size)

@@ -17,12 +17,11 @@ import json
 import reprlib
 import statistics
 import sys
-from functools import cache
 from pathlib import Path
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from tasks import _sources, require_files, run_metric
+from tasks import _sources, no_context, no_options, require_files, run_metric
 
 
 COLUMNS = ("image", "question", "answer", "answers")
@@ -105,10 +104,7 @@ def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     require_files([file, annotations, images], LAYOUT)
     answered = {entry["question_id"]: entry for entry in read_list(annotations, "annotations")}
 
-    @cache  # several questions refer to the same photo
-    def find_image_faults(image: str) -> list[str]:
-        return _sources.find_reading_faults({"bytes": None, "path": image}) if with_images else []
-
+    find_image_faults = _sources.image_checker(with_images)  # several rows refer to the same photo
     rows, faults = [], []
     for entry in read_list(file, "questions"):
         number = entry["question_id"]
@@ -158,8 +154,7 @@ def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
     return {"question": record["question"], "answer": answer, "answers": answers, **kept}, faults
 
 
-def context(row: dict) -> str:
-    return ""
+context, options = no_context, no_options
 
 
 def prompt(row: dict, context: str) -> str:
@@ -168,10 +163,6 @@ def prompt(row: dict, context: str) -> str:
 
 def answer(row: dict) -> str:
     return row["answer"]
-
-
-def options(row: dict) -> None:
-    return None
 
 
 def score(records: list[dict], size: int) -> dict[str, float | None]:
