@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
+from transformers import TextIteratorStreamer
 from transformers.utils import CONFIG_NAME, cached_file
 
 
@@ -36,11 +36,11 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it du
 import gradio as gr  # noqa: E402
 
 from demo.pictures import (  # noqa: E402
-    check_config,
     draw_fusion_weights,
     draw_slot_activations,
     encoder_view,
     fusion_weights,
+    load_adapter,
     slot_activations,
 )
 from demo.serve import MAX_CHARACTERS_PER_TOKEN, remember_images  # noqa: E402
@@ -56,10 +56,7 @@ ADAPTERS = Path(__file__).resolve().parents[1] / "examples"
 
 
 def find_adapter() -> str:
-    """
-    The first adapter in `ADAPTERS` whose base models are on this machine, or else the folder of the default training
-    run.
-    """
+    """The first adapter in `ADAPTERS` whose base models are on this machine, else that of the default training run."""
     for file in sorted(ADAPTERS.glob(f"*/{CONFIG_NAME}")):
         config = json.loads(file.read_text(encoding="utf-8"))
         if is_here(config["vision_model_id"]) and is_here(config["text_model_id"]):
@@ -90,11 +87,8 @@ def load(adapter: str, revision: str | None):
             "train.py`, which takes minutes. If this is a Hub id, loading it runs its code: pass the commit that you "
             "have read, `--revision` and 40 hex digits."
         )
-    source = {"revision": revision, "trust_remote_code": True}
-    check_config(AutoConfig.from_pretrained(adapter, **source))
-    model = AutoModelForImageTextToText.from_pretrained(adapter, **source)
-    model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    return remember_images(model), AutoProcessor.from_pretrained(adapter, **source)
+    model, processor = load_adapter(adapter, revision)
+    return remember_images(model), processor
 
 
 def read_upload(upload) -> Image.Image | None:
@@ -188,10 +182,7 @@ def offer_tokens(model, processor, asked):
 
 
 def draw_patches(model, processor, asked, token: int):
-    """
-    Figure that shows how strongly each language layer read the memory of each patch when it predicted this answer
-    token.
-    """
+    """Figure of how strongly each language layer read the memory of each patch when it predicted this token."""
     image, message, tokens = asked
     inputs = make_inputs(model, processor, image, message)
     length = inputs["input_ids"].shape[1]
@@ -202,9 +193,7 @@ def draw_patches(model, processor, asked, token: int):
 
 
 def draw_mixture(model, processor, image, message: str):
-    """
-    Figure of the vision layers that are mixed into the memory of each language layer, or `None` without an image.
-    """
+    """Figure of the vision layers that are mixed into each language layer's memory, or `None` without an image."""
     if image is None:
         return None
     weights = fusion_weights(model, make_inputs(model, processor, image, message))

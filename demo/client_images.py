@@ -47,12 +47,7 @@ def is_public(address: str) -> bool:
 
 
 def parse_host(entry: str) -> tuple[str, int | None]:
-    """
-    The name and the port of an allowed host; `None` for the default port.
-
-    Raises:
-        ValueError: if it is not a host with an optional port.
-    """
+    """Name and port of an allowed host, `None` for the default port. Raises `ValueError` if it is not a host."""
     try:
         url = httpx.URL(f"image://{entry}")  # a scheme without a usual port, which would be dropped
         is_host = url.host and "*" not in entry and entry.lower() == url.netloc.decode("ascii")
@@ -100,12 +95,7 @@ class ImageReader:
         self._threads, self._look_ups = ThreadPoolExecutor(4), ThreadPoolExecutor(8)
 
     async def load(self, url: str) -> Image.Image:
-        """
-        Reads and decodes the image at a URL without blocking other requests.
-
-        Raises:
-            RequestError: as in [`read`] and [`decode`].
-        """
+        """Reads and decodes the image at a URL without blocking other requests. Raises as [`read`] and [`decode`]."""
         data = await self.read(url)
         return await self._run(self.decode, data)
 
@@ -133,12 +123,7 @@ class ImageReader:
         )
 
     def decode(self, data: bytes) -> Image.Image:
-        """
-        The RGB image in a file.
-
-        Raises:
-            RequestError: if it has another format or too many pixels or scans, or is damaged.
-        """
+        """The RGB image in a file. Raises `RequestError` for other formats, too many pixels or scans, and damage."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's own limits, which are larger or raise exceptions too

@@ -304,12 +304,7 @@ def count_parts(messages) -> int:
 
 
 def parse(request_class: type[Request], unsupported: dict[str, tuple], body: dict[str, Any]) -> Request:
-    """
-    Checks the body of a request.
-
-    Raises:
-        RequestError: if a field is unknown, has a wrong type or value, or requests an unsupported feature.
-    """
+    """Checks a request. Raises `RequestError` for unknown fields, wrong types or values, and unsupported features."""
     for name, value in body.items():
         if name not in unsupported and name not in request_class.model_fields:
             raise RequestError(

@@ -42,16 +42,22 @@ MAX_LAYERS = 12  # number of layers shown for a deep language model, unless `--l
 
 
 def check_config(config):
-    """
-    Raises:
-        ValueError: if the model has no visual memory.
-    """
+    """Raises `ValueError` if the model has no visual memory."""
     if getattr(config, "visual_prompts", None) in (None, "none"):
         given = f"a `{config.model_type}`" if config.model_type != "dehvf" else 'trained with `visual_prompts="none"`'
         raise ValueError(
             f"The model is {given}: it has no visual memory, so there is nothing to draw. Pass a DEHVF adapter that "
             "was trained with visual prompts."
         )
+
+
+def load_adapter(adapter: str, revision: str | None = None):
+    """A model, on a GPU if there is one, and its processor. Raises `ValueError` if it has no visual memory."""
+    source = {"revision": revision, "trust_remote_code": True}
+    check_config(AutoConfig.from_pretrained(adapter, **source))
+    model = AutoModelForImageTextToText.from_pretrained(adapter, **source)
+    model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    return model, AutoProcessor.from_pretrained(adapter, **source)
 
 
 def check_images(model, inputs):
@@ -128,10 +134,7 @@ def slot_activations(model, inputs, position: int = -1) -> np.ndarray:
 
 
 def groups(model) -> list[tuple[np.ndarray, np.ndarray]]:
-    """
-    Consecutive language layers with the same candidate vision layers, and these candidates, sorted and without
-    repeats.
-    """
+    """Consecutive language layers with the same candidate vision layers, and these candidates, sorted."""
     rows = [tuple(sorted(set(row))) for row in model.model.hierarchy.rows]
     runs = itertools.groupby(range(len(rows)), key=lambda layer: rows[layer])
     return [(np.array(list(layers)), np.array(row)) for row, layers in runs]
@@ -483,10 +486,7 @@ def main(arguments=None):
     task = get_task(options.task)
     dataset = load_rows(task, options.split, options)
     row = choose_row(dataset, options.split, options.row)
-    check_config(AutoConfig.from_pretrained(options.adapter, trust_remote_code=True))
-    model = AutoModelForImageTextToText.from_pretrained(options.adapter, trust_remote_code=True)
-    model = model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    processor = AutoProcessor.from_pretrained(options.adapter, trust_remote_code=True)
+    model, processor = load_adapter(options.adapter)
     options.output_dir.mkdir(parents=True, exist_ok=True)
 
     activations, title = look_for_token(model, processor, task, row, options.token)

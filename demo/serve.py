@@ -114,7 +114,8 @@ def remember_images(model, num_images: int = 64):
         is_reusable = config.visual_prompts != "none" and not config.reads_instruction
         if kwargs or not rows or not is_reusable or torch.is_grad_enabled():
             return encode(adapter, pixel_values, image_mask, instruction, **kwargs)
-        keys = {row: (adapter, hash_pixels(pixel_values[row])) for row in rows}
+        pixels = pixel_values.float().cpu().numpy()
+        keys = {row: (adapter, hashlib.sha256(pixels[row].tobytes()).digest()) for row in rows}
         with lock:
             memories = {key: cache[key] for key in keys.values() if key in cache}
         new = {key: row for row, key in keys.items() if key not in memories}
@@ -134,10 +135,6 @@ def remember_images(model, num_images: int = 64):
 
     model.model._encode = encode_or_look_up
     return model
-
-
-def hash_pixels(pixels: torch.Tensor) -> bytes:
-    return hashlib.sha256(pixels.float().cpu().numpy().tobytes()).digest()
 
 
 class AutoModelWithCache:
@@ -272,10 +269,7 @@ def stack_images(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 class Batch:
-    """
-    The answers of one call of `generate`, one per row. `grow` is a stopping criterion that ends rows one by one, and
-    `keep_logprobs` is a logits processor.
-    """
+    """The answers of one call of `generate`, one per row, with its stopping criterion and logits processor."""
 
     def __init__(self, jobs: list[Job]):
         self.jobs, self.answers = jobs, [answer for job in jobs for answer in job.answers]
@@ -342,12 +336,7 @@ class Engine:
         self._thread, self._waiting, self._queueing = ThreadPoolExecutor(1), [], threading.Lock()
 
     async def prepare(self, request: Request):
-        """
-        The inputs of the model and the maximum number of new tokens.
-
-        Raises:
-            RequestError: if an image cannot be read, or the chat does not fit the model's template or context.
-        """
+        """Inputs of the model and the maximum of new tokens. Raises `RequestError` if images or chat do not fit."""
         urls = find_images(request.messages, self.processor.max_images)
         images = [await self.reader.load(url) for url in urls]
         chat = [message.text_message() for message in request.messages]
@@ -676,10 +665,6 @@ class Guard:
         return bytes(body)
 
 
-async def answer_error(request, error: RequestError) -> JSONResponse:
-    return error.response()
-
-
 async def answer_malformed(request, error: RequestValidationError | HTTPException) -> JSONResponse:
     message = "The body of the request is not a JSON object. Send one, with `Content-Type: application/json`."
     return RequestError(message, code="invalid_json").response()
@@ -734,7 +719,7 @@ def build(
             raise unknown_model(asked, name)
         return JSONResponse(manager.list_models()[0])
 
-    app.add_exception_handler(RequestError, answer_error)
+    app.add_exception_handler(RequestError, lambda request, error: error.response())
     app.add_exception_handler(RequestValidationError, answer_malformed)
     app.add_exception_handler(HTTPException, answer_malformed)  # for JSON that is nested too deep
     # An image in base64, and a large amount of text
@@ -809,14 +794,9 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     register()
-    manager = ModelManager(
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
-        quantization=quantization,
-        force_model=adapter,
-    )
+    options = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
+    options |= {"quantization": quantization, "trust_remote_code": trust_remote_code}
+    manager = ModelManager(**options, force_model=adapter)
     hosts = ["localhost", host, *hosts]
     try:
         app = build(manager, reader, hosts, origins, max_context_tokens, max_requests, max_batch_size)
