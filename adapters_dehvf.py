@@ -87,10 +87,7 @@ def check_adapter_tensors(tensors: dict[str, torch.Tensor], expected: dict[str, 
 
 
 def add_image_embeddings(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
-    """
-    Adds the embeddings of further images that the saved adapter does not have. They start at zero, as in a new
-    adapter.
-    """
+    """Adds the embeddings of further images than the saved adapter has. They start at zero, as in a new adapter."""
     for name in (f"{PREFIX}memory_slots.image_{part}" for part in ("key", "value")):
         if name in expected:
             given = tensors.get(name, torch.empty(0, expected[name].shape[1]))

@@ -48,10 +48,7 @@ def has_file(location, name: str, **source) -> bool:
 
 
 def load_base_config(location, key: str, revision, **hub_kwargs):
-    """
-    The config of a base model (`key` is `"vision"` or `"text"`) without dropout. For a two-tower model such as CLIP,
-    the config of the tower that is needed.
-    """
+    """The config of a base model (`"vision"` or `"text"`) without dropout; of a two-tower model, that of the tower."""
     with _explain_base_errors(location, key):
         config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False, **hub_kwargs)
     return disable_dropout(getattr(config, f"{key}_config", config))
@@ -184,10 +181,7 @@ def _zero3_dtype(dtype: torch.dtype | str | None):
 
 
 def execution_device(causal_lm: PreTrainedModel) -> torch.device:
-    """
-    The device on which a model computes. Weights that `device_map` offloads are on the meta device while they are not
-    used.
-    """
+    """The device on which a model computes. Unused weights that `device_map` offloads are on the meta device."""
     places = getattr(causal_lm, "hf_device_map", {"": causal_lm.device}).values()
     return torch.device(next((place for place in places if place not in ("cpu", "disk")), "cpu"))
 
@@ -223,12 +217,7 @@ def assemble_causal_lm(language_model: PreTrainedModel, head: torch.nn.Module, g
 
 
 def save_base(base: PreTrainedModel, folder, is_main_process: bool, **kwargs):
-    """
-    Writes a base model to a separate folder.
-
-    Raises:
-        ValueError: if ZeRO-3 has sharded it across the processes.
-    """
+    """Writes a base model to a folder. Raises `ValueError` if ZeRO-3 has sharded it across the processes."""
     if any(not parameter.numel() for parameter in base.parameters()):
         raise ValueError(
             "`merge_base` was given, but ZeRO-3 has sharded the base models across the processes. Save the adapter, "
@@ -268,12 +257,9 @@ def find_changes(before: dict[str, tuple], now: dict[str, tuple]) -> list[str]:
 
 
 def _has_changed(before: tuple, now: tuple) -> bool:
-    return before[:2] != now[:2] or not _are_close(before[2], now[2]) or _are_rewritten(before[3], now[3])
-
-
-def _are_rewritten(before: tuple[int, int] | None, now: tuple[int, int] | None) -> bool:
-    """Whether values in the same place have another version."""
-    return None not in (before, now) and before[0] == now[0] and before[1] != now[1]
+    places = before[3], now[3]
+    is_rewritten = None not in places and places[0][0] == places[1][0] and places[0][1] != places[1][1]
+    return before[:2] != now[:2] or is_rewritten or not _are_close(before[2], now[2])
 
 
 def _are_close(before: torch.Tensor | None, now: torch.Tensor | None) -> bool:

@@ -266,9 +266,7 @@ class DehvfConfig(PreTrainedConfig):
 
     @property
     def max_encoded_images(self) -> int:
-        """
-        Maximum number of images that the vision encoder is given for a sample: `max_images`, each with its tiles.
-        """
+        """Maximum number of images that the vision encoder is given for a sample: `max_images`, with their tiles."""
         return self.max_images * (1 + math.prod(read_tiles(self.image_tiles)))
 
     @property
@@ -375,12 +373,7 @@ class DehvfConfig(PreTrainedConfig):
 
 
 def read_tiles(image_tiles: str | None) -> tuple[int, int]:
-    """
-    The numbers of rows and columns of tiles; both are 0 if there are no tiles.
-
-    Raises:
-        ValueError: if `image_tiles` does not have the form of `"2x2"`.
-    """
+    """The numbers of rows and columns of tiles, 0 without tiles. Raises `ValueError` for another form than '2x2'."""
     if image_tiles is None:
         return 0, 0
     if not (found := re.fullmatch(r"([1-9])x([1-9])", image_tiles)):

@@ -21,26 +21,13 @@ with FileLock(Path(HF_MODULES_CACHE) / "dehvf.lock"):  # processes of one run co
         "modeling_dehvf.DehvfForConditionalGeneration", str(ROOT)
     )
 _package = DehvfForConditionalGeneration.__module__.rpartition(".")[0]
-(
-    configuration,
-    images,
-    processing,
-    files,
-    inputs,
-    bases,
-    layouts,
-    injection,
-    fuser,
-    memory,
-    adapters,
-    switching,
-    hub,
-    modeling,
-) = (
-    import_module(f"{_package}.{name}_dehvf")
-    for name in (
-        *("configuration", "images", "processing", "files", "inputs", "bases", "layouts", "injection", "fuser"),
-        *("memory", "adapters", "switching", "hub", "modeling"),
-    )
-)
+
+
+def _load(names: str):
+    return (import_module(f"{_package}.{name}_dehvf") for name in names.split())
+
+
+configuration, images, processing, files, inputs = _load("configuration images processing files inputs")
+bases, layouts, injection, fuser, memory = _load("bases layouts injection fuser memory")
+adapters, switching, hub, modeling = _load("adapters switching hub modeling")
 DehvfConfig, DehvfProcessor, DehvfModel = configuration.DehvfConfig, processing.DehvfProcessor, modeling.DehvfModel

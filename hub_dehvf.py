@@ -173,9 +173,7 @@ def write_eval_results(folder, dataset_id: str, task_id: str, value: float, **fi
 
 
 def _has_current_card(repo_id: str, adapter_digest: str, **source) -> bool:
-    """
-    Whether the repository has a card that must be kept: a card for this adapter, or one that a person has written.
-    """
+    """Whether the repository has a card to keep: one for this adapter, or one that a person has written."""
     if not file_exists(repo_id, "README.md", **source):
         return False
     with open(hf_hub_download(repo_id, "README.md", **source), encoding="utf-8") as card:

@@ -136,10 +136,7 @@ class VisionAdapter(nn.Module):
 
 
 class AdaptedFFN(_Extended):
-    """
-    Mixin for the class of a vision FFN: adds the output of the adapter (method step 10). DINOv2 multiplies the sum by
-    its layer scale.
-    """
+    """Mixin for a vision FFN: adds the adapter's output (method step 10). DINOv2 scales the sum by its layer scale."""
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         output, adapter = super().forward(hidden_states, *args, **kwargs), current_extension()
@@ -331,12 +328,7 @@ def _new_extended(behaviour: type, base: type) -> nn.Module:
 
 
 def checkpointing_arguments(given: dict | None) -> dict:
-    """
-    Arguments of `torch.utils.checkpoint.checkpoint`, which is re-entrant by default.
-
-    Raises:
-        ValueError: if `use_reentrant=True` was given.
-    """
+    """Arguments of torch's `checkpoint`, which is re-entrant by default. Raises `ValueError` if that is asked for."""
     if (given or {}).get("use_reentrant"):
         raise ValueError(
             "`use_reentrant=True` was given, but re-entrant checkpointing drops the gradients of arguments passed by "

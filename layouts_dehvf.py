@@ -38,9 +38,7 @@ TEXT_REFUSALS = {
     "moshi": "it reads text and audio tokens side by side",
     "xlnet": "its hidden states have the tokens first and the batch second",
 }
-VISION_REFUSALS = {
-    "vit_mae": "it drops random patches of each image",
-}
+VISION_REFUSALS = {"vit_mae": "it drops random patches of each image"}
 
 
 class TextLayout(NamedTuple):
@@ -106,12 +104,7 @@ def _explained(key: str, requirement: str):
 
 @_explained("text", "Supported are decoders in which each layer has one FFN module with one activation.")
 def find_text_layout(text_config: PreTrainedConfig) -> TextLayout:
-    """
-    Finds the modules of a language model.
-
-    Raises:
-        ValueError: if it cannot be extended; the message says why.
-    """
+    """Finds the modules of a language model. Raises `ValueError` that says why if it cannot be extended."""
     if reason := TEXT_REFUSALS.get(text_config.model_type):
         raise Refusal(reason)
     if getattr(text_config, "hidden_size_per_layer_input", None):
@@ -272,10 +265,7 @@ def _find_norm(tower: nn.Module, layers: str) -> str | None:
 
 @contextmanager
 def _recorded(modules: Iterable[nn.Module]):
-    """
-    Yields a list that records calls of modules: the index of the module and the shapes of its first input and of its
-    output.
-    """
+    """Yields a list of calls: the index of the module, and the shapes of its first input and of its output."""
     calls, hooks = [], []
 
     def record(index, module, args, kwargs, output):

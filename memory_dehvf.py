@@ -70,9 +70,7 @@ class MemorySlots(nn.Module):
             self.image_value = nn.Parameter(torch.empty(shape))
 
     def forward(self, dtype: torch.dtype, num_images: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        The slots of keys and values for samples with `num_images` images: the slots of their patches, then the others.
-        """
+        """Slots of keys and values for samples with `num_images` images: those of their patches, then the others."""
         if self.image_key is None:
             # Copies, since under ZeRO-3 a parameter is only available while its own module runs
             return self.key.to(dtype, copy=True), self.value.to(dtype, copy=True)
@@ -149,18 +147,14 @@ def flatten_images(
 
 
 def join_images(memory: torch.Tensor, num_images: int) -> torch.Tensor:
-    """
-    Turns the memories of the images of all samples, BI D P n c+1, into the memories of the samples, B D P In c+1.
-    """
+    """Joins the memories of the images of all samples, BI D P n c+1, to those of the samples, B D P In c+1."""
     return memory.unflatten(0, (-1, num_images)).movedim(1, 3).flatten(3, 4)
 
 
 def drop_absent_images(
     pixel_values: torch.Tensor | None, image_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """
-    Removes the images after the last one that any sample has. If one image remains, its dimension is removed too.
-    """
+    """Removes the images after the last one that any sample has, and their dimension if one image remains."""
     if image_mask is None or image_mask.ndim == 1:
         return pixel_values, image_mask
     present = image_mask.any(dim=0).nonzero().flatten().tolist()

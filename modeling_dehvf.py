@@ -234,10 +234,7 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
             parameter.requires_grad_(is_adapter_name(name))
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
-        """
-        Raises:
-            ValueError: if re-entrant checkpointing is requested.
-        """
+        """Raises `ValueError` if re-entrant checkpointing is requested."""
         super().activation_checkpointing_enable(checkpointing_arguments(activation_checkpointing_kwargs), **kwargs)
 
 

@@ -56,10 +56,7 @@ CHAT_TEMPLATE = """\
 
 
 def set_image_size(image_processor, image_size: int):
-    """
-    Makes an image processor return square images of this size. If it crops images, the cropped fraction does not
-    change.
-    """
+    """Makes an image processor return square images of this size. The cropped fraction does not change."""
     square = {"height": image_size, "width": image_size}
     if getattr(image_processor, "do_center_crop", None):
         scale = image_size / image_processor.crop_size["height"]

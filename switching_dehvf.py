@@ -135,9 +135,7 @@ class AdapterSet:
 
 
 class SwitchingMixin:
-    """
-    Several adapters, for [`DehvfModel`] and [`DehvfForConditionalGeneration`]; `base_model` is its [`DehvfModel`].
-    """
+    """Several adapters, for both model classes; `base_model` is the [`DehvfModel`]."""
 
     @property
     def adapter_names(self) -> list[str]:
@@ -227,12 +225,7 @@ class SwitchingMixin:
             self.config = self.base_model.config
 
     def delete_adapter(self, adapter_name: str):
-        """
-        Removes an adapter that is not active.
-
-        Raises:
-            ValueError: if none of this name is loaded, or it is active.
-        """
+        """Removes an adapter. Raises `ValueError` if none of this name is loaded, or it is active."""
         self.base_model.remove_adapter(adapter_name)
 
     @contextmanager

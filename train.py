@@ -119,10 +119,7 @@ def make_trainer(task, processor, splits: dict, model, data_args, training_args,
 
 
 def train(trainer: AnswerTrainer, checkpoint: Path | None, streamed: bool) -> dict:
-    """
-    Trains. Returns the training time in seconds, including the time before the checkpoint, and the number of
-    unreadable images.
-    """
+    """Trains. Returns the seconds, with those before the checkpoint, and the number of unreadable images."""
     result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     unreadable = torch.tensor(int(trainer.train_dataset.unreadable_images), device=trainer.args.device)
     return {

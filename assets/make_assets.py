@@ -111,15 +111,9 @@ def make_tokenizer(texts):
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        padding_side="left",
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    options = {"padding_side": "left", "model_max_length": 512, "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **options)
 
 
 def fit(parameters, steps, rate, loss_of):
@@ -230,22 +224,10 @@ class Teller:
 def train_language_model(tokenizer, steps=4500, batch=64):
     torch.manual_seed(0)
     rng = np.random.default_rng(1)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=192,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            max_position_embeddings=512,
-            initializer_range=0.08,
-            attention_bias=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 8, "num_attention_heads": 8}
+    options = {"max_position_embeddings": 512, "initializer_range": 0.08, "attention_bias": True}
+    tokens = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **options, **tokens))
     # As loud as what the layers add later, so that a word is still there to be seen in all of them
     model.model.embed_tokens.weight.data /= 0.08
     attend_to_equals(model)
@@ -325,17 +307,9 @@ class VisionTrainer(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.mean, self.std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
-        self.vision = CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=128,
-                intermediate_size=256,
-                num_hidden_layers=8,
-                num_attention_heads=4,
-                image_size=digits.SIDE,
-                patch_size=digits.SIDE // GRID,
-                initializer_factor=2.0,
-            )
-        )
+        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4}
+        images = {"image_size": digits.SIDE, "patch_size": digits.SIDE // GRID}
+        self.vision = CLIPVisionModel(CLIPVisionConfig(initializer_factor=2.0, **sizes, **images))
         attend_to_equals(self.vision)
         # Random Fourier features of row and column: the nearer two patches, the more alike their embeddings.
         row_column = torch.cartesian_prod(*[torch.arange(GRID) * 8 / GRID] * 2)

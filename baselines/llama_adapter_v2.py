@@ -93,16 +93,7 @@ class VisualPromptAttention(nn.Module):
 
 
 class VisualPrompter(nn.Module):
-    """
-    Computes prompts from the tokens of an image.
-
-    Args:
-        vision_size, text_size: width of the tokens and of the prompts.
-        arguments: sizes.
-
-    Raises:
-        ValueError: if `adapter_v2_heads` does not divide `adapter_v2_size`.
-    """
+    """Computes prompts from the tokens of an image. Raises `ValueError` if the heads do not divide the width."""
 
     def __init__(self, vision_size: int, text_size: int, arguments: BaselineArguments):
         super().__init__()

@@ -63,13 +63,7 @@ def ratio_in_words(ratios: Sequence[float]) -> str:
 
 
 def save_report(folder: Path, name: str, report: dict, markdown: Callable, draw: Callable | None = None):
-    """
-    Writes `name.json`, `name.md` and, with `draw`, `name.png` into `folder`, and prints the table.
-
-    Args:
-        markdown: makes the text of the report.
-        draw: draws the report into a file.
-    """
+    """Writes `name.json`, `name.md` and, with `draw`, `name.png` into `folder`, and prints the text of `markdown`."""
     folder.mkdir(exist_ok=True)
     report = {"machine": describe_machine(), **report}
     text = markdown(report)

@@ -68,12 +68,7 @@ def replacements(weights: torch.Tensor, rows: list[list[int]]) -> dict[str, torc
 
 
 class Evaluation:
-    """
-    Answers the test split with the weights that are given to it.
-
-    Args:
-        arguments: flags of `train.py`, with `--adapter`.
-    """
+    """Answers the test split with given fusion weights. `arguments` are flags of train.py, with `--adapter`."""
 
     def __init__(self, arguments: list[str]):
         _, data_args, model_args, adapter_args, baseline_args, training_args = parse_arguments(arguments)

@@ -113,10 +113,7 @@ def measure(shape: tuple) -> dict:
 
 
 def resident_set(field: str, process: int | str = "self") -> int:
-    """
-    Bytes of a process, by its number: `VmRSS` now, `VmHWM` at most since the last reset, `RssAnon` now without what is
-    mapped from files.
-    """
+    """Bytes of a process: `VmRSS` now, `VmHWM` at most since the last reset, `RssAnon` now and in no file."""
     status = (PROC.parent / str(process) / "status").read_text(encoding="utf-8")
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
 
@@ -304,10 +301,7 @@ def estimate_table() -> str:
 
 
 def measure_gpu(preset: speed.Preset) -> dict[str, int]:
-    """
-    The most bytes that are allocated on a GPU in three training steps, weights included, with the batch and the
-    lengths of `estimate_table`.
-    """
+    """Peak of the bytes on a GPU in three training steps, with the weights and the sizes of `estimate_table`."""
     side, peaks = preset.patches_per_side[0], {}
     config = speed.make_config(preset, side)
     text = speed.random_base(AutoModelForCausalLM, config.text_config, preset)

@@ -71,10 +71,7 @@ def seconds_per_image() -> float:
 
 
 def training_operations(config) -> int:
-    """
-    Of one sample: forward, and as much again for the gradients of the activations. Gradients of weights are taken of
-    the adapters alone.
-    """
+    """Of one sample: forward, the gradients of all activations, and those of the weights of the adapters."""
     parts = operations.dehvf(config, TEXT_TOKENS)
     head = operations.product(TEXT_TOKENS - 1, config.text_config.hidden_size, config.text_config.vocab_size)
     frozen = [*operations.LANGUAGE_MODEL, "vision encoder"]

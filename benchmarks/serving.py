@@ -110,17 +110,12 @@ def build(method: str, setting: Setting):
     """The model and its processor. Its answers have text from the first token on and do not end by themselves."""
     from demo.serve import remember_images
 
-    processor = DehvfProcessor.from_vision_text_pretrained(
-        setting.vision_model, setting.text_model, image_size=setting.image_size
-    )
+    bases, size = (setting.vision_model, setting.text_model), {"image_size": setting.image_size}
+    processor = DehvfProcessor.from_vision_text_pretrained(*bases, **size)
     torch.manual_seed(0)
     if method == DEHVF:
-        model = DehvfForConditionalGeneration.from_vision_text_pretrained(
-            setting.vision_model,
-            setting.text_model,
-            image_size=setting.image_size,
-            num_memory_slots=setting.num_memory_slots,
-        )
+        size["num_memory_slots"] = setting.num_memory_slots
+        model = DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **size)
         remember_images(model)
     else:
         model = AutoModelForCausalLM.from_pretrained(setting.text_model)

@@ -179,18 +179,13 @@ def adapter_arguments() -> type:
     for name in ("vision_config", "text_config", "tie_word_embeddings", "merged_base"):
         del own[name]
     descriptions = describe_fields(DehvfConfig.__doc__)
+    # What argparse calls to read a value
     readers = {float | int: float, DehvfConfig.__annotations__["layer_mapping"]: read_layer_mapping}
-    return dataclasses.make_dataclass(
-        "AdapterArguments",
-        [
-            (
-                name,
-                readers.get(hint, hint),  # argparse calls the type
-                HfArg(default=getattr(DehvfConfig, name), help=descriptions[name]),
-            )
-            for name, hint in own.items()
-        ],
-    )
+    fields = [
+        (name, readers.get(hint, hint), HfArg(default=getattr(DehvfConfig, name), help=descriptions[name]))
+        for name, hint in own.items()
+    ]
+    return dataclasses.make_dataclass("AdapterArguments", fields)
 
 
 def read_layer_mapping(text: str) -> str | list:
@@ -278,12 +273,7 @@ def set_method(model_args, adapter_args, flags: Collection[str]):
 
 
 def complete_arguments(task, data_args, training_args):
-    """
-    Sets arguments that follow from others.
-
-    Raises:
-        ValueError: as in [`check_schedule`].
-    """
+    """Sets arguments that follow from others. Raises `ValueError` as [`check_schedule`]."""
     if training_args.base_learning_rate is not None:
         batches = training_args.gradient_accumulation_steps * training_args.world_size
         batch_size = training_args.per_device_train_batch_size * batches
@@ -413,12 +403,7 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
 
 
 def check_training_arguments(given: Collection[str], training_args):
-    """
-    Raises `ValueError` for values of `TrainingArguments` that would have no effect or a wrong one, or fail late.
-
-    Args:
-        given: the names of the flags of the command.
-    """
+    """Raises `ValueError` for values of `TrainingArguments` that have no effect or a wrong one, or fail late."""
     values = vars(training_args)
     for name, (kept, reason) in KEPT.items():
         if values[name] != kept:

@@ -104,9 +104,7 @@ def read_manifest(checkpoint: Path, check_files: bool = True) -> dict:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """
-    The checkpoints in a folder, sorted by step. Folders with other names, such as copies of a checkpoint, are ignored.
-    """
+    """The checkpoints in a folder, sorted by step. Folders with other names, such as copies, are ignored."""
     found = [path for path in output_dir.glob("*") if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name)]
     return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.split("-")[-1]))
 

@@ -36,13 +36,7 @@ logger = logging.get_logger("train")
 
 
 def load_rows(task, name: str, arguments):
-    """
-    Loads the rows of a split from the task, with undecoded images.
-
-    Raises:
-        ValueError: if the split is empty or lacks a column, or if the task does not read `columns`, `holdout` or
-            `captions`.
-    """
+    """Rows of a split, images undecoded. Raises `ValueError` if it is empty, lacks a column or reads no such flag."""
     limit, taken = arguments.max_samples, inspect.signature(task.load).parameters
     makes_any_size = "max_samples" in taken
     given = {option: getattr(arguments, option) for option in ("columns", "holdout", "captions")}
@@ -69,10 +63,7 @@ def load_rows(task, name: str, arguments):
 
 
 def read_image(image) -> Image.Image | None:
-    """
-    Reads an entry of an image column, decoded or not, as an RGB image in the same way as the processor. `None` if
-    there is none.
-    """
+    """Reads an entry of an image column, decoded or not, as an RGB image like the processor, or `None` if it is."""
     if image is None:
         return None
     # A place inside an archive, in a streamed data set

@@ -203,10 +203,7 @@ class RowEncoder:
         return encoded if self.training else {**encoded, "options": self._option_tokens(row, text, len(tokens))}
 
     def _fit(self, row: dict, answer: str) -> tuple[str, list[int], list[bool], bool]:
-        """
-        The text of prompt and answer, its tokens, a mask of the answer's tokens, and whether the context was
-        shortened.
-        """
+        """The text of prompt and answer, its tokens, a mask of the answer's tokens, and whether it was shortened."""
         # Protected, so that it is cut at the end of one of its own tokens
         context, offsets, shortened = self.chat.protect(self.task.context(row)), None, False
         while True:

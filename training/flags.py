@@ -175,12 +175,7 @@ def argument_names() -> set[str]:
 
 
 def check_place(argument: str, place: str | None):
-    """
-    Raises `ValueError` if a place is neither an existing folder or file nor a possible name on the Hub.
-
-    Args:
-        argument: the flag with which it was given, for the message.
-    """
+    """Raises `ValueError` if the place that `argument` names neither exists nor can be a name on the Hub."""
     if place is None or Path(place).exists():
         return
     # Some models on the Hub have no owner in their name (gpt2)

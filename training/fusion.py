@@ -50,9 +50,7 @@ def fusion_figures(weights: torch.Tensor, rows: list[list[int]]) -> dict[str, fl
 
 
 def describe_fusion(figures: dict[str, float]) -> str:
-    """
-    Describes the statistics in words, and explains what it means if the weights of a trained adapter are constant.
-    """
+    """Describes the statistics in words, and what it means if the weights of a trained adapter are constant."""
     words = (
         f"Fusion weights: entropy {figures['entropy']:.3f}, standard deviation {figures['std_over_layers']:.4f} over "
         f"layers, {figures['std_over_positions']:.4f} over positions, {figures['std_over_images']:.4f} over images."

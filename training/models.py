@@ -22,7 +22,10 @@ def load_processor(model_args, adapter_args):
         ValueError: if the tokenizer does not fit the language model, or `max_images` is lower than in saved adapters.
     """
     bases = (model_args.vision_model, model_args.text_model)
-    chat_template = read_chat_template(model_args.chat_template)
+    chat_template = model_args.chat_template
+    if chat_template is not None:
+        is_plain = chat_template == "plain"
+        chat_template = processing.CHAT_TEMPLATE if is_plain else Path(chat_template).read_text(encoding="utf-8")
     try:
         if model_args.adapter is not None:
             source = {"revision": model_args.adapter_revision}
@@ -80,14 +83,6 @@ def check_tokenizer(tokenizer, config):
         )
 
 
-def read_chat_template(place: str | None) -> str | None:
-    if place is None:
-        return None
-    if place == "plain":
-        return processing.CHAT_TEMPLATE
-    return Path(place).read_text(encoding="utf-8")
-
-
 def base_revisions(model_args) -> dict[str, str | None]:
     return {name: getattr(model_args, name) for name in ("vision_model_revision", "text_model_revision")}
 
@@ -116,20 +111,15 @@ def load_model(model_args, adapter_args, baseline_args):
         return DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **options)
     if adapter_args.max_images > 1:
         options["max_images"] = adapter_args.max_images
-    model = DehvfForConditionalGeneration.from_pretrained(
-        model_args.adapter,
-        revision=model_args.adapter_revision,
-        vision_model=model_args.vision_model,
-        text_model=model_args.text_model,
-        **options,
-    )
+    options |= {"vision_model": model_args.vision_model, "text_model": model_args.text_model}
+    options["revision"] = model_args.adapter_revision
+    model = DehvfForConditionalGeneration.from_pretrained(model_args.adapter, **options)
     for base in BASES:
         if getattr(model_args, f"{base}_model") is None:
             setattr(model_args, f"{base}_model", getattr(model.config, f"{base}_model_id"))
-        if getattr(model_args, f"{base}_model_id") is not None:  # the saved config may name a local copy
-            setattr(model.config, f"{base}_model_id", getattr(model_args, f"{base}_model_id"))
-        if getattr(model_args, f"{base}_model_revision") is not None:
-            setattr(model.config, f"{base}_model_revision", getattr(model_args, f"{base}_model_revision"))
+        for name in (f"{base}_model_id", f"{base}_model_revision"):  # the saved config may name a local copy
+            if (given := getattr(model_args, name)) is not None:
+                setattr(model.config, name, given)
     return model
 
 

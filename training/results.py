@@ -32,13 +32,7 @@ NO_SCORES = ("count", "scale", "unparsed")
 
 
 def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, model_args):
-    """
-    Saves the adapters, generates answers for the test split, and writes `predictions.jsonl`, `results.json` and the
-    model card.
-
-    Args:
-        facts: facts about the training for `results.json`.
-    """
+    """Saves the adapters, answers the test split, and writes the predictions, the results (`facts`) and the card."""
     training_args, processor, split = trainer.args, trainer.processing_class, splits["test"]
     folder = Path(training_args.output_dir)
     trainer.save_model()
@@ -80,17 +74,9 @@ def make_records(task, processor, split: Split, output) -> list[dict]:
         has_image = row.pop("image") is not None
         row.pop("images", None)
         prediction, choice, has_ended = answers[index]
-        records.append(
-            {
-                **row,
-                "index": index,
-                "prediction": prediction,
-                "cut": not has_ended,
-                "choice": choice if encoded["options"] else None,
-                "expected": task.answer(row),
-                "has_image": has_image,
-            }
-        )
+        facts = {"index": index, "prediction": prediction, "cut": not has_ended, "expected": task.answer(row)}
+        facts |= {"choice": choice if encoded["options"] else None, "has_image": has_image}
+        records.append({**row, **facts})
     return records
 
 
@@ -110,26 +96,20 @@ def check_metric(task, processor, split: Split, metric: str):
 def describe_run(task, processor, model, split: Split, data_args, model_args, training_args) -> dict:
     """Everything that a reader needs to reproduce a result."""
     weights = Path(training_args.output_dir).glob("*.safetensors")
+    bases = {f"{base}_model": getattr(model_args, f"{base}_model") for base in BASES}
+    revisions = {f"{base}_model_revision": base_revision(model.config, base, bases[f"{base}_model"]) for base in BASES}
     return {
-        "task": data_args.task,
-        "data_path": data_args.data_path,
-        "columns": data_args.columns,
-        "holdout": data_args.holdout,
-        "captions": data_args.captions,
+        **{name: getattr(data_args, name) for name in ("task", "data_path", "columns", "holdout", "captions")},
         "split": split.name,
         "size": len(split),
         "template": render(processor, task.prompt(split.rows[0], "{context}")) + task.ANSWER_PREFIX,
         "decoding": f"greedy, max_new_tokens={data_args.max_new_tokens}",
-        "seed": training_args.seed,
-        "data_seed": training_args.data_seed,
-        "learning_rate": training_args.learning_rate,
+        **{name: getattr(training_args, name) for name in ("seed", "data_seed", "learning_rate")},
         "adapter": model_args.adapter,
         "adapter_revision": commit_of(model_args.adapter, model_args.adapter_revision),
         "adapter_sha256": {file.name: digest(file) for file in weights},
-        "vision_model": model_args.vision_model,
-        "vision_model_revision": base_revision(model.config, "vision", model_args.vision_model),
-        "text_model": model_args.text_model,
-        "text_model_revision": base_revision(model.config, "text", model_args.text_model),
+        **bases,
+        **revisions,
         "config": model.config.to_diff_dict(),
         **describe_code(),
     }
@@ -162,14 +142,9 @@ def write_card(folder: Path, name: str, results: dict, code: str | None):
     task = get_task(results["task"])
     path = (results["data_path"] or "").partition(":")[0]
     dataset = path if path and hub.is_hub_id(path) else getattr(task, "DATASET", None)
-    result = EvalResult(
-        task_type=task.CARD["task_type"],
-        dataset_type=dataset or results["task"],
-        dataset_name=results["task"],
-        dataset_split=results["split"],
-        metric_type=task.CARD["metric_type"],
-        metric_value=round(scores[task.CARD["score"]], 2),
-    )
+    data = {"dataset_type": dataset or results["task"], "dataset_name": results["task"]}
+    metric = {"metric_type": task.CARD["metric_type"], "metric_value": round(scores[task.CARD["score"]], 2)}
+    result = EvalResult(task_type=task.CARD["task_type"], dataset_split=results["split"], **data, **metric)
     bases = {
         config.get(f"{base}_model_id", results[f"{base}_model"]): config.get(f"{base}_model_revision")
         for base in reversed(BASES)
@@ -180,19 +155,10 @@ def write_card(folder: Path, name: str, results: dict, code: str | None):
         f"## Test split of `{results['task']}`, {results['size']} rows\n\n| | |\n|---|---|\n{table}\n\n{fusion}"
         f"## Recipe\n\n```bash\n{results['command']}\n```\n\n"
     )
-    card = hub.make_card(
-        name,
-        results["method"],
-        bases,
-        results["trained_parameters"],
-        code,
-        results["versions"],
-        results["adapter_sha256"][SAFE_WEIGHTS_NAME],
-        sections,
-        datasets=[dataset] if dataset else None,
-        model_name=name,
-        eval_results=[result],
-    )
+    adapter_digest = results["adapter_sha256"][SAFE_WEIGHTS_NAME]
+    facts = results["method"], bases, results["trained_parameters"], code, results["versions"], adapter_digest
+    metadata = {"datasets": [dataset] if dataset else None, "model_name": name, "eval_results": [result]}
+    card = hub.make_card(name, *facts, sections, **metadata)
     card.save(folder / "README.md")
     shutil.rmtree(folder / ".eval_results", ignore_errors=True)  # of an earlier run
     if dataset:

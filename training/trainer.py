@@ -368,13 +368,7 @@ class StepChecks(TrainerCallback):
 
 
 def find_best_checkpoint(checkpoint: Path) -> str | None:
-    """
-    The best checkpoint so far, which is searched for beside the checkpoint to resume from, since the folder may have
-    been moved.
-
-    Raises:
-        ValueError: if it is missing or damaged.
-    """
+    """The best checkpoint so far, searched for beside the given one. Raises `ValueError` if it is lost or damaged."""
     best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["best_model_checkpoint"]
     if best is None:
         return None
@@ -425,9 +419,7 @@ class Speed(TrainerCallback):
         self.seconds, self.last = self.seconds + now - self.last, now
 
     def measure(self, accelerator) -> dict[str, float]:
-        """
-        Throughput since the last log, summed over all processes, and the peak memory, the maximum over all processes.
-        """
+        """Throughput since the last log, the sum over all processes, and the peak memory, their maximum."""
         self.add_seconds()  # the Trainer has synchronized with the device to read the loss
         own = [self.samples, self.text_tokens, self.visual_tokens, peak_memory(accelerator.device)]
         own = torch.tensor([float(value) for value in own], device=accelerator.device)
