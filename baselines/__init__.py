@@ -286,7 +286,7 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
 
 
 class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
-    """A method with image tokens, which rows contain for each image and whose embeddings its features replace."""
+    """A method whose rows contain the ids `image_tokens` for each image; its features replace their embeddings."""
 
     @property
     def image_tokens(self) -> list[int]:

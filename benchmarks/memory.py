@@ -113,7 +113,7 @@ def measure(shape: tuple) -> dict:
 
 
 def resident_set(field: str, process: int | str = "self") -> int:
-    """Bytes of a process: `VmRSS` now, `VmHWM` at most since the last reset, `RssAnon` now and in no file."""
+    """Bytes of a process: `VmRSS` now, `VmHWM` at most since the last reset, `RssAnon` now without mapped files."""
     status = (PROC.parent / str(process) / "status").read_text(encoding="utf-8")
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
 

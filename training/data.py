@@ -36,7 +36,7 @@ logger = logging.get_logger("train")
 
 
 def load_rows(task, name: str, arguments):
-    """Rows of a split, images undecoded. Raises `ValueError` if it is empty, lacks a column or reads no such flag."""
+    """Rows of a split, images undecoded. Raises `ValueError` if it is empty, lacks a column or has no such option."""
     limit, taken = arguments.max_samples, inspect.signature(task.load).parameters
     makes_any_size = "max_samples" in taken
     given = {option: getattr(arguments, option) for option in ("columns", "holdout", "captions")}
@@ -63,7 +63,7 @@ def load_rows(task, name: str, arguments):
 
 
 def read_image(image) -> Image.Image | None:
-    """Reads an entry of an image column, decoded or not, as an RGB image like the processor, or `None` if it is."""
+    """Reads an entry of an image column, decoded or not, as an RGB image like the processor; `None` stays `None`."""
     if image is None:
         return None
     # A place inside an archive, in a streamed data set
