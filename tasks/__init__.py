@@ -10,10 +10,10 @@ Each task is one file, a module with
                                      "train", "validation" or "test". Column `image` is a `datasets.Image`, None in
                                      rows without an image; images are not decoded here. If rows may have several
                                      images, `images` has all of them (None in other rows) and `image` the first.
-    context(row)                     -> str, the only part of a prompt that may be shortened
+    context(row)                     -> str, the only part of a prompt that may be shortened (or `no_context`)
     prompt(row, context)             -> str, what the user says
     answer(row)                      -> str, what the model should say
-    options(row)                     -> list of str, the possible answers after the prefix; None for a free answer
+    options(row)                     -> list of str, the answers after the prefix; None for a free one (`no_options`)
     score(records, size)             -> dict of numbers, None where there is no such row
 
 A record is a line of `predictions.jsonl`: a row without its image, with `index`, `prediction` (the text after the
