@@ -30,12 +30,7 @@ class DehvfGenerationMixin(GenerationMixin):
         return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
     def generate_batch(self, inputs, *args, **kwargs):
-        """
-        Continuous batching, for texts without an image.
-
-        Raises:
-            ValueError: if images are given, since requests that are packed into one row would all read the same image.
-        """
+        """Continuous batching. Raises `ValueError` for images, which all requests of a row would read."""
         if given := [name for name in IMAGE_ARGUMENTS if kwargs.get(name) is not None]:
             raise ValueError(
                 f"`generate_batch` was called with `{given[0]}`, but it packs several requests into one row, in which "

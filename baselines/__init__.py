@@ -270,12 +270,7 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         )
 
     def load_trained(self, folder: str | os.PathLike):
-        """
-        Reads the files of `save_pretrained` of a model that `build` has made with the same bases and values.
-
-        Raises:
-            ValueError: if other tensors are trained here. `load_state_dict` refuses other shapes.
-        """
+        """Reads what `save_pretrained` wrote for the same method. Raises `ValueError` if other tensors are trained."""
         tensors, names = load_file(Path(folder) / SAFE_WEIGHTS_NAME), self._trained_names()
         if differing := sorted(tensors.keys() ^ names):
             raise ValueError(
