@@ -692,15 +692,10 @@ def build(
         max_batch_size: maximum number of answers in one call of `generate`.
 
     Raises:
-        ValueError: if the model is no DEHVF adapter, or its generation config has a setting that is not supported.
+        ValueError: if the generation config of the model has a setting that is not supported.
     """
     name = manager.force_model
     model, processor = manager.load_model_and_processor(manager.process_model_name(name))
-    if model.config.model_type != "dehvf":
-        raise ValueError(
-            f"{name} is a model of the type {model.config.model_type!r}, not a DEHVF adapter. Give a folder that "
-            "`train.py` has saved, or its Hub id."
-        )
     engine = Engine(model, processor, reader, max_context_tokens, max_batch_size)
     app = build_server(
         manager,
@@ -799,6 +794,12 @@ def main(
     manager = ModelManager(**options, force_model=adapter)
     hosts = ["localhost", host, *hosts]
     try:
+        model, _ = manager.load_model_and_processor(manager.process_model_name(adapter))
+        if model.config.model_type != "dehvf":
+            raise ValueError(
+                f"{adapter} is a model of the type {model.config.model_type!r}, not a DEHVF adapter. Give a folder "
+                "that `train.py` has saved, or its Hub id."
+            )
         app = build(manager, reader, hosts, origins, max_context_tokens, max_requests, max_batch_size)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
