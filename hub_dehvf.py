@@ -71,12 +71,12 @@ print(processor.batch_decode(tokens, skip_special_tokens=True)[0])
 
 
 def is_hub_id(location) -> bool:
-    """Whether this is an id on the Hub (`org/name`), and not a folder."""
+    """Whether this is an id on the Hub (`org/name`), and not a folder or file."""
     try:
         validate_repo_id(location)
     except HFValidationError:
         return False
-    return location is not None and not os.path.isdir(location)
+    return location is not None and not os.path.exists(location)
 
 
 def check_hub_ids(**bases: str | None):

@@ -417,8 +417,9 @@ def test_a_finished_run_with_other_arguments_is_moved(interrupted):
     flags, output = interrupted
     train.main(flags(output))
     before, weights = json.loads((output / "results.json").read_text()), adapters(output)
-    with pytest.raises(ValueError, match="is in the output folder .* Give another `--output_dir`"):
-        move_finished_run(output, before["run"], str(output / "checkpoint-4"))
+    for name in ("adapter", "data_path", "captions"):
+        with pytest.raises(ValueError, match=f"`--{name} .* is in the output folder .* Give another `--output_dir`"):
+            move_finished_run(output, before["run"], {name: str(output / "checkpoint-4")})
     train.main(flags(output, learning_rate=0.01))
     moved = output.with_name(f"{output.name}-{before['run'][:8]}")
     assert json.loads((moved / "results.json").read_text()) == before

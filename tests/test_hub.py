@@ -26,7 +26,7 @@ from tiny import DEHVF_SIZES, ROOT, tiny_config
 import dehvf
 import train
 from training.flags import DEFAULT_RECIPE
-from training.results import command_of
+from training.results import KEPT_FILES, PUSHED_FILES, command_of
 
 
 pytestmark = pytest.mark.slow
@@ -401,6 +401,10 @@ def test_a_run_pushes_its_adapter_once_and_nothing_else(hub, trained):
     assert sorted(hub.files("org/dehvf-trained")) == RUN_PUSHED
     assert list(trained.glob("checkpoint-*/optimizer.pt")), "there was more to push"
     assert {"training_args.bin", "predictions.jsonl", "example.png"} <= {path.name for path in trained.iterdir()}
+    private = ["train.json", "test.json", "log.txt", "example.txt", "run.json", "data/config.json"]
+    assert not list(filter_repo_objects(private, allow_patterns=PUSHED_FILES, ignore_patterns=KEPT_FILES))
+    template = read_json(trained / "results.json")["template"]
+    assert "{prompt}" in template and make_rows()[0]["question"] not in template
     assert hub.read("org/dehvf-trained", "model.safetensors") == (trained / "model.safetensors").read_bytes()
 
 

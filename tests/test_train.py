@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 
 import datasets
@@ -421,6 +423,18 @@ def test_rows_without_an_image_can_be_left_out_of_training(scienceqa):
     split = make_split(scienceqa[0], only_images=True)
     assert len(split) == 3 and all(row["image"] is not None for row in split)
     assert len(make_split(scienceqa[0], "test", training=False, only_images=True)) == 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 2, 9])
+def test_workers_repeat_each_row_of_a_stream_equally_often(tmp_path, num_workers):
+    for file, numbers in {"a": range(2), "b": range(2, 8)}.items():
+        rows = [{"question": (1 + number) * "why ", "answer": "so"} for number in numbers]
+        (tmp_path / f"train-{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = DataArguments(task="vqa", data_path=str(tmp_path), columns="image=none", streaming=True)
+    split = StreamedSplit(get_task("vqa"), "train", tiny_processor(), arguments, shuffle_seed=0)
+    loader = torch.utils.data.DataLoader(split, batch_size=1, collate_fn=itemgetter(0), num_workers=num_workers)
+    found = Counter(len(row["input_ids"]) for row in itertools.islice(loader, 24))
+    assert sorted(found.values()) == 8 * [3], found
 
 
 @pytest.mark.extended

@@ -488,8 +488,18 @@ def test_a_value_of_a_recipes_task_is_not_that_of_another_task(tmp_path):
 
 def test_a_number_of_epochs_overrides_a_recipes_number_of_steps(tmp_path):
     (tmp_path / "steps.yaml").write_text("max_steps: 1500\n")
-    training = parse_arguments([str(tmp_path / "steps.yaml"), "--num_train_epochs", "2"])[-1]
-    assert (training.num_train_epochs, training.max_steps) == (2, -1)
+    words = [str(tmp_path / "steps.yaml"), "--num_train_epochs", "2"]
+    _, *parsed = parse_arguments(words)
+    check_arguments(words, *parsed[:3], parsed[-1])
+    assert (parsed[-1].num_train_epochs, parsed[-1].max_steps) == (2, -1)
+
+
+def test_a_flag_overrides_the_partner_of_its_value_in_a_recipe(tmp_path):
+    (tmp_path / "row.yaml").write_text("base_learning_rate: 0.02\nstreaming: true\nmax_steps: 5\n")
+    words = [str(tmp_path / "row.yaml"), "--learning_rate", "1e-4", "--num_train_epochs", "0"]
+    _, *parsed = parse_arguments(words)
+    check_arguments(words, *parsed[:3], parsed[-1])
+    assert (parsed[-1].learning_rate, parsed[-1].max_steps) == (1e-4, -1)
 
 
 def test_a_recipe_overrides_the_partner_of_its_value_in_its_base(tmp_path):

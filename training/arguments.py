@@ -349,7 +349,8 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
     """
     given = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in flags if word.startswith("--")}
     if recipe := find_recipe(flags):
-        given |= {name for name, value in read_yaml(recipe).items() if value is not None}
+        overridden = {other for name, other in PARTNERS if name in given}
+        given |= {name for name, value in read_yaml(recipe).items() if value is not None} - overridden
     method, is_baseline = model_args.method, model_args.method in BASELINES
     check_training_arguments(given, training_args)
     for name in ("max_prompt_length", "max_new_tokens", "max_samples"):
@@ -362,7 +363,7 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
             "`--early_stopping_patience` needs `--load_best_model_at_end true` and the same `--eval_strategy` and "
             "`--save_strategy`, `epoch` or `steps`."
         )
-    if data_args.streaming and training_args.max_steps <= 0:
+    if data_args.streaming and training_args.max_steps <= 0 and training_args.num_train_epochs > 0:
         raise ValueError(
             "`--streaming` needs `--max_steps`, since the number of rows is unknown. Set it to rows x epochs / total "
             "batch size."

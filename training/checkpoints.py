@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from training.engines import ENGINE_OF_ONE, name_engine
-from training.flags import PLACES, ROOT
+from training.flags import FILE_FLAGS, PLACES, ROOT
 
 
 MANIFEST, RUN_FILE, RESULTS_FILE = "manifest.json", "run.json", "results.json"
@@ -235,7 +235,7 @@ def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | No
         earlier, results = read_json(output_dir / RUN_FILE), read_json(output_dir / RESULTS_FILE)
         finished = "scores" in results and results.get("run") == earlier.get("run")
         if finished and find_differing(run["arguments"], earlier["arguments"]):
-            move_finished_run(output_dir, earlier["run"], run["arguments"]["adapter"])
+            move_finished_run(output_dir, earlier["run"], run["arguments"])
         if not earlier and (left := list_checkpoints(output_dir)):
             logger.warning(f"{output_dir} has no {RUN_FILE}, so this run does not resume from {left[-1]}.")
         found = None if finished or not earlier else find_last_checkpoint(output_dir, earlier["run"])
@@ -274,13 +274,14 @@ def read_named_checkpoint(checkpoint: Path, output_dir: Path) -> dict:
     return manifest
 
 
-def move_finished_run(output_dir: Path, run: str, adapter: str | None):
+def move_finished_run(output_dir: Path, run: str, arguments: dict):
     """Renames the folder of a finished run, so that a run with other arguments does not overwrite its results."""
-    if adapter is not None and Path(adapter).resolve().is_relative_to(output_dir.resolve()):
-        raise ValueError(
-            f"`--adapter {adapter}` is in the output folder {output_dir}, which has the results of a finished run. "
-            "Give another `--output_dir`."
-        )
+    for name in FILE_FLAGS:
+        if (place := arguments.get(name)) and Path(place).resolve().is_relative_to(output_dir.resolve()):
+            raise ValueError(
+                f"`--{name} {place}` is in the output folder {output_dir}, which has the results of a finished run "
+                "and would be renamed. Give another `--output_dir`."
+            )
     target = output_dir.absolute().with_name(f"{output_dir.absolute().name}-{run[:8]}")
     try:
         output_dir.rename(target)

@@ -13,6 +13,7 @@ import os
 import re
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -213,9 +214,7 @@ class StreamedSplit(torch.utils.data.IterableDataset):
     """A train split that is read and encoded row by row. Rows with unreadable images are skipped and counted."""
 
     def __init__(self, task, name: str, processor, arguments, shuffle_seed: int | None):
-        self.rows = load_rows(task, name, arguments)
-        if shuffle_seed is not None:
-            self.rows = self.rows.shuffle(seed=shuffle_seed, buffer_size=1000)
+        self.rows, self.shuffle_seed = load_rows(task, name, arguments), shuffle_seed
         self.unreadable_images, self._shortened = Counter(), Counter()
         self.encoder = RowEncoder(task, name, processor, arguments.max_prompt_length, training=True)
 
@@ -225,11 +224,20 @@ class StreamedSplit(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         """Repeats the rows endlessly: for the Trainer, a stream is one epoch of `max_steps`."""
+        worker = torch.utils.data.get_worker_info()
+        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for epoch in itertools.count():
-            self.rows.set_epoch(epoch)
-            num_rows, num_good = 0, 0
-            for index, row in enumerate(self.rows):
+            rows, num_rows, num_good = self.rows, 0, 0
+            if self.shuffle_seed is not None:  # not by `set_epoch`, which sets the epoch of all workers
+                generator = np.random.default_rng((self.shuffle_seed, epoch))
+                rows = rows.shuffle(generator=generator, buffer_size=1000)
+            # By `iter`, each worker sees the rows of all files. If it repeated the files that `datasets` assigns to
+            # it, rows of small files would come more often.
+            for index, batch in enumerate(rows.iter(batch_size=1)):
+                if index % num_workers != worker_id:
+                    continue
                 num_rows += 1
+                row = {name: values[0] for name, values in batch.items()}
                 try:
                     image = read_images(row)
                 except Exception as error:
@@ -241,7 +249,7 @@ class StreamedSplit(torch.utils.data.IterableDataset):
                 if encoded["shortened"]:
                     self._shortened.add_one()
                 yield {"index": index, "image": image, **add_labels(encoded)}
-            if not num_rows:  # this worker has no shard of the data
+            if not num_rows:  # there are fewer rows than workers
                 return
             if not num_good:
                 raise ValueError("No image of the stream can be read.")

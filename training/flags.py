@@ -26,6 +26,7 @@ RENAMED |= {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_step
 RENAMED |= {"overwrite_output_dir": "resume_from_checkpoint never"}
 # Flags that name a folder or a repository on the Hub
 PLACES = ("data_path", "adapter", "vision_model", "text_model")
+FILE_FLAGS = (*PLACES, "chat_template", "captions")
 # Pairs of which the first has no effect if the second is given as well
 PARTNERS = (("learning_rate", "base_learning_rate"), ("num_train_epochs", "max_steps"))
 
@@ -61,7 +62,7 @@ def read_recipe(recipe: Path) -> dict:
         for name, other in PARTNERS:  # a recipe overrides its base like a flag overrides a recipe
             if own.get(name) is not None:
                 values.pop(other, None)
-        for name in (*PLACES, "chat_template", "captions"):
+        for name in FILE_FLAGS:
             if (place := own.get(name)) is not None:
                 places = (file.absolute().parent / place, Path(place), ROOT / place)
                 own[name] = str(next(filter(Path.exists, places), place))

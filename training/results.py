@@ -23,10 +23,13 @@ from training.flags import ROOT
 from training.fusion import describe_fusion
 
 
-# Files to push: no checkpoints, no pickled arguments, and nothing from data that may be private
-PUSHED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*_dehvf.py", "README.md"]
-PUSHED_FILES += [".eval_results/*.yaml"]
-KEPT_FILES = ["[!.]*/*", "run.json", "example.txt"]  # the first pattern: folders whose names do not begin with a dot
+# Files to push: no checkpoints, no pickled arguments, and nothing from data that may be private, such as example.txt.
+# The last two lines are files of tokenizers.
+PUSHED_FILES = ["README.md", "*_dehvf.py", "results.json", ".eval_results/*.yaml"]
+PUSHED_FILES += ["model.safetensors", "*config.json", "chat_template.jinja"]
+PUSHED_FILES += ["tokenizer*.json", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
+PUSHED_FILES += ["normalizer.json", "source.spm", "target.spm"]
+KEPT_FILES = ["[!.]*/*"]  # in folders whose names do not begin with a dot
 # Values in the scores of a task for which higher is not better
 NO_SCORES = ("count", "scale", "unparsed")
 
@@ -102,7 +105,7 @@ def describe_run(task, processor, model, split: Split, data_args, model_args, tr
         **{name: getattr(data_args, name) for name in ("task", "data_path", "columns", "holdout", "captions")},
         "split": split.name,
         "size": len(split),
-        "template": render(processor, task.prompt(split.rows[0], "{context}")) + task.ANSWER_PREFIX,
+        "template": render(processor, "{prompt}") + task.ANSWER_PREFIX,
         "decoding": f"greedy, max_new_tokens={data_args.max_new_tokens}",
         **{name: getattr(training_args, name) for name in ("seed", "data_seed", "learning_rate")},
         "adapter": model_args.adapter,
