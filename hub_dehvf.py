@@ -4,6 +4,7 @@
 import hashlib
 import os
 import re
+import shutil
 from inspect import signature
 from tempfile import TemporaryDirectory
 
@@ -21,7 +22,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME
 
 
 CARD_MARK = "<!-- Written for an adapter with the SHA-256 {}. Without this line the card is left as it is. -->"
@@ -216,6 +217,11 @@ class HubMixin:
         signature(upload_folder).bind(repo_id=repo_id, folder_path=".", **options)  # before anything is on the Hub
         repo_id = open_repository(repo_id, private, token, kwargs.get("revision"))
         with TemporaryDirectory() as folder:
+            # By these files `save_pretrained` sees a processor or bases that are there, and keeps them
+            there = {"revision": kwargs.get("revision"), "token": token}
+            for name in (CONFIG_NAME, PROCESSOR_NAME):
+                if file_exists(repo_id, name, **there):
+                    shutil.copy(hf_hub_download(repo_id, name, **there), folder)
             self.save_pretrained(folder, merge_base=merge_base)
             with open(os.path.join(folder, SAFE_WEIGHTS_NAME), "rb") as adapter:
                 adapter_digest = hashlib.file_digest(adapter, "sha256").hexdigest()

@@ -364,7 +364,10 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         rows = slice(None)
         if not keeps_all:
             rows = image_mask.to(pixel_values.device).nonzero().flatten()
-            rows = rows if len(rows) else rows.new_zeros(1)  # see `_needs_images`
+        if image_mask is not None and (keeps_all or not len(rows)):  # encodes pixels of no image, which may be NaN
+            pixel_values = pixel_values.masked_fill(~image_mask.to(pixel_values.device).view(-1, 1, 1, 1), 0)
+        if not keeps_all and not len(rows):
+            rows = rows.new_zeros(1)  # see `_needs_images`
         instruction = instruction[rows] if adapter.config.reads_instruction else None
         memory, outputs = adapter.encode(self.vision_tower, pixel_values[rows], instruction, **kwargs)
         memory = memory.to(self.get_input_embeddings().weight.dtype)

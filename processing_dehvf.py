@@ -99,18 +99,22 @@ def fit_image(image: Image.Image, image_fit: str, image_processor, rows: int = 1
 ONE_WORD = '{"added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}'
 
 
-def num_appended_tokens(tokenizer) -> int:
-    """Number of special tokens that a tokenizer appends to each text, for example because of `add_eos_token`."""
+def special_tokens_mask(tokenizer) -> list[int]:
+    """For each token of the text "a" whether the tokenizer adds it as a special token."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        is_special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
-    elif backend.post_processor is None:
-        return 0
-    else:  # calling the tokenizer would reset its padding, which another thread may be using
-        one_word = type(backend).from_str(ONE_WORD)
-        one_word.post_processor = backend.post_processor
-        is_special = one_word.encode("a").special_tokens_mask
-    return len(list(takewhile(bool, reversed(is_special))))
+        return tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    if backend.post_processor is None:
+        return [0]
+    # Calling the tokenizer would reset its padding, which another thread may be using
+    one_word = type(backend).from_str(ONE_WORD)
+    one_word.post_processor = backend.post_processor
+    return one_word.encode("a").special_tokens_mask
+
+
+def num_appended_tokens(tokenizer) -> int:
+    """Number of special tokens that a tokenizer appends to each text, for example because of `add_eos_token`."""
+    return len(list(takewhile(bool, reversed(special_tokens_mask(tokenizer)))))
 
 
 IMAGE_OPTIONS = ("image_size", "max_images", "image_tiles")  # of a processor, with the values of its model's config
@@ -327,12 +331,15 @@ class DehvfProcessor(ProcessorMixin):
             text = list(text) if is_batch else [text]
             if not text or not all(isinstance(sample, str) for sample in text):
                 raise ValueError(f"`text` is {reprlib.repr(text)}. Give a text, or a list of at least one text.")
+            adds = {**kwargs.get("text_kwargs", {}), **kwargs}.get("add_special_tokens", True)
             if bos and any(sample.startswith(bos) for sample in text):
-                text = [bos + sample.removeprefix(bos) for sample in text]
+                # The others get the tokens that they would get on their own
+                added = bos if adds and special_tokens_mask(self.tokenizer)[0] else ""
+                text = [sample if sample.startswith(bos) else added + sample for sample in text]
                 if "add_special_tokens" not in kwargs.get("text_kwargs", {}):
                     kwargs.setdefault("add_special_tokens", False)
         inputs = super().__call__(images=images, text=text, **kwargs)
-        adds = kwargs.get("add_special_tokens", kwargs.get("text_kwargs", {}).get("add_special_tokens", True))
+        adds = {**kwargs.get("text_kwargs", {}), **kwargs}.get("add_special_tokens", True)
         if text is not None and adds and (appended := num_appended_tokens(self.tokenizer)):
             # The model cannot answer a prompt that ends with EOS
             for name in self.tokenizer.model_input_names:

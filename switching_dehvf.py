@@ -224,9 +224,10 @@ class SwitchingMixin:
             self.base_model.activate_adapter(adapter_name)
             self.config = self.base_model.config
 
-    def delete_adapter(self, adapter_name: str):
-        """Removes an adapter. Raises `ValueError` if none of this name is loaded, or it is active."""
-        self.base_model.remove_adapter(adapter_name)
+    def delete_adapter(self, adapter_names: str | list[str]):
+        """Removes adapters. Raises `ValueError` if none of this name is loaded, or it is active."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.base_model.remove_adapter(name)
 
     @contextmanager
     def disable_adapter(self):

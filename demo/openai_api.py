@@ -346,16 +346,19 @@ def parse(request_class: type[Request], unsupported: dict[str, tuple], body: dic
 
 def find_images(messages: list[Message], max_images: int) -> list[str]:
     """
-    The addresses of the images of a chat, in order. If there are more than `max_images`, repeated images are removed.
+    The addresses of the images of a chat, in order, each image of earlier messages once. If there are more than
+    `max_images`, images that are repeated in a message are removed too.
 
     Raises:
         RequestError: if there are more than `max_images` different ones.
     """
-    urls = [url for message in messages for url in message.image_urls()]
-    if len(urls) <= max_images:
-        return urls
-    # The same data may be written with other line breaks
-    urls = list(dict.fromkeys("".join(url.split()) if url.startswith("data:") else url for url in urls))
+    urls = []
+    for message in messages:
+        # The same data may be written with other line breaks
+        own = ["".join(url.split()) if url.startswith("data:") else url for url in message.image_urls()]
+        urls += [url for url in own if url not in urls]
+    if len(urls) > max_images:
+        urls = list(dict.fromkeys(urls))
     if len(urls) > max_images:
         places = [index for index, message in enumerate(messages) if message.image_urls()]
         limit = "one image" if max_images == 1 else f"{max_images} images"

@@ -80,8 +80,10 @@ MIN_TEMPERATURE = 1e-3  # below this the best token has all the probability, and
 MAX_PADDING = 2  # maximum ratio of all tokens of a batch to those that are not padding
 # Settings of a generation config that read the whole prompt, and the values that turn them off
 READERS_OF_PROMPTS = {"repetition_penalty": (None, 1), "no_repeat_ngram_size": (None, 0), "min_length": (None, 0)}
+READERS_OF_PROMPTS |= {"encoder_repetition_penalty": (None, 1), "encoder_no_repeat_ngram_size": (None, 0)}
 # Settings that need arguments which this server does not pass, or that cannot be streamed
 UNSUPPORTED_SETTINGS = ("token_healing", "penalty_alpha", "dola_layers", "constraints", "force_words_ids")
+UNSUPPORTED_SETTINGS += ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 SHUTDOWN_SECONDS = 120  # time limit for answers in progress after SIGTERM
 # Time limits for the body of a request and for reading a piece of an answer, so that slow clients do not block others
 UPLOAD_SECONDS = READ_SECONDS = 60
@@ -170,7 +172,8 @@ class Answer:
         if logprobs is not None:
             self._tokens.append((len(self.text.rstrip(replacement)), job.describe(token, logprobs)))
         self.ids.append(token)
-        self.text = job.tokenizer.decode(self.ids, skip_special_tokens=True)
+        # Cleaning would change text that has been sent
+        self.text = job.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         found = [place for stop in job.stop if (place := self.text.find(stop)) >= 0]
         if found:
             self.text = self.text[: min(found)]
@@ -330,6 +333,7 @@ class Engine:
         # Each answer looks for them itself, as for those of its request
         stop_strings, config.stop_strings = getattr(config, "stop_strings", None) or [], None
         self.stop = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+        config.num_return_sequences = 1  # requests have `n`
         num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_context_tokens = min(max_context_tokens, num_positions or max_context_tokens)
         self._tokenizing = threading.Lock()  # a tokenizer changes its padding in each call
@@ -389,7 +393,7 @@ class Engine:
             return {}
         given = {"temperature": request.temperature, "top_p": request.top_p}
         # OpenAI's API samples from all tokens, `generate` by default from the best 50
-        options = {"do_sample": True, "top_k": config.top_k or 0}
+        options = {"do_sample": True, "top_k": config.top_k or 0, "temperature": config.temperature or 1.0}
         return {**options, **{name: value for name, value in given.items() if value is not None}}
 
     def _answer_next(self):

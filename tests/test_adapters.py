@@ -163,6 +163,8 @@ def test_deleted_adapters_are_gone_and_their_name_is_free(model, folders):
     model.load_adapter(folders["blind"], "second")
     with pytest.raises(ValueError, match="active"):
         model.delete_adapter("default")
+    model.delete_adapter(["second", "asking"])
+    assert "second" not in model.base_model.adapters
 
 
 def test_adapters_that_cannot_be_loaded_are_refused_and_nothing_changes(model, folders, tmp_path):

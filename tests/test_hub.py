@@ -122,6 +122,11 @@ def pushed(hub, tmp_path_factory):
         except TypeError as error:
             facts["typo"] = str(error)
         tiny_processor().push_to_hub("org/dehvf-named", commit_message="Change the processor")
+        processor = tiny_processor()
+        processor.image_fit = "pad"
+        processor.push_to_hub("org/dehvf-again")
+        for merge_base in (False, True, False):
+            model.push_to_hub("org/dehvf-again", merge_base=merge_base)
         model.save_pretrained("merged", merge_base=True)
         logits["dehvf-merged"] = logits["dehvf-tiny"]
         push_folder("dehvf-merged", "merged")
@@ -270,6 +275,12 @@ def test_a_processor_is_pushed_alone_and_leaves_the_card(hub, pushed):
     changed = [path for path in after if before.get(path) != after[path]]
     assert changed and set(changed) <= {*PROCESSOR_FILES, *CODE_FILES}
     assert repository.messages[-1] == "Change the processor"
+
+
+def test_a_push_keeps_the_processor_and_merged_bases_of_the_repository(hub, pushed):
+    assert json.loads(hub.read("org/dehvf-again", "processor_config.json"))["image_fit"] == "pad"
+    assert json.loads(hub.read("org/dehvf-again", "config.json"))["merged_base"] is True
+    assert "text_model/config.json" in hub.files("org/dehvf-again")
 
 
 def test_a_push_that_is_refused_leaves_nothing_on_the_hub(hub, pushed):

@@ -589,13 +589,15 @@ def test_no_image_is_the_same_as_an_absent_one():
     torch.testing.assert_close(model(**inputs).logits, absent)
 
 
-@torch.no_grad()
-def test_pixels_of_an_absent_image_are_not_looked_at():
+@pytest.mark.parametrize("present", [True, False])
+def test_pixels_of_an_absent_image_are_not_looked_at(present):
     model = tiny_model()
     inputs = tiny_inputs()
-    inputs["pixel_values"][1] = float("nan")
-    logits = model(**inputs, image_mask=torch.tensor([True, False])).logits
-    assert logits.isfinite().all()
+    inputs["pixel_values"][1 if present else slice(None)] = float("nan")
+    outputs = model(**inputs, image_mask=torch.tensor([present, False]), labels=inputs["input_ids"])
+    outputs.loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert all(tensor.isfinite().all() for tensor in (outputs.logits, *gradients))
 
 
 def test_a_batch_without_images_trains_every_adapter_module():

@@ -82,6 +82,8 @@ def test_bos_stands_once_however_the_text_comes():
     assert ids == processor(text=rendered.removeprefix("<s>"))["input_ids"] and ids[0].count(1) == 1
     assert ids == processor.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
     assert processor(text=["<s>ab", "ab"])["input_ids"] == [[1, 4, 5], [1, 4, 5]]
+    processor.tokenizer.backend_tokenizer.post_processor = None  # a tokenizer that has BOS and does not add it
+    assert processor(text=["<s>ab", "ab"])["input_ids"] == [[1, 4, 5], [0, 4, 5]], "padded, and no BOS"
     processor.tokenizer.bos_token = None
     assert processor.apply_chat_template(message) == "abc\n"
 

@@ -876,6 +876,8 @@ def test_an_adapter_of_several_images_reads_those_of_a_request_in_their_order(re
         ((turn("user", other, PICTURE, "a"),), [other, PICTURE]),
         ((turn("user", PICTURE, PICTURE, "a"),), [PICTURE, PICTURE]),
         ((*before, turn("user", PICTURE, other, "c")), [PICTURE, other]),
+        ((*before, turn("user", PICTURE, "c")), [PICTURE]),
+        ((*before, turn("user", PICTURE, "c"), turn("assistant", "d"), turn("user", PICTURE, "e")), [PICTURE]),
     ):
         inputs, expected = prepare(*messages), processor(images=[pictures], return_tensors="pt")
         assert all(torch.equal(inputs[name], expected[name]) for name in expected)
@@ -1370,6 +1372,8 @@ def test_requests_that_wait_are_answered_together_and_as_alone(server, monkeypat
         ([{"question": 100 * "a"}, {"question": "a"}, {"question": "ab"}, {"question": 90 * "a"}], {}, [3, 1]),
         ([{"question": "abc"}, {"question": "ab"}, {"question": "xyz"}], {}, [3]),
         ([{"question": "abc"}, {"question": "ab"}, {"question": "xyz"}], {"repetition_penalty": 1.5}, [2, 1]),
+        ([{"question": "abc"}, {"question": "ab"}, {"question": "xyz"}], {"encoder_repetition_penalty": 3.0}, [2, 1]),
+        ([{"top_p": 0.5, "seed": 1}], {"temperature": 0.0}, [1]),
         ([{"max_completion_tokens": 3}, {}], {"forced_eos_token_id": 5}, [1, 1]),
         ([{"question": "abc"}, {"question": "ab"}], {"do_sample": True}, [2]),
         ([{"question": "abc", "seed": 1}, {"question": "ab", "seed": 1}], {"do_sample": True}, [1, 1]),
@@ -1392,12 +1396,14 @@ def test_settings_of_the_generation_config_work_or_are_refused(server, reader, m
     config = server.model.generation_config
     expected = server.expected()
     monkeypatch.setattr(config, "stop_strings", [expected[2:4]])
+    monkeypatch.setattr(config, "num_return_sequences", 2)
     client = TestClient(serve.build(server.manager, reader), base_url="http://localhost")
     answer = client.post("/v1/responses", json={"input": QUESTION, "max_output_tokens": MAX_NEW_TOKENS}).json()
     assert answer["output"][0]["content"][0]["text"] == expected[: expected.index(expected[2:4])]
-    monkeypatch.setattr(config, "token_healing", True)
-    with pytest.raises(ValueError, match="sets `token_healing`, which this server does not support"):
-        serve.build(server.manager, reader)
+    for name, value in {"token_healing": True, "prompt_lookup_num_tokens": 4}.items():
+        with monkeypatch.context() as context, pytest.raises(ValueError, match=f"sets `{name}`, which this server"):
+            context.setattr(config, name, value)
+            serve.build(server.manager, reader)
 
 
 def test_a_client_that_leaves_ends_its_row_alone(server, monkeypatch):
