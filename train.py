@@ -33,7 +33,7 @@ from dehvf import adapters  # noqa: E402
 from tasks import get_task  # noqa: E402
 from training.arguments import check_arguments, complete_arguments, parse_arguments  # noqa: E402
 from training.checkpoints import RUN_FILE, check_same_rows, choose_start, write_json  # noqa: E402
-from training.data import Collator, load_splits  # noqa: E402
+from training.data import Collator, digest_rows, load_splits  # noqa: E402
 from training.engines import start_engine  # noqa: E402
 from training.models import end_at_turns, load_model, load_processor, method_of  # noqa: E402
 from training.results import check_metric, command_of, evaluate, make_records, open_repository, push  # noqa: E402
@@ -60,10 +60,9 @@ def main(arguments: list[str]):
     splits = load_splits(task, processor, data_args, training_args)  # before the model, so that errors come early
     if "validation" in splits and training_args.metric_for_best_model not in (None, task.CARD["score"]):
         check_metric(task, processor, splits["validation"], training_args.metric_for_best_model)
-    if "train" in splits and not data_args.streaming:
-        run["rows"] = splits["train"].digest()
-        if checkpoint is not None:
-            check_same_rows(run["rows"], checkpoint)
+    run["rows"] = digest_rows(splits)
+    if checkpoint is not None:
+        check_same_rows(run["rows"], checkpoint)
     model = load_model(model_args, adapter_args, baseline_args)
     end_at_turns(model, processor)
     trained, total = adapters.count_parameters(model)

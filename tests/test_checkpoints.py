@@ -35,7 +35,7 @@ from training.checkpoints import (
     move_finished_run,
     read_manifest,
 )
-from training.data import Split
+from training.data import Split, digest_rows
 from training.engines import ENGINE_OF_ONE
 from training.trainer import AnswerTrainer, Speed
 
@@ -361,7 +361,9 @@ def test_a_run_with_other_arguments_is_not_gone_on_with(interrupted, other):
 def test_a_run_on_other_rows_is_not_gone_on_with(interrupted, monkeypatch):
     flags, output = interrupted
     monkeypatch.setattr(get_task("scienceqa"), "load", lambda *_, **__: make_rows(hint="cba"))
-    with pytest.raises(ValueError, match="checkpoint-4 belongs to a run on another train split.*restore its data"):
+    with pytest.raises(
+        ValueError, match="checkpoint-4 belongs to a run on another train or validation split.*restore its data"
+    ):
         train.main(flags(output))
 
 
@@ -374,7 +376,8 @@ def test_rows_with_other_images_are_other_rows(scienceqa):  # noqa: F811
         split.images = datasets.Dataset.from_dict({"image": images}, features=split.images.features)
         assert split.digest() != digest
     split.images = datasets.Dataset.from_dict({"image": content}, features=split.images.features)
-    assert split.digest() == digest
+    assert split.digest() == digest == digest_rows({"train": split, "test": split})
+    assert digest_rows({"train": split, "validation": split}) != digest, "which decides on the best checkpoint"
 
 
 def test_other_code_is_told_when_a_run_goes_on(interrupted, monkeypatch, caplog):

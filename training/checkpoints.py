@@ -315,9 +315,10 @@ def check_same_rows(rows: str, checkpoint: Path):
     """Raises `ValueError` if a checkpoint belongs to a run on other rows. `rows` is the digest of the current rows."""
     if read_manifest(checkpoint, check_files=False).get("rows", rows) != rows:
         raise ValueError(
-            f"{checkpoint} belongs to a run on another train split: rows were changed, added or removed, or are "
-            "encoded in another way. To resume that run, restore its data. For a new run, use another `--output_dir`, "
-            "perhaps with `--adapter` and this checkpoint. To replace that run, use `--resume_from_checkpoint never`."
+            f"{checkpoint} belongs to a run on another train or validation split: rows were changed, added or "
+            "removed, or are encoded in another way. To resume that run, restore its data. For a new run, use another "
+            "`--output_dir`, perhaps with `--adapter` and this checkpoint. To replace that run, use "
+            "`--resume_from_checkpoint never`."
         )
 
 
