@@ -539,6 +539,9 @@ class Source:
             elif {"messages", "conversations"} & set(unread):
                 advice += ", or `--task chat` to train on messages"
             given = f" (`{columns[0]}`)" if columns != self.task.FIELDS[name] else ""
+            if name == "image" and (own := self._find_image_column_of_others(split)):
+                advice = f"Other splits have `{own}`. Rename the column with the images to that"
+                advice += ", or, if this split has no images, add the column and leave it empty"
             what = f"{'an' if name[0] in 'aeiou' else 'a'} `{name}`{given}"
             faults.append(f"{self.label(split)}: no row has {what}. The columns are {', '.join(names)}. {advice}.")
         return faults
@@ -576,10 +579,22 @@ class Source:
 
     def _needs_image(self, split: str) -> bool:
         """Whether a split without images is a fault. A stream with a column for them may have some in later rows."""
+        if self._find_image_column_of_others(split):
+            return True
         if self.streaming:
             return not {*self.fields["image"]} & {*self.names(split)}
         others = [] if split_of(split) == "train" else self.splits
         return not any(row and row["image"] for name in others for _, row, _ in self.records(name))
+
+    def _find_image_column_of_others(self, split: str) -> str | None:
+        """
+        The column with the images of another split, if this split has none: it may have another name here. Not for the
+        train split, whose columns the others must have.
+        """
+        if split_of(split) == "train" or {*self.fields["image"]} & {*self.names(split)}:
+            return None
+        names = {column for name in self.splits for column in self.names(name)}
+        return next((column for column in self.fields["image"] if column in names), None)
 
     def _is_needed(self, name: str) -> bool:
         return name in self.task.REQUIRED or self.fields[name] != self.task.FIELDS[name]

@@ -619,6 +619,11 @@ def test_a_split_without_any_image_must_be_meant(tmp_path):
     write_image(tmp_path / "a.png")
     write_lines(tmp_path / "train.jsonl", [text, {**text, "image": "a.png"}])
     assert len(vqa.load("test", str(tmp_path))) == 1, "the data set has images"
+    write_lines(tmp_path / "test.jsonl", [{"question": "Why?", "answer": "so", "pic": "a.png"}])
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="test.jsonl: no row has an `image`.*Other splits have `image`. Rename"):
+            vqa.load("test", str(tmp_path), streaming=streaming)
+    assert read(vqa, tmp_path, "test", columns="image=none")[0]["image"] is None
 
 
 @pytest.mark.parametrize(
