@@ -48,7 +48,7 @@ def check(path: str, task: str | None = None, columns: str | None = None) -> boo
                 num_faults += check_split(source, choose_split(names, split, path), split, trained)
         for unread in source.find_unread():
             print(f"note: {unread}")
-        if "test" not in known and not hasattr(source.task, "PARTS"):
+        if not ("test" in known or hasattr(source.task, "PARTS") or source.find_unread("test")):
             print("note: there is no test split. `train.py --holdout 0.05` takes one from the train split.")
     if num_faults:
         print(f"{num_faults} faults")

@@ -29,13 +29,13 @@ def split_of(name: str) -> str | None:
     return next((str(split) for split, keywords in SPLIT_KEYWORDS.items() if words & set(keywords)), None)
 
 
-def choose_split(splits: dict, split: str, path: str, advice: str = ""):
+def choose_split(splits: dict, split: str, path: str):
     """
     The value of a split, under its own name or, if exactly one other name refers to it, under that name (`dev`,
     `train_sft`).
 
     Raises:
-        ValueError: if there is no such split, with `advice`, or if several names refer to it.
+        ValueError: if there is no such split, or if several names refer to it.
     """
     names = [split] if split in splits else [name for name in splits if split_of(name) == split]
     if len(names) > 1:
@@ -44,8 +44,14 @@ def choose_split(splits: dict, split: str, path: str, advice: str = ""):
             f"data set, rename that split to `{split}`, and save it with `save_to_disk`."
         )
     if not names:
-        raise ValueError(f"{path} has no split `{split}`. It has: {', '.join(splits)}.{advice}")
+        raise ValueError(f"{path} has no split `{split}`. It has: {', '.join(splits)}.")
     return splits[names[0]]
+
+
+def split_of_file(file: Path, folder: Path) -> str | None:
+    """The split that a file's name refers to, or else the nearest of the folders that contain it, below `folder`."""
+    parts = file.relative_to(folder).with_suffix("").parts
+    return next((split_of(part) for part in reversed(parts) if split_of(part)), None)
 
 
 def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
@@ -59,10 +65,8 @@ def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
     files = sorted(path.glob(pattern)) or sorted(path.rglob(pattern))
     splits = {}
     for file in files:
-        parts = file.relative_to(path).with_suffix("").parts
-        if not any(part.startswith(".") for part in parts):
-            split = next((split_of(part) for part in reversed(parts) if split_of(part)), None)
-            splits.setdefault(split, []).append(file)
+        if not any(part.startswith(".") for part in file.relative_to(path).parts):
+            splits.setdefault(split_of_file(file, path), []).append(file)
     others = splits.pop(None, [])
     if others and "train" not in splits:
         splits["train"] = others

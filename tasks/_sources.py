@@ -14,6 +14,7 @@ A task that reads such data (`tasks/vqa.py`, `tasks/chat.py`) has, in addition t
 
 import difflib
 import json
+import logging
 import os
 import re
 import reprlib
@@ -54,8 +55,11 @@ from tasks._formats import (
     open_dataset,
     read_records,
     split_of,
+    split_of_file,
 )
 
+
+logger = logging.getLogger(__name__)
 
 # In a row with several images, `image` is the first one and `images` has all of them. In other rows `images` is None.
 IMAGE_FEATURES = {"image": Image(), "images": List(Image(decode=False))}
@@ -75,6 +79,7 @@ SYNONYMS = {
 NUMBERED_IMAGE = re.compile(r"(image|img|picture|photo)[ _-]?\d+", re.IGNORECASE)
 # Keys of an image that is an object, as in data sets on the Hub and in the messages of several APIs
 ENCODED_IMAGE, PLACE_OF_IMAGE = ("bytes", "base64", "data"), ("path", "url", "image_url", "file_name", "image")
+MOST_NOTES = 5  # about files that are not read
 LONGEST_FILE_NAME = 255  # of the usual file systems; longer texts may be base64
 
 
@@ -476,6 +481,8 @@ class Source:
         part = self._part(split)
         if faults := self.find_missing(split, self.find_absent(split)):
             raise ValueError(faults[0])
+        for note in self.find_unread() if split == "train" else ():
+            logger.warning(note)
         rows = self._read_files(split, part) if self.has_files else self._read_rows(split, part)
         if not self.streaming:
             fields = [name for name in self.fields if name in rows.column_names]  # others are read into these
@@ -571,11 +578,26 @@ class Source:
                 similar |= dict.fromkeys(SYNONYMS[name].split(), (name, own))
         return similar
 
-    def find_unread(self) -> list[str]:
-        """Notes about files of missing splits that have another format than the data set."""
-        found = [splits for pattern in FORMATS for splits in find_files(Path(self.path), pattern).items()]
-        unread = [file for split, files in found if self.files and split not in self.files for file in files]
-        return [f"{file} is not read, since other files are {self.format}. Save it as that too." for file in unread]
+    def find_unread(self, split: str | None = None) -> list[str]:
+        """Notes about data files that are not read. With `split`, only about those that may be this split."""
+        folder, notes = Path(self.path), []
+        read = {file for files in self.files.values() for file in files}
+        own = next((pattern for pattern, name in FORMATS.items() if name == self.format), None)
+        for place, folders, names in os.walk(folder) if read and folder.is_dir() else ():
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for file in (Path(place, name) for name in sorted(names) if not name.startswith(".")):
+                part = split_of_file(file, folder)
+                if file in read or not any(map(file.match, FORMATS)) or split not in (None, part):
+                    continue
+                if not file.match(own):
+                    reason = f"other files are {self.format}. Save it as that too"
+                elif file.parent != folder and any(other.parent == folder for other in read):
+                    reason = f"{folder} itself contains data. Move it there"
+                else:
+                    reason = "its name has no split, unlike those of others. Add the split, as in `train-2`"
+                notes.append(f"{file} is not read, since {reason}.")
+        more = len(notes) - MOST_NOTES
+        return notes[:MOST_NOTES] + ([f"{more} more files are not read."] if more > 0 else [])
 
     def _needs_image(self, split: str) -> bool:
         """Whether a split without images is a fault. A stream with a column for them may have some in later rows."""
@@ -600,12 +622,13 @@ class Source:
         return name in self.task.REQUIRED or self.fields[name] != self.task.FIELDS[name]
 
     def _part(self, split: str) -> list[Path] | Rows:
-        takes = " Add it, or take one from the train split: `--holdout 0.05` takes 5 % of the rows."
+        takes = "Add it, or take one from the train split: `--holdout 0.05` takes 5 % of the rows."
         can_take = split != "train" and not hasattr(self.task, "PARTS")
         try:
-            return choose_split(self.splits, split, self.path, takes if can_take else "")
+            return choose_split(self.splits, split, self.path)
         except ValueError as error:
-            raise ValueError(" ".join([str(error), *self.find_unread()])) from None
+            advice = self.find_unread(split) or [takes] * can_take
+            raise ValueError(" ".join([str(error), *advice])) from None
 
     def _reader(self, split: str, *folders: Path) -> Reader:
         """Images are searched for beside the file, then in the folder of the data set."""

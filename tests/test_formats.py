@@ -496,6 +496,31 @@ def test_files_of_another_format_do_not_replace_the_train_file(tmp_path, capsys)
     assert read(vqa, tmp_path / "train.csv", columns="image=none")
 
 
+def test_data_files_that_are_not_read_are_named(tmp_path, capsys, caplog):
+    row = {"question": "?", "answer": "x"}
+    for name in ("train.jsonl", "more.jsonl", "sub/train.jsonl", "test/test.jsonl", ".old/train.jsonl"):
+        write_lines(tmp_path / name, [row])
+    write_csv(tmp_path / "scores.csv", [row])
+    for number in range(4):
+        write_lines(tmp_path / "z" / f"{number}.json", [row])
+    assert check(str(tmp_path), columns="image=none")
+    assert len(vqa.load("train", str(tmp_path), columns="image=none")) == 1
+    printed = capsys.readouterr().out
+    for name, reason in (
+        ("more.jsonl", "its name has no split, unlike those of others"),
+        ("scores.csv", "other files are JSON Lines"),
+        ("sub/train.jsonl", f"{tmp_path} itself contains data"),
+        ("test/test.jsonl", f"{tmp_path} itself contains data"),
+        ("", "3 more files are not read."),
+    ):
+        note = f"{tmp_path / name} is not read, since {reason}" if name else reason
+        assert note in printed and note in caplog.text
+    assert ".old" not in printed and "holdout" not in printed
+    with pytest.raises(ValueError, match="no split `test`. It has: train. .*test/test.jsonl is not read") as error:
+        vqa.load("test", str(tmp_path))
+    assert "holdout" not in str(error.value)
+
+
 def test_a_stream_without_a_column_of_images_must_be_meant(tmp_path):
     write_image(tmp_path / "train" / "a.png")
     write_lines(tmp_path / "train" / "metadata.jsonl", [{"image_file_name": "a.png", "question": "?", "answer": "x"}])
