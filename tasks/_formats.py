@@ -74,8 +74,16 @@ def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder was written by `save_to_disk` of a `DatasetDict` or a `Dataset`."""
-    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    """Whether `save_to_disk` of a `DatasetDict` or a `Dataset` wrote a folder, or its subfolders for the splits."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")) or bool(find_saved(folder))
+
+
+def find_saved(folder: Path) -> dict[str, Path]:
+    """The subfolders for splits that `save_to_disk` of a `Dataset` wrote, if the folder has no data files."""
+    if any(file for pattern in FORMATS for file in folder.glob(pattern)):
+        return {}
+    places = [file.parent for file in sorted(folder.glob("*/state.json"))]
+    return {place.name: place for place in places if split_of(place.name)}
 
 
 def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
@@ -90,8 +98,9 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
     """
     folder = Path(path)
     if is_saved(folder):
-        rows = load_from_disk(path).with_format(None)  # it may have been saved with tensors
-        splits = {"train": rows} if isinstance(rows, Dataset) else rows
+        saved = {name: load_from_disk(place) for name, place in find_saved(folder).items()} or load_from_disk(path)
+        splits = {"train": saved} if isinstance(saved, Dataset) else saved
+        splits = {name: rows.with_format(None) for name, rows in splits.items()}  # it may have been saved with tensors
         return {name: rows.to_iterable_dataset() if streaming else rows for name, rows in splits.items()}
     if files := find_files(folder, "*.parquet"):
         readme = folder / "README.md"

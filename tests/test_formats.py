@@ -107,6 +107,11 @@ def save_to_disk(folder):
     DatasetDict({split: make_dataset(folder, split) for split in ROWS}).save_to_disk(folder)
 
 
+def save_each_to_disk(folder):
+    for split in ROWS:
+        make_dataset(folder, split).save_to_disk(folder / split)
+
+
 LAYOUTS = {
     "JSON Lines": lambda folder: save_files(folder, "{}.jsonl", write_lines),
     "JSON": lambda folder: save_files(folder, "my_{}_set.json", write_list),
@@ -122,6 +127,7 @@ LAYOUTS = {
     ),
     "Parquet with paths": save_parquet_of_paths,
     "save_to_disk": save_to_disk,
+    "save_to_disk of each split": save_each_to_disk,
 }
 
 
