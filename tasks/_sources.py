@@ -21,7 +21,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, reduce
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -146,8 +146,9 @@ def image_values(value) -> list:
 
 
 def is_no_image(value) -> bool:
-    """Whether a value is empty, as in an `images` column beside an `image` column: null, [] or [null]."""
-    return all(image is None for image in image_values(value))
+    """Whether a value is empty, as in an `images` column beside `image`: null, [], [null] or an object of nulls."""
+    values = [image.values() if isinstance(image, dict) else [image] for image in image_values(value)]
+    return all(part is None for parts in values for part in parts)
 
 
 def list_images(row: dict) -> list:
@@ -366,6 +367,16 @@ def has_only_texts(messages) -> bool:
     """Whether the feature of a column with messages allows no parts in them, and so no images."""
     turn = messages.feature if isinstance(messages, List | LargeList) else None
     return isinstance(turn, dict) and all(isinstance(part, Value) for part in turn.values())
+
+
+def find_filled(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Whether each value of an Arrow column of images is not null, an empty list or an object of nulls."""
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return pc.fill_null(pc.greater(pc.list_value_length(column), 0), False)
+    if pa.types.is_struct(column.type):
+        parts = [pc.struct_field(column, [number]).is_valid() for number in range(column.type.num_fields)]
+        return reduce(pc.or_, parts)
+    return column.is_valid()
 
 
 def has_all_bytes(rows: Dataset, column: str) -> bool:
@@ -667,7 +678,7 @@ class Source:
             names = list(rows.features or next(iter(rows)))
             return rows.map(reader.row, with_indices=True, remove_columns=names, features=features)
         present = [column for column in self.fields["image"] if column in rows.column_names]
-        filled = [column for column in present if rows.data.column(column).null_count < len(rows)]
+        filled = [column for column in present if pc.any(find_filled(rows.data.column(column))).as_py()]
         if not filled or self._has_images_in_messages(rows, filled, reader):
             return self._map(rows, reader.row, features)
         images, texts = rows.select_columns(filled), rows.remove_columns(present)
@@ -691,10 +702,8 @@ class Source:
         messages = [rows.features[name] for name in self.fields.get("messages", ()) if name in rows.column_names]
         if not hasattr(self.task, "find_images") or all(map(has_only_texts, messages)):
             return False
-        is_empty = pc.is_null(rows.data.column(columns[0]))
-        for column in columns[1:]:
-            is_empty = pc.and_(is_empty, pc.is_null(rows.data.column(column)))
-        others = rows.remove_columns(columns).select(np.flatnonzero(is_empty.to_numpy()))
+        is_filled = reduce(pc.or_, [find_filled(rows.data.column(column)) for column in columns])
+        others = rows.remove_columns(columns).select(np.flatnonzero(~is_filled.to_numpy()))
         return any(self.task.find_images(reader.fields_of(record)) for record in others)
 
     def _undecoded(self, rows: Rows, reader: Reader) -> Rows:

@@ -420,6 +420,22 @@ def test_images_in_parquet_may_be_paths_nothing_or_in_messages(tmp_path):
     assert [row["image"] for row in read(chat, tmp_path)] == ["red", "red", None]
 
 
+@pytest.mark.parametrize(
+    "empty, filled",
+    [({"images": []}, {"images": ["a.png"]}), ({"image": {"path": None}}, {"image": {"path": "a.png"}})],
+    ids=["list", "object"],
+)
+def test_an_empty_column_of_images_is_none_beside_images_in_messages(empty, filled, tmp_path):
+    write_image(tmp_path / "a.png")
+    rows = [{"messages": in_parts({"type": "image", "image": "a.png"}), **empty}]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "one")
+    write_image(tmp_path / "one" / "a.png")
+    assert [row["image"] for row in read(chat, tmp_path / "one")] == ["red"]
+    rows += [{"messages": in_parts({"type": "image", "image": None}), **filled}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    assert [row["image"] for row in read(chat, tmp_path)] == ["red", "red"]
+
+
 def test_images_belong_to_their_own_folder(tmp_path, capsys):
     """A folder's name is no pattern, and a file's name that two folders have is refused."""
     row = {"question": "?", "answer": "x", "file_name": "1.png"}
