@@ -77,6 +77,8 @@ SYNONYMS = {
 }
 # Columns of data sets that have one column for each image of a row
 NUMBERED_IMAGE = re.compile(r"(image|img|picture|photo)[ _-]?\d+", re.IGNORECASE)
+# Columns of data sets that have one column for each option of a row
+OPTION = re.compile(r"[A-F]|(?:choice|option)[ _-]?(?:[a-f]|\d+)", re.IGNORECASE)
 # Keys of an image that is an object, as in data sets on the Hub and in the messages of several APIs
 ENCODED_IMAGE, PLACE_OF_IMAGE = ("bytes", "base64", "data"), ("path", "url", "image_url", "file_name", "image")
 MOST_NOTES = 5  # about files that are not read
@@ -532,7 +534,7 @@ class Source:
         Faults for fields that no row has: if the field is required, if a column with a similar name is not read, or if
         it is the image. A stream may have images in later rows.
         """
-        names, faults = self.names(split), self._find_numbered_images(split)
+        names, faults = self.names(split), self._find_numbered_images(split) + self._find_separate_options(split)
         # Fields that are read into others, such as `system` into `messages`
         inner = [
             name for name in self.fields if name not in self.task.FEATURES and not {*self.fields[name]} & {*names}
@@ -543,7 +545,7 @@ class Source:
         for name in absent:
             columns = self.fields[name]
             unread = [column for column in names if column not in {*read, *columns}]
-            similar = [column for column in unread if column.lower() in SYNONYMS.get(name, "").split()]
+            similar = [column for column in unread if column.lower() in self._similar_names(name)]
             similar += difflib.get_close_matches(name, unread, n=1, cutoff=0.75)
             is_needed = self._is_needed(name) or name == "image" and self._needs_image(split)
             # Only a column of images must not be empty, unless it was chosen and later rows of a stream may fill it
@@ -575,6 +577,19 @@ class Source:
             f"`--columns image={numbered[0]}`."
         ]
 
+    def _find_separate_options(self, split: str) -> list[str]:
+        """A fault for columns such as `A` and `B`, each with an option, unless a column with all is read."""
+        names = self.names(split)
+        options = [column for column in names if OPTION.fullmatch(column)]
+        own = self.task.FIELDS.get("choices")
+        if len(options) < 2 or own is None or self.fields["choices"] != own or {*own} & {*names}:
+            return []
+        return [
+            f"{self.label(split)}: the columns {', '.join(options)} seem to have the options of a row. Put them into "
+            "a list, in one column `choices`, and write `answer` as the text of an option, or give "
+            "`--columns choices=none` to train without them."
+        ]
+
     def find_similar(self, split: str) -> dict[str, tuple[str, str]]:
         """
         Names of columns, in lower case, that are not read because a column with a similar name is: maps each to its
@@ -586,8 +601,12 @@ class Source:
         for name in (SYNONYMS.keys() & self.fields.keys()) - chosen - {*self.task.REQUIRED}:
             own = next((column for column in self.fields[name] if column in names), None)
             if own is not None:
-                similar |= dict.fromkeys(SYNONYMS[name].split(), (name, own))
+                similar |= dict.fromkeys(self._similar_names(name), (name, own))
         return similar
+
+    def _similar_names(self, name: str) -> list[str]:
+        """Names, in lower case, that the column of a field may have: its own, and those of other data sets."""
+        return [*self.task.FIELDS[name], *SYNONYMS.get(name, "").split()]
 
     def find_unread(self, split: str | None = None) -> list[str]:
         """Notes about data files that are not read. With `split`, only about those that may be this split."""

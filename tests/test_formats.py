@@ -494,6 +494,9 @@ AMBIGUOUS = [
     ),
     (vqa, {"answer": "x", "images": ["a.png"], "image": ["a.png", "b.png"]}, "`images` and `image` have different"),
     (vqa, {"answer": "x", "image1": "a.png", "image2": "a.png"}, "columns image1, image2 seem to have further"),
+    (vqa, {"answer": "B", "A": "cat", "B": "dog"}, "columns A, B seem to have the options.*one column `choices`"),
+    (vqa, {"answer": "x", "choice_a": "x", "choice_b": "y"}, "columns choice_a, choice_b seem to have the options"),
+    (vqa, {"answer": "x", "Option 1": "x", "Option 2": "y"}, "columns Option 1, Option 2 seem to have the options"),
 ]
 
 
@@ -585,6 +588,8 @@ UNREAD = [
     (vqa, {"question": "?", "answer": "x", "Picture": "a.png"}, "image=Picture"),
     (vqa, {"question": "?", "answer": "x", "imgae": "a.png"}, "image=imgae"),
     (vqa, {"question": "?", "answer": "x", "image": "a.png", "options": ["x", "y"]}, "choices=options"),
+    (vqa, {"question": "?", "answer": "x", "image": "a.png", "CHOICES": ["x", "y"]}, "choices=CHOICES"),
+    (vqa, {"question": "?", "answer": "x", "image": "a.png", "Context": "c"}, "context=Context"),
     (vqa, {"question": "?", "label": "x", "image": "a.png"}, "answer=label"),
     (vqa, {"question": "?", "caption": "x", "image": "a.png"}, "answer=caption"),
     (vqa, {"prompt": "?", "answer": "x", "image": "a.png"}, "question=prompt"),
@@ -617,6 +622,7 @@ MIXED = [
     ({"images": ["a.png"]}, {"Picture": "a.png"}, "image=images"),
     ({"image": "a.png", "choices": ["x", "y"]}, {"image": "a.png", "options": ["x", "y"]}, "choices=choices"),
     ({"image": "a.png", "context": "c"}, {"image": "a.png", "hint": "h"}, "context=context"),
+    ({"image": "a.png", "context": "c"}, {"image": "a.png", "CONTEXT": "h"}, "context=context"),
 ]
 
 
