@@ -83,6 +83,7 @@ OPTION = re.compile(r"[A-F]|(?:choice|option)[ _-]?(?:[a-f]|\d+)", re.IGNORECASE
 ENCODED_IMAGE, PLACE_OF_IMAGE = ("bytes", "base64", "data"), ("path", "url", "image_url", "file_name", "image")
 MOST_NOTES = 5  # about files that are not read
 LONGEST_FILE_NAME = 255  # of the usual file systems; longer texts may be base64
+BASE64_IMAGE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # the signatures of PNG, JPEG, GIF and WebP in base64
 
 
 # --- what tasks need to parse records ---
@@ -285,7 +286,8 @@ class Reader:
         if not is_text(value):
             return None, [f"`image` is {reprlib.repr(value)}. Make it a file's name in quotes, or null."]
         # Base64 may look like a path: that of a JPEG begins with /9j/
-        if len(value) > LONGEST_FILE_NAME and (data := decode_base64(value)):
+        may_be_base64 = len(value) > LONGEST_FILE_NAME or value.startswith(BASE64_IMAGE) and not self._is_file(value)
+        if may_be_base64 and (data := decode_base64(value)):
             return {"bytes": data, "path": None}, []
         if re.match(r"[A-Za-z][\w+.-]*://|data:", value) or os.path.isabs(value):  # a URL or a whole path
             return {"bytes": None, "path": value}, []
@@ -304,6 +306,9 @@ class Reader:
             return self._find_image(filled[key])
         keys = ", ".join(map(repr, (*ENCODED_IMAGE, *PLACE_OF_IMAGE)))
         return None, [f"an image is an object with {', '.join(map(repr, filled))}. Give one of {keys}."]
+
+    def _is_file(self, name: str) -> bool:
+        return any((folder / inner / name).is_file() for folder in self.folders for inner in IMAGE_FOLDERS)
 
     def _find_file(self, name: str) -> tuple[dict | None, list[str]]:
         if not self.folders:

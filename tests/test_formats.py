@@ -385,6 +385,9 @@ def test_an_image_may_be_an_object_or_base64(tmp_path, capsys):
     forms += [{key: encoded} for key in ("bytes", "base64", "data")] + [{"image_url": {"url": url}}, url]
     forms += ["./a.png", {"bytes": None, "path": "a.png"}, [None, "a.png"]]
     forms += [encoded + base64.b64encode(bytes(200)).decode()]  # longer than a name may be
+    assert len(encoded) < 255, "as short as a file name"
+    (tmp_path / "R0lGODlh").write_bytes((tmp_path / "a.png").read_bytes())  # a file name that is also base64
+    forms += [encoded, [encoded], "R0lGODlh"]
     forms = [{"image": form} for form in forms] + [{"images": [None], "image": "a.png"}]
     write_lines(tmp_path / "train.jsonl", [{"question": "?", "answer": "x", **form} for form in forms])
     assert [row["image"] for row in read(vqa, tmp_path)] == ["red"] * len(forms)
