@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
-from datasets.data_files import SPLIT_KEYWORDS
+from datasets.data_files import SPLIT_KEYWORDS, sanitize_patterns
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import metadata_load
 
 
 Rows = Dataset | IterableDataset
@@ -48,6 +49,37 @@ def choose_split(splits: dict, split: str, path: str):
     return splits[names[0]]
 
 
+def find_declared(folder: Path) -> dict[str, list[Path]]:
+    """
+    The files of each split in `configs` of a README.md, as in a clone of the Hub's repository, if there are any.
+
+    Raises:
+        ValueError: if it has several configurations, none of which is the default, or one that cannot be read.
+    """
+    if not has_configs(folder):
+        return {}
+    configs = (metadata_load(folder / "README.md") or {}).get("configs") or []
+    names = [config.get("config_name", "default") for config in configs]
+    default = [config for name, config in zip(names, configs) if config.get("default") or name == "default"]
+    if len(configs) > 1 and not default:
+        raise ValueError(
+            f"{folder / 'README.md'} declares several configurations: {', '.join(names)}. Give the folder or the file "
+            "of one of them instead, as in its `data_files`, or remove the others from `configs`."
+        )
+    config = (default or configs or [{}])[0]
+    root, found = folder / config.get("data_dir", ""), {}
+    for split, patterns in sanitize_patterns(config.get("data_files") or {}).items():
+        names = {name for pattern in patterns for name in glob.glob(pattern, root_dir=root, recursive=True)}
+        found[split] = [root / name for name in sorted(names) if f"*{Path(name).suffix}" in FORMATS]
+    return {split: files for split, files in found.items() if files}
+
+
+def has_configs(folder: Path) -> bool:
+    """Whether the README.md of a folder declares `configs`."""
+    readme = folder / "README.md"
+    return readme.is_file() and bool(re.search(r"^configs:", readme.read_text(encoding="utf-8"), re.MULTILINE))
+
+
 def split_of_file(file: Path, folder: Path) -> str | None:
     """The split that a file's name refers to, or else the nearest of the folders that contain it, below `folder`."""
     parts = file.relative_to(folder).with_suffix("").parts
@@ -56,12 +88,15 @@ def split_of_file(file: Path, folder: Path) -> str | None:
 
 def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
     """
-    The files of each split, according to their names or the names of their folders. Files with other names are the
-    train split if no other file is, and are not read otherwise. Subfolders are searched if the folder itself contains
-    no files. A `path` that is a file is the train split.
+    The files of each split: those that a README.md declares, or else according to their names or the names of their
+    folders. Files with other names are the train split if no other file is, and are not read otherwise. Subfolders are
+    searched if the folder itself contains no files. A `path` that is a file is the train split.
     """
     if path.is_file():
         return {"train": [path]} if path.match(pattern) else {}
+    if declared := find_declared(path):
+        found = {split: [file for file in files if file.match(pattern)] for split, files in declared.items()}
+        return {split: files for split, files in found.items() if files}
     files = sorted(path.glob(pattern)) or sorted(path.rglob(pattern))
     splits = {}
     for file in files:
@@ -103,8 +138,7 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
         splits = {name: rows.with_format(None) for name, rows in splits.items()}  # it may have been saved with tensors
         return {name: rows.to_iterable_dataset() if streaming else rows for name, rows in splits.items()}
     if files := find_files(folder, "*.parquet"):
-        readme = folder / "README.md"
-        if readme.is_file() and re.search(r"^configs:", readme.read_text(encoding="utf-8"), re.MULTILINE):
+        if has_configs(folder):
             return load_dataset(path, streaming=streaming)
         # `load_dataset(path)` would take a folder with more images than Parquet files for an `imagefolder`
         # These are patterns, in which a folder's name may have a special character such as `[`

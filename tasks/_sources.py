@@ -50,6 +50,7 @@ from tasks._formats import (
     Record,
     Rows,
     choose_split,
+    find_declared,
     find_files,
     is_saved,
     open_dataset,
@@ -414,7 +415,9 @@ def map_rows(rows: Dataset, function, features: Features, fingerprint: str, desc
 
 def find_format(folder: Path) -> str | None:
     """The pattern of a folder's files that are named after the train split, if any. Raises `ValueError` if several."""
-    named = {pattern: file for pattern in FORMATS for file in folder.glob(pattern) if split_of(file.stem) == "train"}
+    declared = {file for files in find_declared(folder).values() for file in files}
+    files = [(pattern, file) for pattern in FORMATS for file in folder.glob(pattern) if split_of(file.stem) == "train"]
+    named = {pattern: file for pattern, file in files if file in declared or not declared}
     if len(named) > 1:
         raise ValueError(
             f"{' and '.join(map(str, named.values()))} may both be the train split. Keep one, or give its path."
@@ -626,6 +629,8 @@ class Source:
                     continue
                 if not file.match(own):
                     reason = f"other files are {self.format}. Save it as that too"
+                elif find_declared(folder):
+                    reason = "README.md declares other files. Add it to `configs` there"
                 elif file.parent != folder and any(other.parent == folder for other in read):
                     reason = f"{folder} itself contains data. Move it there"
                 else:

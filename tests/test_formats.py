@@ -524,6 +524,34 @@ def test_files_of_another_format_do_not_replace_the_train_file(tmp_path, capsys)
     assert read(vqa, tmp_path / "train.csv", columns="image=none")
 
 
+@pytest.mark.parametrize("write, suffix", [(write_lines, "jsonl"), (write_csv, "csv")])
+def test_the_files_that_a_readme_declares_are_read(write, suffix, tmp_path, capsys):
+    """As in a clone of the Hub's repository."""
+
+    def declare(**configs):
+        configs = [{"config_name": name, "data_files": files} for name, files in configs.items()]
+        (tmp_path / "README.md").write_text(f"---\nlicense: mit\nconfigs: {json.dumps(configs)}\n---\n# Data\n")
+
+    for name in ("a", "b", "train", "easy/train"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{name}.{suffix}", [{"question": name, "answer": "x"}])
+    declare(default=[{"split": "train", "path": f"a.{suffix}"}, {"split": "test", "path": ["b.*"]}])
+    for split, name in (("train", "a"), ("test", "b")):
+        assert [row["question"] for row in read(vqa, tmp_path, split, columns="image=none")] == [name]
+    assert check(str(tmp_path), columns="image=none")
+    assert f"train.{suffix} is not read, since README.md declares other files" in capsys.readouterr().out
+    declare(default=f"*/*.{suffix}", other="a.*")
+    assert [row["question"] for row in read(vqa, tmp_path, columns="image=none")] == ["easy/train"]
+    declare(easy="easy/*", hard="a.*")
+    with pytest.raises(ValueError, match="README.md declares several configurations: easy, hard. Give the folder or"):
+        vqa.load("train", str(tmp_path))
+    assert len(read(vqa, tmp_path / "easy", columns="image=none")) == 1
+    write_image(tmp_path / "a.png")
+    for path in ("elsewhere/*", "*.png"):
+        declare(default=path)
+        assert [row["question"] for row in read(vqa, tmp_path, columns="image=none")] == ["train"]
+
+
 def test_data_files_that_are_not_read_are_named(tmp_path, capsys, caplog):
     row = {"question": "?", "answer": "x"}
     for name in ("train.jsonl", "more.jsonl", "sub/train.jsonl", "test/test.jsonl", ".old/train.jsonl"):
