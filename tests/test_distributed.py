@@ -164,17 +164,22 @@ def test_processes_whose_rows_have_different_numbers_of_images_stay_in_step(engi
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method",
+    "method, values",
     [
-        "llava-lora",
+        ("llava-lora", {}),
         *(
-            pytest.param(name, marks=pytest.mark.extended)
-            for name in ("lavin", "llama-adapter", "llama-adapter-v2", "adem-vl")
+            pytest.param(name, values, marks=pytest.mark.extended)
+            for name, values in {
+                "lavin": {"lavin_image_tokens": 2},
+                "llama-adapter": {"adaption_prompt_layers": 1, "adaption_image_layers": 2},
+                "llama-adapter-v2": {},
+                "adem-vl": {},
+            }.items()
         ),
     ],
 )
-def test_a_baseline_is_trained_and_evaluated_under_zero_2_where_one_process_has_no_image(method, train_on):
-    seen, _, answers = train_on("ZeRO-2", 2, f"ZeRO-2 {method}", method=method, max_steps=1)
+def test_a_baseline_is_trained_and_evaluated_under_zero_2_where_one_process_has_no_image(method, values, train_on):
+    seen, _, answers = train_on("ZeRO-2", 2, f"ZeRO-2 {method}", method=method, max_steps=1, **values)
     assert [process["batch_has_image"] for process in seen] == [[True], [False]] and len(answers) == 4
 
 
