@@ -5,6 +5,7 @@ Data formats: finds the splits of a file, a folder or a Hub id, and reads them a
 import csv
 import glob
 import json
+import os
 import re
 import reprlib
 from collections.abc import Iterator
@@ -70,8 +71,19 @@ def find_declared(folder: Path) -> dict[str, list[Path]]:
     root, found = folder / config.get("data_dir", ""), {}
     for split, patterns in sanitize_patterns(config.get("data_files") or {}).items():
         names = {name for pattern in patterns for name in glob.glob(pattern, root_dir=root, recursive=True)}
-        found[split] = [root / name for name in sorted(names) if f"*{Path(name).suffix}" in FORMATS]
+        found[split] = [root / name for name in sorted(names) if has_format(name)]
     return {split: files for split, files in found.items() if files}
+
+
+def has_format(name: str) -> bool:
+    return f"*{os.path.splitext(name)[1]}" in FORMATS
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """The data files in a folder and its subfolders, which may have many images too. Hidden ones are left out."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place, name) for name in sorted(filter(has_format, names)) if not name.startswith("."))
 
 
 def has_configs(folder: Path) -> bool:
@@ -115,10 +127,10 @@ def is_saved(folder: Path) -> bool:
 
 def find_saved(folder: Path) -> dict[str, Path]:
     """The subfolders for splits that `save_to_disk` of a `Dataset` wrote, if the folder has no data files."""
-    if any(file for pattern in FORMATS for file in folder.glob(pattern)):
+    places = [file.parent for file in sorted(folder.glob("*/state.json")) if split_of(file.parent.name)]
+    if places and any(has_format(file.name) for file in folder.iterdir()):
         return {}
-    places = [file.parent for file in sorted(folder.glob("*/state.json"))]
-    return {place.name: place for place in places if split_of(place.name)}
+    return {place.name: place for place in places}
 
 
 def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
@@ -157,7 +169,7 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
             f"names in lower case, or a folder that `save_to_disk` has written. Found: {reprlib.repr(names)}."
         )
     name, _, config = path.partition(":")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or f"*{folder.suffix}" in FORMATS:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or has_format(folder.name):
         raise FileNotFoundError(f"There is no file or folder {path}, and no data set on the Hub can have this name.")
     try:
         return load_dataset(name, config or None, streaming=streaming)

@@ -57,6 +57,7 @@ from tasks._formats import (
     read_records,
     split_of,
     split_of_file,
+    walk,
 )
 
 
@@ -441,14 +442,16 @@ class Source:
         self.task, self.path, self.columns, self.streaming = task, path, columns, streaming
         self.fields = self._choose_columns()
         folder = Path(path)
-        named = None if is_saved(folder) else find_format(folder)
-        for pattern, self.format in FORMATS.items():
-            is_other = is_saved(folder) or named not in (None, pattern)
-            self.splits = {} if is_other else find_files(folder, pattern)
+        if is_saved(folder):
+            patterns = []
+        else:
+            patterns = [named] if (named := find_format(folder)) else FORMATS
+        for pattern in patterns:
+            self.format, self.splits = FORMATS[pattern], find_files(folder, pattern)
             if self.splits:
                 break
         else:
-            self.format = "save_to_disk" if folder.exists() else "the Hub"
+            self.format, self.splits = "save_to_disk" if folder.exists() else "the Hub", {}
         self._names = {}
         self.has_files = bool(self.splits) and self.format != "Parquet"
         self.files = self.splits
@@ -618,26 +621,24 @@ class Source:
 
     def find_unread(self, split: str | None = None) -> list[str]:
         """Notes about data files that are not read. With `split`, only about those that may be this split."""
-        folder, notes = Path(self.path), []
-        read = {file for files in self.files.values() for file in files}
-        own = next((pattern for pattern, name in FORMATS.items() if name == self.format), None)
-        for place, folders, names in os.walk(folder) if read and folder.is_dir() else ():
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for file in (Path(place, name) for name in sorted(names) if not name.startswith(".")):
-                part = split_of_file(file, folder)
-                if file in read or not any(map(file.match, FORMATS)) or split not in (None, part):
-                    continue
-                if not file.match(own):
-                    reason = f"other files are {self.format}. Save it as that too"
-                elif find_declared(folder):
-                    reason = "README.md declares other files. Add it to `configs` there"
-                elif file.parent != folder and any(other.parent == folder for other in read):
-                    reason = f"{folder} itself contains data. Move it there"
-                else:
-                    reason = "its name has no split, unlike those of others. Add the split, as in `train-2`"
-                notes.append(f"{file} is not read, since {reason}.")
-        more = len(notes) - MOST_NOTES
-        return notes[:MOST_NOTES] + ([f"{more} more files are not read."] if more > 0 else [])
+        folder, read = Path(self.path), {file for files in self.files.values() for file in files}
+        if not read or not folder.is_dir():
+            return []
+        is_declared, is_flat = bool(find_declared(folder)), any(file.parent == folder for file in read)
+
+        def reason(file: Path) -> str:
+            if FORMATS[f"*{file.suffix}"] != self.format:
+                return f"other files are {self.format}. Save it as that too"
+            if is_declared:
+                return "README.md declares other files. Add it to `configs` there"
+            if is_flat and file.parent != folder:
+                return f"{folder} itself contains data. Move it there"
+            return "its name has no split, unlike those of others. Add the split, as in `train-2`"
+
+        unread = [file for file in walk(folder) if file not in read]
+        unread = [file for file in unread if split in (None, split_of_file(file, folder))]
+        notes = [f"{file} is not read, since {reason(file)}." for file in unread[:MOST_NOTES]]
+        return notes + [f"{len(unread) - MOST_NOTES} more files are not read."] * (len(unread) > MOST_NOTES)
 
     def _needs_image(self, split: str) -> bool:
         """Whether a split without images is a fault. A stream with a column for them may have some in later rows."""
