@@ -175,11 +175,16 @@ def write_eval_results(folder, dataset_id: str, task_id: str, value: float, **fi
 
 def _has_current_card(repo_id: str, adapter_digest: str, **source) -> bool:
     """Whether the repository has a card to keep: one for this adapter, or one that a person has written."""
-    if not file_exists(repo_id, "README.md", **source):
+    if (place := _find_file(repo_id, "README.md", **source)) is None:
         return False
-    with open(hf_hub_download(repo_id, "README.md", **source), encoding="utf-8") as card:
+    with open(place, encoding="utf-8") as card:
         made_for = re.search(CARD_MARK.format("(.*)"), card.read())
     return made_for is None or made_for[1] == adapter_digest
+
+
+def _find_file(repo_id: str, name: str, **source) -> str | None:
+    """A file of a repository, downloaded; `None` if there is none of this name."""
+    return hf_hub_download(repo_id, name, **source) if file_exists(repo_id, name, **source) else None
 
 
 class HubMixin:
@@ -218,14 +223,14 @@ class HubMixin:
         repo_id = open_repository(repo_id, private, token, kwargs.get("revision"))
         with TemporaryDirectory() as folder:
             # By these files `save_pretrained` sees a processor or bases that are there, and keeps them
-            there = {"revision": kwargs.get("revision"), "token": token}
+            source = {"revision": kwargs.get("revision"), "token": token}
             for name in (CONFIG_NAME, PROCESSOR_NAME):
-                if file_exists(repo_id, name, **there):
-                    shutil.copy(hf_hub_download(repo_id, name, **there), folder)
+                if place := _find_file(repo_id, name, **source):
+                    shutil.copy(place, folder)
             self.save_pretrained(folder, merge_base=merge_base)
             with open(os.path.join(folder, SAFE_WEIGHTS_NAME), "rb") as adapter:
                 adapter_digest = hashlib.file_digest(adapter, "sha256").hexdigest()
-            if not _has_current_card(repo_id, adapter_digest, revision=kwargs.get("revision"), token=token):
+            if not _has_current_card(repo_id, adapter_digest, **source):
                 card = make_card(
                     repo_id.split("/")[-1],
                     method="dehvf",

@@ -331,15 +331,15 @@ class DehvfProcessor(ProcessorMixin):
             text = list(text) if is_batch else [text]
             if not text or not all(isinstance(sample, str) for sample in text):
                 raise ValueError(f"`text` is {reprlib.repr(text)}. Give a text, or a list of at least one text.")
-            adds = {**kwargs.get("text_kwargs", {}), **kwargs}.get("add_special_tokens", True)
+            given = {**kwargs.get("text_kwargs", {}), **kwargs}
+            adds = given.get("add_special_tokens", True)
             if bos and any(sample.startswith(bos) for sample in text):
                 # The others get the tokens that they would get on their own
                 added = bos if adds and special_tokens_mask(self.tokenizer)[0] else ""
                 text = [sample if sample.startswith(bos) else added + sample for sample in text]
-                if "add_special_tokens" not in kwargs.get("text_kwargs", {}):
-                    kwargs.setdefault("add_special_tokens", False)
+                if "add_special_tokens" not in given:
+                    kwargs["add_special_tokens"] = adds = False
         inputs = super().__call__(images=images, text=text, **kwargs)
-        adds = {**kwargs.get("text_kwargs", {}), **kwargs}.get("add_special_tokens", True)
         if text is not None and adds and (appended := num_appended_tokens(self.tokenizer)):
             # The model cannot answer a prompt that ends with EOS
             for name in self.tokenizer.model_input_names:

@@ -20,7 +20,7 @@ from baselines import BaselineArguments
 from dehvf import DehvfConfig, hub
 from tasks import NAMES
 from training.engines import ENGINE_OF_ONE, name_engine
-from training.flags import PARTNERS, find_recipe, read_command, read_yaml
+from training.flags import find_recipe, read_command, read_yaml, without_partners
 
 
 DESCRIPTION = "Trains adapters on frozen bases, evaluates them on the test split and saves them with a model card."
@@ -230,9 +230,7 @@ def parse_arguments(arguments: list[str]):
         allow_abbrev=False,
     )
     recipe, values, flags = read_command(arguments)
-    for name, other in PARTNERS:
-        if name in flags:  # otherwise the value of the other one in the recipe would take precedence
-            values.pop(other, None)
+    values = without_partners(values, flags)
     words = [f"--output_dir=outputs/{recipe.stem}"]
     for name, value in values.items():
         if isinstance(value, dict) or isinstance(value, list) and name == "layer_mapping":
@@ -349,8 +347,8 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
     """
     given = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in flags if word.startswith("--")}
     if recipe := find_recipe(flags):
-        overridden = {other for name, other in PARTNERS if name in given}
-        given |= {name for name, value in read_yaml(recipe).items() if value is not None} - overridden
+        values = without_partners(read_yaml(recipe), given)
+        given |= {name for name, value in values.items() if value is not None}
     method, is_baseline = model_args.method, model_args.method in BASELINES
     check_training_arguments(given, training_args)
     for name in ("max_prompt_length", "max_new_tokens", "max_samples"):

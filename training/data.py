@@ -273,7 +273,7 @@ def load_splits(task, processor, data_args, training_args) -> dict[str, Split | 
 
 
 def digest_rows(splits: dict[str, Split | StreamedSplit]) -> str:
-    """Of the rows that a run learns from, or chooses its best checkpoint by. Those of a stream are not known."""
+    """The digests of the rows that a run learns from or chooses its best checkpoint by, except those of a stream."""
     return " ".join(split.digest() for name, split in splits.items() if name != "test" and isinstance(split, Split))
 
 

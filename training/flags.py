@@ -59,15 +59,20 @@ def read_recipe(recipe: Path) -> dict:
     values = {}
     for file, own in reversed(read_chain(recipe)):
         values = keep_values(values, own.get("task"))
-        for name, other in PARTNERS:  # a recipe overrides its base like a flag overrides a recipe
-            if own.get(name) is not None:
-                values.pop(other, None)
+        # A recipe overrides its base like a flag overrides a recipe
+        values = without_partners(values, {name for name, value in own.items() if value is not None})
         for name in FILE_FLAGS:
             if (place := own.get(name)) is not None:
                 places = (file.absolute().parent / place, Path(place), ROOT / place)
                 own[name] = str(next(filter(Path.exists, places), place))
         values |= own
     return {name: value for name, value in values.items() if value is not None}
+
+
+def without_partners(values: dict, given) -> dict:
+    """Values without those that would take precedence over values `given` later, see [`PARTNERS`]."""
+    overridden = {other for name, other in PARTNERS if name in given}
+    return {name: value for name, value in values.items() if name not in overridden}
 
 
 def read_chain(recipe: Path) -> list[tuple[Path, dict]]:

@@ -23,9 +23,10 @@ def load_processor(model_args, adapter_args):
     """
     bases = (model_args.vision_model, model_args.text_model)
     chat_template = model_args.chat_template
-    if chat_template is not None:
-        is_plain = chat_template == "plain"
-        chat_template = processing.CHAT_TEMPLATE if is_plain else Path(chat_template).read_text(encoding="utf-8")
+    if chat_template == "plain":
+        chat_template = processing.CHAT_TEMPLATE
+    elif chat_template is not None:
+        chat_template = Path(chat_template).read_text(encoding="utf-8")
     try:
         if model_args.adapter is not None:
             source = {"revision": model_args.adapter_revision}
