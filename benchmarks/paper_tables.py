@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
-from benchmarks import RESULTS, machine_in_words, save_report, spread
+from benchmarks import RESULTS, heading, machine_in_words, save_report, spread, table
 
 
 ROOT = Path(__file__).parents[1]
@@ -220,12 +220,12 @@ def measure_seconds() -> dict:
 def collect() -> dict:
     """Table -> row -> trained parameters and, for each column, one accuracy per seed that is there."""
     tables = {}
-    for table, rows in TABLES.items():
-        tables[table] = {}
+    for title, rows in TABLES.items():
+        tables[title] = {}
         for name, row in rows.items():
             runs = {seed: run for seed in SEEDS if (run := read_run(row, seed))}
             if runs:
-                tables[table][name] = {
+                tables[title][name] = {
                     "flags": row,
                     "seeds": list(runs),
                     "trained_parameters": next(iter(runs.values()))["trained_parameters"],
@@ -239,10 +239,10 @@ def collect() -> dict:
 def compare_with_paper(tables: dict) -> list[dict]:
     """For each order that the paper finds: whether image questions have it here."""
     found = []
-    for table, better, worse in PAPER_ORDER:
-        if not {better, worse} <= tables[table].keys():
+    for title, better, worse in PAPER_ORDER:
+        if not {better, worse} <= tables[title].keys():
             continue
-        high, low = (tables[table][name]["scores"]["IMG"] for name in (better, worse))
+        high, low = (tables[title][name]["scores"]["IMG"] for name in (better, worse))
         difference = statistics.mean(high) - statistics.mean(low)
         if min(len(high), len(low)) == 1:
             verdict = "as in the paper, one seed" if difference > 0 else "reversed, one seed"
@@ -257,12 +257,12 @@ def compare_with_paper(tables: dict) -> list[dict]:
 
 
 def markdown(report: dict) -> str:
-    lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"]]
-    for table, rows in report["tables"].items():
+    lines = heading(report["command"], report["note"])
+    for title, rows in report["tables"].items():
         timed = any(name in report["seconds"] for name in rows)
         head = ["", "trained", "seeds", *COLUMNS, *FUSION_FIGURES.values()]
         head += ["s / training batch (4)", "s / inference batch (32)"] if timed else []
-        lines += ["", f"## {table}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        body = []
         for name, row in rows.items():
             cells = [name, f"{row['trained_parameters']:,}", str(len(row["seeds"]))]
             cells += [spread(row["scores"][column]) for column in COLUMNS]
@@ -271,12 +271,14 @@ def markdown(report: dict) -> str:
                 cells.append(" to ".join(dict.fromkeys(f"{end(values):.3f}" for end in (min, max))) if values else "–")
             if timed:
                 cells += [f"{seconds:.3f}" for seconds in report["seconds"].get(name, {}).values()]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## The paper's orders, on image questions here", "", "| better in the paper | than | here | |"]
-    lines += ["|---|---|---|---|"]
-    for order in report["paper_order"]:
-        lines.append(f"| {order['better']} | {order['worse']} | {order['difference']:+.1f} | {order['verdict']} |")
-    return "\n".join(lines) + "\n"
+            body.append(cells)
+        lines += [f"## {title}", "", *table(head, body), ""]
+    orders = [
+        [order["better"], order["worse"], f"{order['difference']:+.1f}", order["verdict"]]
+        for order in report["paper_order"]
+    ]
+    lines += ["## The paper's orders, on image questions here", ""]
+    return "\n".join([*lines, *table(("better in the paper", "than", "here", ""), orders)]) + "\n"
 
 
 def draw(report: dict, file: Path):
@@ -293,7 +295,7 @@ def draw(report: dict, file: Path):
         sharex=True,
         layout="constrained",
     )
-    for axis, (table, rows) in zip(axes, tables.items()):
+    for axis, (title, rows) in zip(axes, tables.items()):
         for position, row in enumerate(rows.values()):
             values = row["scores"]["IMG"]
             axis.barh(position, statistics.mean(values), color="tab:blue", alpha=0.35)
@@ -301,7 +303,7 @@ def draw(report: dict, file: Path):
         axis.set_yticks(range(len(rows)), list(rows))
         axis.invert_yaxis()
         axis.axvline(25, color="grey", linestyle="--", linewidth=1)
-        axis.set_title(table, loc="left", fontsize=10)
+        axis.set_title(title, loc="left", fontsize=10)
     axes[-1].set_xlabel("accuracy on image questions of `digits`, test split, in % (dashed: chance)")
     figure.suptitle("The paper's rows in small: mean (bar) and each seed (dot)")
     figure.savefig(file, dpi=130)

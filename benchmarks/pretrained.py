@@ -39,7 +39,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from baselines import METHODS as BASELINES
 from baselines import BaselineArguments, assemble
-from benchmarks import RESULTS, fusers, machine_in_words, save_report, spread
+from benchmarks import RESULTS, fusers, heading, machine_in_words, save_report, spread, table
 from benchmarks.fusion import replacements
 from benchmarks.speed import forward_on_device, with_same_weights
 from dehvf import ROOT, DehvfConfig, DehvfForConditionalGeneration, DehvfProcessor
@@ -547,27 +547,29 @@ def best_replacement(accuracy: dict[str, float]) -> float:
 
 
 def markdown(report: dict) -> str:
-    lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"]]
-    for table, rows in TABLES.items():
+    lines = heading(report["command"], report["note"])
+    for title, rows in TABLES.items():
         if found := {name: report["runs"][name] for name in rows if name in report["runs"]}:
-            lines += ["", f"## {table}", "", *accuracy_table(found)]
+            lines += [f"## {title}", "", *accuracy_table(found), ""]
     replaced = {name: [run for run in runs if "replaced" in run] for name, runs in report["runs"].items()}
     if names := list(dict.fromkeys(name for runs in replaced.values() for run in runs for name in run["replaced"])):
-        lines += ["", "## Other fusion weights", ""]
+        lines += ["## Other fusion weights", ""]
         lines += ["Accuracy on the first questions with other fusion weights than the trained fuser's.", ""]
-        lines += [f"| | questions | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-        for row, runs in replaced.items():
-            cells = [spread([run["replaced"][name] for run in runs], 2) for name in names]
-            if runs:
-                lines.append(f"| {row} | {runs[0]['replaced_questions']:,} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows = [
+            [row, f"{runs[0]['replaced_questions']:,}"]
+            + [spread([run["replaced"][name] for run in runs], 2) for name in names]
+            for row, runs in replaced.items()
+            if runs
+        ]
+        lines += table(("", "questions", *names), rows)
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def accuracy_table(rows: dict[str, list[dict]]) -> list[str]:
     kinds = [*kinds_of(next(iter(rows.values()))[0]["row"]["task"]), "average"]
     head = ["", "trained", "seeds", *kinds, f"questions until {LEARNED} %", "std over layers", "over images"]
     head += ["at best without its own weights"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for name, runs in rows.items():
         last = [run.get("scores") or run["curve"][-1] for run in runs]
         until = [number for run in runs if (number := questions_until(run))]
@@ -577,8 +579,8 @@ def accuracy_table(rows: dict[str, list[dict]]) -> list[str]:
         for figure in ("std_over_layers", "std_over_images"):
             cells.append(spread([run["curve"][-1][figure] for run in runs if figure in run["curve"][-1]], 3))
         cells.append(spread([best_replacement(run["replaced"]) for run in runs if "replaced" in run], 2))
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append(cells)
+    return table(head, lines)
 
 
 def draw(report: dict, file: Path):

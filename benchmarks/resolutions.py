@@ -29,7 +29,18 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from benchmarks import RESULTS, machine_in_words, memory, operations, pretrained, save_report, speed, spread
+from benchmarks import (
+    RESULTS,
+    heading,
+    machine_in_words,
+    memory,
+    operations,
+    pretrained,
+    save_report,
+    speed,
+    spread,
+    table,
+)
 from dehvf import ROOT, DehvfConfig
 
 
@@ -172,21 +183,19 @@ def bend(numbers: list[int], values: list[float]) -> float:
 
 
 def markdown(report: dict) -> str:
-    lines = [f"<!-- Written by `{report['command']}`. Do not edit. -->", "", report["note"], ""]
     numbers, by_name = patches(report), columns(report)
-    lines += [f"| | {' | '.join(report['measured']['sizes'])} | above a straight line |"]
-    lines += ["|---" * (len(numbers) + 2) + "|"]
-    lines += [f"| patches and memory slots | {' | '.join(map(str, numbers))} | |"]
+    rows = [["patches and memory slots", *map(str, numbers), ""]]
     for name, values in by_name.items():
         cells = [f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in values]
-        lines.append(f"| {name} | {' | '.join(cells)} | {bend(numbers, values):+.0f} % |")
+        rows.append([name, *cells, f"{bend(numbers, values):+.0f} %"])
     for kind in ("yes/no", "shape", "colour", "average") if report["runs"] else ():
         cells = []
         for name in report["measured"]["sizes"]:
             runs = report["runs"].get(name, [])
             cells.append(spread([(run.get("scores") or run["curve"][-1])[kind] for run in runs]))
-        lines.append(f"| accuracy in %: {kind} | {' | '.join(cells)} | |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"accuracy in %: {kind}", *cells, ""])
+    head = ("", *report["measured"]["sizes"], "above a straight line")
+    return "\n".join([*heading(report["command"], report["note"]), *table(head, rows)]) + "\n"
 
 
 def draw(report: dict, file: Path):
