@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import mmap
 import os
 import sys
 from functools import partial
@@ -228,7 +229,9 @@ def test_a_checkpoint_has_the_bytes_that_are_reported(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_the_growth_at_the_peak_is_what_a_job_held_at_once():
     def hold(megabytes):
-        torch.ones(megabytes, 2**20, dtype=torch.uint8)
+        # Not a tensor, which may get memory that other tests of this process have left free, so that nothing grows
+        with mmap.mmap(-1, megabytes * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
+            pages[:: mmap.PAGESIZE] = bytes(len(pages) // mmap.PAGESIZE)
 
     hold(256)  # an earlier peak does not count
     # Several times, since pages of this process that the system reclaims meanwhile hide the growth
