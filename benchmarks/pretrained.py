@@ -56,7 +56,7 @@ VISION_MODEL, TEXT_MODEL = (ROOT / "assets" / "real" / name for name in ("dinov2
 EMOJI = ROOT / "outputs" / "emoji-data"
 CHAT_TEMPLATE = ROOT / "recipes" / "question-answer.jinja"
 SEEDS = (0, 1, 2)
-EVALUATIONS, EVALUATION_BATCH = 10, 1024
+EVALUATIONS, EVALUATION_BATCH = 10, {"cuda": 1024, "cpu": 32}
 FIRST_QUESTIONS, REPLACED_QUESTIONS = 1000, 2000  # of the test split: while training, and with other fusion weights
 OWN = "its own"  # the fusion weights that are not replaced
 SPLITS = ("train", "test")
@@ -374,10 +374,11 @@ class Run:
                 if len(rows) == self.row.batch_size:
                     yield questions.batch(rows, self.image_tokens)
 
-    def train(self, file: Path) -> Iterator[None]:
+    def train(self, file: Path, only_scores: bool = False) -> Iterator[None]:
         """
         Trains one step each time that it is asked. Writes to the file what there is after each evaluation, one
-        evaluation later, since waiting for the GPU would stop the runs beside this one.
+        evaluation later, since waiting for the GPU would stop the runs beside this one. With `only_scores`, it
+        evaluates once, at the end, and with the fuser's own weights.
         """
         report = {"row": dataclasses.asdict(self.row), "seed": self.seed, "machine": machine_in_words(), "curve": []}
         report |= {"trained_parameters": sum(parameter.numel() for parameter in self.parameters)}
@@ -388,7 +389,7 @@ class Run:
                 for group in self.optimizer.param_groups:
                     group["lr"].fill_(group["peak"] * rate_factor(number - 1, self.row.steps))
                 losses.append(step(next(batches)))
-                if number * EVALUATIONS % self.row.steps < EVALUATIONS:
+                if not only_scores and number * EVALUATIONS % self.row.steps < EVALUATIONS:
                     self.note(report, point, file)
                     point = number, torch.stack(losses[-50:]).mean(), *self.evaluate(FIRST_QUESTIONS)
             yield
@@ -398,6 +399,7 @@ class Run:
             report["scores"] = self.scores(right)
             if weights is not None:
                 report["fusion"] = self.figures(weights)
+            if weights is not None and not only_scores:
                 report["replaced_questions"] = min(REPLACED_QUESTIONS, len(right))
                 report["replaced"] = {OWN: self.scores(right[:REPLACED_QUESTIONS])["average"]}
                 for name, other in replacements(weights, self.model.model.hierarchy.rows).items():
@@ -441,7 +443,7 @@ class Run:
         fuser = getattr(self.model.model, "fuser", None)
         handle = None if fuser is None else fuser.register_forward_hook(replace)
         self.model.eval()
-        for rows in torch.arange(len(questions), device=self.bench.device)[:limit].split(EVALUATION_BATCH):
+        for rows in torch.arange(len(questions), device=self.bench.device)[:limit].split(EVALUATION_BATCH[self.bench.device.type]):
             logits, labels = self.logits(questions.batch(rows, self.image_tokens))
             first = (labels != -100).int().argmax(dim=1, keepdim=True)
             right.append((logits.argmax(dim=-1).gather(1, first) == labels.gather(1, first)).flatten())
@@ -493,8 +495,8 @@ def read_run(name: str, row: Row, seed: int) -> dict | None:
     return run if run["row"] == dataclasses.asdict(row) else None
 
 
-def train_missing(rows: dict[str, Row], seeds: list[int], at_once: int):
-    """Trains what is not finished, `at_once` runs at the same time."""
+def train_missing(rows: dict[str, Row], seeds: list[int], at_once: int, only_scores: bool = False):
+    """Trains what is not finished, `at_once` runs at the same time. `only_scores`: see [`Run.train`]."""
     # Seed by seed, so that whoever stops half-way has whole tables of fewer seeds
     runs = [(name, row, seed) for seed in seeds for name, row in rows.items()]
     missing = [run for run in runs if "scores" not in (read_run(*run) or {})]
@@ -513,7 +515,7 @@ def train_missing(rows: dict[str, Row], seeds: list[int], at_once: int):
         while missing and len(active) < at_once:
             name, row, seed = missing.pop(0)
             file_of(name, seed).parent.mkdir(parents=True, exist_ok=True)
-            active[name, seed] = Run(row, seed, benches[row.task, row.image_size]).train(file_of(name, seed))
+            active[name, seed] = Run(row, seed, benches[row.task, row.image_size]).train(file_of(name, seed), only_scores)
         for (name, seed), steps in list(active.items()):
             if next(steps, done) is done:
                 del active[name, seed]

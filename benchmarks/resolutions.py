@@ -4,13 +4,13 @@ What a larger picture costs, and what it brings: DEHVF on DINOv2-small and SmolL
 112, 224, 336 and 518 pixels, which are 64 to 1,369 patches, with a memory slot for each patch.
 
     python -m benchmarks.resolutions                  # a minute on a CPU: operations, seconds and memory
-    python -m benchmarks.resolutions --steps 2000     # first trains on easy-VQA what is missing; for a GPU
-    python -m benchmarks.resolutions --steps 2000 --report     # writes the tables from what is there
+    python -m benchmarks.resolutions --train          # first trains on the drawings of Noto Emoji what is missing
+    python -m benchmarks.resolutions --report         # writes the tables from what is there
 
 Operations are those that torch counts (`benchmarks.operations`). Seconds are those of encoding one image, and of the
 one forward that answers a question about it by one token once it is encoded. Memory is what an encoded image takes,
-and how much more than before is in use at most meanwhile. Training is that of `benchmarks.pretrained`, whose files in
-`outputs/pretrained` stay when it is stopped. The tables go to `benchmarks/results`: `resolutions.json`, `.md` and
+and how much more than before is in use at most meanwhile. Training is that of `benchmarks.pretrained`, whose files
+stay in `outputs/pretrained`; on one CPU core, a run takes from half an hour (112 pixels) to 8 hours (518). The tables go to `benchmarks/results`: `resolutions.json`, `.md` and
 `.png`.
 """
 
@@ -47,8 +47,14 @@ from dehvf import ROOT, DehvfConfig
 IMAGE_SIZES = (112, 224, 336, 518)
 PATCH_SIZE = 14
 NUM_TEXT_TOKENS = 32  # of the question
+EMOJI = pretrained.ROWS["emoji: DEHVF"]
 ROWS = {
-    f"{size} px": pretrained.Row(values={"image_size": size, "num_memory_slots": (size // PATCH_SIZE) ** 2})
+    f"{size} px": dataclasses.replace(
+        EMOJI,
+        values={**EMOJI.values, "image_size": size, "num_memory_slots": (size // PATCH_SIZE) ** 2},
+        rate=EMOJI.rate / 2,  # for a quarter of the batch
+        batch_size=16,
+    )
     for size in IMAGE_SIZES
 }
 # What grows in the table -> the parts of `operations.count` that it is the sum of
@@ -188,11 +194,9 @@ def markdown(report: dict) -> str:
     for name, values in by_name.items():
         cells = [f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in values]
         rows.append([name, *cells, f"{bend(numbers, values):+.0f} %"])
-    for kind in ("yes/no", "shape", "colour", "average") if report["runs"] else ():
-        cells = []
-        for name in report["measured"]["sizes"]:
-            runs = report["runs"].get(name, [])
-            cells.append(spread([(run.get("scores") or run["curve"][-1])[kind] for run in runs]))
+    for kind in [*pretrained.kinds_of("emoji"), "average"] if report["runs"] else ():
+        found = (report["runs"].get(name, []) for name in report["measured"]["sizes"])
+        cells = [spread([run["scores"][kind] for run in runs]) for runs in found]
         rows.append([f"accuracy in %: {kind}", *cells, ""])
     head = ("", *report["measured"]["sizes"], "above a straight line")
     return "\n".join([*heading(report["command"], report["note"]), *table(head, rows)]) + "\n"
@@ -218,11 +222,11 @@ def draw(report: dict, file: Path):
                 axis.plot(numbers, straight, ":", color=color, linewidth=1)
         axis.set_title(f"{unit.replace('ms', 'milliseconds')} of one image", loc="left")
     if report["runs"]:
-        axes[-1].set_title("accuracy on easy-VQA, in %", loc="left")
+        axes[-1].set_title("accuracy on new drawings, in %", loc="left")
         for name, runs in report["runs"].items():
             place = numbers[list(ROWS).index(name)]
             for run in runs:
-                axes[-1].plot(place, (run.get("scores") or run["curve"][-1])["average"], "o", color="C0")
+                axes[-1].plot(place, run["scores"]["average"], "o", color="C0")
     for axis in axes:
         axis.set_xlabel("patches")
         axis.set_xticks(numbers, [f"{number}\n{name}" for number, name in zip(numbers, ROWS)], fontsize=8)
@@ -242,10 +246,10 @@ def write_report(measured: dict, runs: dict[str, list[dict]]):
         row = next(iter(runs.values()))[0]["row"]
         machines = "; ".join(dict.fromkeys(run["machine"] for found in runs.values() for run in found))
         trained = (
-            f"Accuracy: after {row['steps']:,} steps of {row['batch_size']} questions of easy-VQA, whose pictures "
-            "have 64 x 64 pixels, so that more patches see nothing new, on its test questions (of a run that was "
-            f"stopped, on the first {pretrained.FIRST_QUESTIONS:,}), mean ± standard deviation over seeds. "
-            f"Trained on {machines}. Measured on "
+            f"Accuracy: after {row['steps']:,} steps of {row['batch_size']} questions about the drawings of Noto Emoji "
+            "(docs/bases.md), on the questions about other drawings, mean ± standard deviation over seeds. The "
+            "drawings have 64 x 64 pixels and are enlarged, so a larger image shows no more detail, but the encoder "
+            f"has more patches for it. Trained on {machines}. Measured on "
         )
     report = {
         "command": "python -m benchmarks.resolutions",
@@ -266,7 +270,7 @@ def write_report(measured: dict, runs: dict[str, list[dict]]):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, help="of training on easy-VQA; without it, nothing is trained")
+    parser.add_argument("--train", action="store_true", help="first train what is missing")
     parser.add_argument("--sizes", nargs="+", type=int, choices=IMAGE_SIZES, default=IMAGE_SIZES, help="to train")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(pretrained.SEEDS))
     parser.add_argument("--at-once", type=int, default=1, help="runs that train at the same time")
@@ -280,15 +284,15 @@ def main():
     if arguments.memory_of:
         print(json.dumps(measure_memory(arguments.memory_of, device)))
         return
-    rows = {name: dataclasses.replace(row, steps=arguments.steps or row.steps) for name, row in ROWS.items()}
     if arguments.report:
         measured = json.loads((RESULTS / "resolutions.json").read_text(encoding="utf-8"))["measured"]
     else:
-        if arguments.steps:
-            trained = {f"{size} px": rows[f"{size} px"] for size in arguments.sizes}
-            pretrained.train_missing(trained, arguments.seeds, arguments.at_once)
+        if arguments.train:
+            trained = {f"{size} px": ROWS[f"{size} px"] for size in arguments.sizes}
+            pretrained.train_missing(trained, arguments.seeds, arguments.at_once, only_scores=True)
         measured = measure(device)
-    write_report(measured, pretrained.find_runs(rows, arguments.seeds) if arguments.steps else {})
+    runs = pretrained.find_runs(ROWS, arguments.seeds)
+    write_report(measured, {name: done for name in runs if (done := [run for run in runs[name] if "scores" in run])})
 
 
 if __name__ == "__main__":
