@@ -435,6 +435,7 @@ class Run:
             replacement: weights to use in place of the fuser's, for each picture of the split.
         """
         questions, all_weights, right = self.bench.test, [], []
+        batch_size = EVALUATION_BATCH[self.bench.device.type]
 
         def replace(module, arguments, weights):
             all_weights.append(weights)
@@ -443,7 +444,7 @@ class Run:
         fuser = getattr(self.model.model, "fuser", None)
         handle = None if fuser is None else fuser.register_forward_hook(replace)
         self.model.eval()
-        for rows in torch.arange(len(questions), device=self.bench.device)[:limit].split(EVALUATION_BATCH[self.bench.device.type]):
+        for rows in torch.arange(len(questions), device=self.bench.device)[:limit].split(batch_size):
             logits, labels = self.logits(questions.batch(rows, self.image_tokens))
             first = (labels != -100).int().argmax(dim=1, keepdim=True)
             right.append((logits.argmax(dim=-1).gather(1, first) == labels.gather(1, first)).flatten())
@@ -515,7 +516,8 @@ def train_missing(rows: dict[str, Row], seeds: list[int], at_once: int, only_sco
         while missing and len(active) < at_once:
             name, row, seed = missing.pop(0)
             file_of(name, seed).parent.mkdir(parents=True, exist_ok=True)
-            active[name, seed] = Run(row, seed, benches[row.task, row.image_size]).train(file_of(name, seed), only_scores)
+            run = Run(row, seed, benches[row.task, row.image_size])
+            active[name, seed] = run.train(file_of(name, seed), only_scores)
         for (name, seed), steps in list(active.items()):
             if next(steps, done) is done:
                 del active[name, seed]

@@ -10,8 +10,8 @@ What a larger picture costs, and what it brings: DEHVF on DINOv2-small and SmolL
 Operations are those that torch counts (`benchmarks.operations`). Seconds are those of encoding one image, and of the
 one forward that answers a question about it by one token once it is encoded. Memory is what an encoded image takes,
 and how much more than before is in use at most meanwhile. Training is that of `benchmarks.pretrained`, whose files
-stay in `outputs/pretrained`; on one CPU core, a run takes from half an hour (112 pixels) to 8 hours (518). The tables go to `benchmarks/results`: `resolutions.json`, `.md` and
-`.png`.
+stay in `outputs/pretrained`; on one CPU core, a run takes from half an hour (112 pixels) to 8 hours (518). The tables
+go to `benchmarks/results`: `resolutions.json`, `.md` and `.png`.
 """
 
 import argparse
@@ -246,7 +246,7 @@ def write_report(measured: dict, runs: dict[str, list[dict]]):
         row = next(iter(runs.values()))[0]["row"]
         machines = "; ".join(dict.fromkeys(run["machine"] for found in runs.values() for run in found))
         trained = (
-            f"Accuracy: after {row['steps']:,} steps of {row['batch_size']} questions about the drawings of Noto Emoji "
+            f"Accuracy: after {row['steps']:,} steps of {row['batch_size']} questions about drawings of Noto Emoji "
             "(docs/bases.md), on the questions about other drawings, mean ± standard deviation over seeds. The "
             "drawings have 64 x 64 pixels and are enlarged, so a larger image shows no more detail, but the encoder "
             f"has more patches for it. Trained on {machines}. Measured on "

@@ -46,6 +46,7 @@ for package in ("fastapi", "httpx", "openai", "uvicorn"):
 import httpx  # noqa: E402
 import openai  # noqa: E402
 import uvicorn  # noqa: E402
+from fastapi.responses import JSONResponse  # noqa: E402
 from fastapi.routing import APIRoute  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 from openai.types.chat import ChatCompletion, ChatCompletionChunk  # noqa: E402
@@ -54,7 +55,9 @@ from transformers.cli.serving.server import build_server  # noqa: E402
 
 from demo import serve  # noqa: E402
 from demo.client_images import START_OF_SCAN, ImageReader, is_public  # noqa: E402
-from demo.openai_api import ChatRequest, RequestError, ResponsesRequest, parse  # noqa: E402
+from demo.engine import Engine, Job, stack_images  # noqa: E402
+from demo.guard import ENDPOINTS, Guard  # noqa: E402
+from demo.openai_api import ChatRequest, ChatWriter, RequestError, ResponsesRequest, parse  # noqa: E402
 
 
 QUESTION = "what is that?"
@@ -709,7 +712,7 @@ def test_every_route_of_transformers_serve_is_known():
     app = build_server(None, **{f"{name}_handler": None for name in handlers}, generation_state=None)
     paths = {route.path for route in app.routes if isinstance(route, APIRoute)}
     refused = {"/load_model", "/reset", "/v1/completions", "/v1/systemone", "/v1/audio/transcriptions"}
-    assert paths == refused | {path for _, path in serve.ENDPOINTS}
+    assert paths == refused | {path for _, path in ENDPOINTS}
 
 
 def call(guard, body: bytes = b"", more=()):
@@ -739,9 +742,9 @@ def test_requests_beyond_the_limit_are_told_to_come_later():
 
         async def app(scope, receive, send):
             await released.wait()
-            await serve.JSONResponse({})(scope, receive, send)
+            await JSONResponse({})(scope, receive, send)
 
-        guard = serve.Guard(app, ["localhost"], [], max_requests=2, max_body_bytes=100)
+        guard = Guard(app, ["localhost"], [], max_requests=2, max_body_bytes=100)
         first = [asyncio.create_task(call(guard)) for _ in range(2)]
         await asyncio.sleep(0)
         async with asyncio.timeout(60):
@@ -757,9 +760,9 @@ def test_requests_beyond_the_limit_are_told_to_come_later():
 def test_a_body_beyond_the_limit_is_not_kept():
     async def app(scope, receive, send):
         message = await receive()
-        await serve.JSONResponse(len(message["body"]))(scope, receive, send)
+        await JSONResponse(len(message["body"]))(scope, receive, send)
 
-    guard = serve.Guard(app, ["localhost"], [], max_requests=2, max_body_bytes=100)
+    guard = Guard(app, ["localhost"], [], max_requests=2, max_body_bytes=100)
     assert asyncio.run(call(guard, b"0" * 100)) == (200, "100")
     piece = {"type": "http.request", "body": bytes(2**20), "more_body": True}
     tracemalloc.start()
@@ -780,12 +783,12 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(monkeypatch):
         async def send(message):
             sent.append(message)
 
-        guard = serve.Guard(None, ["localhost"], [], max_requests=1, max_body_bytes=100)
+        guard = Guard(None, ["localhost"], [], max_requests=1, max_body_bytes=100)
         scope = {"type": "http", "method": "POST", "path": "/v1/responses", "headers": [(b"host", b"localhost")]}
         await guard(scope, receive, send)
         return sent[0]["status"], guard.num_requests
 
-    monkeypatch.setattr(serve, "UPLOAD_SECONDS", 0.1)
+    monkeypatch.setattr("demo.guard.UPLOAD_SECONDS", 0.1)
     assert asyncio.run(check()) == (408, 0)
 
 
@@ -798,13 +801,13 @@ def test_a_client_that_does_not_read_its_answer_is_not_waited_for(monkeypatch):
             return next(messages, None) or await asyncio.sleep(600)
 
         messages = iter([{"type": "http.request", "body": b""}])
-        guard = serve.Guard(serve.JSONResponse({}), ["localhost"], [], max_requests=1, max_body_bytes=100)
+        guard = Guard(JSONResponse({}), ["localhost"], [], max_requests=1, max_body_bytes=100)
         scope = {"type": "http", "method": "POST", "path": "/v1/responses", "headers": [(b"host", b"localhost")]}
         async with asyncio.timeout(60):
             await guard(scope, receive, send)
         return guard.num_requests
 
-    monkeypatch.setattr(serve, "READ_SECONDS", 0.1)
+    monkeypatch.setattr("demo.guard.READ_SECONDS", 0.1)
     assert asyncio.run(check()) == 0
 
 
@@ -865,7 +868,7 @@ def test_a_chat_is_read_with_its_image(messages, text, server, monkeypatch):
 
 def test_an_adapter_of_several_images_reads_those_of_a_request_in_their_order(reader):
     processor, other = DehvfProcessor(tiny_image_processor(), tiny_tokenizer(), max_images=2), image(1)
-    engine = serve.Engine(tiny_model(max_images=2), processor, reader, max_context_tokens=128, max_batch_size=4)
+    engine = Engine(tiny_model(max_images=2), processor, reader, max_context_tokens=128, max_batch_size=4)
 
     def prepare(*messages):
         return asyncio.run(engine.prepare(parse(ChatRequest, {}, {"messages": list(messages)})))[0]
@@ -894,11 +897,11 @@ def test_samples_with_different_numbers_of_images_share_a_batch_and_each_image_i
     rows = [processor(images=[sample], text="?", return_tensors="pt") for sample in samples]
     for chosen in ([0, 1, 2, 3], [1, 2], [1]):
         expected = processor(images=[samples[row] for row in chosen], return_tensors="pt")
-        stacked = serve.stack_images([rows[row] for row in chosen])
+        stacked = stack_images([rows[row] for row in chosen])
         assert stacked.keys() == expected.keys()
         assert all(torch.equal(stacked[name], expected[name]) for name in expected)
 
-    stacked = serve.stack_images(rows)
+    stacked = stack_images(rows)
     with torch.no_grad():
         expected, encoded = model.get_image_features(**stacked).pooler_output, []
         serve.remember_images(model)
@@ -1032,11 +1035,11 @@ def test_parts_of_a_character_are_told_together():
 
     async def pieces():
         request = ChatRequest(messages=[{"role": "user", "content": "a"}], logprobs=True, top_logprobs=1)
-        job = serve.Job(request, {"input_ids": torch.zeros(1, 1)}, 4, {}, None, Bytes(), [0])
+        job = Job(request, {"input_ids": torch.zeros(1, 1)}, 4, {}, None, Bytes(), [0])
         for token in "aéb".encode():
             job.answers[0].add(token, torch.zeros(256).log_softmax(-1))
         job.put(None)
-        return [piece async for piece in job.pieces()], serve.ChatWriter(request, "", "").whole(job)
+        return [piece async for piece in job.pieces()], ChatWriter(request, "", "").whole(job)
 
     given, whole = asyncio.run(pieces())
     assert [(piece.text, len(piece.tokens)) for piece in given] == [("a", 1), ("é", 2), ("b", 1)]
@@ -1318,7 +1321,7 @@ class Held:
 
     def ask_together(self, requests: list[tuple]) -> list:
         """What several clients get who ask while the model is held."""
-        start, started = serve.Engine.start, []
+        start, started = Engine.start, []
 
         def note(engine, *args):
             started.append(start(engine, *args))
@@ -1328,7 +1331,7 @@ class Held:
             return contents(self.server.ask(*args, **options), options.get("stream"))
 
         with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(requests) + 1) as clients:
-            patch.setattr(serve.Engine, "start", note)
+            patch.setattr(Engine, "start", note)
             first = clients.submit(self.server.ask)
             assert self.begun.wait(60)
             answers = []
@@ -1416,7 +1419,7 @@ def test_a_client_that_leaves_ends_its_row_alone(server, monkeypatch):
         numbers.append([len(job.answers[0].ids) for job in jobs])
 
     async def answers():
-        engine = serve.Engine(server.model, server.processor, ImageReader(), 128, 16)
+        engine = Engine(server.model, server.processor, ImageReader(), 128, 16)
         request = ChatRequest(messages=[turn("user", QUESTION)], max_tokens=MAX_NEW_TOKENS)
         inputs, number = await engine.prepare(request)
         first = engine.start(request, inputs, 1)  # during which the others come
