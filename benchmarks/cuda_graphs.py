@@ -17,11 +17,10 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM
 
 from benchmarks import RESULTS, heading, machine_in_words, ratio_in_words, save_report, speed, table
-from benchmarks.speed import DEHVF, LLAVA, MEMVP, MERGED, TEXT_ONLY
-from dehvf import DehvfForConditionalGeneration
+from benchmarks.speed import DEHVF, LLAVA, MEMVP, MERGED, TEXT_ONLY, decoding_step
 
 
 WARM_UPS, ROUNDS, REPLAYS = 3, 9, 8
@@ -87,40 +86,12 @@ def training_step(model, preset) -> Callable:
     return step
 
 
-@torch.no_grad()
-def decoding_step(model, preset) -> Callable:
-    """One token for each of a batch, after prefill, with a cache of a fixed size."""
-    model.eval()
-    inputs = speed.make_inputs(model, preset, preset.patches_per_side[0], preset.decode_batch, preset.text_tokens[0])
-    length = inputs["input_ids"].shape[1]
-    room = length + WARM_UPS + (ROUNDS + 2) * REPLAYS
-    cache = StaticCache(config=getattr(model.config, "text_config", model.config), max_cache_len=room)
-    read = {}
-    pixel_values = inputs.get("pixel_values")
-    if isinstance(model, DehvfForConditionalGeneration):  # as `generate` does it
-        embeddings = model.get_input_embeddings()(inputs["input_ids"])
-        memories, _ = model.model.read_images(embeddings, None, pixel_values, None, None, None)
-        read, pixel_values = {"layer_memories": memories}, None
-    images = {} if pixel_values is None else {"pixel_values": pixel_values}
-    model(input_ids=inputs["input_ids"], cache=cache, use_cache=True, logits_to_keep=1, **read, **images)
-    token = inputs["input_ids"][:, -1:].clone()
-    # A mask of all that the cache has room for, since one of what is in it would have to be made on the host
-    mask = torch.ones(len(token), 1, 1, room, dtype=torch.bool, device=token.device)
-    positions = torch.full_like(token, length)
-
-    @torch.no_grad()
-    def step():
-        arguments = {"attention_mask": mask, "position_ids": positions, "cache": cache, "use_cache": True}
-        token.copy_(model(input_ids=token, **arguments, **read).logits[:, -1:].argmax(dim=-1))
-
-    return step
-
-
 def measure(preset) -> dict:
     side = preset.patches_per_side[0]
     text = speed.random_base(AutoModelForCausalLM, speed.make_config(preset, side).text_config, preset)
     models, samples = speed.build_all(METHODS, preset, side, text), {}
-    for what, make, left_out in ((TRAINING, training_step, MERGED), (DECODING, decoding_step, LLAVA)):
+    decode = partial(decoding_step, num_steps=WARM_UPS + (ROUNDS + 2) * REPLAYS)
+    for what, make, left_out in ((TRAINING, training_step, MERGED), (DECODING, decode, LLAVA)):
         jobs = {
             name: partial(timed, Replay(make(model, preset)), what)
             for name, model in models.items()
