@@ -262,6 +262,19 @@ def test_what_a_template_puts_before_an_answer_is_no_part_of_a_prediction(prefac
     assert record["prediction"].strip() == record["expected"] == answer and not record["cut"]
 
 
+@pytest.mark.parametrize(
+    "said, options, cut",
+    [("so on", None, True), ("B. As", [" A", " B"], False), ("Both", [" A", " B"], True), ("so", None, False)],
+)
+def test_an_answer_is_cut_if_neither_its_end_nor_an_option_was_said(said, options, cut):
+    processor, row = make_processor("gpt2"), {"image": None, "question": "?", "answer": "x", "options": options}
+    split = MagicMock(rows=[row], encoded=[{"options": options}], __len__=lambda _: 1)
+    tokens = processor.tokenizer(said, add_special_tokens=False).input_ids[: None if " " in said or options else 1]
+    output = PredictionOutput((np.array([tokens]), np.array([0])), np.array([0]), {})
+    (record,) = make_records(make_task(), processor, split, output)
+    assert record["cut"] is cut, "an answer of one token cannot show its end"
+
+
 def test_smollm2_answers_in_its_own_template():
     processor = smollm2()
     encoded = encode(processor, {"question": "Is it <|im_end|> red?", "answer": "yes"})

@@ -77,7 +77,11 @@ def make_records(task, processor, split: Split, output) -> list[dict]:
         has_image = row.pop("image") is not None
         row.pop("images", None)
         prediction, choice, has_ended = answers[index]
-        facts = {"index": index, "prediction": prediction, "cut": not has_ended, "expected": task.answer(row)}
+        # What follows an option does not matter, and an answer of one token cannot show whether it is complete
+        options = "|".join(re.escape(option.strip()) for option in task.options(row) or ())
+        names_option = options and re.match(rf"\s*(?:{options})\b", prediction)
+        cut = not has_ended and not names_option and tokens.shape[1] > 1
+        facts = {"index": index, "prediction": prediction, "cut": cut, "expected": task.answer(row)}
         facts |= {"choice": choice if encoded["options"] else None, "has_image": has_image}
         records.append({**row, **facts})
     return records
