@@ -20,6 +20,8 @@ from huggingface_hub import metadata_load
 Rows = Dataset | IterableDataset
 
 FORMATS = {"*.jsonl": "JSON Lines", "*.csv": "CSV", "*.parquet": "Parquet", "*.json": "JSON"}  # in this order
+# JSON files about a data set, which `datasets` writes beside its rows
+DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 
 
 # --- splits ---
@@ -76,7 +78,7 @@ def find_declared(folder: Path) -> dict[str, list[Path]]:
 
 
 def has_format(name: str) -> bool:
-    return f"*{os.path.splitext(name)[1]}" in FORMATS
+    return f"*{os.path.splitext(name)[1]}" in FORMATS and name not in DESCRIPTIONS
 
 
 def walk(folder: Path) -> Iterator[Path]:
@@ -109,7 +111,11 @@ def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
     if declared := find_declared(path):
         found = {split: [file for file in files if file.match(pattern)] for split, files in declared.items()}
         return {split: files for split, files in found.items() if files}
-    files = sorted(path.glob(pattern)) or sorted(path.rglob(pattern))
+
+    def select(found: Iterator[Path]) -> list[Path]:
+        return sorted(file for file in found if has_format(file.name))
+
+    files = select(path.glob(pattern)) or select(path.rglob(pattern))
     splits = {}
     for file in files:
         if not any(part.startswith(".") for part in file.relative_to(path).parts):

@@ -57,7 +57,8 @@ class DataArguments:
     holdout: float | None = HfArg(
         default=None,
         help="Fraction of your own train split, such as 0.05, to use as the test split if there is none; as many rows "
-        "become the validation split if there is none. The rows are the same in every run.",
+        "become the validation split if there is none. The rows are the same in every run, and those about the same "
+        "images are in one split.",
     )
     captions: str | None = HfArg(
         default=None,

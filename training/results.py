@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, extr
 
 from dehvf import hub
 from tasks import get_task, print_scores, score_folder
+from tasks._sources import KEPT_TOGETHER
 from training.arguments import BASES, DEHVF_METHODS
 from training.checkpoints import RESULTS_FILE, describe_code, digest, write_json
 from training.data import Split
@@ -107,6 +108,7 @@ def describe_run(task, processor, model, split: Split, data_args, model_args, tr
     revisions = {f"{base}_model_revision": base_revision(model.config, base, bases[f"{base}_model"]) for base in BASES}
     return {
         **{name: getattr(data_args, name) for name in ("task", "data_path", "columns", "holdout", "captions")},
+        "holdout_groups": KEPT_TOGETHER if data_args.holdout else None,
         "split": split.name,
         "size": len(split),
         "template": render(processor, "{prompt}") + task.ANSWER_PREFIX,
