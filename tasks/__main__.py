@@ -43,9 +43,9 @@ def check(path: str, task: str | None = None, columns: str | None = None) -> boo
         print(f"{path}: {source.format}, read with --task {task}")
         names = {name: name for name in source.splits}
         known, trained, num_faults = {*map(split_of, names), *names}, Trained(), 0
-        for split in dict.fromkeys(map(source.find_split, ("train", "validation", "test"))):
-            if split in known:
-                num_faults += check_split(source, choose_split(names, split, path), split, trained)
+        splits = [source.find_split(split) for split in ("train", "validation", "test")]
+        for split in [split for split in dict.fromkeys(splits) if split in known] or splits[:1]:
+            num_faults += check_split(source, choose_split(names, split, path), split, trained)
         for unread in source.find_unread():
             print(f"note: {unread}")
         if not ("test" in known or hasattr(source.task, "PARTS") or source.find_unread("test")):

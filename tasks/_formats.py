@@ -151,7 +151,10 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
     """
     folder = Path(path)
     if is_saved(folder):
-        saved = {name: load_from_disk(place) for name, place in find_saved(folder).items()} or load_from_disk(path)
+        try:
+            saved = {name: load_from_disk(place) for name, place in find_saved(folder).items()} or load_from_disk(path)
+        except IndexError as error:  # of `datasets`, for which there are no files to read
+            raise ValueError(f"{path} has a split without rows. Remove it, and save the others again.") from error
         splits = {"train": saved} if isinstance(saved, Dataset) else saved
         splits = {name: rows.with_format(None) for name, rows in splits.items()}  # it may have been saved with tensors
         return {name: rows.to_iterable_dataset() if streaming else rows for name, rows in splits.items()}
@@ -250,7 +253,7 @@ def read_csv(file: Path) -> Iterator[Record]:
     csv.field_size_limit(1 << 30)
     with open(file, encoding="utf-8-sig", newline="") as lines:
         reader, line = csv.DictReader(lines, strict=True, skipinitialspace=True), 2
-        names = reader.fieldnames or []
+        reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ()]
         if len(names) == 1 and (found := [sign for sign in ";\t|" if sign in names[0]]):
             yield f"{file}:1", None, [f"the columns seem to be separated by {found[0]!r}. Save it with commas."]
             return

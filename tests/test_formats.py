@@ -328,6 +328,7 @@ CHAT_FAULTS = [
     ({"messages": [USER, {"role": "assistant", "content": [{"type": "audio"}]}]}, "has the part {'type': 'audio'}"),
     ({"messages": [{"role": "user", "content": parts("")}, ASSISTANT]}, "text in message 1 (user) is ''"),
     ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "message 2 (assistant) has the weight 0"),
+    ({"messages": [USER, {**ASSISTANT, "loss": False}]}, "message 2 (assistant) has the loss False"),
     ({"messages": [USER, {**ASSISTANT, "reasoning_content": "so"}]}, "(assistant) has `reasoning_content`, which"),
     ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"id": 1}]}]}, "(assistant) has `tool_calls`, which"),
     (
@@ -616,6 +617,18 @@ def test_a_stream_without_a_column_of_images_must_be_meant(tmp_path):
             vqa.load("train", str(tmp_path), streaming=streaming)
 
 
+@pytest.mark.parametrize(
+    "splits, message",
+    [({"all": ["?"]}, "has no split `train`. It has: all"), ({"test": []}, "has a split without rows")],
+)
+def test_a_data_set_without_rows_to_train_on_is_no_good_one(splits, message, tmp_path):
+    rows = {name: Dataset.from_dict({"question": texts, "answer": texts}) for name, texts in splits.items()}
+    DatasetDict(rows).save_to_disk(tmp_path)
+    for read_it in (check, lambda path, **values: vqa.load("train", path, **values)):
+        with pytest.raises(ValueError, match=message):
+            read_it(str(tmp_path), columns="image=none")
+
+
 def test_two_splits_that_may_be_the_test_split_are_named(tmp_path):
     rows = Dataset.from_list([{"question": "?", "answer": "x"}])
     DatasetDict(dict.fromkeys(("train", "test_a", "test_b"), rows)).save_to_disk(tmp_path)
@@ -851,6 +864,7 @@ FILES = [
     ("train.json", b'[{"question": "\xe4"}]', "train.json: not UTF-8 text"),
     ("train.json", b"[]", "train.json: no rows"),
     ("train.csv", b"question,answer\n?,x\n", None),
+    ("train.csv", b"question , answer \n?,x\n", None),
     ("train.csv", b'question,answer\n"a\nb",x\n?,x,y\n', "train.csv:4: it does not have 2 cells"),
     ("train.csv", b"question,answer\n?\n", "train.csv:2: it does not have 2 cells"),
     ("train.csv", b"question,answer\n?,\n", "train.csv:2: there is no `answer`"),

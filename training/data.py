@@ -140,7 +140,7 @@ class Split(torch.utils.data.Dataset):
             try:
                 read_images(row)
             except Exception as error:  # Pillow raises many kinds
-                faults.append(f"row {index}: {error}")
+                faults.append(f"row {index}: {str(error).rstrip('.')}")
         if faults:
             raise ValueError(
                 f"{len(faults)} images of the {self.name} split cannot be read: {'; '.join(faults[:10])}. Replace "
@@ -184,11 +184,11 @@ class Split(torch.utils.data.Dataset):
             try:
                 image = read_images(self.images[row])
             except Exception as error:
-                message = f"The image in row {row} of the {self.name} split cannot be read: {error}"
+                message = f"Row {row} of the {self.name} split: {error}"
                 if not self.training:
                     raise ValueError(message) from error
                 self.unreadable_images.add_one()
-                logger.warning(f"{message}. The next row is used instead.")
+                logger.warning(f"{message} The next row is used instead.")
                 continue
             encoded = add_labels(self.encoded[row]) if self.training else self.encoded[row]
             if self.answered is not None:
@@ -229,7 +229,7 @@ class StreamedSplit(torch.utils.data.IterableDataset):
                     image = read_images(row)
                 except Exception as error:
                     self.unreadable_images.add_one()
-                    logger.warning(f"Image {index} of the stream cannot be read: {error}. Its row is skipped.")
+                    logger.warning(f"Row {index} of the stream: {error} It is skipped.")
                     continue
                 num_good += 1
                 encoded = self.encoder({name: row[name] for name in row if name not in IMAGE_FEATURES}, index)
