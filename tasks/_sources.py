@@ -91,6 +91,12 @@ LONGEST_FILE_NAME = 255  # of the usual file systems; longer texts may be base64
 BASE64_IMAGE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkq", "TU0AK", "Qk0", "Qk1", "Qk2", "Qk3")
 
 
+@cache
+def warn_once(message: str):
+    """Logs a warning, once even if several splits are taken from the same rows."""
+    logger.warning(message)
+
+
 # --- what tasks need to parse records ---
 
 
@@ -526,7 +532,7 @@ class Source:
         if faults := self.find_missing(split, self.find_absent(split)):
             raise ValueError(faults[0])
         for note in self.find_unread() if split == "train" else ():
-            logger.warning(note)
+            warn_once(note)
         rows = self._read_files(split, part) if self.has_files else self._read_rows(split, part)
         if not self.streaming:
             fields = [name for name in self.fields if name in rows.column_names]  # others are read into these

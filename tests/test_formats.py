@@ -578,6 +578,7 @@ def test_data_files_that_are_not_read_are_named(tmp_path, capsys, caplog):
         write_lines(tmp_path / "z" / f"{number}.json", [row])
     assert check(str(tmp_path), columns="image=none")
     assert len(vqa.load("train", str(tmp_path), columns="image=none")) == 1
+    assert len(vqa.load("train", str(tmp_path), columns="image=none")) == 1 == caplog.text.count("more.jsonl")
     printed = capsys.readouterr().out
     for name, reason in (
         ("more.jsonl", "its name has no split, unlike those of others"),
