@@ -117,6 +117,8 @@ def check_split(source: Source, name: str, split: str, trained: Trained) -> int:
         print(fault)
     print(f"{source.label(name)}: {num_rows} good rows, {present.get('image', 0)} with an image", end="")
     print(f", {present['choices']} with choices" if "choices" in present else "")
+    if len(files := source.files.get(name, ())) > 1:
+        print(f"read from {len(files)} files, {files[0]} to {files[-1]}")
     if most_images > 1:
         print(f"rows with several images: {present['images']}. Train with `--max_images {most_images}`.")
     if longest:

@@ -935,6 +935,7 @@ def test_the_check_command_notes_what_may_be_a_mistake(tmp_path, capsys):
     row = {"question": "<image>\nWhat?", "answer": "red</s>", "image": "a.png"}
     write_lines(tmp_path / "train.jsonl", [row, row, {**row, "answer": "Zoë"}])
     write_lines(tmp_path / "test.jsonl", [{**row, "question": "What?"}])
+    write_lines(tmp_path / "train_old.jsonl", [{**row, "answer": "blue"}])
     (tmp_path / "validation.csv").write_text("question,answer\n")
     assert check(str(tmp_path))
     printed = capsys.readouterr().out
@@ -943,6 +944,7 @@ def test_the_check_command_notes_what_may_be_a_mistake(tmp_path, capsys):
         vqa.load("validation", str(tmp_path))
     for note in (
         f"note: {unread}",
+        f"read from 2 files, {tmp_path / 'train.jsonl'} to {tmp_path / 'train_old.jsonl'}",
         f"note: 2 times `</s>` in `answer`, which is read as letters and controls nothing, the first at {tmp_path}",
         f"note: 1 times a row that is repeated, the first at {tmp_path / 'train.jsonl'}:2",
         f"note: 1 times a row that is also in the train split, the first at {tmp_path / 'test.jsonl'}:1",
