@@ -21,7 +21,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -785,7 +785,10 @@ class Source:
         return Hasher.hash([stamps, *facts, self.task.__name__, self.fields, *code])
 
 
-KEPT_TOGETHER = "Rows with the same images, or with the same texts and no image, are kept in one split"
+KEPT_TOGETHER = (
+    "Rows with the same images, or with the same texts and no image, are kept in one split; if there are too few "
+    "images for that, only equal rows are"
+)
 
 
 def load(
@@ -827,13 +830,17 @@ def load(
         raise ValueError("`--holdout` needs the number of rows, which a stream does not have. Remove `--streaming`.")
     rows = source.rows("train")
     size = max(1, round(holdout * len(rows)))
-    groups = find_groups(rows)
-    parts = dict(zip(missing, take_groups(groups, [size] * len(missing))))
-    parts["train"] = sorted({*range(len(rows))}.difference(*parts.values()))
-    if not all(parts.values()):
+    for by_images in (True, False):
+        groups = find_groups(rows, by_images)
+        parts = dict(zip(missing, take_groups(groups, [size] * len(missing))))
+        parts["train"] = sorted({*range(len(rows))}.difference(*parts.values()))
+        if all(parts.values()):
+            break
+    else:
         raise ValueError(
-            f"The train split of {path} has {len(rows)} rows in {len(groups)} groups. `--holdout {holdout}` takes at "
-            f"least one for {' and '.join(missing)} each, and leaves none to train on. {KEPT_TOGETHER}. Add rows."
+            f"The train split of {path} has {len(rows)} rows, {len(groups)} of them different. `--holdout {holdout}` "
+            f"takes {size} for {' and '.join(missing)} each, and leaves none to train on. Add rows, or give a smaller "
+            "fraction."
         )
     if split == missing[0]:
         sizes = " and ".join(f"{len(parts[name])} are the {name} split" for name in missing)
@@ -841,19 +848,23 @@ def load(
     return rows.select(parts[split])
 
 
-def find_groups(rows: Dataset) -> list[list[int]]:
-    """The indices of rows that must be in the same split. Images are the same if their paths or their bytes are."""
+def find_groups(rows: Dataset, by_images: bool) -> list[list[int]]:
+    """
+    The indices of rows that must be in the same split: equal rows or, with `by_images`, also others about the same
+    images. Images are the same if their paths or their bytes are.
+    """
     rows = rows.cast_column("image", Image(decode=False))
-    features, fingerprint = Features({"group": Value("string")}), Hasher.hash([rows._fingerprint, "groups"])
-    groups = {}
-    for index, group in enumerate(map_rows(rows, name_group, features, fingerprint)["group"]):
+    features, fingerprint = Features({"group": Value("string")}), Hasher.hash([rows._fingerprint, by_images])
+    named, groups = map_rows(rows, partial(name_group, by_images=by_images), features, fingerprint), {}
+    for index, group in enumerate(named["group"]):
         groups.setdefault(group, []).append(index)
     return list(groups.values())
 
 
-def name_group(row: dict, index: int) -> dict:
+def name_group(row: dict, index: int, by_images: bool) -> dict:
     images = [image["bytes"] or image["path"].encode() for image in list_images(row)]
-    return {"group": Hasher.hash_bytes(images or repr(row).encode())}
+    texts = {name: value for name, value in row.items() if name not in IMAGE_FEATURES}
+    return {"group": Hasher.hash_bytes(images if images and by_images else [*images, repr(texts).encode()])}
 
 
 def take_groups(groups: list[list[int]], sizes: list[int]) -> Iterator[list[int]]:

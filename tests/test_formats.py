@@ -796,7 +796,7 @@ def test_a_split_that_is_missing_is_taken_from_the_train_split(tmp_path, caplog)
     with pytest.raises(ValueError, match="has a test and a validation split"):
         load("test", holdout=0.1)
     write_lines(tmp_path / "few" / "x.jsonl", [{"question": "?", "answer": "so", "image": "a.png"}] * 2)
-    with pytest.raises(ValueError, match="has 2 rows in 1 groups. .* for test and validation .*leaves none to train"):
+    with pytest.raises(ValueError, match="has 2 rows, 1 of them different. .* takes 1 for test and validation each"):
         vqa.load("train", str(tmp_path / "few"), holdout=0.1)
     with pytest.raises(ValueError, match="`--task digits` does not read `--holdout`. Remove it, or use chat or"):
         load_rows(digits, "train", DataArguments(task="digits", holdout=0.1))
@@ -831,6 +831,11 @@ def test_questions_about_the_same_image_and_equal_rows_stay_together(layout, tmp
     write_lines(tmp_path / "large.jsonl", [{**rows[0], "image": f"{n}.png"} for n in range(3) for _ in range(9)])
     sizes = [len(vqa.load(split, str(tmp_path / "large.jsonl"), holdout=0.1)) for split in ("train", "test")]
     assert sizes == [9, 9], "an image with more questions than the split should have"
+    write_lines(
+        tmp_path / "one.jsonl", [{"question": str(n % 5), "answer": "so", "image": "0.png"} for n in range(20)]
+    )
+    parts = [vqa.load(split, str(tmp_path / "one.jsonl"), holdout=0.2) for split in ("train", "validation", "test")]
+    assert [len(set(part["question"])) for part in parts] == [3, 1, 1], "all rows are about one image"
 
 
 def test_a_run_records_what_it_took_from_the_train_split(tmp_path):
