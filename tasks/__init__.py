@@ -17,9 +17,9 @@ Each task is one file, a module with
     score(records, size)             -> dict of numbers, None where there is no such row
 
 A record is a line of `predictions.jsonl`: a row without its image, with `index`, `prediction` (the text after the
-prefix), `cut` (whether it was cut off after MAX_NEW_TOKENS), `expected` (the row's answer), `has_image` and `choice`
-(the index of the most likely option, None without options). `size` is the number of rows in the split: another number
-of records is an error. A task may also have
+prefix), `cut` (whether it was cut off after MAX_NEW_TOKENS, before its end or an option), `expected` (the row's
+answer), `has_image` and `choice` (the index of the most likely option, None without options). `size` is the number of
+rows in the split: another number of records is an error. A task may also have
 
     DATASET                          Hub id of its data, for the model card
     check_scorer()                   raises an error before training if a requirement of `score` is missing

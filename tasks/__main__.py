@@ -43,9 +43,9 @@ def check(path: str, task: str | None = None, columns: str | None = None) -> boo
         print(f"{path}: {source.format}, read with --task {task}")
         names = {name: name for name in source.splits}
         known, trained, num_faults = {*map(split_of, names), *names}, Trained(), 0
-        for split in dict.fromkeys(map(source.find_split, ("train", "validation", "test"))):
-            if split in known:
-                num_faults += check_split(source, choose_split(names, split, path), split, trained)
+        splits = [source.find_split(split) for split in ("train", "validation", "test")]
+        for split in [split for split in dict.fromkeys(splits) if split in known] or splits[:1]:
+            num_faults += check_split(source, choose_split(names, split, path), split, trained)
         for unread in source.find_unread():
             print(f"note: {unread}")
         if not ("test" in known or hasattr(source.task, "PARTS") or source.find_unread("test")):
@@ -117,6 +117,8 @@ def check_split(source: Source, name: str, split: str, trained: Trained) -> int:
         print(fault)
     print(f"{source.label(name)}: {num_rows} good rows, {present.get('image', 0)} with an image", end="")
     print(f", {present['choices']} with choices" if "choices" in present else "")
+    if len(files := source.files.get(name, ())) > 1:
+        print(f"read from {len(files)} files, {files[0]} to {files[-1]}")
     if most_images > 1:
         print(f"rows with several images: {present['images']}. Train with `--max_images {most_images}`.")
     if longest:

@@ -20,6 +20,8 @@ from huggingface_hub import metadata_load
 Rows = Dataset | IterableDataset
 
 FORMATS = {"*.jsonl": "JSON Lines", "*.csv": "CSV", "*.parquet": "Parquet", "*.json": "JSON"}  # in this order
+# JSON files about a data set, which `datasets` writes beside its rows
+DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 
 
 # --- splits ---
@@ -76,7 +78,7 @@ def find_declared(folder: Path) -> dict[str, list[Path]]:
 
 
 def has_format(name: str) -> bool:
-    return f"*{os.path.splitext(name)[1]}" in FORMATS
+    return f"*{os.path.splitext(name)[1]}" in FORMATS and name not in DESCRIPTIONS
 
 
 def walk(folder: Path) -> Iterator[Path]:
@@ -109,7 +111,11 @@ def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
     if declared := find_declared(path):
         found = {split: [file for file in files if file.match(pattern)] for split, files in declared.items()}
         return {split: files for split, files in found.items() if files}
-    files = sorted(path.glob(pattern)) or sorted(path.rglob(pattern))
+
+    def select(found: Iterator[Path]) -> list[Path]:
+        return sorted(file for file in found if has_format(file.name))
+
+    files = select(path.glob(pattern)) or select(path.rglob(pattern))
     splits = {}
     for file in files:
         if not any(part.startswith(".") for part in file.relative_to(path).parts):
@@ -145,7 +151,10 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
     """
     folder = Path(path)
     if is_saved(folder):
-        saved = {name: load_from_disk(place) for name, place in find_saved(folder).items()} or load_from_disk(path)
+        try:
+            saved = {name: load_from_disk(place) for name, place in find_saved(folder).items()} or load_from_disk(path)
+        except IndexError as error:  # of `datasets`, for which there are no files to read
+            raise ValueError(f"{path} has a split without rows. Remove it, and save the others again.") from error
         splits = {"train": saved} if isinstance(saved, Dataset) else saved
         splits = {name: rows.with_format(None) for name, rows in splits.items()}  # it may have been saved with tensors
         return {name: rows.to_iterable_dataset() if streaming else rows for name, rows in splits.items()}
@@ -244,7 +253,7 @@ def read_csv(file: Path) -> Iterator[Record]:
     csv.field_size_limit(1 << 30)
     with open(file, encoding="utf-8-sig", newline="") as lines:
         reader, line = csv.DictReader(lines, strict=True, skipinitialspace=True), 2
-        names = reader.fieldnames or []
+        reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ()]
         if len(names) == 1 and (found := [sign for sign in ";\t|" if sign in names[0]]):
             yield f"{file}:1", None, [f"the columns seem to be separated by {found[0]!r}. Save it with commas."]
             return

@@ -21,10 +21,11 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import unquote
 
 import datasets
 import numpy as np
@@ -44,6 +45,7 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
+from datasets.utils.file_utils import xopen
 
 from tasks._formats import (
     FORMATS,
@@ -85,7 +87,14 @@ OPTION = re.compile(r"[A-F]|(?:choice|option)[ _-]?(?:[a-f]|\d+)", re.IGNORECASE
 ENCODED_IMAGE, PLACE_OF_IMAGE = ("bytes", "base64", "data"), ("path", "url", "image_url", "file_name", "image")
 MOST_NOTES = 5  # about files that are not read
 LONGEST_FILE_NAME = 255  # of the usual file systems; longer texts may be base64
-BASE64_IMAGE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # the signatures of PNG, JPEG, GIF and WebP in base64
+# The signatures of PNG, JPEG, GIF, WebP, TIFF (two of them) and BMP in base64
+BASE64_IMAGE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkq", "TU0AK", "Qk0", "Qk1", "Qk2", "Qk3")
+
+
+@cache
+def warn_once(message: str):
+    """Logs a warning, once even if several splits are taken from the same rows."""
+    logger.warning(message)
 
 
 # --- what tasks need to parse records ---
@@ -161,13 +170,26 @@ def list_images(row: dict) -> list:
     return row.get("images") or ([] if row["image"] is None else [row["image"]])
 
 
-def find_reading_faults(image: dict) -> list[str]:
+def read_image(image) -> PIL.Image.Image | None:
+    """Reads an entry of an image column, decoded or not, as an RGB image like the processor; `None` stays `None`."""
     from dehvf import images  # takes seconds
 
+    if image is None:
+        return None
+    # A place inside an archive, in a streamed data set, or on a file system of `fsspec`
+    if isinstance(image, dict) and image["bytes"] is None and re.match(r"(?!https?:)[\w+.-]+://", image["path"]):
+        with xopen(image["path"], "rb") as file:
+            image = {"bytes": file.read(), "path": image["path"]}
+    return images.read_image(image)
+
+
+def find_reading_faults(image: dict) -> list[str]:
     try:
-        images.read_image(image)
+        read_image(image)
     except ValueError as error:
         return [str(error)]
+    except (ImportError, OSError) as error:  # of a file system
+        return [f"The image {image['path']} cannot be read: {error}. Replace it, or give `None` in its place."]
     return []
 
 
@@ -287,6 +309,8 @@ class Reader:
             return {"bytes": value, "path": None}, []
         if not is_text(value):
             return None, [f"`image` is {reprlib.repr(value)}. Make it a file's name in quotes, or null."]
+        if value.startswith("file://"):
+            value = unquote(value.removeprefix("file://"))
         # Base64 may look like a path: that of a JPEG begins with /9j/
         may_be_base64 = len(value) > LONGEST_FILE_NAME or value.startswith(BASE64_IMAGE) and not self._is_file(value)
         if may_be_base64 and (data := decode_base64(value)):
@@ -379,9 +403,11 @@ def has_only_texts(messages) -> bool:
 
 
 def find_filled(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Whether each value of an Arrow column of images is not null, an empty list or an object of nulls."""
+    """Whether each value of an Arrow column of images is not null, an object of nulls, or a list of these."""
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        return pc.fill_null(pc.greater(pc.list_value_length(column), 0), False)
+        is_filled = np.zeros(len(column), dtype=bool)
+        is_filled[pc.list_parent_indices(column).filter(find_filled(pc.list_flatten(column)))] = True
+        return pa.chunked_array([is_filled])
     if pa.types.is_struct(column.type):
         parts = [pc.struct_field(column, [number]).is_valid() for number in range(column.type.num_fields)]
         return reduce(pc.or_, parts)
@@ -506,7 +532,7 @@ class Source:
         if faults := self.find_missing(split, self.find_absent(split)):
             raise ValueError(faults[0])
         for note in self.find_unread() if split == "train" else ():
-            logger.warning(note)
+            warn_once(note)
         rows = self._read_files(split, part) if self.has_files else self._read_rows(split, part)
         if not self.streaming:
             fields = [name for name in self.fields if name in rows.column_names]  # others are read into these
@@ -759,6 +785,12 @@ class Source:
         return Hasher.hash([stamps, *facts, self.task.__name__, self.fields, *code])
 
 
+KEPT_TOGETHER = (
+    "Rows with the same images, or with the same texts and no image, are kept in one split; if there are too few "
+    "images for that, only equal rows are"
+)
+
+
 def load(
     task: ModuleType,
     split: str,
@@ -772,7 +804,8 @@ def load(
 
     Args:
         holdout: fraction of the train split that becomes the test split if there is none; another part of this size
-            becomes the validation split if there is none. The rows are always the same.
+            becomes the validation split if there is none. The rows are always the same, and those about the same
+            images are in one split.
 
     Raises:
         OSError: if there is no such folder, and no such data set on the Hub or no network.
@@ -797,14 +830,53 @@ def load(
         raise ValueError("`--holdout` needs the number of rows, which a stream does not have. Remove `--streaming`.")
     rows = source.rows("train")
     size = max(1, round(holdout * len(rows)))
-    if len(rows) <= size * len(missing):
+    for by_images in (True, False):
+        groups = find_groups(rows, by_images)
+        parts = dict(zip(missing, take_groups(groups, [size] * len(missing))))
+        parts["train"] = sorted({*range(len(rows))}.difference(*parts.values()))
+        if all(parts.values()):
+            break
+    else:
         raise ValueError(
-            f"The train split of {path} has {len(rows)} rows. `--holdout {holdout}` takes {size * len(missing)} of "
-            f"them, for {' and '.join(missing)}, and leaves none to train on. Add rows, or give a smaller fraction."
+            f"The train split of {path} has {len(rows)} rows, {len(groups)} of them different. `--holdout {holdout}` "
+            f"takes {size} for {' and '.join(missing)} each, and leaves none to train on. Add rows, or give a smaller "
+            "fraction."
         )
-    for name in missing:
-        parts = rows.train_test_split(size, seed=0)
-        if name == split:
-            return parts["test"]
-        rows = parts["train"]
-    return rows
+    if split == missing[0]:
+        sizes = " and ".join(f"{len(parts[name])} are the {name} split" for name in missing)
+        logger.warning(f"`--holdout {holdout}`: of {len(rows)} train rows, {sizes}. {KEPT_TOGETHER}.")
+    return rows.select(parts[split])
+
+
+def find_groups(rows: Dataset, by_images: bool) -> list[list[int]]:
+    """
+    The indices of rows that must be in the same split: equal rows or, with `by_images`, also others about the same
+    images. Images are the same if their paths or their bytes are.
+    """
+    rows = rows.cast_column("image", Image(decode=False))
+    features, fingerprint = Features({"group": Value("string")}), Hasher.hash([rows._fingerprint, by_images])
+    named, groups = map_rows(rows, partial(name_group, by_images=by_images), features, fingerprint), {}
+    for index, group in enumerate(named["group"]):
+        groups.setdefault(group, []).append(index)
+    return list(groups.values())
+
+
+def name_group(row: dict, index: int, by_images: bool) -> dict:
+    images = [image["bytes"] or image["path"].encode() for image in list_images(row)]
+    texts = {name: value for name, value in row.items() if name not in IMAGE_FEATURES}
+    return {"group": Hasher.hash_bytes(images if images and by_images else [*images, repr(texts).encode()])}
+
+
+def take_groups(groups: list[list[int]], sizes: list[int]) -> Iterator[list[int]]:
+    """Yields a part of each size from random groups, always the same ones, or one group if all are too large."""
+    left = [groups[number] for number in np.random.default_rng(0).permutation(len(groups))]
+    for size in sizes:
+        part, candidates, left = [], left, []
+        for group in candidates:
+            if len(part) + len(group) <= size:
+                part += group
+            else:
+                left.append(group)
+        if left and not part:
+            part = left.pop(left.index(min(left, key=len)))
+        yield sorted(part)

@@ -37,6 +37,8 @@ REQUIRED = ("messages",)
 KEYS = ("role", "from"), ("content", "value")
 # Parts of a message in other formats that would be ignored
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+# Whether a message is learned, in the formats of OpenAI, ms-swift and Axolotl
+WEIGHTS = ("weight", "loss", "train")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
@@ -81,9 +83,9 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
             )
         if ignored := [key for key in UNREAD if turn.get(key)]:
             faults.append(f"message {number} ({role}) has `{ignored[0]}`, which is not read. Remove it or the row.")
-        if turn.get("weight") not in (None, 1):
+        if key := next((key for key in WEIGHTS if turn.get(key) not in (None, 1)), None):
             faults.append(
-                f"message {number} ({role}) has the weight {turn['weight']}, but all of the assistant's messages are "
+                f"message {number} ({role}) has the {key} {turn[key]}, but all of the assistant's messages are "
                 "learned. Remove the row, or split it."
             )
         if unknown:

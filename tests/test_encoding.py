@@ -163,9 +163,10 @@ def test_special_tokens_in_data_are_text(processor, text):
     encoded = encode(processor, {"question": f"Q {text}", "answer": f"A {text}"})["input_ids"]
     count = sum(without.count(index) for index in processor.tokenizer.all_special_ids)
     assert sum(encoded.count(index) for index in processor.tokenizer.all_special_ids) == count
-    # The tokenizers of LLaMA put a space before each piece that is encoded alone
-    decoded, before = (processor.tokenizer.decode(ids).replace(" ", "") for ids in (encoded, without))
-    assert decoded.count(text.replace(" ", "")) == 2 + before.count(text)
+    decoded, before = map(processor.tokenizer.decode, (encoded, without))
+    assert decoded.count(text) == 2 + before.count(text), (
+        "also without the spaces that LLaMA's tokenizers put before texts"
+    )
 
 
 def test_private_characters_in_data_are_text():
@@ -259,6 +260,19 @@ def test_what_a_template_puts_before_an_answer_is_no_part_of_a_prediction(prefac
     output = PredictionOutput((np.array([said]), np.array([-1])), np.array([0]), {})
     (record,) = make_records(make_task(), processor, split, output)
     assert record["prediction"].strip() == record["expected"] == answer and not record["cut"]
+
+
+@pytest.mark.parametrize(
+    "said, options, cut",
+    [("so on", None, True), ("B. As", [" A", " B"], False), ("Both", [" A", " B"], True), ("so", None, False)],
+)
+def test_an_answer_is_cut_if_neither_its_end_nor_an_option_was_said(said, options, cut):
+    processor, row = make_processor("gpt2"), {"image": None, "question": "?", "answer": "x", "options": options}
+    split = MagicMock(rows=[row], encoded=[{"options": options}], __len__=lambda _: 1)
+    tokens = processor.tokenizer(said, add_special_tokens=False).input_ids[: None if " " in said or options else 1]
+    output = PredictionOutput((np.array([tokens]), np.array([0])), np.array([0]), {})
+    (record,) = make_records(make_task(), processor, split, output)
+    assert record["cut"] is cut, "an answer of one token cannot show its end"
 
 
 def test_smollm2_answers_in_its_own_template():

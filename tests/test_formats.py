@@ -7,6 +7,8 @@ import json
 import os
 import re
 import sys
+import types
+from contextlib import nullcontext
 
 import datasets
 import numpy as np
@@ -17,13 +19,13 @@ from PIL import Image as PILImage
 from pyarrow import parquet as pq
 from test_tasks import write_image, write_lines
 from test_train import tiny_flags
-from tiny import ROOT
+from tiny import ROOT, tiny_processor
 
 import train
 from tasks import _formats, chat, digits, get_task, vqa
 from tasks.__main__ import check, main
-from training.arguments import DataArguments
-from training.data import load_rows, read_image
+from training.arguments import DataArguments, DehvfTrainingArguments
+from training.data import load_rows, load_splits, read_image
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +112,7 @@ def save_to_disk(folder):
 def save_each_to_disk(folder):
     for split in ROWS:
         make_dataset(folder, split).save_to_disk(folder / split)
+    (folder / "dataset_infos.json").write_text("{}")
 
 
 LAYOUTS = {
@@ -325,6 +328,7 @@ CHAT_FAULTS = [
     ({"messages": [USER, {"role": "assistant", "content": [{"type": "audio"}]}]}, "has the part {'type': 'audio'}"),
     ({"messages": [{"role": "user", "content": parts("")}, ASSISTANT]}, "text in message 1 (user) is ''"),
     ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "message 2 (assistant) has the weight 0"),
+    ({"messages": [USER, {**ASSISTANT, "loss": False}]}, "message 2 (assistant) has the loss False"),
     ({"messages": [USER, {**ASSISTANT, "reasoning_content": "so"}]}, "(assistant) has `reasoning_content`, which"),
     ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"id": 1}]}]}, "(assistant) has `tool_calls`, which"),
     (
@@ -388,6 +392,13 @@ def test_an_image_may_be_an_object_or_base64(tmp_path, capsys):
     assert len(encoded) < 255, "as short as a file name"
     (tmp_path / "R0lGODlh").write_bytes((tmp_path / "a.png").read_bytes())  # a file name that is also base64
     forms += [encoded, [encoded], "R0lGODlh"]
+    for kind in ("bmp", "gif", "tiff", "webp"):
+        PILImage.new("RGB", (5, 5), "red").save(
+            data := io.BytesIO(), kind, **{"lossless": True} if kind == "webp" else {}
+        )
+        forms += [base64.b64encode(data.getvalue()).decode()]
+    forms += [(tmp_path / "a b.png").as_uri(), {"url": "file://a%20b.png"}]
+    write_image(tmp_path / "a b.png")
     forms = [{"image": form} for form in forms] + [{"images": [None], "image": "a.png"}]
     write_lines(tmp_path / "train.jsonl", [{"question": "?", "answer": "x", **form} for form in forms])
     assert [row["image"] for row in read(vqa, tmp_path)] == ["red"] * len(forms)
@@ -425,8 +436,12 @@ def test_images_in_parquet_may_be_paths_nothing_or_in_messages(tmp_path):
 
 @pytest.mark.parametrize(
     "empty, filled",
-    [({"images": []}, {"images": ["a.png"]}), ({"image": {"path": None}}, {"image": {"path": "a.png"}})],
-    ids=["list", "object"],
+    [
+        ({"images": []}, {"images": ["a.png"]}),
+        ({"images": [None, None]}, {"images": [None, "a.png"]}),
+        ({"image": {"path": None}}, {"image": {"path": "a.png"}}),
+    ],
+    ids=["list", "nulls", "object"],
 )
 def test_an_empty_column_of_images_is_none_beside_images_in_messages(empty, filled, tmp_path):
     write_image(tmp_path / "a.png")
@@ -557,10 +572,13 @@ def test_data_files_that_are_not_read_are_named(tmp_path, capsys, caplog):
     for name in ("train.jsonl", "more.jsonl", "sub/train.jsonl", "test/test.jsonl", ".old/train.jsonl"):
         write_lines(tmp_path / name, [row])
     write_csv(tmp_path / "scores.csv", [row])
+    for name in _formats.DESCRIPTIONS[1:3]:
+        write_list(tmp_path / name, [row])
     for number in range(4):
         write_lines(tmp_path / "z" / f"{number}.json", [row])
     assert check(str(tmp_path), columns="image=none")
     assert len(vqa.load("train", str(tmp_path), columns="image=none")) == 1
+    assert len(vqa.load("train", str(tmp_path), columns="image=none")) == 1 == caplog.text.count("more.jsonl")
     printed = capsys.readouterr().out
     for name, reason in (
         ("more.jsonl", "its name has no split, unlike those of others"),
@@ -577,12 +595,39 @@ def test_data_files_that_are_not_read_are_named(tmp_path, capsys, caplog):
     assert "holdout" not in str(error.value)
 
 
+def test_only_the_main_process_warns(tmp_path, caplog):
+    for name in ("train", "test", "more"):
+        write_lines(tmp_path / f"{name}.jsonl", [{"question": "a" * 99, "answer": "x", "context": "b" * 99}])
+    values = {"task": "vqa", "data_path": str(tmp_path), "columns": "image=none", "max_prompt_length": 150}
+    for process in (0, 1):
+        caplog.clear()
+        training = DehvfTrainingArguments(str(tmp_path), use_cpu=True)
+        own = types.SimpleNamespace(
+            **{**vars(training), "process_index": process, "main_process_first": lambda desc: nullcontext()}
+        )
+        load_splits(vqa, tiny_processor(), DataArguments(**values), own)
+        warned = [text in caplog.text for text in ("more.jsonl is not read", "1 of 1 prompts of the test split were")]
+        assert warned == [process == 0] * 2
+
+
 def test_a_stream_without_a_column_of_images_must_be_meant(tmp_path):
     write_image(tmp_path / "train" / "a.png")
     write_lines(tmp_path / "train" / "metadata.jsonl", [{"image_file_name": "a.png", "question": "?", "answer": "x"}])
     for streaming in (False, True):
         with pytest.raises(ValueError, match="no row has an `image`.*`--columns image=image_file_name`"):
             vqa.load("train", str(tmp_path), streaming=streaming)
+
+
+@pytest.mark.parametrize(
+    "splits, message",
+    [({"all": ["?"]}, "has no split `train`. It has: all"), ({"test": []}, "has a split without rows")],
+)
+def test_a_data_set_without_rows_to_train_on_is_no_good_one(splits, message, tmp_path):
+    rows = {name: Dataset.from_dict({"question": texts, "answer": texts}) for name, texts in splits.items()}
+    DatasetDict(rows).save_to_disk(tmp_path)
+    for read_it in (check, lambda path, **values: vqa.load("train", path, **values)):
+        with pytest.raises(ValueError, match=message):
+            read_it(str(tmp_path), columns="image=none")
 
 
 def test_two_splits_that_may_be_the_test_split_are_named(tmp_path):
@@ -728,14 +773,15 @@ def test_columns_that_are_not_there_are_named(columns, message, tmp_path):
 # --- a test split from the train split ---
 
 
-def test_a_split_that_is_missing_is_taken_from_the_train_split(tmp_path):
-    write_lines(tmp_path / "x.jsonl", [{"question": str(n), "answer": "so", "image": "a.png"} for n in range(40)])
+def test_a_split_that_is_missing_is_taken_from_the_train_split(tmp_path, caplog):
+    write_lines(tmp_path / "x.jsonl", [{"question": str(n), "answer": "so", "image": f"{n}.png"} for n in range(40)])
 
     def load(split, **values):
         return load_rows(vqa, split, DataArguments(task="vqa", data_path=str(tmp_path), **values))
 
     splits = {split: load(split, holdout=0.1)["question"] for split in ("train", "validation", "test")}
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 32, "validation": 4, "test": 4}
+    assert caplog.text.count("of 40 train rows, 4 are the test split and 4 are the validation split") == 1
     assert sorted(sum(map(list, splits.values()), []), key=int) == [str(n) for n in range(40)]
     assert list(load("test", holdout=0.1)["question"]) == list(splits["test"]), "the same rows in every run"
     faults = [({}, "no split `test`.*--holdout")]
@@ -750,20 +796,58 @@ def test_a_split_that_is_missing_is_taken_from_the_train_split(tmp_path):
     with pytest.raises(ValueError, match="has a test and a validation split"):
         load("test", holdout=0.1)
     write_lines(tmp_path / "few" / "x.jsonl", [{"question": "?", "answer": "so", "image": "a.png"}] * 2)
-    with pytest.raises(ValueError, match="has 2 rows. `--holdout 0.1` takes 2 of them, for test and validation"):
+    with pytest.raises(ValueError, match="has 2 rows, 1 of them different. .* takes 1 for test and validation each"):
         vqa.load("train", str(tmp_path / "few"), holdout=0.1)
     with pytest.raises(ValueError, match="`--task digits` does not read `--holdout`. Remove it, or use chat or"):
         load_rows(digits, "train", DataArguments(task="digits", holdout=0.1))
 
 
+@pytest.mark.parametrize("layout", ["jsonl", "parquet"])
+def test_questions_about_the_same_image_and_equal_rows_stay_together(layout, tmp_path):
+    rows = [{"question": str(n), "answer": "so", "image": f"{n // 4}.png"} for n in range(80)]
+    rows += [{"question": str(n // 4), "answer": "so", "image": None} for n in range(80)]
+    if layout == "jsonl":
+        write_lines(tmp_path / "x.jsonl", rows)
+    else:  # the path does not name the image
+        for row in rows:
+            PILImage.new("L", (4, 4), int(row["image"][:-4])).save(data := io.BytesIO(), "png") if row[
+                "image"
+            ] else None
+            row["image"] = row["image"] and {"bytes": data.getvalue(), "path": "it.png"}
+        features = Features({"question": Value("string"), "answer": Value("string"), "image": Image()})
+        pq.write_table(pa.Table.from_pylist(rows, features.arrow_schema), tmp_path / "x.parquet")
+    parts = [vqa.load(split, str(tmp_path), holdout=0.1) for split in ("train", "validation", "test")]
+    assert [len(part) for part in parts] == [128, 16, 16]
+    for is_image in (True, False):
+        groups = [
+            {
+                int(row["question"]) // (4 if is_image else 1)
+                for row in part.cast_column("image", Image(decode=False))
+                if bool(row["image"]) == is_image
+            }
+            for part in parts
+        ]
+        assert sum(map(len, groups)) == len(set.union(*groups)) == 20, "no group is in two splits"
+    write_lines(tmp_path / "large.jsonl", [{**rows[0], "image": f"{n}.png"} for n in range(3) for _ in range(9)])
+    sizes = [len(vqa.load(split, str(tmp_path / "large.jsonl"), holdout=0.1)) for split in ("train", "test")]
+    assert sizes == [9, 9], "an image with more questions than the split should have"
+    write_lines(
+        tmp_path / "one.jsonl", [{"question": str(n % 5), "answer": "so", "image": "0.png"} for n in range(20)]
+    )
+    parts = [vqa.load(split, str(tmp_path / "one.jsonl"), holdout=0.2) for split in ("train", "validation", "test")]
+    assert [len(set(part["question"])) for part in parts] == [3, 1, 1], "all rows are about one image"
+
+
 def test_a_run_records_what_it_took_from_the_train_split(tmp_path):
-    write_image(tmp_path / "a.png")
     turns = [{"from": "human", "value": "<image>ab?"}, {"from": "gpt", "value": "cd"}]
-    write_list(tmp_path / "x.json", [{"turns": turns, "image": "a.png"}] * 6)
+    for number in range(6):
+        write_image(tmp_path / f"{number}.png")
+    write_list(tmp_path / "x.json", [{"turns": turns, "image": f"{number}.png"} for number in range(6)])
     values = {"task": "chat", "columns": "messages=turns", "holdout": 0.3, "max_steps": 1}
     train.main(tiny_flags(tmp_path, tmp_path / "x.json", tmp_path / "output", **values))
     results = json.loads((tmp_path / "output" / "results.json").read_text())
     assert (results["columns"], results["holdout"], results["size"]) == ("messages=turns", 0.3, 2)
+    assert results["holdout_groups"].startswith("Rows with the same images")
     assert results["scores"].keys() == {"image", "no image", "average", "count"}
 
 
@@ -786,6 +870,7 @@ FILES = [
     ("train.json", b'[{"question": "\xe4"}]', "train.json: not UTF-8 text"),
     ("train.json", b"[]", "train.json: no rows"),
     ("train.csv", b"question,answer\n?,x\n", None),
+    ("train.csv", b"question , answer \n?,x\n", None),
     ("train.csv", b'question,answer\n"a\nb",x\n?,x,y\n', "train.csv:4: it does not have 2 cells"),
     ("train.csv", b"question,answer\n?\n", "train.csv:2: it does not have 2 cells"),
     ("train.csv", b"question,answer\n?,\n", "train.csv:2: there is no `answer`"),
@@ -855,6 +940,7 @@ def test_the_check_command_notes_what_may_be_a_mistake(tmp_path, capsys):
     row = {"question": "<image>\nWhat?", "answer": "red</s>", "image": "a.png"}
     write_lines(tmp_path / "train.jsonl", [row, row, {**row, "answer": "Zoë"}])
     write_lines(tmp_path / "test.jsonl", [{**row, "question": "What?"}])
+    write_lines(tmp_path / "train_old.jsonl", [{**row, "answer": "blue"}])
     (tmp_path / "validation.csv").write_text("question,answer\n")
     assert check(str(tmp_path))
     printed = capsys.readouterr().out
@@ -863,6 +949,7 @@ def test_the_check_command_notes_what_may_be_a_mistake(tmp_path, capsys):
         vqa.load("validation", str(tmp_path))
     for note in (
         f"note: {unread}",
+        f"read from 2 files, {tmp_path / 'train.jsonl'} to {tmp_path / 'train_old.jsonl'}",
         f"note: 2 times `</s>` in `answer`, which is read as letters and controls nothing, the first at {tmp_path}",
         f"note: 1 times a row that is repeated, the first at {tmp_path / 'train.jsonl'}:2",
         f"note: 1 times a row that is also in the train split, the first at {tmp_path / 'test.jsonl'}:1",

@@ -349,7 +349,7 @@ def test_padding_changes_neither_a_loss_nor_a_likelihood(model_type, tmp_path):
 
 def test_a_chat_template_can_replace_that_of_the_tokenizer(tmp_path):
     vision, text = save_tiny_bases(tmp_path)
-    (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}!")
+    (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}!", encoding="utf-8-sig")
     command = ["--vision_model", str(vision), "--text_model", str(text), "--chat_template"]
     for place, expected in (("plain", "<s>who?\nResponse:"), (str(tmp_path / "own.jinja"), "who?!")):
         processor = load_processor(*parse_arguments([*command, place])[2:4])

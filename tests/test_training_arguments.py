@@ -407,6 +407,7 @@ def test_a_field_that_must_keep_its_value_is_refused_with_the_reason(name):
         ("--learning_rate nan", "`--learning_rate nan` was given. It must be a finite number of at least 0"),
         ("--learning_rate=-1e-3", "`--learning_rate -0.001` was given"),
         ("--fuser_lr_ratio=-1", "`--fuser_lr_ratio -1.0` was given"),
+        ("--data_seed=-1", "`--data_seed -1` was given"),
         ("--base_learning_rate inf", "`--base_learning_rate inf` was given"),
         ("--max_grad_norm=-1", "`--max_grad_norm -1.0` was given"),
         ("--per_device_train_batch_size 0", "`--per_device_train_batch_size 0` was given.* at least 1"),
@@ -462,6 +463,13 @@ def test_what_would_have_no_effect_or_a_wrong_one_is_refused(flags, message, mon
 def test_what_the_rows_do_not_allow_is_refused_before_training(folder, flags, message):
     with pytest.raises(ValueError, match=message):
         run(folder, **flags)
+
+
+def test_a_warm_up_that_covers_all_steps_is_named(folder, caplog):
+    for steps, warned in ((4, True), (3, False), (0.9, False)):
+        caplog.clear()
+        run(folder, warmup_steps=steps)
+        assert ("covers all 4 steps" in caplog.text) == warned
 
 
 # --- recipes ---

@@ -57,7 +57,8 @@ class DataArguments:
     holdout: float | None = HfArg(
         default=None,
         help="Fraction of your own train split, such as 0.05, to use as the test split if there is none; as many rows "
-        "become the validation split if there is none. The rows are the same in every run.",
+        "become the validation split if there is none. The rows are the same in every run, and those about the same "
+        "images are in one split.",
     )
     captions: str | None = HfArg(
         default=None,
@@ -330,7 +331,9 @@ KEPT = {
 # The lowest value of numbers for which a lower one would fail late or have another meaning
 LOWEST = {
     **dict.fromkeys(("learning_rate", "base_learning_rate", "fuser_lr_ratio", "weight_decay", "max_grad_norm"), 0),
-    **dict.fromkeys(("num_train_epochs", "warmup_steps", "eval_delay", "label_smoothing_factor"), 0),
+    **dict.fromkeys(
+        ("num_train_epochs", "warmup_steps", "eval_delay", "label_smoothing_factor", "seed", "data_seed"), 0
+    ),
     **dict.fromkeys(("neftune_noise_alpha", "dataloader_num_workers", "adam_beta1", "adam_beta2", "adam_epsilon"), 0),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("save_total_limit", "eval_accumulation_steps", "early_stopping_patience"), 1),

@@ -10,8 +10,8 @@ import inspect
 import itertools
 import multiprocessing
 import os
-import re
 from dataclasses import dataclass, field
+from logging import NOTSET, WARNING, disable
 
 import numpy as np
 import pyarrow as pa
@@ -19,13 +19,11 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from datasets.utils.file_utils import xopen
 from PIL import Image
 from transformers.utils import logging
 
-import dehvf
 from tasks import NAMES, get_task
-from tasks._sources import IMAGE_FEATURES, list_images
+from tasks._sources import IMAGE_FEATURES, list_images, read_image
 from training.encoding import RowEncoder
 
 
@@ -61,17 +59,6 @@ def load_rows(task, name: str, arguments):
     if next(iter(rows), None) is None:
         raise ValueError(f"The {name} split of `{arguments.task}` is empty.")
     return rows
-
-
-def read_image(image) -> Image.Image | None:
-    """Reads an entry of an image column, decoded or not, as an RGB image like the processor; `None` stays `None`."""
-    if image is None:
-        return None
-    # A place inside an archive, in a streamed data set
-    if isinstance(image, dict) and image["bytes"] is None and re.match(r"(?!https?:)[\w+.-]+://", image["path"]):
-        with xopen(image["path"], "rb") as file:
-            image = {"bytes": file.read(), "path": image["path"]}
-    return dehvf.images.read_image(image)
 
 
 def read_images(row: dict) -> Image.Image | list[Image.Image] | None:
@@ -153,7 +140,7 @@ class Split(torch.utils.data.Dataset):
             try:
                 read_images(row)
             except Exception as error:  # Pillow raises many kinds
-                faults.append(f"row {index}: {error}")
+                faults.append(f"row {index}: {str(error).rstrip('.')}")
         if faults:
             raise ValueError(
                 f"{len(faults)} images of the {self.name} split cannot be read: {'; '.join(faults[:10])}. Replace "
@@ -197,11 +184,11 @@ class Split(torch.utils.data.Dataset):
             try:
                 image = read_images(self.images[row])
             except Exception as error:
-                message = f"The image in row {row} of the {self.name} split cannot be read: {error}"
+                message = f"Row {row} of the {self.name} split: {error}"
                 if not self.training:
                     raise ValueError(message) from error
                 self.unreadable_images.add_one()
-                logger.warning(f"{message}. The next row is used instead.")
+                logger.warning(f"{message} The next row is used instead.")
                 continue
             encoded = add_labels(self.encoded[row]) if self.training else self.encoded[row]
             if self.answered is not None:
@@ -242,7 +229,7 @@ class StreamedSplit(torch.utils.data.IterableDataset):
                     image = read_images(row)
                 except Exception as error:
                     self.unreadable_images.add_one()
-                    logger.warning(f"Image {index} of the stream cannot be read: {error}. Its row is skipped.")
+                    logger.warning(f"Row {index} of the stream: {error} It is skipped.")
                     continue
                 num_good += 1
                 encoded = self.encoder({name: row[name] for name in row if name not in IMAGE_FEATURES}, index)
@@ -258,6 +245,8 @@ class StreamedSplit(torch.utils.data.IterableDataset):
 def load_splits(task, processor, data_args, training_args) -> dict[str, Split | StreamedSplit]:
     """The splits that a run needs, by name. The main process encodes them; the other processes read its result."""
     splits = {}
+    if training_args.process_index:  # the main process has given the same warnings
+        disable(WARNING)
     with training_args.main_process_first(desc="encode the data"):
         if training_args.num_train_epochs > 0 and data_args.streaming:
             seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
@@ -269,6 +258,7 @@ def load_splits(task, processor, data_args, training_args) -> dict[str, Split | 
             with_loss = training_args.metric_for_best_model in LOSS
             splits["validation"] = Split(task, "validation", processor, data_args, training=False, with_loss=with_loss)
         splits["test"] = Split(task, "test", processor, data_args, training=False)
+    disable(NOTSET)
     return splits
 
 

@@ -141,16 +141,31 @@ class ChatTokenizer:
         for piece in re.split(f"({ANY_STAND_IN})", text):
             if re.fullmatch(ANY_STAND_IN, piece):
                 word = self.replaced[ord(piece) - STAND_INS[0]]
-                new = self.tokenizer(word, add_special_tokens=False, split_special_tokens=True).input_ids
+                new, _ = self._encode_piece(word, is_first=not begin, split_special_tokens=True)
                 tokens, places = [*tokens, *new], [*places, *[(begin, begin + 1)] * len(new)]
             elif piece or not begin:
                 adds = not has_bos and not begin
-                encoded = self.tokenizer(piece, add_special_tokens=adds, return_offsets_mapping=True)
-                kept = len(encoded.input_ids) - (self.num_appended if adds else 0)
-                tokens += encoded.input_ids[:kept]
-                places += [(begin + start, begin + stop) for start, stop in encoded.offset_mapping[:kept]]
+                new, offsets = self._encode_piece(piece, is_first=not begin, add_special_tokens=adds)
+                kept = len(new) - (self.num_appended if adds else 0)
+                tokens += new[:kept]
+                places += [(begin + start, begin + stop) for start, stop in offsets[:kept]]
             begin += len(piece)
         return tokens, places
+
+    def _encode_piece(self, text: str, is_first: bool, **options) -> tuple[list[int], list[tuple[int, int]]]:
+        """
+        Token ids and offsets of a piece of a text. SentencePiece tokenizers put a space before each text that they are
+        given, so other pieces than the first are encoded after a line break, whose tokens are removed again.
+        """
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, **options}
+        if not is_first:
+            head = self.tokenizer("\n", add_special_tokens=False).input_ids
+            encoded = self.tokenizer("\n" + text, **options)
+            if encoded.input_ids[: len(head)] == head:  # otherwise the line break was joined with the text
+                offsets = [(max(0, start - 1), max(0, stop - 1)) for start, stop in encoded.offset_mapping]
+                return encoded.input_ids[len(head) :], offsets[len(head) :]
+        encoded = self.tokenizer(text, **options)
+        return encoded.input_ids, encoded.offset_mapping
 
 
 class RowEncoder:

@@ -26,7 +26,7 @@ def load_processor(model_args, adapter_args):
     if chat_template == "plain":
         chat_template = processing.CHAT_TEMPLATE
     elif chat_template is not None:
-        chat_template = Path(chat_template).read_text(encoding="utf-8")
+        chat_template = Path(chat_template).read_text(encoding="utf-8-sig")
     try:
         if model_args.adapter is not None:
             source = {"revision": model_args.adapter_revision}

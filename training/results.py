@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, extr
 
 from dehvf import hub
 from tasks import get_task, print_scores, score_folder
+from tasks._sources import KEPT_TOGETHER
 from training.arguments import BASES, DEHVF_METHODS
 from training.checkpoints import RESULTS_FILE, describe_code, digest, write_json
 from training.data import Split
@@ -77,7 +78,11 @@ def make_records(task, processor, split: Split, output) -> list[dict]:
         has_image = row.pop("image") is not None
         row.pop("images", None)
         prediction, choice, has_ended = answers[index]
-        facts = {"index": index, "prediction": prediction, "cut": not has_ended, "expected": task.answer(row)}
+        # What follows an option does not matter, and an answer of one token cannot show whether it is complete
+        options = "|".join(re.escape(option.strip()) for option in task.options(row) or ())
+        names_option = options and re.match(rf"\s*(?:{options})\b", prediction)
+        cut = not has_ended and not names_option and tokens.shape[1] > 1
+        facts = {"index": index, "prediction": prediction, "cut": cut, "expected": task.answer(row)}
         facts |= {"choice": choice if encoded["options"] else None, "has_image": has_image}
         records.append({**row, **facts})
     return records
@@ -103,6 +108,7 @@ def describe_run(task, processor, model, split: Split, data_args, model_args, tr
     revisions = {f"{base}_model_revision": base_revision(model.config, base, bases[f"{base}_model"]) for base in BASES}
     return {
         **{name: getattr(data_args, name) for name in ("task", "data_path", "columns", "holdout", "captions")},
+        "holdout_groups": KEPT_TOGETHER if data_args.holdout else None,
         "split": split.name,
         "size": len(split),
         "template": render(processor, "{prompt}") + task.ANSWER_PREFIX,

@@ -18,11 +18,15 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from dehvf import DehvfForConditionalGeneration
 from training.checkpoints import find_last_checkpoint, read_manifest, remove_older_checkpoints, write_manifest
 from training.engines import AdapterTrainer
 from training.fusion import FusionRecorder
+
+
+logger = logging.get_logger("train")
 
 
 class AnswerTrainer(AdapterTrainer):
@@ -353,6 +357,11 @@ class StepChecks(TrainerCallback):
         if self.trainer.resumed_from is not None and args.load_best_model_at_end:
             state.best_model_checkpoint = find_best_checkpoint(Path(self.trainer.resumed_from))
         self.resumed_at_end = control.should_training_stop = self.trainer.is_complete()
+        if 1 <= state.max_steps <= args.warmup_steps and state.is_world_process_zero:
+            logger.warning(
+                f"`--warmup_steps {args.warmup_steps:g}` covers all {state.max_steps} steps, so the learning rate of "
+                "a schedule with a warm-up is lower than `--learning_rate` throughout. Give a fraction such as 0.03."
+            )
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.order is not None:
