@@ -83,10 +83,11 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
             )
         if ignored := [key for key in UNREAD if turn.get(key)]:
             faults.append(f"message {number} ({role}) has `{ignored[0]}`, which is not read. Remove it or the row.")
-        if key := next((key for key in WEIGHTS if turn.get(key) not in (None, 1)), None):
+        is_learned = ROLES.get(role) == "assistant"
+        if key := next((key for key in WEIGHTS if turn.get(key) not in (None, is_learned)), None):
             faults.append(
-                f"message {number} ({role}) has the {key} {turn[key]}, but all of the assistant's messages are "
-                "learned. Remove the row, or split it."
+                f"message {number} ({role}) has the {key} {turn[key]}, but all messages of the assistant are learned, "
+                "and no others. Remove the row, or split it."
             )
         if unknown:
             faults.append(

@@ -329,6 +329,7 @@ CHAT_FAULTS = [
     ({"messages": [{"role": "user", "content": parts("")}, ASSISTANT]}, "text in message 1 (user) is ''"),
     ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "message 2 (assistant) has the weight 0"),
     ({"messages": [USER, {**ASSISTANT, "loss": False}]}, "message 2 (assistant) has the loss False"),
+    ({"messages": [{**USER, "train": True}, ASSISTANT]}, "message 1 (user) has the train True"),
     ({"messages": [USER, {**ASSISTANT, "reasoning_content": "so"}]}, "(assistant) has `reasoning_content`, which"),
     ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"id": 1}]}]}, "(assistant) has `tool_calls`, which"),
     (
