@@ -28,6 +28,7 @@ from .bases_dehvf import (
     hub_arguments,
     load_base_config,
     load_bases,
+    read_parameters,
     sample_tensors,
     save_base,
     share_placement,
@@ -251,8 +252,8 @@ class AdapterMixin:
 
     def adapter_state_dict(self) -> dict[str, torch.Tensor]:
         """The trained tensors by their full names, which `save_pretrained` writes."""
-        parameters = [(plain_name(name), parameter) for name, parameter in self.base_model.named_parameters()]
-        return {PREFIX + name: parameter.detach() for name, parameter in parameters if is_adapter_name(name)}
+        parameters = read_parameters(nn.ModuleDict(self.base_model.active.modules()))
+        return {PREFIX + plain_name(name): parameter.detach() for name, parameter in parameters.items()}
 
     def save_pretrained(
         self,
@@ -441,13 +442,13 @@ class AdapterMixin:
         """
         samples = [[as_visual_memory(memory) for memory in sample] for sample in samples]
         memories = [memory for sample in samples for memory in sample]
+        for memory in memories:
+            check_visual_memory(self.config, memory)
         if not memories or any(len(memory) != 1 for memory in memories):
             raise ValueError(
                 f"The memories have the shapes {[tuple(memory.shape) for memory in memories]}. Give at least one, and "
                 "each as a batch of one: `visual_memory[[row]]` takes a row of several."
             )
-        for memory in memories:
-            check_visual_memory(self.config, memory)
         joined = [torch.cat(sample, dim=3) if sample else memories[0][:, :, :, :0] for sample in samples]
         size = max(memory.shape[3] for memory in joined)
         visual_memory = torch.cat([F.pad(memory, (0, 0, 0, size - memory.shape[3])) for memory in joined])
@@ -505,7 +506,7 @@ class AdapterMixin:
 
     def _sample_encoder(self) -> torch.Tensor:
         """A few values of each tensor of the vision encoder, to recognise another encoder."""
-        parameters = self.base_model.vision_tower.parameters()
+        parameters = read_parameters(self.base_model.vision_tower).values()
         return torch.cat([parameter.detach().flatten()[:8].float().cpu() for parameter in parameters])
 
     def dequantize(self, dtype=None):
