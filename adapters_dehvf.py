@@ -280,9 +280,10 @@ class AdapterMixin:
 
         Raises:
             TypeError: if there is no such argument.
-            ValueError: if the adapter's modules are wrapped by other modules, or do not fit its config; if a tensor of
-                the adapter (or, with `merge_base`, of a base model) is missing or empty, for example because ZeRO-3
-                partitions were not gathered; or if `push_to_hub` is set, since it would not upload a card.
+            ValueError: if the adapter's modules are wrapped by other modules, or do not fit its config, for example
+                because it was changed after they were built; if a tensor of the adapter (or, with `merge_base`, of a
+                base model) is missing or empty, for example because ZeRO-3 partitions were not gathered; or if
+                `push_to_hub` is set, since it would not upload a card.
         """
         if push_to_hub:
             raise ValueError(
@@ -294,6 +295,13 @@ class AdapterMixin:
                 f"`save_pretrained` has no argument `{min(unknown)}`. It always writes one `{SAFE_WEIGHTS_NAME}`; "
                 "`merge_base=True` also writes the base models, in files of up to `max_shard_size`."
             )
+        for name, value in self.base_model.active.built_in_values.items():
+            if str(changed := getattr(self.config, name)) != value:
+                raise ValueError(
+                    f"`config.{name}` was changed from {value} to {changed} after the model was built, which has no "
+                    "effect on this model, but would have one on the model that is loaded from the folder. Change it "
+                    "back before saving, and give another value to `from_pretrained` or `from_vision_text_pretrained`."
+                )
         own = self.adapter_state_dict()
         expected = self._empty_adapter(self.config, save_directory).state_dict()
         if differing := own.keys() ^ expected.keys():
@@ -494,14 +502,11 @@ class AdapterMixin:
 
     def _memory_origin(self) -> dict[str, str]:
         """Everything that the memory of an image and its use depend on, except the weights of the vision encoder."""
-        config = self.config
-        # These change the result but no tensor of the adapter
-        settings = ("num_groups", "layer_fusion", "layer_mapping", "layer_mapping_seed", "visual_prompts")
-        settings += ("fuser_num_heads", "fuser_hidden_act", "vision_adapter_scale")
+        config, values = self.config, self.base_model.active.built_in_values
         return {
             "adapters": f"{digest(self.adapter_state_dict())} in {self.base_model.memory_slots.key.dtype}",
             "image size": f"{config.resolution} with patches of {config.vision_config.patch_size}",
-            **{name: str(getattr(config, name)) for name in settings},
+            **{name: value for name, value in values.items() if name != "vision_adapter_dropout"},
         }
 
     def _sample_encoder(self) -> torch.Tensor:

@@ -372,6 +372,11 @@ class DehvfConfig(PreTrainedConfig):
             )
 
 
+# Values that the modules of an adapter keep from when they were built, and that change no name or shape of a tensor
+BUILT_IN_VALUES = ("num_groups", "layer_fusion", "layer_mapping", "layer_mapping_seed", "visual_prompts")
+BUILT_IN_VALUES += ("fuser_num_heads", "fuser_hidden_act", "vision_adapter_scale", "vision_adapter_dropout")
+
+
 def read_tiles(image_tiles: str | None) -> tuple[int, int]:
     """The numbers of rows and columns of tiles, 0 without tiles. Raises `ValueError` for another form than '2x2'."""
     if image_tiles is None:

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.generic import can_return_tuple
 
 from .adapters_dehvf import AdapterMixin, is_adapter_name
-from .configuration_dehvf import DehvfConfig
+from .configuration_dehvf import BUILT_IN_VALUES, DehvfConfig
 from .fuser_dehvf import (
     FuserLinear,
     HierarchicalVisualFuser,
@@ -89,6 +89,7 @@ class Adapter:
     vision_layout: VisionLayout
     hierarchy: LayerHierarchy
     memory_slots: MemorySlots
+    built_in_values: dict[str, str]
     projector: VisualProjector | None = None
     vision_adapters: nn.ModuleList | None = None
     fuser_query: InputEmbeddingNetwork | LearnableQueryTokens | None = None
@@ -97,7 +98,8 @@ class Adapter:
     @classmethod
     def build(cls, config: DehvfConfig) -> "Adapter":
         layout = find_vision_layout(config.vision_config, config.image_size)
-        adapter = cls(config, layout, LayerHierarchy(config), MemorySlots(config))
+        values = {name: str(getattr(config, name)) for name in BUILT_IN_VALUES}
+        adapter = cls(config, layout, LayerHierarchy(config), MemorySlots(config), values)
         if config.visual_prompts == "none":
             return adapter
         num_layers_read = max(adapter.hierarchy.layers_read) + 1

@@ -396,8 +396,8 @@ def test_an_incomplete_model_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="has the dtype torch.float64. Convert it to one of"):
         tiny_model().double().save_pretrained(folder)
     model = tiny_model()
-    model.config.num_groups = 1
-    with pytest.raises(ValueError, match="this model does not fit its config .*\n  wrong shape: model.fuser.head"):
+    model.config.fuser_hidden_size = 8
+    with pytest.raises(ValueError, match="this model does not fit its config .*\n  wrong shape: model.fuser."):
         model.save_pretrained(folder)
     assert not (folder / "config.json").exists() and not (folder / "model.safetensors").exists()
 
@@ -502,6 +502,30 @@ def test_the_processor_is_saved_with_the_values_of_the_model(tmp_path, values):
         images = [[image] * model.config.max_images]
         assert model(**processor(images=images, text="a", return_tensors="pt")).logits.isfinite().all()
     assert DehvfProcessor.from_pretrained(tmp_path / "first", image_size=32).image_processor.crop_size["height"] == 32
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("num_groups", 1), ("layer_mapping", "random"), ("fuser_num_heads", 2), ("fuser_hidden_act", "relu")]
+    + [("vision_adapter_scale", 1.0), ("vision_adapter_dropout", 0.0), ("layer_fusion", "mean")],
+)
+def test_a_value_that_a_model_does_not_use_is_not_saved_with_it(name, value, tmp_path):
+    model = tiny_model()
+    setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=f"`config.{name}` was changed from .* to {value} after.*Change it back"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    "name, value", [("visual_scale", 0.3), ("memory_scale", 2.0), ("memory_form", "materialised")]
+)
+def test_values_that_a_model_uses_may_be_changed(name, value, tmp_path):
+    model = model_on_new_bases(tmp_path)
+    setattr(model.config, name, value)
+    model.save_pretrained(tmp_path / "saved")
+    again = DehvfForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
 
 
 def test_a_folder_that_was_used_for_other_bases_gets_a_new_processor(tmp_path):
