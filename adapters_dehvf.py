@@ -21,6 +21,7 @@ from transformers.utils import (
 )
 
 from .bases_dehvf import (
+    BASE_NAMES,
     assemble_causal_lm,
     fetch_merged_bases,
     find_changes,
@@ -54,6 +55,11 @@ PREFIX = "model."  # of parameter names in a file, as in `DehvfForConditionalGen
 def is_adapter_name(name: str) -> bool:
     """Whether the parameter with this full name belongs to the adapter (and not to a frozen base model)."""
     return name.removeprefix(PREFIX).partition(".")[0] in ADAPTER_MODULES
+
+
+def absolute_place(place: str | os.PathLike) -> str:
+    """A Hub id, or the absolute path of a folder, so that a saved config works in every working directory."""
+    return os.path.abspath(place) if os.path.isdir(place) else str(place)
 
 
 def plain_name(name: str) -> str:
@@ -108,6 +114,7 @@ class AdapterMixin:
     """
 
     _has_merged_bases = False  # whether the base models were loaded from the folder of the adapter
+    _given_bases = {}  # "vision" or "text" -> place from which `from_pretrained` was told to load this base model
     _base_samples = None  # samples of the base models as they were loaded, see `sample_tensors`
 
     # --- loading ---
@@ -132,8 +139,7 @@ class AdapterMixin:
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         places = {"vision": vision_model, "text": text_model}
         for key, place in places.items():
-            # Folders become absolute paths, so that a saved config works in every working directory
-            places[key] = os.path.abspath(place) if os.path.isdir(place) else str(place)
+            places[key] = absolute_place(place)
             fields[f"{key}_model_id"] = fields.get(f"{key}_model_id") or places[key]
             revision = fields.get(f"{key}_model_revision")
             fields[f"{key}_config"] = load_base_config(places[key], key, revision, **hub_arguments(kwargs))
@@ -192,7 +198,9 @@ class AdapterMixin:
             if config.max_images > DehvfConfig.get_config_dict(location, **source)[0].get("max_images", 1):
                 add_image_embeddings(tensors, expected)
         check_adapter_tensors(tensors, expected, location)
-        places = cls._find_bases(config, location, {"vision": vision_model, "text": text_model}, source)
+        given = {"vision": vision_model, "text": text_model}
+        given = {key: absolute_place(place) for key, place in given.items() if place is not None}
+        places = cls._find_bases(config, location, given, source)
         if config.merged_base:  # then the base models come from the same repository, and no pickle may be read from it
             kwargs["use_safetensors"] = True
         model = cls._from_places(config, places, {**dtype, **kwargs})
@@ -200,7 +208,7 @@ class AdapterMixin:
         model.base_model.load_state_dict(own, strict=False)
         model.name_or_path = str(location)
         model.base_model.set_source("default", location, source)
-        model._has_merged_bases = config.merged_base and vision_model is None and text_model is None
+        model._has_merged_bases, model._given_bases = config.merged_base and not given, given
         if generation_config is not None:
             model.generation_config = generation_config
         elif has_file(location, GENERATION_CONFIG_NAME, **source):  # else the language model's own stays
@@ -213,9 +221,9 @@ class AdapterMixin:
     def _find_bases(config: DehvfConfig, location, given: dict, source: dict) -> dict[str, str]:
         """The Hub ids or folders of the base models: given by the user, merged, or from the config."""
         places = {"vision": config.vision_model_id, "text": config.text_model_id}
-        if config.merged_base and None in given.values():
+        if config.merged_base and len(given) < len(places):
             places = fetch_merged_bases(location, **source)
-        places |= {key: place for key, place in given.items() if place is not None}
+        places |= given
         for key in (key for key, place in places.items() if place is None):
             raise ValueError(
                 f"The config in {location} has no `{key}_model_id`, so the frozen base model cannot be found. Pass "
@@ -369,6 +377,14 @@ class AdapterMixin:
                 f"{changed[0]}. Only the adapter is saved, so these changes are lost. Save with "
                 "`model.save_pretrained(folder, merge_base=True)` to keep them."
             )
+        for key, place in self._given_bases.items():
+            if place != (named := getattr(self.config, f"{key}_model_id")):
+                logger.warning_once(
+                    f"The {BASE_NAMES[key]} was loaded from {place}, but the adapter is saved for "
+                    f"{'its copy in the folder' if has_bases else named}. If their weights differ, set "
+                    f"`model.config.{key}_model_id = {place!r}` (and `{key}_model_revision` to its commit or `None`) "
+                    "before saving, or save with `merge_base=True`."
+                )
         if self._has_merged_bases and not has_bases:
             logger.warning(
                 f"The base models were loaded from their copies in {self.name_or_path}. Only the adapter is saved, "
@@ -392,9 +408,12 @@ class AdapterMixin:
         """Whether a folder has a processor that was not saved for an adapter on other base models or images."""
         if not os.path.isfile(os.path.join(folder, PROCESSOR_NAME)):
             return False
-        there = self._config_in(folder)
-        own = {name: getattr(self.config, name) for name in ("vision_model_id", "text_model_id", *IMAGE_OPTIONS)}
-        return all(there.get(name, value) == value for name, value in own.items())
+        there, model = self._config_in(folder), self.base_model
+        own = {name: [getattr(self.config, name)] for name in ("vision_model_id", "text_model_id", *IMAGE_OPTIONS)}
+        # The config may have been changed to name the repository of which the base model is a local copy
+        own["vision_model_id"].append(model.vision_tower.name_or_path)
+        own["text_model_id"].append(model.language_model.name_or_path)
+        return all(there.get(name, values[0]) in values for name, values in own.items())
 
     def _load_processor(self) -> DehvfProcessor | None:
         """The processor to save with the active adapter; `None` if none can be loaded."""

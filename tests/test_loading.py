@@ -262,6 +262,22 @@ def test_bases_can_be_taken_from_elsewhere(saved, tmp_path):
     assert all(torch.equal(tensor, adapters[name]) for name, tensor in model.adapter_state_dict().items())
 
 
+def test_a_base_from_elsewhere_that_the_saved_config_does_not_name_is_told(saved, tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr(dehvf.adapters.logger, "warning_once", messages.append)
+    other = save_tiny_bases(tmp_path, seed=1)[1]
+    model = DehvfForConditionalGeneration.from_pretrained(saved / "adapter", text_model=other)
+    model.save_pretrained(tmp_path / "merged", merge_base=True)
+    assert not messages
+    model.save_pretrained(tmp_path / "saved")
+    assert f"The language model was loaded from {other}, but the adapter is saved for {saved / 'text'}" in messages[0]
+    model.config.text_model_id = str(other)
+    model.save_pretrained(tmp_path / "saved")
+    assert len(messages) == 1
+    again = DehvfForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
+
+
 def test_dtype_is_that_of_the_bases_and_adapters_are_fp32(saved):
     model = AutoModelForImageTextToText.from_pretrained(
         saved / "adapter", trust_remote_code=True, dtype=torch.bfloat16, attn_implementation="eager"
@@ -483,7 +499,9 @@ def test_a_processor_of_ones_own_goes_with_the_adapters(tmp_path):
     processor = AutoProcessor.from_pretrained(tmp_path / "first", trust_remote_code=True)
     processor.chat_template = "{{ 'mine' }}"
     processor.save_pretrained(tmp_path / "first")
-    loaded = DehvfForConditionalGeneration.from_pretrained(tmp_path / "first")
+    model.config.text_model_id = "org/name"  # of which the language model is a copy
+    model.save_pretrained(tmp_path / "first")
+    loaded = DehvfForConditionalGeneration.from_pretrained(tmp_path / "first", text_model=tmp_path / "text")
     loaded.save_pretrained(tmp_path / "second")
     loaded.save_pretrained(tmp_path / "first", merge_base=True)
     for name in ("first", "second"):
