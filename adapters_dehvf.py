@@ -35,7 +35,7 @@ from .bases_dehvf import (
     share_placement,
 )
 from .configuration_dehvf import DehvfConfig
-from .files_dehvf import FILE_DTYPES, digest, read_tensors, write_tensors
+from .files_dehvf import check_file_dtypes, digest, read_tensors, write_tensors
 from .inputs_dehvf import check_visual_memory
 from .layouts_dehvf import check_layouts
 from .memory_dehvf import as_visual_memory
@@ -330,8 +330,7 @@ class AdapterMixin:
             )
         if is_main_process:
             check_adapter_tensors(tensors, expected, "this model")
-            if unknown := {tensor.dtype for tensor in tensors.values()} - {*FILE_DTYPES}:
-                raise ValueError(f"The adapter has the dtype {unknown.pop()}. Convert it to one of {FILE_DTYPES}.")
+            check_file_dtypes(tensors.values())
         has_processor = self._has_processor(save_directory)
         is_needed = is_main_process and (merge_base or not has_processor)
         processor = self._load_processor() if is_needed else None
@@ -486,6 +485,7 @@ class AdapterMixin:
         """Writes a result of `get_image_features` to a file, which `load_visual_memory` reads in another process."""
         visual_memory = as_visual_memory(visual_memory)
         check_visual_memory(self.config, visual_memory)
+        check_file_dtypes([visual_memory])
         tensors = {"visual_memory": visual_memory, "vision_encoder": self._sample_encoder()}
         write_tensors(tensors, file, self._memory_origin())
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Iterable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,12 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         sha256.update(name.encode() + tensor.float().cpu().numpy().tobytes())
     return sha256.hexdigest()
+
+
+def check_file_dtypes(tensors: Iterable[torch.Tensor]):
+    """Raises `ValueError` if a tensor could not be read again from a file."""
+    if unknown := {tensor.dtype for tensor in tensors} - {*FILE_DTYPES}:
+        raise ValueError(f"A tensor to save has the dtype {unknown.pop()}. Convert it to one of {FILE_DTYPES}.")
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], file: str | os.PathLike, metadata: dict[str, str] | None = None):

@@ -53,6 +53,7 @@ from .inputs_dehvf import (
     check_no_image,
     check_one_of,
     check_pixel_values,
+    check_tensor,
     check_visual_memory,
     find_instruction,
     mean_embedding,
@@ -347,6 +348,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         return self._encode(self.active, pixel_values, image_mask, instruction, **kwargs)
 
     def _encode(self, adapter: Adapter, pixel_values, image_mask, instruction, **kwargs) -> BaseModelOutputWithPooling:
+        check_tensor("pixel_values", pixel_values)
         if pixel_values.ndim == 5:
             images = flatten_images(adapter.config, pixel_values, image_mask, instruction)
             outputs = self._encode(adapter, *images, **kwargs)  # of all samples as one batch
@@ -356,6 +358,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         check_pixel_values(adapter.config, pixel_values)
         if image_mask is not None:
             check_image_mask(image_mask, pixel_values.shape[:1], "rows of `pixel_values`")
+            image_mask = image_mask.bool()
         if adapter.config.visual_prompts == "none":
             return BaseModelOutputWithPooling()
         check_instruction(adapter.config, instruction, pixel_values.shape[0])

@@ -229,7 +229,10 @@ class SwitchingMixin:
 
     def delete_adapter(self, adapter_names: str | list[str]):
         """Removes adapters. Raises `ValueError` if none of this name is loaded, or it is active."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            self.base_model.get_adapter(name)  # before any is removed
+        for name in names:
             self.base_model.remove_adapter(name)
 
     @contextmanager

@@ -589,6 +589,13 @@ def test_bases_in_a_folder_are_taken_for_those_of_the_adapters_only_if_they_are(
     assert not AutoConfig.from_pretrained(tmp_path / "unrelated", trust_remote_code=True).merged_base
 
 
+@pytest.mark.parametrize("name, value", [("memory_scale", float("nan")), ("fuser_num_heads", 3), ("image_size", 17)])
+def test_a_value_that_replaces_one_of_the_config_is_checked(saved, name, value):
+    for loader in (AutoModel, AutoConfig):
+        with pytest.raises(ValueError, match=f"`{name}"):
+            loader.from_pretrained(saved / "adapter", trust_remote_code=True, **{name: value})
+
+
 @pytest.mark.parametrize("loader", [AutoModel, DehvfForConditionalGeneration], ids=["auto", "class"])
 def test_arguments_of_from_pretrained_work_as_in_transformers(saved, loader):
     options = {"trust_remote_code": True, "output_loading_info": True, "torch_dtype": torch.bfloat16}
