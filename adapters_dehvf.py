@@ -192,6 +192,8 @@ class AdapterMixin:
             place = location if config is None else config
             config, kwargs = DehvfConfig.from_pretrained(place, return_unused_kwargs=True, **{**kwargs, **source})
             kwargs |= hub_arguments(source)
+        else:
+            config = copy.deepcopy(config)  # as in `transformers`: another model may be made from it too
         # Before loading the base models, which may have many GB, so that mistakes are reported at once
         tensors, expected = load_adapter_tensors(location, source), cls._empty_adapter(config, location).state_dict()
         if config.max_images > 1 and has_file(location, CONFIG_NAME, **source):
@@ -200,6 +202,9 @@ class AdapterMixin:
         check_adapter_tensors(tensors, expected, location)
         given = {"vision": vision_model, "text": text_model}
         given = {key: absolute_place(place) for key, place in given.items() if place is not None}
+        for key, place in given.items():
+            if getattr(config, f"{key}_model_id") is None:
+                setattr(config, f"{key}_model_id", place)
         places = cls._find_bases(config, location, given, source)
         if config.merged_base:  # then the base models come from the same repository, and no pickle may be read from it
             kwargs["use_safetensors"] = True

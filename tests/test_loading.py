@@ -274,6 +274,11 @@ def test_a_base_from_elsewhere_that_the_saved_config_does_not_name_is_told(saved
     model.config.text_model_id = str(other)
     model.save_pretrained(tmp_path / "saved")
     assert len(messages) == 1
+    config = dehvf.DehvfConfig.from_pretrained(saved / "adapter")
+    config.text_model_id = None
+    model = DehvfForConditionalGeneration.from_pretrained(saved / "adapter", config=config, text_model=other)
+    model.save_pretrained(tmp_path / "saved")
+    assert len(messages) == 1
     again = DehvfForConditionalGeneration.from_pretrained(tmp_path / "saved")
     assert torch.equal(again(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
 
@@ -613,6 +618,8 @@ def test_a_config_may_be_given_by_its_folder(saved, tmp_path):
         model = DehvfForConditionalGeneration.from_pretrained(saved / "adapter", config=place)
         assert model.config.memory_scale == model.model.config.memory_scale == 0.25
     assert DehvfForConditionalGeneration.from_pretrained(saved / "adapter").config.memory_scale == 0.5
+    DehvfForConditionalGeneration.from_pretrained(saved / "adapter", config=config).config.memory_scale = 0.75
+    assert config.memory_scale == 0.25
 
 
 # --- terminals, other users, changed base models ---
