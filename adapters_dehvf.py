@@ -21,6 +21,7 @@ from transformers.utils import (
 )
 
 from .bases_dehvf import (
+    BASE_NAMES,
     assemble_causal_lm,
     fetch_merged_bases,
     find_changes,
@@ -28,12 +29,13 @@ from .bases_dehvf import (
     hub_arguments,
     load_base_config,
     load_bases,
+    read_parameters,
     sample_tensors,
     save_base,
     share_placement,
 )
 from .configuration_dehvf import DehvfConfig
-from .files_dehvf import FILE_DTYPES, digest, read_tensors, write_tensors
+from .files_dehvf import check_file_dtypes, digest, read_tensors, write_tensors
 from .inputs_dehvf import check_visual_memory
 from .layouts_dehvf import check_layouts
 from .memory_dehvf import as_visual_memory
@@ -53,6 +55,11 @@ PREFIX = "model."  # of parameter names in a file, as in `DehvfForConditionalGen
 def is_adapter_name(name: str) -> bool:
     """Whether the parameter with this full name belongs to the adapter (and not to a frozen base model)."""
     return name.removeprefix(PREFIX).partition(".")[0] in ADAPTER_MODULES
+
+
+def absolute_place(place: str | os.PathLike) -> str:
+    """A Hub id, or the absolute path of a folder, so that a saved config works in every working directory."""
+    return os.path.abspath(place) if os.path.isdir(place) else str(place)
 
 
 def plain_name(name: str) -> str:
@@ -107,6 +114,7 @@ class AdapterMixin:
     """
 
     _has_merged_bases = False  # whether the base models were loaded from the folder of the adapter
+    _given_bases = {}  # "vision" or "text" -> place from which `from_pretrained` was told to load this base model
     _base_samples = None  # samples of the base models as they were loaded, see `sample_tensors`
 
     # --- loading ---
@@ -131,8 +139,7 @@ class AdapterMixin:
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         places = {"vision": vision_model, "text": text_model}
         for key, place in places.items():
-            # Folders become absolute paths, so that a saved config works in every working directory
-            places[key] = os.path.abspath(place) if os.path.isdir(place) else str(place)
+            places[key] = absolute_place(place)
             fields[f"{key}_model_id"] = fields.get(f"{key}_model_id") or places[key]
             revision = fields.get(f"{key}_model_revision")
             fields[f"{key}_config"] = load_base_config(places[key], key, revision, **hub_arguments(kwargs))
@@ -185,13 +192,20 @@ class AdapterMixin:
             place = location if config is None else config
             config, kwargs = DehvfConfig.from_pretrained(place, return_unused_kwargs=True, **{**kwargs, **source})
             kwargs |= hub_arguments(source)
+        else:
+            config = copy.deepcopy(config)  # as in `transformers`: another model may be made from it too
         # Before loading the base models, which may have many GB, so that mistakes are reported at once
         tensors, expected = load_adapter_tensors(location, source), cls._empty_adapter(config, location).state_dict()
         if config.max_images > 1 and has_file(location, CONFIG_NAME, **source):
             if config.max_images > DehvfConfig.get_config_dict(location, **source)[0].get("max_images", 1):
                 add_image_embeddings(tensors, expected)
         check_adapter_tensors(tensors, expected, location)
-        places = cls._find_bases(config, location, {"vision": vision_model, "text": text_model}, source)
+        given = {"vision": vision_model, "text": text_model}
+        given = {key: absolute_place(place) for key, place in given.items() if place is not None}
+        for key, place in given.items():
+            if getattr(config, f"{key}_model_id") is None:
+                setattr(config, f"{key}_model_id", place)
+        places = cls._find_bases(config, location, given, source)
         if config.merged_base:  # then the base models come from the same repository, and no pickle may be read from it
             kwargs["use_safetensors"] = True
         model = cls._from_places(config, places, {**dtype, **kwargs})
@@ -199,7 +213,7 @@ class AdapterMixin:
         model.base_model.load_state_dict(own, strict=False)
         model.name_or_path = str(location)
         model.base_model.set_source("default", location, source)
-        model._has_merged_bases = config.merged_base and vision_model is None and text_model is None
+        model._has_merged_bases, model._given_bases = config.merged_base and not given, given
         if generation_config is not None:
             model.generation_config = generation_config
         elif has_file(location, GENERATION_CONFIG_NAME, **source):  # else the language model's own stays
@@ -212,9 +226,9 @@ class AdapterMixin:
     def _find_bases(config: DehvfConfig, location, given: dict, source: dict) -> dict[str, str]:
         """The Hub ids or folders of the base models: given by the user, merged, or from the config."""
         places = {"vision": config.vision_model_id, "text": config.text_model_id}
-        if config.merged_base and None in given.values():
+        if config.merged_base and len(given) < len(places):
             places = fetch_merged_bases(location, **source)
-        places |= {key: place for key, place in given.items() if place is not None}
+        places |= given
         for key in (key for key, place in places.items() if place is None):
             raise ValueError(
                 f"The config in {location} has no `{key}_model_id`, so the frozen base model cannot be found. Pass "
@@ -251,8 +265,8 @@ class AdapterMixin:
 
     def adapter_state_dict(self) -> dict[str, torch.Tensor]:
         """The trained tensors by their full names, which `save_pretrained` writes."""
-        parameters = [(plain_name(name), parameter) for name, parameter in self.base_model.named_parameters()]
-        return {PREFIX + name: parameter.detach() for name, parameter in parameters if is_adapter_name(name)}
+        parameters = read_parameters(nn.ModuleDict(self.base_model.active.modules()))
+        return {PREFIX + plain_name(name): parameter.detach() for name, parameter in parameters.items()}
 
     def save_pretrained(
         self,
@@ -279,9 +293,10 @@ class AdapterMixin:
 
         Raises:
             TypeError: if there is no such argument.
-            ValueError: if the adapter's modules are wrapped by other modules, or do not fit its config; if a tensor of
-                the adapter (or, with `merge_base`, of a base model) is missing or empty, for example because ZeRO-3
-                partitions were not gathered; or if `push_to_hub` is set, since it would not upload a card.
+            ValueError: if the adapter's modules are wrapped by other modules, or do not fit its config, for example
+                because it was changed after they were built; if a tensor of the adapter (or, with `merge_base`, of a
+                base model) is missing or empty, for example because ZeRO-3 partitions were not gathered; or if
+                `push_to_hub` is set, since it would not upload a card.
         """
         if push_to_hub:
             raise ValueError(
@@ -293,6 +308,13 @@ class AdapterMixin:
                 f"`save_pretrained` has no argument `{min(unknown)}`. It always writes one `{SAFE_WEIGHTS_NAME}`; "
                 "`merge_base=True` also writes the base models, in files of up to `max_shard_size`."
             )
+        for name, value in self.base_model.active.built_in_values.items():
+            if str(changed := getattr(self.config, name)) != value:
+                raise ValueError(
+                    f"`config.{name}` was changed from {value} to {changed} after the model was built, which has no "
+                    "effect on this model, but would have one on the model that is loaded from the folder. Change it "
+                    "back before saving, and give another value to `from_pretrained` or `from_vision_text_pretrained`."
+                )
         own = self.adapter_state_dict()
         expected = self._empty_adapter(self.config, save_directory).state_dict()
         if differing := own.keys() ^ expected.keys():
@@ -313,8 +335,7 @@ class AdapterMixin:
             )
         if is_main_process:
             check_adapter_tensors(tensors, expected, "this model")
-            if unknown := {tensor.dtype for tensor in tensors.values()} - {*FILE_DTYPES}:
-                raise ValueError(f"The adapter has the dtype {unknown.pop()}. Convert it to one of {FILE_DTYPES}.")
+            check_file_dtypes(tensors.values())
         has_processor = self._has_processor(save_directory)
         is_needed = is_main_process and (merge_base or not has_processor)
         processor = self._load_processor() if is_needed else None
@@ -360,6 +381,14 @@ class AdapterMixin:
                 f"{changed[0]}. Only the adapter is saved, so these changes are lost. Save with "
                 "`model.save_pretrained(folder, merge_base=True)` to keep them."
             )
+        for key, place in self._given_bases.items():
+            if place != (named := getattr(self.config, f"{key}_model_id")):
+                logger.warning_once(
+                    f"The {BASE_NAMES[key]} was loaded from {place}, but the adapter is saved for "
+                    f"{'its copy in the folder' if has_bases else named}. If their weights differ, set "
+                    f"`model.config.{key}_model_id = {place!r}` (and `{key}_model_revision` to its commit or `None`) "
+                    "before saving, or save with `merge_base=True`."
+                )
         if self._has_merged_bases and not has_bases:
             logger.warning(
                 f"The base models were loaded from their copies in {self.name_or_path}. Only the adapter is saved, "
@@ -383,9 +412,12 @@ class AdapterMixin:
         """Whether a folder has a processor that was not saved for an adapter on other base models or images."""
         if not os.path.isfile(os.path.join(folder, PROCESSOR_NAME)):
             return False
-        there = self._config_in(folder)
-        own = {name: getattr(self.config, name) for name in ("vision_model_id", "text_model_id", *IMAGE_OPTIONS)}
-        return all(there.get(name, value) == value for name, value in own.items())
+        there, model = self._config_in(folder), self.base_model
+        own = {name: [getattr(self.config, name)] for name in ("vision_model_id", "text_model_id", *IMAGE_OPTIONS)}
+        # The config may have been changed to name the repository of which the base model is a local copy
+        own["vision_model_id"].append(model.vision_tower.name_or_path)
+        own["text_model_id"].append(model.language_model.name_or_path)
+        return all(there.get(name, values[0]) in values for name, values in own.items())
 
     def _load_processor(self) -> DehvfProcessor | None:
         """The processor to save with the active adapter; `None` if none can be loaded."""
@@ -441,13 +473,13 @@ class AdapterMixin:
         """
         samples = [[as_visual_memory(memory) for memory in sample] for sample in samples]
         memories = [memory for sample in samples for memory in sample]
+        for memory in memories:
+            check_visual_memory(self.config, memory)
         if not memories or any(len(memory) != 1 for memory in memories):
             raise ValueError(
                 f"The memories have the shapes {[tuple(memory.shape) for memory in memories]}. Give at least one, and "
                 "each as a batch of one: `visual_memory[[row]]` takes a row of several."
             )
-        for memory in memories:
-            check_visual_memory(self.config, memory)
         joined = [torch.cat(sample, dim=3) if sample else memories[0][:, :, :, :0] for sample in samples]
         size = max(memory.shape[3] for memory in joined)
         visual_memory = torch.cat([F.pad(memory, (0, 0, 0, size - memory.shape[3])) for memory in joined])
@@ -458,6 +490,7 @@ class AdapterMixin:
         """Writes a result of `get_image_features` to a file, which `load_visual_memory` reads in another process."""
         visual_memory = as_visual_memory(visual_memory)
         check_visual_memory(self.config, visual_memory)
+        check_file_dtypes([visual_memory])
         tensors = {"visual_memory": visual_memory, "vision_encoder": self._sample_encoder()}
         write_tensors(tensors, file, self._memory_origin())
 
@@ -493,19 +526,16 @@ class AdapterMixin:
 
     def _memory_origin(self) -> dict[str, str]:
         """Everything that the memory of an image and its use depend on, except the weights of the vision encoder."""
-        config = self.config
-        # These change the result but no tensor of the adapter
-        settings = ("num_groups", "layer_fusion", "layer_mapping", "layer_mapping_seed", "visual_prompts")
-        settings += ("fuser_num_heads", "fuser_hidden_act", "vision_adapter_scale")
+        config, values = self.config, self.base_model.active.built_in_values
         return {
             "adapters": f"{digest(self.adapter_state_dict())} in {self.base_model.memory_slots.key.dtype}",
             "image size": f"{config.resolution} with patches of {config.vision_config.patch_size}",
-            **{name: str(getattr(config, name)) for name in settings},
+            **{name: value for name, value in values.items() if name != "vision_adapter_dropout"},
         }
 
     def _sample_encoder(self) -> torch.Tensor:
         """A few values of each tensor of the vision encoder, to recognise another encoder."""
-        parameters = self.base_model.vision_tower.parameters()
+        parameters = read_parameters(self.base_model.vision_tower).values()
         return torch.cat([parameter.detach().flatten()[:8].float().cpu() for parameter in parameters])
 
     def dequantize(self, dtype=None):

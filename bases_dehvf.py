@@ -196,6 +196,17 @@ def share_placement(source: PreTrainedModel, target: PreTrainedModel):
 # --- saving ---
 
 
+def read_parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of a module by name, also those that `accelerate` has offloaded."""
+    parameters = dict(module.named_parameters())
+    if any(hasattr(part, "_hf_hook") for part in module.modules()):
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        loaded = get_state_dict_offloaded_model(module)
+        parameters |= {name: loaded.get(name, parameter) for name, parameter in parameters.items()}
+    return parameters
+
+
 def fetch_merged_bases(location, subfolder: str = "", **source) -> dict[str, str]:
     """The folders of the base models that `save_pretrained(..., merge_base=True)` has written beside the adapter."""
     folder = location

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 if TYPE_CHECKING:
@@ -246,13 +247,16 @@ class DehvfConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in `transformers`. Raises `ValueError` for the config of another model."""
+        """As in `transformers`. Raises an error for the config of another model, or if a given value is invalid."""
         if (model_type := config_dict.get("model_type")) != cls.model_type:
             raise ValueError(
                 f"The config has `model_type={model_type!r}`, but configs of DEHVF adapters have {cls.model_type!r}. "
                 "Load it with the class that it was made for."
             )
-        return super().from_dict(config_dict, **kwargs)
+        found = super().from_dict(config_dict, **kwargs)
+        # `transformers` sets the values in `kwargs` on a config that it has already validated
+        (found[0] if isinstance(found, tuple) else found).validate()
+        return found
 
     @property
     def resolution(self) -> int:
@@ -363,13 +367,20 @@ class DehvfConfig(PreTrainedConfig):
                 f"`num_memory_slots` to at least {self.num_patches}, or lower `image_size`."
             )
 
-    def validate_fuser_heads(self):
-        """The fuser's width splits evenly into heads."""
+    def validate_fuser(self):
+        """The fuser's width splits evenly into heads, and its activation exists."""
+        if self.fuser_hidden_act not in ACT2FN:
+            raise ValueError(f"`fuser_hidden_act` is {self.fuser_hidden_act!r}. Give one of {', '.join(ACT2FN)}.")
         if self.fuser_hidden_size % self.fuser_num_heads:
             raise ValueError(
                 f"`fuser_hidden_size={self.fuser_hidden_size}` is not a multiple of "
                 f"`fuser_num_heads={self.fuser_num_heads}`. Change one of them."
             )
+
+
+# Values that the modules of an adapter keep from when they were built, and that change no name or shape of a tensor
+BUILT_IN_VALUES = ("num_groups", "layer_fusion", "layer_mapping", "layer_mapping_seed", "visual_prompts")
+BUILT_IN_VALUES += ("fuser_num_heads", "fuser_hidden_act", "vision_adapter_scale", "vision_adapter_dropout")
 
 
 def read_tiles(image_tiles: str | None) -> tuple[int, int]:

@@ -2,8 +2,10 @@
 """Tensors in safetensors files: one function reads them, one writes them, and one takes their checksum."""
 
 import hashlib
+import json
 import os
 import threading
+from collections.abc import Iterable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,16 +23,28 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return sha256.hexdigest()
 
 
+def check_file_dtypes(tensors: Iterable[torch.Tensor]):
+    """Raises `ValueError` if a tensor could not be read again from a file."""
+    if unknown := {tensor.dtype for tensor in tensors} - {*FILE_DTYPES}:
+        raise ValueError(f"A tensor to save has the dtype {unknown.pop()}. Convert it to one of {FILE_DTYPES}.")
+
+
 def write_tensors(tensors: dict[str, torch.Tensor], file: str | os.PathLike, metadata: dict[str, str] | None = None):
     """
-    Writes a safetensors file with a digest of its tensors. Without `metadata`, equal tensors give identical files;
-    several metadata entries are written in no fixed order.
+    Writes a safetensors file with a digest of its tensors. Equal tensors and metadata give identical files.
     """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    content = save(tensors, metadata={**(metadata or {}), "sha256": digest(tensors)})
+    # `accelerate` only loads files with this `format`
+    content = save(tensors, metadata={"format": "pt", **(metadata or {}), "sha256": digest(tensors)})
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors writes it in no fixed order
+    header = json.dumps(header, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
     unfinished = f"{file}.{os.getpid()}.{threading.get_ident()}.tmp"
     with open(unfinished, "wb") as opened:  # creates the file with the default mode; safetensors uses 0600
-        opened.write(content)
+        opened.write(len(header).to_bytes(8, "little") + header)
+        opened.write(memoryview(content)[start:])
     os.replace(unfinished, file)
 
 

@@ -23,6 +23,9 @@ def check_pixel_values(config: DehvfConfig, pixel_values: torch.Tensor):
 
 def check_visual_memory(config: DehvfConfig, visual_memory: torch.Tensor, batch_size: int | None = None):
     """Raises `ValueError` if the memory has another shape than this adapter's or not one row per text."""
+    if config.visual_prompts == "none":
+        raise ValueError('There is no visual memory with `visual_prompts="none"`: no image enters the memory slots.')
+    check_tensor("visual_memory", visual_memory)
     sizes = (config.text_config.num_hidden_layers, len(config.memory_positions))
     num_images = max(1, visual_memory.shape[3] // config.num_patches) if visual_memory.ndim == 5 else 1
     num_patches = num_images * config.num_patches

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.generic import can_return_tuple
 
 from .adapters_dehvf import AdapterMixin, is_adapter_name
-from .configuration_dehvf import DehvfConfig
+from .configuration_dehvf import BUILT_IN_VALUES, DehvfConfig
 from .fuser_dehvf import (
     FuserLinear,
     HierarchicalVisualFuser,
@@ -53,6 +53,7 @@ from .inputs_dehvf import (
     check_no_image,
     check_one_of,
     check_pixel_values,
+    check_tensor,
     check_visual_memory,
     find_instruction,
     mean_embedding,
@@ -89,6 +90,7 @@ class Adapter:
     vision_layout: VisionLayout
     hierarchy: LayerHierarchy
     memory_slots: MemorySlots
+    built_in_values: dict[str, str]
     projector: VisualProjector | None = None
     vision_adapters: nn.ModuleList | None = None
     fuser_query: InputEmbeddingNetwork | LearnableQueryTokens | None = None
@@ -97,7 +99,8 @@ class Adapter:
     @classmethod
     def build(cls, config: DehvfConfig) -> "Adapter":
         layout = find_vision_layout(config.vision_config, config.image_size)
-        adapter = cls(config, layout, LayerHierarchy(config), MemorySlots(config))
+        values = {name: str(getattr(config, name)) for name in BUILT_IN_VALUES}
+        adapter = cls(config, layout, LayerHierarchy(config), MemorySlots(config), values)
         if config.visual_prompts == "none":
             return adapter
         num_layers_read = max(adapter.hierarchy.layers_read) + 1
@@ -345,6 +348,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         return self._encode(self.active, pixel_values, image_mask, instruction, **kwargs)
 
     def _encode(self, adapter: Adapter, pixel_values, image_mask, instruction, **kwargs) -> BaseModelOutputWithPooling:
+        check_tensor("pixel_values", pixel_values)
         if pixel_values.ndim == 5:
             images = flatten_images(adapter.config, pixel_values, image_mask, instruction)
             outputs = self._encode(adapter, *images, **kwargs)  # of all samples as one batch
@@ -354,6 +358,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         check_pixel_values(adapter.config, pixel_values)
         if image_mask is not None:
             check_image_mask(image_mask, pixel_values.shape[:1], "rows of `pixel_values`")
+            image_mask = image_mask.bool()
         if adapter.config.visual_prompts == "none":
             return BaseModelOutputWithPooling()
         check_instruction(adapter.config, instruction, pixel_values.shape[0])

@@ -161,14 +161,17 @@ class SwitchingMixin:
         Raises:
             OSError: if there is no adapter.
             TypeError: if there is no such argument.
-            ValueError: if the name is taken, the adapter does not fit its config, or it was made for base models of
-                other sizes.
+            ValueError: if the name is taken, the adapter does not fit its config, it was made for base models of other
+                sizes, or the active adapter is offloaded.
         """
         if adapter_name in (taken := [*self.adapter_names, BASE_MODEL]):
             raise ValueError(
                 f"The name {adapter_name!r} is taken. Choose another, or free it with `delete_adapter`. Taken are: "
                 f"{', '.join(taken)}."
             )
+        device = self.base_model.memory_slots.key.device
+        if device.type == "meta":
+            raise ValueError("The active adapter is offloaded. Load further adapters before `dispatch_model`.")
         kwargs.pop("trust_remote_code", None)
         if unknown := kwargs.keys() - {"revision", "subfolder"} - hub_arguments(kwargs).keys():
             raise TypeError(f"`load_adapter` has no argument `{min(unknown)}`. See its docstring for those it has.")
@@ -179,7 +182,7 @@ class SwitchingMixin:
         check_adapter_tensors(tensors, empty.state_dict(), pretrained_model_name_or_path)
         with torch.device("meta"):  # without drawing random numbers, since other threads may be drawing some
             adapter = self.build_adapter(config)
-        modules = nn.ModuleDict(adapter.modules()).to_empty(device=self.base_model.memory_slots.key.device)
+        modules = nn.ModuleDict(adapter.modules()).to_empty(device=device)
         modules.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
         adapter.hierarchy.reset_parameters()
         self.base_model.add_adapter_modules(adapter_name, adapter)
@@ -226,7 +229,10 @@ class SwitchingMixin:
 
     def delete_adapter(self, adapter_names: str | list[str]):
         """Removes adapters. Raises `ValueError` if none of this name is loaded, or it is active."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            self.base_model.get_adapter(name)  # before any is removed
+        for name in names:
             self.base_model.remove_adapter(name)
 
     @contextmanager

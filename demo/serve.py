@@ -17,6 +17,7 @@ import uuid
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -77,24 +78,24 @@ def remember_images(model, num_images: int = 64):
     Returns:
         The same model.
     """
-    cache, lock, encode = OrderedDict(), threading.Lock(), model.model._encode
+    cache, lock, encode = OrderedDict(), threading.Lock(), type(model.model)._encode
 
-    def encode_or_look_up(adapter, pixel_values, image_mask, instruction, **kwargs):
+    def encode_or_look_up(self, adapter, pixel_values, image_mask, instruction, **kwargs):
         if pixel_values.ndim == 5:  # samples with several images: calls this function for each image
-            return encode(adapter, pixel_values, image_mask, instruction, **kwargs)
+            return encode(self, adapter, pixel_values, image_mask, instruction, **kwargs)
         num_rows, config = len(pixel_values), adapter.config
         rows = range(num_rows) if image_mask is None else image_mask.nonzero().flatten().tolist()
         # If the fuser reads the question, the memory is for this question only
         is_reusable = config.visual_prompts != "none" and not config.reads_instruction
         if kwargs or not rows or not is_reusable or torch.is_grad_enabled():
-            return encode(adapter, pixel_values, image_mask, instruction, **kwargs)
+            return encode(self, adapter, pixel_values, image_mask, instruction, **kwargs)
         pixels = pixel_values.float().cpu().numpy()
         keys = {row: (adapter, hashlib.sha256(pixels[row].tobytes()).digest()) for row in rows}
         with lock:
             memories = {key: cache[key] for key in keys.values() if key in cache}
         new = {key: row for row, key in keys.items() if key not in memories}
         if new:
-            encoded = encode(adapter, pixel_values[list(new.values())], None, None).pooler_output
+            encoded = encode(self, adapter, pixel_values[list(new.values())], None, None).pooler_output
             # Copies, since a slice would keep the whole tensor in memory
             memories |= {key: memory[None].clone() for key, memory in zip(new, encoded)}
         with lock:
@@ -107,7 +108,8 @@ def remember_images(model, num_images: int = 64):
         memory = [memories[keys[row]] if row in keys else blank for row in range(num_rows)]
         return BaseModelOutputWithPooling(pooler_output=memory[0] if num_rows == 1 else torch.cat(memory))
 
-    model.model._encode = encode_or_look_up
+    # A method, so that `copy.deepcopy` binds it to the copy
+    model.model._encode = MethodType(encode_or_look_up, model.model)
     return model
 
 

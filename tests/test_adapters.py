@@ -163,6 +163,8 @@ def test_deleted_adapters_are_gone_and_their_name_is_free(model, folders):
     model.load_adapter(folders["blind"], "second")
     with pytest.raises(ValueError, match="active"):
         model.delete_adapter("default")
+    with pytest.raises(ValueError, match="'third'"):
+        model.delete_adapter(["second", "third"])
     model.delete_adapter(["second", "asking"])
     assert "second" not in model.base_model.adapters
 

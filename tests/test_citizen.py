@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import peft
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate import cpu_offload, disk_offload, dispatch_model, load_checkpoint_in_model
 from accelerate.utils import send_to_device
 from peft import LoraConfig, get_peft_model
 from tiny import (
@@ -464,6 +464,23 @@ def test_offloaded_and_dispatched_models_give_the_same(tmp_path):
     ):
         close(logits_of(moved), expected)
         assert torch.equal(moved.generate(**inputs, max_new_tokens=3), tokens)
+
+
+def test_an_adapter_that_is_offloaded_is_saved(tmp_path):
+    model = tiny_model()
+    expected, memory = model.adapter_state_dict(), model.get_image_features(tiny_inputs()["pixel_values"])
+    expected = {name: tensor.clone() for name, tensor in expected.items()}
+    disk_offload(model, tmp_path / "offloaded", "cpu")
+    model.save_pretrained(tmp_path / "saved")
+    model.save_visual_memory(memory, tmp_path / "memory.safetensors")
+    found = tiny_model(seed=1)
+    load_checkpoint_in_model(found, tmp_path / "saved")
+    for tensors in (found.adapter_state_dict(), model.adapter_state_dict()):
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    assert torch.equal(tiny_model().load_visual_memory(tmp_path / "memory.safetensors"), memory.pooler_output)
+    with pytest.raises(ValueError, match="The active adapter is offloaded"):
+        model.load_adapter(tmp_path / "saved", "other")
 
 
 def test_what_layers_read_moves_between_devices():

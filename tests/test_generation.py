@@ -179,6 +179,18 @@ def test_saved_memory_is_taken_where_the_bases_have_another_precision(dtype, tmp
 def test_what_is_no_visual_memory_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="`visual_memory` has the shape"):
         tiny_model().save_visual_memory(torch.zeros(1, 2, 3), tmp_path / "memory.safetensors")
+    with pytest.raises(ValueError, match="has the dtype torch.float64. Convert it to one of"):
+        model = tiny_model().double()
+        memory = model.get_image_features(tiny_inputs()["pixel_values"].double())
+        model.save_visual_memory(memory, tmp_path / "memory.safetensors")
+    model = tiny_model(visual_prompts="none")
+    memory = model.get_image_features(tiny_inputs()["pixel_values"])
+    for use in (
+        lambda: model.save_visual_memory(memory, tmp_path / "memory.safetensors"),
+        lambda: model.join_visual_memories([[memory]]),
+    ):
+        with pytest.raises(ValueError, match='no visual memory with `visual_prompts="none"`'):
+            use()
 
 
 def test_a_question_that_the_fuser_reads_is_the_same_in_a_batch_and_alone():

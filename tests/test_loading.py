@@ -262,6 +262,27 @@ def test_bases_can_be_taken_from_elsewhere(saved, tmp_path):
     assert all(torch.equal(tensor, adapters[name]) for name, tensor in model.adapter_state_dict().items())
 
 
+def test_a_base_from_elsewhere_that_the_saved_config_does_not_name_is_told(saved, tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr(dehvf.adapters.logger, "warning_once", messages.append)
+    other = save_tiny_bases(tmp_path, seed=1)[1]
+    model = DehvfForConditionalGeneration.from_pretrained(saved / "adapter", text_model=other)
+    model.save_pretrained(tmp_path / "merged", merge_base=True)
+    assert not messages
+    model.save_pretrained(tmp_path / "saved")
+    assert f"The language model was loaded from {other}, but the adapter is saved for {saved / 'text'}" in messages[0]
+    model.config.text_model_id = str(other)
+    model.save_pretrained(tmp_path / "saved")
+    assert len(messages) == 1
+    config = dehvf.DehvfConfig.from_pretrained(saved / "adapter")
+    config.text_model_id = None
+    model = DehvfForConditionalGeneration.from_pretrained(saved / "adapter", config=config, text_model=other)
+    model.save_pretrained(tmp_path / "saved")
+    assert len(messages) == 1
+    again = DehvfForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
+
+
 def test_dtype_is_that_of_the_bases_and_adapters_are_fp32(saved):
     model = AutoModelForImageTextToText.from_pretrained(
         saved / "adapter", trust_remote_code=True, dtype=torch.bfloat16, attn_implementation="eager"
@@ -396,8 +417,8 @@ def test_an_incomplete_model_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="has the dtype torch.float64. Convert it to one of"):
         tiny_model().double().save_pretrained(folder)
     model = tiny_model()
-    model.config.num_groups = 1
-    with pytest.raises(ValueError, match="this model does not fit its config .*\n  wrong shape: model.fuser.head"):
+    model.config.fuser_hidden_size = 8
+    with pytest.raises(ValueError, match="this model does not fit its config .*\n  wrong shape: model.fuser."):
         model.save_pretrained(folder)
     assert not (folder / "config.json").exists() and not (folder / "model.safetensors").exists()
 
@@ -483,7 +504,9 @@ def test_a_processor_of_ones_own_goes_with_the_adapters(tmp_path):
     processor = AutoProcessor.from_pretrained(tmp_path / "first", trust_remote_code=True)
     processor.chat_template = "{{ 'mine' }}"
     processor.save_pretrained(tmp_path / "first")
-    loaded = DehvfForConditionalGeneration.from_pretrained(tmp_path / "first")
+    model.config.text_model_id = "org/name"  # of which the language model is a copy
+    model.save_pretrained(tmp_path / "first")
+    loaded = DehvfForConditionalGeneration.from_pretrained(tmp_path / "first", text_model=tmp_path / "text")
     loaded.save_pretrained(tmp_path / "second")
     loaded.save_pretrained(tmp_path / "first", merge_base=True)
     for name in ("first", "second"):
@@ -502,6 +525,30 @@ def test_the_processor_is_saved_with_the_values_of_the_model(tmp_path, values):
         images = [[image] * model.config.max_images]
         assert model(**processor(images=images, text="a", return_tensors="pt")).logits.isfinite().all()
     assert DehvfProcessor.from_pretrained(tmp_path / "first", image_size=32).image_processor.crop_size["height"] == 32
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("num_groups", 1), ("layer_mapping", "random"), ("fuser_num_heads", 2), ("fuser_hidden_act", "relu")]
+    + [("vision_adapter_scale", 1.0), ("vision_adapter_dropout", 0.0), ("layer_fusion", "mean")],
+)
+def test_a_value_that_a_model_does_not_use_is_not_saved_with_it(name, value, tmp_path):
+    model = tiny_model()
+    setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=f"`config.{name}` was changed from .* to {value} after.*Change it back"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    "name, value", [("visual_scale", 0.3), ("memory_scale", 2.0), ("memory_form", "materialised")]
+)
+def test_values_that_a_model_uses_may_be_changed(name, value, tmp_path):
+    model = model_on_new_bases(tmp_path)
+    setattr(model.config, name, value)
+    model.save_pretrained(tmp_path / "saved")
+    again = DehvfForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
 
 
 def test_a_folder_that_was_used_for_other_bases_gets_a_new_processor(tmp_path):
@@ -547,6 +594,13 @@ def test_bases_in_a_folder_are_taken_for_those_of_the_adapters_only_if_they_are(
     assert not AutoConfig.from_pretrained(tmp_path / "unrelated", trust_remote_code=True).merged_base
 
 
+@pytest.mark.parametrize("name, value", [("memory_scale", float("nan")), ("fuser_num_heads", 3), ("image_size", 17)])
+def test_a_value_that_replaces_one_of_the_config_is_checked(saved, name, value):
+    for loader in (AutoModel, AutoConfig):
+        with pytest.raises(ValueError, match=f"`{name}"):
+            loader.from_pretrained(saved / "adapter", trust_remote_code=True, **{name: value})
+
+
 @pytest.mark.parametrize("loader", [AutoModel, DehvfForConditionalGeneration], ids=["auto", "class"])
 def test_arguments_of_from_pretrained_work_as_in_transformers(saved, loader):
     options = {"trust_remote_code": True, "output_loading_info": True, "torch_dtype": torch.bfloat16}
@@ -564,6 +618,8 @@ def test_a_config_may_be_given_by_its_folder(saved, tmp_path):
         model = DehvfForConditionalGeneration.from_pretrained(saved / "adapter", config=place)
         assert model.config.memory_scale == model.model.config.memory_scale == 0.25
     assert DehvfForConditionalGeneration.from_pretrained(saved / "adapter").config.memory_scale == 0.5
+    DehvfForConditionalGeneration.from_pretrained(saved / "adapter", config=config).config.memory_scale = 0.75
+    assert config.memory_scale == 0.25
 
 
 # --- terminals, other users, changed base models ---

@@ -585,6 +585,7 @@ def test_no_image_is_the_same_as_an_absent_one():
     model = tiny_model()
     inputs = tiny_inputs()
     absent = model(**inputs, image_mask=torch.zeros(2, dtype=torch.bool)).logits
+    assert torch.equal(model(**inputs, image_mask=torch.zeros(2, dtype=torch.long)).logits, absent)
     del inputs["pixel_values"]
     torch.testing.assert_close(model(**inputs).logits, absent)
 
@@ -702,6 +703,7 @@ def test_arguments_of_other_types_and_shapes_are_refused():
     for values, message in (
         ({"visual_memory": (None, memory)}, "`visual_memory` is a tuple. Give a `torch.Tensor`"),
         ({"pixel_values": inputs["pixel_values"].numpy()}, "`pixel_values` is a ndarray. Give a `torch.Tensor`"),
+        ({"pixel_values": [*inputs["pixel_values"]]}, "`pixel_values` is a list. Give a `torch.Tensor`"),
         ({"visual_memory": memory, "image_mask": [True, False]}, "`image_mask` is a list. Give a `torch.Tensor`"),
         (
             {"pixel_values": inputs["pixel_values"], "attention_mask": torch.ones(2, 99)},
@@ -873,6 +875,7 @@ def test_unsupported_vision_encoder_is_refused_by_name():
         ({"num_groups": 0}, "`num_groups` is 0"),
         ({"num_memory_slots": 3}, "16 patches"),
         ({"fuser_num_heads": 3}, "not a multiple"),
+        ({"fuser_hidden_act": "other"}, "`fuser_hidden_act` is 'other'. Give one of gelu"),
         ({"memory_dropout": 1.5}, r"\[0, 1\)"),
         ({"layer_fusion": "median"}, "adaptive"),
         ({"visual_scale": "large"}, "float"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import copy
 import io
 import itertools
 import json
@@ -185,6 +186,19 @@ def test_of_a_batch_what_is_new_is_encoded():
         given = {**{name: tensor[rows] for name, tensor in inputs.items()}, "image_mask": torch.tensor(mask)}
         torch.testing.assert_close(caching(**given).logits, model(**given).logits)
         assert sizes == expected
+
+
+@torch.no_grad()
+def test_a_copy_of_a_model_that_remembers_images_uses_its_own_encoder():
+    model, inputs = serve.remember_images(tiny_model()), tiny_inputs(1)
+    expected = model(**inputs).logits
+    copied = copy.deepcopy(model)
+    for parameter in copied.adapter_state_dict().values():
+        parameter.mul_(2)
+    plain = tiny_model()
+    plain.load_state_dict(copied.state_dict())
+    torch.testing.assert_close(copied(**inputs).logits, plain(**inputs).logits)
+    assert torch.equal(model(**inputs).logits, expected)
 
 
 def test_nothing_is_cached_that_a_gradient_goes_through():
