@@ -183,9 +183,7 @@ class SceneInjector:
         return hidden + self.scales[:, index, None, None] * rms * self.added
 
     def prepare(self, rng, inputs, rows):
-        """
-        Draws, for the next forward passes, what is added to each token, (rows, tokens, width), and its scale by layer.
-        """
+        """Draws the vectors to add in the next forward passes, (rows, tokens, width), and their scales by layer."""
         amounts = np.zeros((*inputs.input_ids.shape, len(WORDS)), dtype=np.float32)  # of each word
         self.scales = torch.zeros(len(rows), NUM_INJECTED)
         for index, (row, marks) in enumerate(rows):

@@ -50,7 +50,7 @@ class TunedLinear(nn.Module):
         return (self.scale * (self.linear(inputs) + self.bias)).to(inputs.dtype)
 
     def without_bias(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The output without the bias: what the output changes by when `inputs` are added to other inputs."""
+        """The output without the bias: its change when `inputs` are added to other inputs."""
         return (self.scale * nn.functional.linear(inputs, self.linear.weight)).to(inputs.dtype)
 
 

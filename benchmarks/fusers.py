@@ -35,8 +35,8 @@ class Fuser(fuser.HierarchicalVisualFuser):
     zero_branches: the residual branches of the blocks are initialised to zero.
     normalised: the query and the features are normalised.
     centred: the mean over the vision layers is subtracted from the features, before query and features are normalised.
-    by_key: a candidate's score is the dot product of the query and its features. In the paper's fuser it is an output
-        of a linear layer, which only depends on the candidate's index.
+    by_key: a candidate's score is the dot product of the query and its features. In the paper's fuser, a linear layer
+        computes all scores from the query, without the candidates' features.
     temperature: divisor of the scores.
     """
 

@@ -125,7 +125,7 @@ def dehvf(config, text_tokens: int) -> dict[str, int]:
     return {
         "vision encoder": vision_encoder(vision),
         "vision adapters": layers * 2 * product(n + 1, d, config.vision_adapter_size),
-        "projector": layers * product(n, d, c),  # `down` alone
+        "projector": layers * product(n, d, c),  # only `down`
         "fuser": fuser(config),
         "fusing": product(2 * config.text_config.num_hidden_layers, layers, n * c),
         **language_model(config.text_config, text_tokens),

@@ -103,7 +103,8 @@ def write_captions(folder: Path, size: int):
         place = folder / f"{part}2014"
         place.mkdir(exist_ok=True)
         (place / f"{number}.jpg").write_bytes(picture.getvalue())
-        sentences = [{"raw": f"picture {number} of a red square, said in way {way}"} for way in range(5)]
+        ways = range(CAPTIONS_PER_IMAGE)
+        sentences = [{"raw": f"picture {number} of a red square, said in way {way}"} for way in ways]
         names = {"filepath": place.name, "filename": f"{number}.jpg", "cocoid": number, "split": part}
         images.append({**names, "sentences": sentences})
     (folder / "dataset_coco.json").write_text(json.dumps({"images": images}), encoding="utf-8")

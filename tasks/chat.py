@@ -59,7 +59,7 @@ def find_images(record: dict) -> list | None:
 
 
 def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
-    """A row without its images, and what is wrong with its messages."""
+    """A row without its images, and the faults of its messages."""
     turns = _sources.as_list(record["messages"])
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         return {}, [

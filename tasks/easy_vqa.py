@@ -120,7 +120,7 @@ def find_files(path: Path) -> list[Path]:
 
 def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     """
-    The rows of a `questions.json` without faults, and the faults of the other rows: one text for each fault, with the
+    The valid rows of a `questions.json`, and the faults of the other rows: one text for each fault, with the
     file, the row (counted from 0) and a correction. Images are only opened if `with_images`.
     """
     try:
@@ -143,7 +143,7 @@ def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
 
 
 def find_faults(entry) -> list[str]:
-    """What is wrong with an entry of `questions.json`, apart from its image."""
+    """The faults of an entry of `questions.json`, except those of its image."""
     match entry:
         case [str(question), str(answer), int()] if question.strip() and answer in TYPES:
             return []

@@ -87,7 +87,7 @@ def is_published(file: Path) -> bool:
 
 def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     """
-    The rows of a published file without faults, and the faults of the other rows: one text for each fault, with the
+    The valid rows of a published file, and the faults of the other rows: one text for each fault, with the
     file, the line and a correction. Images are only opened if `with_images`. A row whose image is missing is kept,
     with the expected file name, since not all images are still available.
 
@@ -120,7 +120,7 @@ def find_images(record: dict) -> list:
 
 
 def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
-    """A row without its images, and what is wrong with it."""
+    """A row without its images, and its faults."""
     statement, label, identifier = map(record.get, REQUIRED)
     faults = _sources.find_text_faults("the statement", statement)
     if num_images != 2:

@@ -47,7 +47,7 @@ load = partial(_sources.load, sys.modules[__name__])
 
 
 def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
-    """A row without its images, and what is wrong with its texts."""
+    """A row without its images, and the faults of its texts."""
     question, answer, context = record["question"], record["answer"], record["context"]
     choices, answers = _sources.as_list(record["choices"]), _sources.as_list(record["answers"])
     if answer == record["answers"]:  # there is no separate column `answer`

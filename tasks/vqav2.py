@@ -91,8 +91,8 @@ def find_files(path: Path) -> list[Path]:
 
 def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     """
-    The rows without faults of a file of questions and the annotations beside it, and the faults of the other rows: one
-    text for each fault, with the file, the number of the question and a correction. Images are only opened if
+    The valid rows of a file of questions with its annotations in the same folder, and the faults of the other rows:
+    one text for each fault, with the file, the number of the question and a correction. Images are only opened if
     `with_images`.
 
     Raises:
@@ -132,7 +132,7 @@ def read_list(file: Path, name: str) -> list[dict]:
 
 
 def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
-    """A row without its image, and what is wrong with it."""
+    """A row without its image, and its faults."""
     answers = record["answers"]
     if isinstance(answers, list):
         answers = [entry.get("answer") if isinstance(entry, dict) else entry for entry in answers]
