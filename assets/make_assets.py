@@ -1,14 +1,14 @@
-"""Makes the two tiny frozen backbones of the default recipe: `python -m assets.make_assets`, from the root.
+"""Trains the two tiny frozen base models of the default recipe: `python -m assets.make_assets`, from the root.
 
-- `assets/language_model`: a Llama of 8 layers and a byte-level BPE tokenizer, trained on words alone: what is to be
-  known for the text questions of `tasks/digits.py`, and those questions in their prompt. Questions about a picture it
-  reads either with the scene told by words that are added to its hidden states (see `Teller`), or with nothing, and
-  learns that then it cannot know.
-- `assets/vision_model`: a CLIP vision transformer of 8 layers, trained on scenes of the train scans against their
-  description in words, as in CLIP. Two parts help and are thrown away: the text tower, and a linear head by which each
-  patch, from the third layer on, tells what stands in its corner of the picture.
+- `assets/language_model`: a Llama of 8 layers and a byte-level BPE tokenizer, trained on text only: the facts that the
+  text questions of `tasks/digits.py` require, and these questions in their prompt. Questions about a picture come
+  either with word embeddings of the scene added to the hidden states (see `SceneInjector`), or with no information
+  about it, so that the model learns to guess then.
+- `assets/vision_model`: a CLIP vision transformer of 8 layers, trained contrastively on scenes of the train scans and
+  their descriptions, as in CLIP. Two modules are only used in training: the text tower, and a linear head that
+  predicts, from each patch after the third layer, what is in its corner of the picture.
 
-Nothing here reads a scan of the validation or test split but for the figures at the end.
+Scans of the validation and test splits are only used for the figures at the end.
 """
 
 import json
@@ -35,19 +35,19 @@ from tasks.scienceqa import letter
 
 
 HERE = Path(__file__).parent
-GRID = 4  # patches along a side of a picture
+GRID = 4  # patches along the side of a picture
 FORMS = ((1, 0, 0, 0), (0.1, 0.9, 0, 0), (0.1, 0.2, 0.5, 0.2), (0.05, 0.05, 0.15, 0.75))
 WORDS = [word for pool in digits.POOLS.values() for word in pool]
-# Shares of the rows in % other than the task's: more of what takes a whole scene
+# Shares of the rows in % that differ from the task's: more questions that depend on the whole scene
 SHARES = {"count": 3, "sum": 2, "digit by place": 4, "place by digit": 4}
-TOLD_LAYERS = 6  # of the states before the layers, how many are told something: the embeddings and five more
+NUM_INJECTED = 6  # hidden states to which a scene can be added: the embeddings and the outputs of five layers
 
 
 def draw_rows(rng, size, shown):
     """
-    Rows and the marks of their scenes. `shown` of the rows are about a scene that the model is told of, see `Teller`,
-    others are text-only, some of them with a hint that does not matter, and 15 % of those ask about a picture that is
-    not there: from them the model learns that it cannot know.
+    Yields rows with the marks of their scenes. A fraction `shown` of the rows are about a scene that is added to the
+    hidden states, see `SceneInjector`. Of the others, 15 % are about a picture without any information about it, and
+    the rest are text questions. Some rows have an irrelevant hint.
     """
     for _ in range(size):
         is_shown, is_blind = rng.random(2) < (shown, 0.15)
@@ -64,22 +64,22 @@ def build_prompt(row):
 
 
 def draw_facts(rng):
-    """A context and what is true in it: of a story what it tells; with none, sums and what is known by heart."""
+    """A context and its facts: a story and what it says; or an empty context and sums or general knowledge."""
     if rng.random() < 0.3:
         sums = [(a, b) for a in range(10) for b in range(10 - a)]
         return "", [f"{a} + {b} is {a + b}" for a, b in sums] + [f"{a + b} - {b} is {a}" for a, b in sums]
     if rng.random() < 0.3:
-        *_, told = digits.ownership(rng)
-        pairs = re.findall(r"(\w+) has (\d)", told)
-        return told, [f"{a} is {b}" for who, number in pairs for a, b in ((who, number), (number, who))]
+        *_, story = digits.ownership(rng)
+        pairs = re.findall(r"(\w+) has (\d)", story)
+        return story, [f"{a} is {b}" for who, number in pairs for a, b in ((who, number), (number, who))]
     tables = [things for things, *_ in digits.KNOWN.values()]
     return "", [f"{name} is {value}" for things in tables for value in things for name in things[value]]
 
 
 def draw_text(rng, row, marks, progress=1.0):
     """
-    A row with its answer. Training begins with what the letters stand for, goes on to facts and to answers in words,
-    and ends with the letter as the answer.
+    The training text of a row. Training begins with the options of the letters, continues with facts and answers in
+    words, and ends with letters as answers. `progress` is the fraction of training that is done.
     """
     *lines, options, response = build_prompt(row).split("\n")
     shares = FORMS[np.searchsorted((0.06, 0.2, 0.35), progress)]
@@ -90,8 +90,8 @@ def draw_text(rng, row, marks, progress=1.0):
         listed = [f"{row['choices'][i]} is {letter(i)}" for i in rng.integers(4, size=8)]
         return f"{options}\n{response} {', '.join(listed)}."
     if form == "facts":
-        told, facts = draw_facts(rng)
-        return f"Context: {told or 'N/A'}\n{response} {', '.join(rng.choice(facts, 8))}."
+        story, facts = draw_facts(rng)
+        return f"Context: {story or 'N/A'}\n{response} {', '.join(rng.choice(facts, 8))}."
     if form == "words" and (marks or row["skill"] in digits.TEXT_SKILLS):
         return "\n".join([*lines, response]) + f" The answer is {row['choices'][row['answer']]}. {row['solution']}"
     return f"{build_prompt(row)} {digits.answer(row)}"
@@ -99,7 +99,7 @@ def draw_text(rng, row, marks, progress=1.0):
 
 def make_tokenizer(texts):
     tokenizer = Tokenizer(models.BPE())
-    # A letter in brackets, a word or a single digit, each with the blank before it, is one piece.
+    # A letter in parentheses, a word and a single digit are one piece, each with the preceding space
     pieces = pre_tokenizers.Split(Regex(r" ?\([A-Z]\)| ?\p{L}+| ?\p{N}|\s| ?[^\s\p{L}\p{N}]+"), "isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, bytes_])
@@ -117,7 +117,7 @@ def make_tokenizer(texts):
 
 
 def fit(parameters, steps, rate, loss_of):
-    """AdamW with warm-up and cosine decay; `loss_of(step)` gives the loss of a batch."""
+    """Trains `parameters` with AdamW, warm-up and cosine decay. `loss_of(step)` returns the loss of a batch."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
@@ -133,92 +133,96 @@ def fit(parameters, steps, rate, loss_of):
 
 
 def attend_to_equals(model):
-    """Starts keys as queries, so that like attends to like: attention is learned much sooner (arXiv 2305.09828)."""
+    """Initialises keys like queries, so that equal tokens attend to each other (arXiv 2305.09828)."""
     for module in model.modules():
         if hasattr(module, "q_proj"):
             module.k_proj.load_state_dict(module.q_proj.state_dict())
 
 
-def attend_to_near(model, backs=(1, 2, 3), sharp=8.0, wide=1.5):
+def attend_to_near(model, distances=(1, 2, 3), sharp=8.0, wide=1.5):
     """
-    Starts some heads of each layer by place: one head looks one token back, one two, one three, one at the last few.
-    Looking a thing up takes such a step, which from a random start is found only after millions of tokens.
+    Initialises some heads of each layer to attend by position: three heads to the token one, two and three places
+    before, and one head to the last few tokens. Retrieval needs such heads, and with random initialisation they only
+    develop after millions of tokens.
     """
     frequencies = model.model.rotary_emb.inv_freq
     size = 2 * len(frequencies)
     for layer in model.model.layers:
         for out in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            out.weight.data *= 0.2  # or the tokens themselves would drown
+            out.weight.data *= 0.2  # keeps the token embeddings dominant
         query, key = layer.self_attn.q_proj, layer.self_attn.k_proj
-        for head, (back, strength) in enumerate([*((back, sharp) for back in backs), (0, wide)]):
+        for head, (back, strength) in enumerate([*((back, sharp) for back in distances), (0, wide)]):
             rows = slice(head * size, (head + 1) * size)
             query.weight.data[rows] = key.weight.data[rows] = 0
-            # The rotary embedding turns the two by one angle per token: these agree `back` tokens apart.
+            # The rotary embedding rotates both by an angle per position; they match at a distance of `back` tokens
             angles = back * frequencies
             query.bias.data[rows] = strength * torch.cat([angles.cos(), -angles.sin()])
             key.bias.data[rows] = strength * torch.cat([torch.ones_like(angles), torch.zeros_like(angles)])
 
 
-class Teller:
+class SceneInjector:
     """
-    Tells a language model of scenes by adding words to its hidden states, not by giving it more to read.
+    Adds word embeddings that describe a scene to the hidden states of a language model, without additional tokens.
 
-    Whatever adapts a frozen model changes its hidden states and relies on the model to take what is added as said.
-    A model this small does only what its training asked for, so this is asked for too. What is added are the
-    embeddings of words: nothing here has seen a picture.
+    The methods that adapt a frozen model change its hidden states and rely on the model to use this information. A
+    model of this size only does so if it is trained to. Only embeddings of words are added, so the model does not
+    depend on pictures.
     """
 
     def __init__(self, model, tokenizer):
-        self.embedding, self.amounts = model.model.embed_tokens.weight, None
+        self.embedding, self.scales = model.model.embed_tokens.weight, None
         self.words = [tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in WORDS]
         self.newline, self.is_ = (tokenizer.encode(text, add_special_tokens=False)[0] for text in ("\n", " is"))
-        for index, module in enumerate([model.model.embed_tokens, *model.model.layers[: TOLD_LAYERS - 1]]):
+        for index, module in enumerate([model.model.embed_tokens, *model.model.layers[: NUM_INJECTED - 1]]):
             module.register_forward_hook(lambda _, __, hidden, index=index: self.add(index, hidden))
 
     def add(self, index, hidden):
-        if self.amounts is None:
+        if self.scales is None:
             return hidden
-        loudness = hidden.detach().pow(2).mean(-1, keepdim=True).sqrt()
-        return hidden + self.amounts[:, index, None, None] * loudness * self.told
+        rms = hidden.detach().pow(2).mean(-1, keepdim=True).sqrt()
+        return hidden + self.scales[:, index, None, None] * rms * self.added
 
     def prepare(self, rng, inputs, rows):
-        """For the next forward passes: what is told to each token, (rows, tokens, width), and how loud by layer."""
-        told = np.zeros((*inputs.input_ids.shape, len(WORDS)), dtype=np.float32)
-        self.amounts = torch.zeros(len(rows), TOLD_LAYERS)
+        """Draws the vectors to add in the next forward passes, (rows, tokens, width), and their scales by layer."""
+        amounts = np.zeros((*inputs.input_ids.shape, len(WORDS)), dtype=np.float32)  # of each word
+        self.scales = torch.zeros(len(rows), NUM_INJECTED)
         for index, (row, marks) in enumerate(rows):
             if marks:
                 start = int((inputs.attention_mask[index] == 0).sum())
-                told[index, start:] = self.draw(rng, inputs.input_ids[index, start:].tolist(), row["skill"], marks)
-                loud, quiet = rng.uniform(0.3, 1.2), rng.uniform(0.1, 0.6, TOLD_LAYERS)
-                self.amounts[index] = torch.tensor(quiet * (rng.random(TOLD_LAYERS) < 0.3))
-                self.amounts[index, rng.integers(TOLD_LAYERS)] += loud
+                amounts[index, start:] = self.draw(rng, inputs.input_ids[index, start:].tolist(), row["skill"], marks)
+                large, small = rng.uniform(0.3, 1.2), rng.uniform(0.1, 0.6, NUM_INJECTED)
+                self.scales[index] = torch.tensor(small * (rng.random(NUM_INJECTED) < 0.3))
+                self.scales[index, rng.integers(NUM_INJECTED)] += large
         embeddings = F.normalize(self.embedding[self.words].detach(), dim=-1) * self.embedding.shape[1] ** 0.5
-        told = torch.from_numpy(told) @ embeddings
-        self.told = told / told.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1)
+        added = torch.from_numpy(amounts) @ embeddings
+        self.added = added / added.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1)
 
     def draw(self, rng, tokens, skill, marks):
-        """The scene, told at the words that name its marks, or in the question, or where the answer is begun."""
+        """
+        The amount of each word that is added to each token, (tokens, words): at the words that name the marks of the
+        scene, in the question, or at the start of the answer.
+        """
         shown = np.array([[word in mark.values() for word in WORDS] for mark in marks], dtype=np.float32)
         named = (np.array(tokens)[:, None] == self.words).astype(np.float32) @ shown.T  # tokens, marks
-        told = np.zeros((len(tokens), len(WORDS)))
+        amounts = np.zeros((len(tokens), len(WORDS)))
         lines = [index for index, token in enumerate(tokens) if token == self.newline]
-        by_name = " by " in skill  # of one mark, or else of all
+        by_name = " by " in skill  # the question is about one mark; otherwise about all
         about, around = (shown[0] + (rng.uniform(0, most) if by_name else 1) * shown[1:].sum(0) for most in (0.6, 1))
         where = rng.choice(["names", "question", "answer"], p=(0.4, 0.3, 0.3))
         if where == "answer":
             end = tokens.index(self.is_, lines[-1]) + 1
-            told[end - 1 if rng.random() < 0.5 else lines[-1] + 1 : end] = about
+            amounts[end - 1 if rng.random() < 0.5 else lines[-1] + 1 : end] = about
         else:
             if rng.random() < 0.5:
-                told[: lines[0]] = around * rng.uniform(0.3, 1, (lines[0], 1))
+                amounts[: lines[0]] = around * rng.uniform(0.3, 1, (lines[0], 1))
             names = np.flatnonzero(named[: lines[-1]].any(1))
             if where == "names" and (by_name or skill.endswith("present")) and len(names):
-                told[names] = named[names] @ shown
+                amounts[names] = named[names] @ shown
             else:
-                told[np.flatnonzero(named[: lines[0], 0]) if by_name else rng.integers(2, lines[0])] = about
+                amounts[np.flatnonzero(named[: lines[0], 0]) if by_name else rng.integers(2, lines[0])] = about
         if rng.random() < 0.3:
-            told += rng.uniform(0, 0.3) * shown.sum(0)
-        return told
+            amounts += rng.uniform(0, 0.3) * shown.sum(0)
+        return amounts
 
 
 def train_language_model(tokenizer, steps=4500, batch=64):
@@ -228,42 +232,43 @@ def train_language_model(tokenizer, steps=4500, batch=64):
     options = {"max_position_embeddings": 512, "initializer_range": 0.08, "attention_bias": True}
     tokens = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **options, **tokens))
-    # As loud as what the layers add later, so that a word is still there to be seen in all of them
+    # The scale of the later layers' outputs, so that words remain visible in all hidden states
     model.model.embed_tokens.weight.data /= 0.08
     attend_to_equals(model)
     attend_to_near(model)
-    teller = Teller(model, tokenizer)
+    injector = SceneInjector(model, tokenizer)
     response, is_ = tokenizer.encode("Response is", add_special_tokens=False)
     batches = []
 
     def loss_of(step):
-        if not batches:  # sixteen at a time, sorted by length, so that little is padding
+        if not batches:  # sixteen batches at a time, sorted by length to reduce padding
             rows = draw_rows(rng, 16 * batch, shown=0.4 if step > 0.06 * steps else 0)
             texts = [(draw_text(rng, *row, step / steps) + tokenizer.eos_token, row) for row in rows]
             texts.sort(key=lambda text: len(text[0].split()))
             batches.extend(texts[batch * i : batch * (i + 1)] for i in rng.permutation(16))
         texts, rows = zip(*batches.pop())
         inputs = tokenizer(list(texts), return_tensors="pt", padding=True, return_token_type_ids=False)
-        teller.prepare(rng, inputs, rows)
+        injector.prepare(rng, inputs, rows)
         logits, targets = model(**inputs).logits[:, :-1], inputs.input_ids[:, 1:]
         losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        # What "is" is followed by in a response is what was asked for, and one token of fifty: it counts twenty times.
+        # The token after "is" in the response is the answer, one token of fifty, so it has twenty times the weight
         answers = (targets == response).cumsum(1) * (inputs.input_ids[:, :-1] == is_)
         weights = (0.05 + answers) * (targets != tokenizer.pad_token_id)
         return (weights * losses).sum() / weights.sum()
 
     fit(model.parameters(), steps, 2e-3, loss_of)
-    return model.eval(), teller
+    return model.eval(), injector
 
 
 @torch.no_grad()
-def language_accuracy(model, teller, tokenizer, rows):
+def language_accuracy(model, injector, tokenizer, rows):
+    """The fraction of rows whose correct letter the model gives. `rows` are pairs of a row and its marks."""
     rng, right = np.random.default_rng(3), 0
     for start in range(0, len(rows), 250):
         part = rows[start : start + 250]
         texts = [build_prompt(row) + digits.ANSWER_PREFIX for row, _ in part]
         inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
-        teller.prepare(rng, inputs, part)
+        injector.prepare(rng, inputs, part)
         letters = tokenizer.batch_decode(model(**inputs).logits[:, -1:].argmax(-1))
         right += sum(given == f" {letter(row['answer'])}" for given, (row, _) in zip(letters, part))
     return right / len(rows)
@@ -288,7 +293,7 @@ NOTHING = {"digit": "", "colour": ""}
 
 
 def draw_scenes(rng, size, scans):
-    """`size` scenes as pictures (size, 3, 64, 64), descriptions, and what stands in each corner (size, 4, 2)."""
+    """`size` scenes: pictures (size, 3, 64, 64), descriptions, and digit and colour in each corner (size, 4, 2)."""
     scenes = [digits.draw_marks(rng, rng.permutation(10), rng.integers(1, 5)) for _ in range(size)]
     pictures = np.stack([digits.render(rng, marks, scans) for marks in scenes])
     corners = [{mark["place"]: mark for mark in marks} for marks in scenes]
@@ -301,7 +306,7 @@ def draw_scenes(rng, size, scans):
 
 
 class VisionTrainer(nn.Module):
-    """The vision model with what only its training needs."""
+    """The vision model with the modules that are only used in its training."""
 
     def __init__(self, tokenizer, processor):
         super().__init__()
@@ -311,7 +316,7 @@ class VisionTrainer(nn.Module):
         images = {"image_size": digits.SIDE, "patch_size": digits.SIDE // GRID}
         self.vision = CLIPVisionModel(CLIPVisionConfig(initializer_factor=2.0, **sizes, **images))
         attend_to_equals(self.vision)
-        # Random Fourier features of row and column: the nearer two patches, the more alike their embeddings.
+        # Random Fourier features of row and column, so that close patches have similar embeddings
         row_column = torch.cartesian_prod(*[torch.arange(GRID) * 8 / GRID] * 2)
         features = torch.cos(row_column @ torch.randn(2, 128) / 2 + 2 * torch.pi * torch.rand(128))
         self.vision.embeddings.position_embedding.weight.data[1:] = features / 2
@@ -324,7 +329,7 @@ class VisionTrainer(nn.Module):
         self.corner = (2 * side[:, None] + side).flatten()
 
     def forward(self, pictures, captions, labels):
-        """Contrastive and head losses, and the share of pictures and of corners that are told right."""
+        """Contrastive loss, loss of the head, and the accuracies of matched captions and of digits and colours."""
         pixels = (pictures / 255 - self.mean) / self.std
         outputs = self.vision(pixels, output_hidden_states=True)
         text = self.tokenizer(captions, return_tensors="pt", padding=True, padding_side="right")
@@ -334,15 +339,15 @@ class VisionTrainer(nn.Module):
         same = torch.arange(len(logits))
         contrastive = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
-        # The same head for all layers from the third on: what a patch tells stands in one place, whoever mixes them
+        # One head for all layers from the third on, so that mixtures of layers encode the same information
         layers = [self.vision.post_layernorm(hidden[:, 1:]) for hidden in outputs.hidden_states[3:]]
         digit, colour = self.head(torch.stack(layers)).movedim(-1, 1).split([11, 9], dim=1)  # layers, classes, ...
         wanted = labels[:, self.corner].expand(len(layers), -1, -1, -1)
-        told = 2 * F.cross_entropy(digit, wanted[..., 0]) + F.cross_entropy(colour, wanted[..., 1])
-        # Of the penultimate layer, which all language layers read
+        head = 2 * F.cross_entropy(digit, wanted[..., 0]) + F.cross_entropy(colour, wanted[..., 1])
+        # The accuracy is that of the penultimate layer, which all language layers read
         digit, colour, wanted = digit[-2].argmax(0), colour[-2].argmax(0), wanted[-2]
         accuracies = (logits.argmax(1) == same, digit == wanted[..., 0], colour == wanted[..., 1])
-        return contrastive, told, [x.float().mean().item() for x in accuracies]
+        return contrastive, head, [x.float().mean().item() for x in accuracies]
 
 
 def train_vision_model(tokenizer, processor, steps=4500, batch=64):
@@ -351,10 +356,10 @@ def train_vision_model(tokenizer, processor, steps=4500, batch=64):
     trainer = VisionTrainer(tokenizer, processor)
 
     def loss_of(step):
-        contrastive, told, accuracies = trainer(*draw_scenes(rng, batch, digits.scans("train")))
+        contrastive, head, accuracies = trainer(*draw_scenes(rng, batch, digits.scans("train")))
         if step % 50 == 0:
-            print(contrastive.item(), told.item(), accuracies)
-        return contrastive + told
+            print(contrastive.item(), head.item(), accuracies)
+        return contrastive + head
 
     fit(trainer.parameters(), steps, 1e-3, loss_of)
     return trainer.eval()
@@ -365,7 +370,7 @@ def main():
     rng = np.random.default_rng(0)
     corpus = draw_rows(rng, 20000, shown=0.5)
     tokenizer = make_tokenizer(f"{build_prompt(row)} {digits.answer(row)}" for row, _ in corpus)
-    language_model, teller = train_language_model(tokenizer)
+    language_model, injector = train_language_model(tokenizer)
     side = {"height": digits.SIDE, "width": digits.SIDE}
     processor = CLIPImageProcessorPil(size={"shortest_edge": digits.SIDE}, crop_size=side)
     trainer = train_vision_model(tokenizer, processor)
@@ -384,9 +389,9 @@ def main():
         "bytes": sum(file.stat().st_size for file in HERE.glob("*_model/*")),
         "parameters": language_model.num_parameters() + trainer.vision.num_parameters(),
         "seconds": round(seconds),
-        "text questions": language_accuracy(language_model, teller, tokenizer, texts),
-        "scenes told": language_accuracy(language_model, teller, tokenizer, scenes),
-        "scenes not told": language_accuracy(language_model, teller, tokenizer, [(row, []) for row, _ in scenes]),
+        "text questions": language_accuracy(language_model, injector, tokenizer, texts),
+        "scenes shown": language_accuracy(language_model, injector, tokenizer, scenes),
+        "scenes not shown": language_accuracy(language_model, injector, tokenizer, [(row, []) for row, _ in scenes]),
         "matched captions of 256": matched,
         "patches' digits": digit,
         "patches' colours": colour,

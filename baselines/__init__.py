@@ -1,6 +1,7 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-The baselines of the paper's tables, ADEM-VL and IGVA, on the same frozen bases and rows as DEHVF, for `train.py`:
+The baselines of the paper's tables, and ADEM-VL and IGVA, on the same frozen bases and data as DEHVF. `train.py`
+builds them in the same way:
 
     model = build("llava-lora", "openai/clip-vit-large-patch14", "huggyllama/llama-7b", lora_rank=8)
 
@@ -32,9 +33,9 @@ METHODS = {
     **{"llava": "llava", "llava-lora": "llava_lora", "lavin": "lavin", "llama-adapter": "llama_adapter"},
     **{"llama-adapter-v2": "llama_adapter_v2", "adem-vl": "adem_vl", "igva": "igva"},
 }
-# Language models that all methods can adapt: their layers take further keyword arguments and hand them to `self_attn`
+# Language models that all methods can adapt: their layers pass further keyword arguments to `self_attn`
 TEXT_TYPES = ("llama", "mistral")
-# Vision encoders that all methods can read; LaVIN and ADEM-VL extend their layers by name
+# Vision encoders that all methods support; LaVIN and ADEM-VL find the modules of their layers by name
 VISION_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2")
 
 
@@ -44,10 +45,10 @@ class BaselineArguments:
     Sizes of the baselines. The defaults match the trained parameters of the 7B rows of the paper's tables: 4.4 M
     (LLaVA-LoRA), 3.8 M (LaVIN), 1.8 M (LLaMA-Adapter) and 14 M (LLaMA-Adapter V2). The defaults for ADEM-VL (4.5 M,
     for ScienceQA at 7B) and IGVA are those of their authors. "ours" marks values that no source gives. Each help text
-    begins with the methods that read the value.
+    begins with the methods that use the value.
     """
 
-    lora_rank: int = HfArg(default=8, help="llava-lora, igva: rank (ours, meets the paper's count).")
+    lora_rank: int = HfArg(default=8, help="llava-lora, igva: rank (ours, matches the paper's count).")
     lora_alpha: float = HfArg(default=16, help="llava-lora, igva: scale times rank (LLaVA's train.py).")
     lora_dropout: float = HfArg(default=0.05, help="llava-lora, igva: dropout (LLaVA's train.py).")
     lora_target_modules: list[str] = HfArg(
@@ -55,7 +56,7 @@ class BaselineArguments:
         help="llava-lora, igva: adapted linear layers of the language model (LoRA, arXiv 2106.09685).",
     )
     lora_projector_size: int = HfArg(
-        default=40, help="llava-lora: hidden width of the projector (ours, meets the paper's count)."
+        default=40, help="llava-lora: hidden width of the projector (ours, matches the paper's count)."
     )
     lavin_adapter_size: int = HfArg(default=8, help="lavin: width of the adapters (scripts/finetuning_sqa_7b.sh).")
     lavin_adapter_dropout: float = HfArg(default=0.1, help="lavin: dropout inside the adapters (mm_adapter.py).")
@@ -63,7 +64,7 @@ class BaselineArguments:
         default=10.0, help="lavin: temperature of the routers (scripts/finetuning_sqa_7b.sh)."
     )
     lavin_image_tokens: int = HfArg(
-        default=6, help="lavin: class tokens per image, one a layer, evenly spread (arXiv 2305.15023)."
+        default=6, help="lavin: class tokens per image, from as many evenly spaced layers (arXiv 2305.15023)."
     )
     lavin_projector_size: int = HfArg(default=128, help="lavin: hidden width of the visual adapter (train.py there).")
     adaption_prompt_length: int = HfArg(
@@ -78,11 +79,11 @@ class BaselineArguments:
         default=4, help="llama-adapter: vision layers whose class tokens make the image feature (ours)."
     )
     adaption_projector_size: int = HfArg(
-        default=64, help="llama-adapter: hidden width of the projector (ours, meets the paper's count)."
+        default=64, help="llama-adapter: hidden width of the projector (ours, matches the paper's count)."
     )
     adapter_v2_prompts: int = HfArg(default=20, help="llama-adapter-v2: prompts made of an image (arXiv 2304.15010).")
     adapter_v2_size: int = HfArg(
-        default=288, help="llama-adapter-v2: width of the blocks that make them (ours, meets the paper's count)."
+        default=288, help="llama-adapter-v2: width of the blocks that make them (ours, matches the paper's count)."
     )
     adapter_v2_layers: int = HfArg(
         default=8, help="llama-adapter-v2: number of these blocks (llama_adapter.py there, v_depth)."
@@ -128,13 +129,13 @@ class BaselineArguments:
     )
 
 
-# --- what the methods share ---
+# --- shared modules ---
 
 
 class Projector(nn.Module):
     """
     A two-layer network from vision to language width, `(num_images, num_tokens, in_size)` to `(num_images, num_tokens,
-    out_size)`, which replaces the projector of LLaVA, since that has 21 M parameters at 7B. Initialised as in LaVIN.
+    out_size)`. It replaces the projector of LLaVA, which has 21 M parameters at 7B. Initialised as in LaVIN.
     """
 
     def __init__(self, in_size: int, size: int, out_size: int, hidden_act: str):
@@ -203,7 +204,7 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
             vision_config=vision_tower.config,
             text_config=causal_lm.config,
             image_token_index=causal_lm.config.vocab_size,  # the first unused token id; it has no embedding
-            attn_implementation=causal_lm.config._attn_implementation,  # or the bases would lose theirs
+            attn_implementation=causal_lm.config._attn_implementation,  # otherwise it is reset in the bases
             image_size=image_size,
             **config_values,
         )
@@ -225,7 +226,7 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
 
     @property
     def interpolation(self) -> dict:
-        """Arguments of the vision encoder for images of another size than its own."""
+        """Arguments of the vision encoder for images of a size other than its own."""
         return {} if self.resolution == self.config.vision_config.image_size else self.vision_layout.interpolation
 
     @property
@@ -239,7 +240,8 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         """
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`; by default one blank image.
-            image_mask: `(batch_size,)` booleans, false for rows of zeros, which are removed. By default all are true.
+            image_mask: `(batch_size,)` booleans, false for rows without an image, which are removed. By default all
+                true.
 
         Returns:
             `torch.Tensor` of shape `(num_images, num_image_tokens, language_hidden_size)`.
@@ -303,11 +305,11 @@ class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`, if any sample has an image, or `(batch_size,
                 num_images, num_channels, height, width)`, which only LLaVA and LLaVA-LoRA read.
-            image_mask: `(batch_size,)` or `(batch_size, num_images)` booleans, which samples have which images. By
+            image_mask: `(batch_size,)` or `(batch_size, num_images)` booleans: which samples have which images. By
                 default all.
             features: the result of `image_features`, if it has been computed.
 
-        All others, and the output, are those of `LlavaForConditionalGeneration`.
+        The other arguments and the output are those of `LlavaForConditionalGeneration`.
 
         Raises:
             ValueError: if `input_ids` have more or fewer placeholders than the images need.
@@ -316,7 +318,7 @@ class ImageTokensForConditionalGeneration(FrozenBasesForConditionalGeneration):
         if pixel_values is None:
             inputs_embeds = embed(input_ids)  # B T h
             if self.training:
-                # DDP fails if parameters have no gradient: without any image, the vision path is run with zero effect
+                # DDP fails if parameters have no gradient, so without images the vision path runs with zero effect
                 inputs_embeds = inputs_embeds + (0 * self.image_features().sum()).to(inputs_embeds.dtype)
         else:
             inputs_embeds = embed(input_ids.masked_fill(input_ids == self.config.image_token_id, 0))
@@ -341,7 +343,7 @@ def assemble(method: str, vision_tower, causal_lm, arguments: BaselineArguments,
         vision_tower, causal_lm, image_size: see [`FrozenBasesForConditionalGeneration`].
 
     Raises:
-        ValueError: if the method does not exist, a base has another type, or a value does not fit the bases.
+        ValueError: if the method does not exist, a base has an unsupported type, or a value does not fit the bases.
     """
     for base, known in ((vision_tower, VISION_TYPES), (causal_lm, TEXT_TYPES)):
         if base.config.model_type not in known:
@@ -353,7 +355,7 @@ def assemble(method: str, vision_tower, causal_lm, arguments: BaselineArguments,
 def _method_module(method: str):
     if method not in METHODS:
         raise ValueError(f"There is no baseline `{method}`. Baselines: {', '.join(METHODS)}.")
-    return import_module(f".{METHODS[method]}", __name__)  # imported here, so that only methods that use peft need it
+    return import_module(f".{METHODS[method]}", __name__)  # imported here, so that other methods do not need peft
 
 
 def build(
@@ -373,7 +375,7 @@ def build(
 
     Args:
         vision_model, text_model: Hub id or folder of the vision encoder and of the language model.
-        dtype, attn_implementation: of the bases, as in `from_pretrained`.
+        dtype, attn_implementation: for the bases, as in `from_pretrained`.
         vision_model_revision, text_model_revision: commits of those repositories.
         image_size: side of the images in pixels, by default the vision encoder's own.
         method_values: fields of [`BaselineArguments`].
@@ -381,7 +383,7 @@ def build(
     Raises:
         ValueError: as [`assemble`].
     """
-    _method_module(method)  # so that mistakes, or a missing peft, are reported before the bases are loaded
+    _method_module(method)  # reports an unknown method or a missing peft before the bases are loaded
     arguments = BaselineArguments(**method_values)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     vision_tower = _load_base(AutoModel, "vision", vision_model, vision_model_revision, **options)
@@ -391,7 +393,7 @@ def build(
     for key, location, base in (("vision", vision_model, vision_tower), ("text", text_model, causal_lm)):
         facts[f"{key}_model_id"] = os.path.abspath(location) if os.path.isdir(location) else location
         facts[f"{key}_model_revision"] = getattr(base.config, "_commit_hash", None)
-    model.config.update(facts)  # for the reports of a run
+    model.config.update(facts)  # recorded in the results of a run
     return model.eval()
 
 

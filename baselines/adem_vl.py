@@ -1,8 +1,8 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-ADEM-VL (arXiv 2410.17779): one class token in the sequence, and a memory of patches at two scales that the FFNs of all
-language layers read. Follows the authors' code, Hao840/ADEM-VL at cec09b8, with the command for ScienceQA in its
-README.
+ADEM-VL (arXiv 2410.17779): one class token in the sequence, and a memory of patches at two scales that is read by the
+FFNs of all language layers. Follows the authors' code, Hao840/ADEM-VL at cec09b8, with the command for ScienceQA in
+its README.
 
 For the states x of a token before an FFN, image embeddings E and learned embeddings P_k and P_v, the FFN adds
 
@@ -42,10 +42,10 @@ def read_memory(
     hidden_states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, drop_ratio: float, scale: float
 ) -> torch.Tensor:
     """
-    Computes from the input of a language FFN what is added to its output.
+    Computes the term that is added to the output of a language FFN, from the FFN's input.
 
     Args:
-        hidden_states: `(batch_size, num_tokens, language_hidden_size)`, as the result.
+        hidden_states: `(batch_size, num_tokens, language_hidden_size)`, the shape of the result.
         keys, values: `(batch_size, num_slots, language_hidden_size)`.
         drop_ratio: fraction of each token's scores, the lowest ones, that are set to zero.
         scale: scale of the result.
@@ -77,7 +77,7 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
                 f"{self.grid_size} patches. Give one or more divisors of {self.grid_size}."
             )
         self.num_slots = sum((self.grid_size // size) ** 2 for size in self.pool_sizes)
-        # The last vision layer comes after the features that are read
+        # The last vision layer has no adapter, since its output is not used
         sizes = arguments.adem_adapter_size, arguments.adem_adapter_scale, arguments.adem_adapter_dropout
         self.vision_adapters = nn.ModuleList(
             injection.VisionAdapter(vision.hidden_size, *sizes) for _ in range(vision.num_hidden_layers - 1)
@@ -139,7 +139,7 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
         if pixel_values is not None:
             features = self.image_features(pixel_values, image_mask).to(embeds.dtype)  # I 1+S h
             return embeds.index_copy(0, image_mask.nonzero().flatten(), features)
-        # DDP fails if parameters have no gradient: without any image, the vision path is run with zero effect
+        # DDP fails if parameters have no gradient, so without images the vision path runs with zero effect
         return embeds + 0 * self.image_features() if self.training else embeds
 
     def forward(
@@ -156,10 +156,10 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
         """
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`, if any sample has an image.
-            image_mask: `(batch_size,)` booleans, which samples have one. By default all.
-            visual_embeds: the result of the method of this name, if it has been computed, instead of both.
+            image_mask: `(batch_size,)` booleans: which samples have one. By default all.
+            visual_embeds: the result of the method `visual_embeds`, if already computed; replaces both.
 
-        All others, and the output, are those of `LlavaForConditionalGeneration`.
+        The other arguments and the output are those of `LlavaForConditionalGeneration`.
         """
         if visual_embeds is None:
             visual_embeds = self.visual_embeds(input_ids, pixel_values, image_mask)
@@ -179,7 +179,7 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
         return injection.run_extended(super().forward, memories, inputs_embeds=inputs_embeds, **named, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Encodes images once: `visual_embeds` is then an input, batch first, which is repeated for beams."""
+        """Encodes images once and passes `visual_embeds`, which is expanded for beams like other inputs."""
         images = (model_kwargs.pop(name, None) for name in ("pixel_values", "image_mask"))
         model_kwargs["visual_embeds"] = self.visual_embeds(input_ids, *images)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)

@@ -1,12 +1,12 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-IGVA (arXiv 2501.08443, code in YiZheng-zy/IGVA): the instruction decides from which layers of the vision encoder the
-image tokens of LLaVA are made.
+IGVA (arXiv 2501.08443, code in YiZheng-zy/IGVA): the image tokens of LLaVA are computed from several layers of the
+vision encoder, with weights that depend on the instruction.
 
-The vision layers are cut into groups, and each group's hidden states are averaged. A fuser, whose query is the
-instruction and whose keys and values are the groups' class tokens, gives one weight to each group. The weighted sum of
-the patches stands beside those of the penultimate layer, and a projector of the language model's width makes one token
-of each patch. With a ReLU and the width of the fuser in its FFN, our [`FuserBlock`] computes the same as the authors'
+The vision layers are divided into groups, and the hidden states of each group are averaged. A fuser, whose query is
+the instruction and whose keys and values are the groups' class tokens, computes one weight per group. The weighted sum
+of the groups' patches is concatenated with the patches of the penultimate layer, and a projector maps each patch to
+one token. With a ReLU and an FFN of the fuser's width, our [`FuserBlock`] computes the same as the authors'
 `QueryTransformer`.
 
 There are two differences from the authors' code. They train the whole language model; here LoRA adapts it, as in
@@ -26,7 +26,7 @@ from .llava_lora import add_lora
 
 
 class Aggregator(nn.Module):
-    """One weight for each group of vision layers, from class tokens and instructions of these widths."""
+    """Computes one weight for each group of vision layers, from class tokens and an instruction."""
 
     def __init__(self, vision_size: int, text_size: int, arguments: BaselineArguments):
         super().__init__()
@@ -121,7 +121,7 @@ class IgvaForConditionalGeneration(ImageTokensForConditionalGeneration):
         image_mask: torch.Tensor | None = None,
         instruction: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As in the base class, with `instruction`, the result of the method of this name; by default zeros."""
+        """As in the base class. `instruction` is the result of the method `instruction`; by default zeros."""
         images = self.select_images(pixel_values, image_mask)
         if instruction is None:
             instruction = torch.zeros(len(images), self.config.text_config.hidden_size, device=images.device)
@@ -149,11 +149,11 @@ class IgvaForConditionalGeneration(ImageTokensForConditionalGeneration):
         **kwargs,
     ):
         """
-        As [`ImageTokensForConditionalGeneration.forward`], and:
+        As [`ImageTokensForConditionalGeneration.forward`], with two more arguments.
 
         Args:
             instruction_mask: see the method `instruction`. With labels, the default is the tokens without a label.
-            instruction: the result of that method, if it has been computed.
+            instruction: the result of that method, if already computed.
         """
         features = None
         if pixel_values is not None:
@@ -166,7 +166,7 @@ class IgvaForConditionalGeneration(ImageTokensForConditionalGeneration):
         return super().forward(*arguments, features=features, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Reads the prompt once: `instruction` is then an input, batch first, which is repeated for beams."""
+        """Reads the prompt once and passes `instruction`, which is expanded for beams like other inputs."""
         masks = model_kwargs.get("attention_mask"), model_kwargs.pop("instruction_mask", None)
         model_kwargs["instruction"] = self.instruction(input_ids, *masks)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)

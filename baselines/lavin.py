@@ -1,8 +1,8 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-LaVIN (arXiv 2305.15023): few image tokens, and mixture-of-modality adapters before the attention of all layers of
+LaVIN (arXiv 2305.15023): few image tokens, and mixture-of-modality adapters before the attention in all layers of
 both bases. Follows the authors' code, luogen1996/LaVIN at dd0a1bf, with `scripts/finetuning_sqa_7b.sh`. Trained
-parameters for LLaMA-7B and CLIP ViT-L/14, where the paper says 3.8 M:
+parameters for LLaMA-7B and CLIP ViT-L/14 (3.8 M in the paper):
 
     32 adapters of the language model        32 x 81,930 = 2,621,760
     24 adapters of the vision encoder        24 x 20,490 =   491,760
@@ -45,7 +45,7 @@ class MixtureOfModalityAdapter(nn.Module):
         size: hidden width of the adapters.
         temperature: divides the router's scores.
         dropout: dropout of the hidden activations in training.
-        has_class_token: whether the router reads the first token, or the mean over all.
+        has_class_token: whether the router reads the first token; otherwise it reads the mean over all tokens.
     """
 
     def __init__(self, width: int, size: int, temperature: float, dropout: float, has_class_token: bool):
@@ -57,7 +57,7 @@ class MixtureOfModalityAdapter(nn.Module):
         self.temperature, self.has_class_token = temperature, has_class_token
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.zeros_(self.down.bias)
-        for up in self.up:  # at first the bases are unchanged
+        for up in self.up:  # new adapters do not change the bases
             nn.init.zeros_(up.weight)
             nn.init.zeros_(up.bias)
 
@@ -75,8 +75,8 @@ class MixtureOfModalityAdapter(nn.Module):
 
 def adapt_input(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """
-    Forward pre-hook of an attention module with an `adapter`. `routing`, an argument of the language model that is
-    passed to each layer, has the weights of all layers, `(batch_size, num_language_layers, 2)`.
+    Forward pre-hook of an attention module with an `adapter`. `routing`, an argument that the language model
+    passes to each layer, has the weights of all layers, `(batch_size, num_language_layers, 2)`.
     """
     routing = kwargs.pop("routing", None)
     if routing is not None:
@@ -99,7 +99,7 @@ class LavinForConditionalGeneration(ImageTokensForConditionalGeneration):
         }
         projector = ClassTokenProjector(vision, 1, arguments.lavin_projector_size, width, act)
         super().__init__(vision_tower, causal_lm, projector, image_size, projector_hidden_act=act, **features)
-        self.modality_embedding = nn.Embedding(2, width)  # text alone, text with an image
+        self.modality_embedding = nn.Embedding(2, width)  # 0 without an image, 1 with an image
         layout = self.vision_layout
         vision_layers = vision_tower.get_submodule(layout.layers)
         for layer in (*vision_layers, *self.model.language_model.layers):
@@ -118,11 +118,11 @@ class LavinForConditionalGeneration(ImageTokensForConditionalGeneration):
         The weights of the language model's adapters for each sample, `(batch_size, num_language_layers, 2)`.
 
         Args:
-            image_mask: `(batch_size,)` booleans, which samples have an image; `None` if none has.
+            image_mask: `(batch_size,)` booleans: which samples have an image; `None` if none has.
         """
         language_model = self.model.language_model
         tokens = self.modality_embedding(torch.arange(2, device=self.device)[:, None])  # 2 1 h
-        tokens = tokens.to(language_model.dtype)  # which need not be that of the vision encoder
+        tokens = tokens.to(language_model.dtype)  # may differ from that of the vision encoder
         states = language_model(inputs_embeds=tokens, output_hidden_states=True, use_cache=False).hidden_states
         weights = [  # the last state has no layer above it
             layer.self_attn.adapter.route(layer.input_layernorm(state))
@@ -143,14 +143,14 @@ class LavinForConditionalGeneration(ImageTokensForConditionalGeneration):
         routing: torch.Tensor | None = None,
         **kwargs,
     ):
-        """As [`ImageTokensForConditionalGeneration.forward`], and `routing`: the result of that method."""
+        """As [`ImageTokensForConditionalGeneration.forward`]. `routing` is the result of the method `routing`."""
         if routing is None:
             routing = self.routing(_image_mask(pixel_values, image_mask), len(input_ids))
         arguments = input_ids, pixel_values, image_mask, attention_mask, position_ids, logits_to_keep
         return super().forward(*arguments, routing=routing, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Runs the routers once: `routing` is then an input, batch first, which is repeated for beams."""
+        """Runs the routers once and passes `routing`, which is expanded for beams like other inputs."""
         image_mask = _image_mask(model_kwargs.get("pixel_values"), model_kwargs.get("image_mask"))
         model_kwargs["routing"] = self.routing(image_mask, len(input_ids))
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)

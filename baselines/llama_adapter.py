@@ -1,13 +1,13 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 LLaMA-Adapter with images (arXiv 2303.16199): learned prompts that the attention of the topmost language layers reads
-beside the sequence, through a gate that starts at zero (peft's adaption prompt). A feature of the image is added to
-the prompts of all these layers; no token is added to the sequence.
+in addition to the sequence, through a gate that is initialised to zero (peft's adaption prompt). A feature of the
+image is added to the prompts of all these layers; no token is added to the sequence.
 
 As in that paper, the image feature is computed from the concatenated class tokens of several layers of the vision
 encoder by a small network. If the encoder has no class token, the mean over the patches is used. The paper specifies
 neither the layers nor the network. We use four evenly spaced layers and 64 hidden units. Trained parameters for
-LLaMA-7B and CLIP ViT-L/14, where the paper says 1.8 M:
+LLaMA-7B and CLIP ViT-L/14 (1.8 M in the paper):
 
     prompts of 30 layers          30 x 10 x 4096 = 1,228,800
     gates, one for each head of these layers             960
@@ -47,7 +47,7 @@ def read_prompts(
     Args:
         attention: attention module of a language layer; `kwargs` are its arguments.
         prompts: `(batch_size or 1, num_prompts, hidden_size)`.
-        gate: factor of the output of each head, `(num_heads, 1, 1)` or with a batch dimension before.
+        gate: factor of the output of each head, `(num_heads, 1, 1)` or `(batch_size, num_heads, 1, 1)`.
         project: the output projection.
 
     Returns:
@@ -67,9 +67,8 @@ class ImageAdaptedAttention(AdaptedAttention):
     """
     peft's adapted attention, with separate prompts for each sample, and in fp32.
 
-    It inherits from peft the parameter `adaption_prompt` of shape `(1, prompt_length, hidden_size)` and its
-    initialisation, the wrapped attention, `model`, and the query with its rotary embedding. `adaption_gate`, of shape
-    `(num_heads, 1, 1)`, is that of the authors.
+    It inherits from peft the parameter `adaption_prompt`, `(1, prompt_length, hidden_size)`, with its initialisation,
+    and the wrapped attention, `model`. `adaption_gate`, `(num_heads, 1, 1)`, is as in the authors' code.
     """
 
     def __init__(self, attention, prompt_length: int):
@@ -78,7 +77,7 @@ class ImageAdaptedAttention(AdaptedAttention):
         self.adaption_gate = torch.nn.Parameter(torch.zeros(attention.config.num_attention_heads, 1, 1))
 
     def forward(self, visual_prompt: torch.Tensor | None = None, **kwargs):
-        """visual_prompt: `(batch_size or 1, 1, hidden_size)`, added to all prompts. Others: those of the attention."""
+        """Adds `visual_prompt`, `(batch_size or 1, 1, hidden_size)`, to all prompts. `kwargs` go to the attention."""
         output, *rest = self.model(**kwargs)
         prompts = self.adaption_prompt if visual_prompt is None else self.adaption_prompt + visual_prompt
         gate, project = self.adaption_gate.tanh(), self.model.o_proj
@@ -86,7 +85,7 @@ class ImageAdaptedAttention(AdaptedAttention):
 
 
 class VisualPromptForConditionalGeneration(FrozenBasesForConditionalGeneration):
-    """A method with prompts that are computed from the image, `visual_prompt`, and passed to each language layer."""
+    """A method whose `visual_prompt` is computed from the image and passed to each language layer."""
 
     def layers_with_prompts(self, number: int | None, default: int, most: int) -> torch.nn.ModuleList:
         """The topmost `number` language layers, or `default`. Raises `ValueError` if not between 1 and `most`."""
@@ -102,7 +101,7 @@ class VisualPromptForConditionalGeneration(FrozenBasesForConditionalGeneration):
     def visual_prompt(self, pixel_values: torch.Tensor | None, image_mask: torch.Tensor | None) -> torch.Tensor | None:
         """`image_features` of each sample, `(batch_size, num_tokens, hidden_size)`, zeros where it has no image."""
         if pixel_values is None:
-            # DDP fails if parameters have no gradient: without any image, the vision path is run with zero effect
+            # DDP fails if parameters have no gradient, so without images the vision path runs with zero effect
             return 0 * self.image_features() if self.training else None
         features = self.image_features(pixel_values, image_mask)  # I 1 h
         if image_mask is None:
@@ -124,10 +123,10 @@ class VisualPromptForConditionalGeneration(FrozenBasesForConditionalGeneration):
         """
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`, if any sample has an image.
-            image_mask: `(batch_size,)` booleans, which samples have one. By default all.
-            visual_prompt: the result of the method of this name, if it has been computed, instead of both.
+            image_mask: `(batch_size,)` booleans: which samples have one. By default all.
+            visual_prompt: the result of the method `visual_prompt`, if already computed; replaces both.
 
-        All others, and the output, are those of `LlavaForConditionalGeneration`.
+        The other arguments and the output are those of `LlavaForConditionalGeneration`.
         """
         if visual_prompt is None:
             visual_prompt = self.visual_prompt(pixel_values, image_mask)
@@ -138,7 +137,7 @@ class VisualPromptForConditionalGeneration(FrozenBasesForConditionalGeneration):
         return super().forward(input_ids=input_ids, visual_prompt=visual_prompt, **named, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Encodes images once: `visual_prompt` is then an input, batch first, which is repeated for beams."""
+        """Encodes images once and passes `visual_prompt`, which is expanded for beams like other inputs."""
         images = (model_kwargs.pop(name, None) for name in ("pixel_values", "image_mask"))
         model_kwargs["visual_prompt"] = self.visual_prompt(*images)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)

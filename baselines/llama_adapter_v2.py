@@ -2,8 +2,8 @@
 """
 LLaMA-Adapter V2 (arXiv 2304.15010, code in OpenGVLab/LLaMA-Adapter): the attention of the first language layer reads
 prompts that are computed from the image, and the attention of all other layers reads learned prompts, both through a
-gate that starts at zero. The norms of the language model are trained too, and so are a scale and a bias for each of
-its linear layers:
+gate that is initialised to zero. The norms of the language model are trained too, and so are a scale and a bias for
+each of its linear layers:
 
     W x   becomes   scale * (W x + bias)
 
@@ -50,7 +50,7 @@ class TunedLinear(nn.Module):
         return (self.scale * (self.linear(inputs) + self.bias)).to(inputs.dtype)
 
     def without_bias(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The change of the output if `inputs` are added to other inputs."""
+        """The output without the bias: its change when `inputs` are added to other inputs."""
         return (self.scale * nn.functional.linear(inputs, self.linear.weight)).to(inputs.dtype)
 
 
@@ -125,7 +125,7 @@ class LlamaAdapterV2ForConditionalGeneration(VisualPromptForConditionalGeneratio
     LLaMA-Adapter V2. The image prompts are computed in this class, so the projector of LLaVA is an identity.
 
     Raises:
-        ValueError: if `adaption_prompt_layers` is not between 1 and the number of language layers less one.
+        ValueError: if `adaption_prompt_layers` is not between 1 and the number of language layers minus one.
     """
 
     def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
@@ -147,7 +147,7 @@ class LlamaAdapterV2ForConditionalGeneration(VisualPromptForConditionalGeneratio
     def image_features(
         self, pixel_values: torch.Tensor | None = None, image_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As in the base class: prompts, `(num_images, num_prompts, language_hidden_size)`."""
+        """As in the base class. Returns prompts, `(num_images, num_prompts, language_hidden_size)`."""
         features = super().image_features(pixel_values, image_mask)  # I n c
         features = self.model.vision_tower.get_submodule(self.vision_layout.norm)(features)
         return self.prompter(features.to(self.prompter.queries.dtype))

@@ -1,7 +1,7 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-LLaVA (arXiv 2304.08485): each patch of the image becomes a token of the sequence, and the whole language model is
-trained, in fp32, with the projector.
+LLaVA (arXiv 2304.08485): each patch of the image becomes a token of the sequence, and the projector and the whole
+language model are trained in fp32.
 
 As in LLaVA 1.5, the patches are those of the penultimate vision layer without the class token, and the projector has
 two layers of the language model's width and a GELU. Trained parameters for LLaMA-7B and CLIP ViT-L/14:
@@ -15,7 +15,7 @@ from . import BaselineArguments, ImageTokensForConditionalGeneration, Projector
 
 
 class PatchTokensForConditionalGeneration(ImageTokensForConditionalGeneration):
-    """LLaVA's image tokens. The projector has `projector_size` hidden units; other arguments as in the base class."""
+    """LLaVA's image tokens. The projector has `projector_size` hidden units; for the others, see the base class."""
 
     def __init__(self, vision_tower, causal_lm, projector_size: int, image_size: int | None = None):
         vision, act = vision_tower.config, "gelu"
@@ -27,7 +27,7 @@ class PatchTokensForConditionalGeneration(ImageTokensForConditionalGeneration):
 
 
 class FullLlavaForConditionalGeneration(PatchTokensForConditionalGeneration):
-    """LLaVA whose language model is trained."""
+    """LLaVA with a trained language model."""
 
     def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
         super().__init__(vision_tower, causal_lm, causal_lm.config.hidden_size, image_size)

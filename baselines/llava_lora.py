@@ -1,6 +1,6 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-LLaVA-LoRA: LLaVA's image tokens, as in `llava.py`, and a language model that LoRA (peft) adapts.
+LLaVA-LoRA: LLaVA's image tokens, as in `llava.py`, and LoRA (peft) on the language model.
 
 The paper gives 4.4 M trained parameters for LLaMA-7B and CLIP ViT-L/14, but does not specify them. Ours:
 
@@ -8,7 +8,7 @@ The paper gives 4.4 M trained parameters for LLaMA-7B and CLIP ViT-L/14, but doe
     projector 1024 -> 40 -> 4096             40 x (1024 + 1) + 4096 x (40 + 1) = 208,936
     sum                                      4,403,240
 
-For inference without LoRA's extra products:
+For inference without the additional matrix products of LoRA:
 
     model.model.language_model = model.model.language_model.merge_and_unload()
 """
@@ -25,7 +25,7 @@ from .llava import PatchTokensForConditionalGeneration  # noqa: E402
 
 
 def add_lora(model, arguments: BaselineArguments):
-    """Makes the language model of a baseline a `peft.LoraModel`."""
+    """Wraps the language model of a baseline in a `peft.LoraModel`."""
     lora = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha,

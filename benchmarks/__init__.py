@@ -1,5 +1,5 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Each benchmark is a module to run, as in `python -m benchmarks.speed`; reports are in `benchmarks/results`."""
+"""Each benchmark is a module, run with `python -m benchmarks.<name>`. The reports are in `benchmarks/results`."""
 
 import json
 import os
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def describe_machine() -> dict:
-    """What figures depend on: processor, memory in 10^9 bytes, threads, GPU, versions, commit of this repository."""
+    """The processor, memory in 10^9 bytes, number of threads, GPU, package versions and commit of this repository."""
     cpus = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", cpus.read_text(encoding="utf-8")) if cpus.exists() else None
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS, capture_output=True, text=True)
@@ -35,6 +35,7 @@ def describe_machine() -> dict:
 
 
 def machine_in_words() -> str:
+    """The machine and the package versions in one line."""
     machine = describe_machine()
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     gpu = f"{machine['gpu']}, " if machine["gpu"] else ""
@@ -42,13 +43,13 @@ def machine_in_words() -> str:
 
 
 def spread(values: list[float], digits: int = 1) -> str:
-    """Mean ± standard deviation."""
+    """Mean ± standard deviation; a dash without values."""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}" if values else "–"
 
 
 def heading(command: str, note: str) -> list[str]:
-    """The first lines of a report."""
+    """The first lines of a report: the command that writes it, and a note."""
     return [f"<!-- Written by `{command}`. Do not edit. -->", "", note, ""]
 
 
@@ -58,12 +59,18 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [head, "|---" * (head.count("|") - 1) + "|", *rows]
 
 
-def ratio_in_words(ratios: Sequence[float]) -> str:
+def format_ratios(ratios: Sequence[float]) -> str:
+    """The median, the minimum and the maximum."""
     return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
+def verdict(is_met: bool) -> str:
+    """Whether a target is met."""
+    return "met" if is_met else "not met"
+
+
 def save_report(folder: Path, name: str, report: dict, markdown: Callable, draw: Callable | None = None):
-    """Writes `name.json`, `name.md` and, with `draw`, `name.png` into `folder`, and prints the text of `markdown`."""
+    """Writes `name.json`, `name.md` and, with `draw`, `name.png` to `folder`, and prints the Markdown."""
     folder.mkdir(exist_ok=True)
     report = {"machine": describe_machine(), **report}
     text = markdown(report)

@@ -1,12 +1,12 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-A training step and a decoding step of `benchmarks.speed`, replayed as CUDA graphs: the time that the GPU computes,
-without the time in which it waits for Python to launch kernels.
+Measures a training step and a decoding step of `benchmarks.speed` as replayed CUDA graphs: the time of the computation
+on the GPU, without the time in which the GPU waits for Python to launch kernels.
 
     python -m benchmarks.cuda_graphs                 # the preset llama-7b; needs one CUDA device with about 25 GB
 
-What is compared takes turns, as in `benchmarks.speed`. The results go to `benchmarks/results`: `cuda_graphs.json` and
-`.md`.
+The methods are measured alternately, as in `benchmarks.speed`. The results are written to `benchmarks/results`:
+`cuda_graphs.json` and `.md`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import RESULTS, heading, machine_in_words, ratio_in_words, save_report, speed, table
+from benchmarks import RESULTS, format_ratios, heading, machine_in_words, save_report, speed, table
 from benchmarks.speed import DEHVF, LLAVA, MEMVP, MERGED, TEXT_ONLY, decoding_step
 
 
@@ -37,10 +37,10 @@ RATIOS = [
 
 
 class Replay:
-    """Replays what a function launched once. On a CPU, where there are no graphs, it calls the function."""
+    """Captures the kernels of a function in a CUDA graph and replays them. Without CUDA, calls the function."""
 
     def __init__(self, function: Callable):
-        self.run = self.launch = function
+        self.run = self.function = function
         if torch.cuda.is_available():
             for _ in range(WARM_UPS):
                 function()
@@ -48,14 +48,14 @@ class Replay:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 function()
-            self.run = graph.replay  # `launch` keeps the tensors that the graph reads
+            self.run = graph.replay  # `function` keeps the tensors that the graph reads
 
     def __call__(self):
         self.run()
 
 
-def timed(replay: Callable, measure: str) -> dict[str, float]:
-    """Seconds of one replay, the mean over `REPLAYS` that follow each other."""
+def time_replays(replay: Callable, measure: str) -> dict[str, float]:
+    """Mean seconds of a replay, over `REPLAYS` consecutive ones."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     synchronize()
     start = time.perf_counter()
@@ -66,10 +66,10 @@ def timed(replay: Callable, measure: str) -> dict[str, float]:
 
 
 def training_step(model, preset) -> Callable:
-    """Forward, backward and AdamW; of the language model alone forward and backward to its input embeddings."""
+    """Forward, backward and AdamW. For the language model alone, forward and backward to its input embeddings."""
     model.train()
     inputs = speed.make_inputs(model, preset, preset.patches_per_side[0], preset.training_batch, preset.text_tokens[0])
-    del inputs["attention_mask"]  # of ones, which is found out on the host
+    del inputs["attention_mask"]  # all ones; checking this would need a synchronization, which a graph cannot capture
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if trained:
         optimizer = torch.optim.AdamW(trained, fused=True, capturable=preset.device == "cuda")
@@ -91,13 +91,13 @@ def measure(preset) -> dict:
     text = speed.random_base(AutoModelForCausalLM, speed.make_config(preset, side).text_config, preset)
     models, samples = speed.build_all(METHODS, preset, side, text), {}
     decode = partial(decoding_step, num_steps=WARM_UPS + (ROUNDS + 2) * REPLAYS)
-    for what, make, left_out in ((TRAINING, training_step, MERGED), (DECODING, decode, LLAVA)):
+    for what, make, excluded in ((TRAINING, training_step, MERGED), (DECODING, decode, LLAVA)):
         jobs = {
-            name: partial(timed, Replay(make(model, preset)), what)
+            name: partial(time_replays, Replay(make(model, preset)), what)
             for name, model in models.items()
-            if name != left_out
+            if name != excluded
         }
-        samples[what] = speed.take_turns(jobs, 0, ROUNDS)
+        samples[what] = speed.interleave(jobs, 0, ROUNDS)
     return samples
 
 
@@ -105,7 +105,7 @@ def markdown(report: dict) -> str:
     ratios, times = [], []
     for what, above, below, target in RATIOS:
         pairs = zip(report["samples"][what][above][what], report["samples"][what][below][what])
-        ratios.append([what, above, below, ratio_in_words([one / other for one, other in pairs]), target])
+        ratios.append([what, above, below, format_ratios([time / reference for time, reference in pairs]), target])
     for name in METHODS:
         cells = {what: report["samples"][what].get(name) for what in (TRAINING, DECODING)}
         times.append([name, *(speed.median_ms(cell[what]) if cell else "–" for what, cell in cells.items())])
@@ -124,7 +124,7 @@ def main():
     arguments = parser.parse_args()
     preset = speed.PRESETS[arguments.preset]
     if preset.device == "cuda" and not torch.cuda.is_available():
-        sys.exit(f"The preset `{arguments.preset}` needs one CUDA device, and there is none here.")
+        sys.exit(f"The preset `{arguments.preset}` needs a CUDA device, and none is available.")
     report = {
         "command": f"python -m benchmarks.cuda_graphs --preset {arguments.preset}",
         "note": (
@@ -132,10 +132,10 @@ def main():
             f"{str(preset.dtype).removeprefix('torch.')}, {preset.patches_per_side[0] ** 2} patches and "
             f"{preset.text_tokens[0]} text tokens: a training step of {preset.training_batch} (forward, backward, "
             f"AdamW) and a decoding step of {preset.decode_batch}, replayed as CUDA graphs; medians of {ROUNDS} "
-            f"rounds of {REPLAYS} replays in which all take turns. {machine_in_words()}."
+            f"rounds of {REPLAYS} replays; the methods are measured alternately. {machine_in_words()}."
         ),
     }
-    # Graphs are captured on a stream of their own, on which gradients must have been made as well
+    # Graphs must be captured on a side stream, and the gradients must be allocated on the same stream
     with torch.cuda.stream(torch.cuda.Stream()) if preset.device == "cuda" else nullcontext():
         report["samples"] = measure(preset)
     save_report(RESULTS, "cuda_graphs", report, markdown)

@@ -1,9 +1,9 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Variants of the fuser that depart from the paper's formulas (method step 4), to be compared by `benchmarks.pretrained`.
+Variants of the fuser that differ from the paper's formulas (method step 4), compared in `benchmarks.pretrained`.
 
-Letters as in `fuser_dehvf.py`: B images, N vision layers, D language layers, M candidates per group, P positions, r
-fuser width.
+Letters in shapes are those of `fuser_dehvf.py`: B images, N vision layers, D language layers, M candidates per group,
+P positions, r fuser width.
 """
 
 import math
@@ -20,7 +20,7 @@ def normalise(features: torch.Tensor) -> torch.Tensor:
 
 
 class PreNormBlock(fuser.FuserBlock):
-    """Layer norm before attention and FFN in place of after them, so that no norm divides the residual stream."""
+    """Layer norm before attention and FFN instead of after them, so that the residual stream is not normalised."""
 
     def forward(self, query, features, candidates, valid):
         query = query + self.attend(self.attention_norm(query), features, candidates, valid)
@@ -29,14 +29,15 @@ class PreNormBlock(fuser.FuserBlock):
 
 class Fuser(fuser.HierarchicalVisualFuser):
     """
-    The paper's fuser, with class attributes for what the variants change.
+    The paper's fuser, with class attributes for the variants.
 
-    pre_norm: blocks are [`PreNormBlock`]s, and what the last one returns is normalised.
-    zero_branches: the residual branches of the blocks start at zero.
-    normalised, centred: query and features are normalised; the mean over the vision layers is taken from the latter.
-    by_key: a candidate's score is the product of the query with its features, and not one output of a head that knows
-        candidates by their number alone.
-    temperature: by which scores are divided.
+    pre_norm: the blocks are [`PreNormBlock`]s, and the output of the last one is normalised.
+    zero_branches: the residual branches of the blocks are initialised to zero.
+    normalised: the query and the features are normalised.
+    centred: the mean over the vision layers is subtracted from the features, before query and features are normalised.
+    by_key: a candidate's score is the dot product of the query and its features. In the paper's fuser, a linear layer
+        computes all scores from the query, without the candidates' features.
+    temperature: divisor of the scores.
     """
 
     pre_norm = zero_branches = normalised = centred = by_key = False
@@ -74,7 +75,7 @@ class Fuser(fuser.HierarchicalVisualFuser):
         return scores.softmax(dim=-1)  # B D P M
 
 
-# Name -> what it changes
+# Name -> class attributes of `Fuser`
 VARIANTS = {
     "pre-norm": {"pre_norm": True},
     "zero branches": {"zero_branches": True},
@@ -89,5 +90,5 @@ VARIANTS = {
 
 
 def replace_fuser(model, name: str):
-    """Puts the fuser of a variant into a model."""
+    """Replaces the fuser of a model with a variant from `VARIANTS`."""
     model.model.fuser = type("Fuser", (Fuser,), VARIANTS[name])(model.config).to(model.device)

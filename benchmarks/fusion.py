@@ -1,12 +1,12 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-What adaptive fusion contributes to a trained adapter: its accuracy on the test split with its own fusion weights, and
-with others in their place.
+Measures what adaptive fusion contributes to a trained adapter: its accuracy on the test split with its own fusion
+weights and with replaced ones.
 
     python -m benchmarks.fusion outputs/digits                   # --max_samples and other flags of train.py may follow
     python -m benchmarks.fusion outputs/digits --output_file fusion-digits.json
 
-If no replacement costs accuracy, adaptive fusion contributes nothing.
+If no replacement lowers the accuracy, adaptive fusion contributes nothing.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from training.trainer import AnswerTrainer
 
 
 def mean_over_layers(weights: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
+    """Each language layer gets the mean weights of its group."""
     result = weights.clone()
     for layers in layers_of_groups(rows):
         result[:, layers] = weights[:, layers].mean(1, keepdim=True)
@@ -38,7 +39,7 @@ def mean_over_layers(weights: torch.Tensor, rows: list[list[int]]) -> torch.Tens
 
 
 def shuffle_layers(weights: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
-    """Each language layer gets the weights of the next one in its group, the last one those of the first."""
+    """Each language layer gets the weights of the next layer in its group; the last one gets those of the first."""
     result = weights.clone()
     for layers in layers_of_groups(rows):
         result[:, layers] = weights[:, layers].roll(-1, dims=1)
@@ -47,11 +48,11 @@ def shuffle_layers(weights: torch.Tensor, rows: list[list[int]]) -> torch.Tensor
 
 def replacements(weights: torch.Tensor, rows: list[list[int]]) -> dict[str, torch.Tensor]:
     """
-    What takes the place of the weights of a test split, by name.
+    Replacements of the fusion weights of a test split, by name. They have the shape of `weights`.
 
     Args:
         weights: `(num_images, num_language_layers, num_positions, num_candidates)`.
-        rows: the candidates of each language layer; the weights beyond their number are those of fillers.
+        rows: the candidates of each language layer; the weights beyond their number belong to padding.
     """
     over_images = weights.mean(0, keepdim=True).expand_as(weights)
     constant = mean_over_layers(over_images, rows).mean(2, keepdim=True).expand_as(weights)
@@ -68,7 +69,7 @@ def replacements(weights: torch.Tensor, rows: list[list[int]]) -> dict[str, torc
 
 
 class Evaluation:
-    """Answers the test split with given fusion weights. `arguments` are flags of train.py, with `--adapter`."""
+    """Answers the test split with given fusion weights. `arguments` are flags of train.py, including `--adapter`."""
 
     def __init__(self, arguments: list[str]):
         _, data_args, model_args, adapter_args, baseline_args, training_args = parse_arguments(arguments)
@@ -94,7 +95,14 @@ class Evaluation:
         )
 
     def answer(self, replacement: torch.Tensor | None) -> tuple[dict, torch.Tensor]:
-        """Scores, and the weights of the fuser: N D P M for the N rows with an image, in the order of the split."""
+        """
+        Args:
+            replacement: weights to use instead of the fuser's own, for each row with an image.
+
+        Returns:
+            The scores, and the fuser's own weights, `(num_rows_with_image, num_language_layers, num_positions,
+            num_candidates)`, in the order of the split.
+        """
         own, position = [], 0
 
         def replace(module, arguments, weights):
@@ -126,11 +134,11 @@ def measure(arguments: list[str]) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", help="folder that train.py wrote")
-    parser.add_argument("--output_file", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("adapter", help="output folder of train.py")
+    parser.add_argument("--output_file", type=Path, help="JSON file to write the report to")
     options, flags = parser.parse_known_args()
     results = Path(options.adapter) / RESULTS_FILE
-    require_files([results], "Give the `--output_dir` of a run of train.py that has ended.")
+    require_files([results], "Give the `--output_dir` of a finished run of train.py.")
     results = json.loads(results.read_text(encoding="utf-8"))
     data = ["--task", results["task"]]
     if results["data_path"] is not None:

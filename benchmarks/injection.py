@@ -1,18 +1,18 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Memory and seconds of naive and factored injection: the ways in which an FFN can read the memory of an image, which
-give the same numbers.
+Measures the memory and the time of naive, materialised and factored injection: three ways in which an FFN can read the
+memory of an image, with the same result.
 
     python -m benchmarks.injection             # 5 minutes
 
-    naive           keys and values in full, for all language layers, made once and kept (the paper's equation 13)
-    materialised    each FFN makes its keys and values in full when it reads them (`memory_form="materialised"`)
-    factored        keys and values are never made: all is read through the projector's width (`"factored"`)
+    naive           full keys and values for all language layers, computed once and kept (the paper's equation 13)
+    materialised    each FFN computes its full keys and values when it reads them (`memory_form="materialised"`)
+    factored        keys and values are never computed; the FFN reads features of the projector's width (`"factored"`)
 
-In training the first two are one, since backward needs the keys and values of all layers. The models are those of
-`benchmarks.speed`'s preset `small`, which explains how they take turns. Seconds are those that one thread works, so
-that what else the machine does is not counted. The results go to `benchmarks/results`: `injection.json`, `.md` and
-`.png`.
+In training, the first two are the same, since backward needs the keys and values of all layers. The models are those
+of the preset `small` in `benchmarks.speed`, measured alternately as described there. Times are the CPU time of one
+thread, so that other processes on the machine are not counted. The results are written to `benchmarks/results`:
+`injection.json`, `.md` and `.png`.
 """
 
 import argparse
@@ -34,7 +34,7 @@ NEW_TOKENS = 8
 
 
 def build(preset: speed.Preset, form: str):
-    """The model of a preset, with `memory_form` as the way to read."""
+    """The DEHVF model of a preset, with `form` as its `memory_form`."""
     config = speed.make_config(preset, preset.patches_per_side[0])
     config.memory_form = form
     vision = speed.random_base(AutoModel, config.vision_config, preset)
@@ -43,17 +43,17 @@ def build(preset: speed.Preset, form: str):
 
 
 def naive_memories(model, visual_memory: torch.Tensor) -> tuple[injection.LayerMemory, ...]:
-    """What the FFNs read of one image, without features of it: its keys and values stand in the matrices, in full."""
+    """The memory of one image for each language layer, with the image's full keys and values in the matrices."""
     num_slots = model.config.num_memory_slots
 
-    def in_full(features: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    def full_matrix(features: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         visual = features[0] @ matrix[num_slots:]  # n h
         return matrix[:num_slots] + F.pad(visual, (0, 0, 0, num_slots - len(visual)))  # S h
 
     return tuple(
         injection.LayerMemory(
-            key_matrix=in_full(one.key_features, one.key_matrix),
-            value_matrix=in_full(one.value_features, one.value_matrix.T).T.contiguous(),
+            key_matrix=full_matrix(one.key_features, one.key_matrix),
+            value_matrix=full_matrix(one.value_features, one.value_matrix.T).T.contiguous(),
             form=one.form,
             scale=one.scale,
             dropout=one.dropout,
@@ -63,7 +63,7 @@ def naive_memories(model, visual_memory: torch.Tensor) -> tuple[injection.LayerM
 
 
 def bytes_of_image(memories: tuple[injection.LayerMemory, ...]) -> int:
-    """What belongs to the image alone, and not to all images."""
+    """Bytes that an image adds: its features, or, for `naive`, its full keys and values."""
     if memories[0].key_features is None:
         return memory.bytes_of(tensor for one in memories for tensor in (one.key_matrix, one.value_matrix))
     return memory.bytes_of(tensor for one in memories for tensor in (one.key_features, one.value_features))
@@ -71,7 +71,7 @@ def bytes_of_image(memories: tuple[injection.LayerMemory, ...]) -> int:
 
 @torch.no_grad()
 def read(model, memories: tuple, ids: torch.Tensor) -> dict[str, float]:
-    """Seconds of a prompt and of a further token."""
+    """Seconds of the prefill of a prompt, and mean seconds of a further token."""
     start = time.process_time()
     outputs = model(ids, layer_memories=memories, use_cache=True, logits_to_keep=1)
     prompt = time.process_time()
@@ -82,7 +82,7 @@ def read(model, memories: tuple, ids: torch.Tensor) -> dict[str, float]:
 
 
 def measure_reading(preset: speed.Preset) -> dict:
-    """Bytes of one encoded image, and seconds of a text about it."""
+    """Bytes of one encoded image, and seconds of a prompt and of further tokens, for each form."""
     ways, models = {}, {form: build(preset, form) for form in TRAINED_FORMS}
     with torch.no_grad():
         for form, model in models.items():
@@ -90,7 +90,7 @@ def measure_reading(preset: speed.Preset) -> dict:
             ways[form] = model, model.model.active.layer_memories(visual_memory, visual_memory.dtype)
         ways = {NAIVE: (model, naive_memories(model, visual_memory)), **ways}
     ids = speed.make_inputs(model, preset, preset.patches_per_side[0], 1, preset.text_tokens[0])["input_ids"]
-    samples = speed.take_turns({name: partial(read, *way, ids) for name, way in ways.items()}, 0)
+    samples = speed.interleave({name: partial(read, *way, ids) for name, way in ways.items()}, 0)
     return {"bytes": {name: bytes_of_image(memories) for name, (_, memories) in ways.items()}, "samples": samples}
 
 
@@ -102,7 +102,7 @@ def training_job(preset: speed.Preset, form: str):
 
 
 def training_peak(preset: speed.Preset, form: str) -> int:
-    """Bytes that this process grows by in two steps, since in the first one AdamW has no state yet."""
+    """Growth of this process in bytes during two steps; AdamW has no state before the end of the first one."""
     step = training_job(preset, form)
     return memory.growth_at_peak(lambda: [step() for _ in range(2)])
 
@@ -123,9 +123,9 @@ def markdown(report: dict) -> str:
     lines = [
         *heading(report["command"], report["note"]),
         *("## Inference", ""),
-        *table(("", "an image, 10⁶ bytes", "prompt, ms", "further token, ms"), inference),
+        *table(("", "one image, 10⁶ bytes", "prompt, ms", "further token, ms"), inference),
         *("", "## Training", ""),
-        *table(("", "a step, ms", "at the peak, 10⁶ bytes beyond the weights"), steps),
+        *table(("", "step, ms", "peak without the weights, 10⁶ bytes"), steps),
     ]
     return "\n".join(lines) + "\n"
 
@@ -137,11 +137,11 @@ def draw(report: dict, file):
     image, token, peak = figure.subplots(1, 3)
     reading, peaks = report["reading"], report["training_peaks"] or {}
     panels = {
-        (image, "An encoded image: 10⁶ bytes"): {name: size / 1e6 for name, size in reading["bytes"].items()},
-        (token, "A further token: ms"): {
+        (image, "Encoded image: 10⁶ bytes"): {name: size / 1e6 for name, size in reading["bytes"].items()},
+        (token, "Further token: ms"): {
             name: 1e3 * statistics.median(samples["further token"]) for name, samples in reading["samples"].items()
         },
-        (peak, "The peak of a training step: 10⁶ bytes"): {form: size / 1e6 for form, size in peaks.items()},
+        (peak, "Peak of training: 10⁶ bytes"): {form: size / 1e6 for form, size in peaks.items()},
     }
     for (axis, title), numbers in panels.items():
         axis.bar_label(axis.bar(numbers.keys(), numbers.values(), color="tab:blue"), fmt="%.1f")
@@ -153,7 +153,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_cpu = [name for name, preset in speed.PRESETS.items() if preset.device == "cpu"]
     parser.add_argument("--preset", choices=on_cpu, default="small", help="sizes of the models")
-    parser.add_argument("--peak-of", choices=TRAINED_FORMS, help="only print the bytes of this form's training peak")
+    parser.add_argument(
+        "--peak-of", choices=TRAINED_FORMS, help="only print the peak of training with this form, in bytes"
+    )
     arguments = parser.parse_args()
     preset = speed.PRESETS[arguments.preset]
     if arguments.peak_of:
@@ -167,12 +169,12 @@ def main():
         "preset": arguments.preset,
         "note": f"Preset `{arguments.preset}` in {str(preset.dtype).removeprefix('torch.')}: "
         f"{preset.patches_per_side[0] ** 2} patches and {preset.text_tokens[0]} text tokens; one prompt at a time, "
-        f"training with a batch of {preset.training_batch}. `naive` keeps keys and values in full for all language "
-        "layers, `materialised` makes them anew in each FFN, `factored` never makes them. Times are those that one "
-        f"thread works, medians of {speed.ROUNDS} rounds that take turns; a peak is that of a fresh process. "
-        f"{machine_in_words()}.",
+        f"training with a batch of {preset.training_batch}. `naive` keeps the full keys and values of all language "
+        "layers, `materialised` computes them again in each FFN, `factored` never computes them. Times are the CPU "
+        f"time of one thread, medians of {speed.ROUNDS} rounds; the forms are measured alternately. A peak is "
+        f"measured in a fresh process. {machine_in_words()}.",
         "reading": measure_reading(preset),
-        "training": speed.take_turns(jobs, 0),
+        "training": speed.interleave(jobs, 0),
         "training_peaks": peaks and {form: peak for form, (peak,) in peaks.items()},
     }
     save_report(RESULTS, "injection", report, markdown, draw)

@@ -1,17 +1,17 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Bytes: what an image costs once it is encoded, beside LLaVA's KV cache of its tokens; what a checkpoint holds; what a
-training step needs at its peak; and what loading a base does.
+Measures memory: of an encoded image, compared with LLaVA's KV cache of its tokens; of a checkpoint; of a training step
+at its peak; and of loading a base.
 
-    python -m benchmarks.memory                # minutes on 2 cores, nearly all of them for the training steps
-    python -m benchmarks.memory --estimate     # seconds: what a GPU needs to train 7B and 13B, by engine; calculated
-    python -m benchmarks.memory --gpu llama-7b # seconds: the same, measured on one CUDA device
+    python -m benchmarks.memory                # minutes on 2 cores, most of them for the training steps
+    python -m benchmarks.memory --estimate     # seconds: the memory per GPU to train 7B and 13B, by engine; calculated
+    python -m benchmarks.memory --gpu llama-7b # seconds: the peak of training, measured on one CUDA device
 
-Bytes per image and per checkpoint are those of the tensors of 7B and 13B, which run on the meta device: shapes and
-dtypes without values. The peak of training is measured on the CPU, with the models of `benchmarks.speed`'s preset
-`small`: how far the resident set of a fresh process grows in two steps. Likewise that of loading, with a base of
-random weights in shards, 1 GB together, that is written to a temporary folder. The results go to `benchmarks/results`:
-`memory.json`, `.md` and `.png`.
+Bytes per image and per checkpoint are computed for 7B and 13B on the meta device, whose tensors have a shape and a
+dtype but no values. The peak of training is the growth of the resident set of a fresh process in two steps on the CPU,
+with the models of the preset `small` in `benchmarks.speed`. The peak of loading is measured in the same way, with a
+base of random weights in shards of 1 GB in total, written to a temporary folder. The results are written to
+`benchmarks/results`: `memory.json`, `.md` and `.png`.
 """
 
 import argparse
@@ -38,10 +38,10 @@ from dehvf import ROOT, DehvfForConditionalGeneration
 PROC = Path("/proc/self")
 PEAK_METHODS = (speed.TEXT_ONLY, speed.DEHVF, speed.MEMVP, speed.LLAVA)
 PEAK_RUNS = 3
-LOADED_LAYERS = 14  # of the base that is loaded, 67 MB each
+LOADED_LAYERS = 14  # of the base in `measure_loading`, 67 MB each
 
 
-# --- closed forms: numbers of values. Letters: modeling_dehvf.py ---
+# --- closed forms: numbers of values. The letters are those of modeling_dehvf.py ---
 
 
 def visual_memory(config) -> int:
@@ -51,12 +51,13 @@ def visual_memory(config) -> int:
 
 
 def materialised_memory(config) -> int:
-    """`D P n h`: keys and values in full, as the paper's equation 13 has them."""
+    """`D P n h`: the full keys and values of the paper's equation 13."""
     positions = config.text_config.num_hidden_layers * len(config.memory_positions)
     return positions * config.num_patches * config.text_config.hidden_size
 
 
 def kv_cache(text, tokens: int) -> int:
+    """Keys and values of all layers for `tokens` tokens."""
     return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * tokens
 
 
@@ -68,7 +69,7 @@ def bytes_of(tensors) -> int:
 
 
 def cached_tensors(causal_lm, tokens: int) -> list[torch.Tensor]:
-    """Keys and values that a language model keeps of a sequence, such as the visual tokens of one image."""
+    """The KV cache of a language model after a sequence of `tokens` tokens, such as the visual tokens of one image."""
     with torch.no_grad():
         ids = torch.zeros(1, tokens, dtype=torch.long, device=causal_lm.device)
         cache = causal_lm(ids, use_cache=True, logits_to_keep=1).past_key_values
@@ -76,13 +77,14 @@ def cached_tensors(causal_lm, tokens: int) -> list[torch.Tensor]:
 
 
 def encoded_image(model) -> torch.Tensor:
+    """The visual memory of one image."""
     size = (1, model.config.vision_config.num_channels, model.config.resolution, model.config.resolution)
     with torch.no_grad():
         return model.get_image_features(torch.zeros(size, device=model.device)).pooler_output
 
 
 def measure(shape: tuple) -> dict:
-    """Of models without values, with bases in bfloat16 and adapters in float32, as they are trained and loaded."""
+    """Bytes per image and per checkpoint of one of `operations.SHAPES`: bases in bfloat16, adapters in float32."""
     config = operations.load_config(*shape)
     half = torch.bfloat16
     with operations.meta_device():
@@ -113,13 +115,13 @@ def measure(shape: tuple) -> dict:
 
 
 def resident_set(field: str, process: int | str = "self") -> int:
-    """Bytes of a process: `VmRSS` now, `VmHWM` at most since the last reset, `RssAnon` now without mapped files."""
+    """Bytes of the resident set: `VmRSS` now, `VmHWM` its peak since the last reset, `RssAnon` without files."""
     status = (PROC.parent / str(process) / "status").read_text(encoding="utf-8")
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
 
 
 def growth_at_peak(job: Callable) -> int:
-    """By how many bytes this process's resident set grows at most while `job` runs."""
+    """The peak growth of this process's resident set while `job` runs, in bytes."""
     gc.collect()
     (PROC / "clear_refs").write_text("5")  # resets VmHWM, see proc(5)
     before = resident_set("VmRSS")
@@ -128,7 +130,7 @@ def growth_at_peak(job: Callable) -> int:
 
 
 def training_peak(method: str, preset: speed.Preset) -> int:
-    """Of two steps, since in the first one AdamW has no state yet. Weights are there before and do not count."""
+    """Growth in bytes during two steps; AdamW has no state before the end of the first one. Excludes the weights."""
     side, tokens = preset.patches_per_side[0], preset.text_tokens[0]
     config = speed.make_config(preset, side)
     text = speed.random_base(AutoModelForCausalLM, config.text_config, preset)
@@ -138,23 +140,27 @@ def training_peak(method: str, preset: speed.Preset) -> int:
     return growth_at_peak(lambda: [step() for _ in range(2)])
 
 
+def run_fresh_process(module: str, *words: str) -> str:
+    """The output of `python -m module *words`."""
+    # With this threshold, large tensors are returned to the system when freed, so the resident set has only live ones
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", module, *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
 def peaks_in_fresh_processes(
     benchmark: str, preset: str, names: Sequence[str], num_runs: int
 ) -> dict[str, list[int]] | None:
     """
-    What `python -m benchmark --preset preset --peak-of name` prints, in bytes, for each name and run; `None` where
-    Linux's account of the resident set cannot be reset.
+    The bytes that `python -m benchmark --preset preset --peak-of name` prints, for each name and run; `None` if the
+    system cannot reset the peak of the resident set (only Linux can).
     """
     if not os.access(PROC / "clear_refs", os.W_OK):
         return None
-    # Each larger tensor is mapped on its own and given back at once, so that the resident set is what is alive
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     peaks = {name: [] for name in names}
     for _ in range(num_runs):
         for name in names:
-            command = [sys.executable, "-m", benchmark, "--preset", preset, "--peak-of", name]
-            process = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE)
-            peaks[name].append(int(process.stdout))
+            peaks[name].append(int(run_fresh_process(benchmark, "--preset", preset, "--peak-of", name)))
     return peaks
 
 
@@ -162,7 +168,7 @@ def peaks_in_fresh_processes(
 
 
 def save_sharded_base(folder: Path, num_layers: int) -> int:
-    """Writes `vision`, `text` in shards, and `adapter`, all in float32. Returns the bytes of the shards."""
+    """Writes the folders `vision`, `text` (in shards) and `adapter` in float32. Returns the bytes of the shards."""
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "vocab_size": 8000}
     causal_lm = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=num_layers, **sizes))
     causal_lm.save_pretrained(folder / "text", max_shard_size="100MB")
@@ -180,7 +186,7 @@ def new_adapters(folder: Path, **config_values):
 
 
 def growth_of_loading(folder: Path) -> dict[str, dict[str, int]]:
-    """Of this process's resident set, at most and in the end, for each way to load what `save_sharded_base` wrote."""
+    """Growth of the resident set in bytes, at its peak and at the end, for each way to load `save_sharded_base`."""
     saved = partial(AutoModel.from_pretrained, folder / "adapter", trust_remote_code=True)
     ways = {
         "`from_pretrained`": saved,
@@ -191,7 +197,7 @@ def growth_of_loading(folder: Path) -> dict[str, dict[str, int]]:
 
     def load(way: Callable):
         models[:] = [way()]
-        with torch.no_grad():  # reads what the loading has only mapped
+        with torch.no_grad():  # reads the weights, which loading has only mapped
             models[0](torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 3, 56, 56))
 
     for name, way in ways.items():
@@ -202,7 +208,8 @@ def growth_of_loading(folder: Path) -> dict[str, dict[str, int]]:
     return growth
 
 
-def loading_in_a_fresh_process() -> dict | None:
+def measure_loading() -> dict | None:
+    """Runs `growth_of_loading` in a fresh process."""
     if not os.access(PROC / "clear_refs", os.W_OK):
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -212,24 +219,24 @@ def loading_in_a_fresh_process() -> dict | None:
         return {"bytes": num_bytes, "growth": json.loads(process.stdout)}
 
 
-# --- what a GPU needs to train, calculated ---
+# --- the memory of training on a GPU, calculated ---
 
-# Adapters and gradients in float32, and AdamW's two moments
+# Of a trained value: itself and its gradient in float32, and the two moments of AdamW
 BYTES_PER_TRAINED = 4 + 4 + 8
-# Most that ZeRO-3 holds whole of the bases at once, in values: `stage3_max_live_parameters` of DeepSpeed
+# The maximum number of gathered base parameters under ZeRO-3: `stage3_max_live_parameters` of DeepSpeed
 ZERO3_LIVE = 10**9
 ESTIMATE_BATCH, ESTIMATE_TOKENS = 4, 64
 
 
 def kept_for_backward(model, inputs: dict) -> int:
-    """Bytes of what autograd keeps of a forward: each storage once, and no weights."""
+    """Bytes of the tensors that autograd saves in a forward. Each storage counts once; weights do not count."""
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = storage  # held, or the next tensor might get its number
+            kept[storage._cdata] = storage  # keeps it alive, since a new storage could get the same address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -239,9 +246,9 @@ def kept_for_backward(model, inputs: dict) -> int:
 
 def training_needs(config, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
     """
-    Bytes of one process that trains, by part, of models on the meta device: the bases in `dtype`, what belongs to the
-    adapters, activations without and with gradient checkpointing, and one layer of the language model. With
-    checkpointing a layer's activations are there again while backward is in it.
+    Bytes of a training process by part, for models on the meta device: the bases in `dtype`, the adapters with their
+    gradients and optimizer states, the activations without and with gradient checkpointing, and one layer of the
+    language model. With checkpointing, the activations of one layer are recomputed during its backward.
     """
     with operations.meta_device():
         vision = AutoModel.from_config(config.vision_config, dtype=dtype)
@@ -249,7 +256,7 @@ def training_needs(config, dtype: torch.dtype = torch.bfloat16) -> dict[str, int
         model = speed.build(speed.DEHVF, config, vision, text).train()
         size = config.resolution
         ids = torch.zeros(ESTIMATE_BATCH, ESTIMATE_TOKENS, dtype=torch.long)
-        # One that needs no look at its values
+        # A 4D mask, since transformers would read the values of a 2D one
         mask = torch.ones(ESTIMATE_BATCH, 1, ESTIMATE_TOKENS, ESTIMATE_TOKENS, dtype=torch.bool)
         inputs = {"input_ids": ids, "labels": ids, "attention_mask": mask}
         inputs["pixel_values"] = torch.zeros(ESTIMATE_BATCH, 3, size, size)
@@ -279,11 +286,11 @@ BASES_PER_GPU = {
 def estimate_table() -> str:
     note = (
         f"10⁹ bytes per GPU, calculated: bases in bfloat16, batch {ESTIMATE_BATCH}, 256 patches, {ESTIMATE_TOKENS} "
-        "text tokens. GPU = bases + 16 x trained (adapters and gradients in float32, AdamW) + activations (what "
-        "autograd keeps of a forward, with whole attention matrices, counted on the meta device). Bases: whole; "
-        "ZeRO-3: whole / GPUs + at most 10⁹ values at work; FSDP2: whole / GPUs + two layers; offload: at most 10⁹ "
-        "values at work, and the whole once in each machine's memory. Not counted: about 1 for CUDA, and what its "
-        "allocator wastes."
+        "text tokens. GPU = bases + 16 x trained (adapters and gradients in float32, AdamW) + activations (the "
+        "tensors that autograd saves in a forward, with full attention matrices, counted on the meta device). Bases: "
+        "all of them; ZeRO-3: bases / GPUs + at most 10⁹ gathered values; FSDP2: bases / GPUs + two layers; offload: "
+        "at most 10⁹ gathered values, with one copy of the bases in each machine's memory. Not counted: about 1 for "
+        "CUDA, and the fragmentation of its allocator."
     )
     shapes = [shape for name, shape in operations.SHAPES.items() if "256" in name]
     needs = [training_needs(operations.load_config(*shape)) for shape in shapes]
@@ -301,7 +308,7 @@ def estimate_table() -> str:
 
 
 def measure_gpu(preset: speed.Preset) -> dict[str, int]:
-    """Peak of the bytes on a GPU in three training steps, with the weights and the sizes of `estimate_table`."""
+    """Peak bytes of a GPU in three training steps, including the weights, with the sizes of `estimate_table`."""
     side, peaks = preset.patches_per_side[0], {}
     config = speed.make_config(preset, side)
     text = speed.random_base(AutoModelForCausalLM, config.text_config, preset)
@@ -323,6 +330,8 @@ def measure_gpu(preset: speed.Preset) -> dict[str, int]:
 
 # --- results ---
 
+NOT_MEASURED = "Not measured: this system has no `/proc/self/clear_refs`."
+
 
 def markdown(report: dict) -> str:
     images, checkpoints = [], []
@@ -335,7 +344,7 @@ def markdown(report: dict) -> str:
         checkpoints.append([name, *(f"{number / 1e6:,.1f}" for number in checkpoint.values()), f"{share:.2f}"])
     lines = [
         *heading(report["command"], report["note"]),
-        *("## An image, once it is encoded", "", "10⁶ bytes, in bfloat16.", ""),
+        *("## An encoded image", "", "10⁶ bytes, in bfloat16.", ""),
         *table(("", "visual memory", "LLaVA's KV cache", "materialised memory"), images),
         *("", "## A checkpoint", "", "10⁶ bytes: trained tensors in float32, bases in bfloat16.", ""),
         *table(
@@ -344,9 +353,9 @@ def markdown(report: dict) -> str:
         *("", f"## The peak of training, preset `{report['preset']}`", ""),
     ]
     if report["training_peaks"] is None:
-        lines.append("Not measured: this system has no `/proc/self/clear_refs`.")
+        lines.append(NOT_MEASURED)
     else:
-        lines += ["10⁶ bytes that the resident set grows by, beyond the weights.", ""]
+        lines += ["Growth of the resident set in 10⁶ bytes, without the weights.", ""]
         rows = []
         for method, peaks in report["training_peaks"].items():
             least, median, greatest = (f(peaks) / 1e6 for f in (min, statistics.median, max))
@@ -354,14 +363,14 @@ def markdown(report: dict) -> str:
         lines += table(("", "median", "least to greatest"), rows)
     lines += ["", "## Loading", ""]
     if report["loading"] is None:
-        lines.append("Not measured: this system has no `/proc/self/clear_refs`.")
+        lines.append(NOT_MEASURED)
     else:
         num_bytes, growth = report["loading"]["bytes"], report["loading"]["growth"]
-        lines += [f"By how much the resident set grows, in shares of the base's {num_bytes / 1e6:,.0f}·10⁶ bytes.", ""]
+        lines += [f"Growth of the resident set, as a fraction of the base's {num_bytes / 1e6:,.0f}·10⁶ bytes.", ""]
         rows = [
             [name, *(f"{one[when] / num_bytes:.2f}" for when in ("peak", "after"))] for name, one in growth.items()
         ]
-        lines += table(("", "at most", "in the end"), rows)
+        lines += table(("", "peak", "at the end"), rows)
     return "\n".join(lines) + "\n"
 
 
@@ -382,10 +391,10 @@ def draw(report: dict, file: Path):
     shapes = report["shapes"].values()
     parts = ("visual memory", "KV cache")
     draw_bars(images, {part: [shape["image"][part]["tensors"] for shape in shapes] for part in parts})
-    images.set_title("An image, once it is encoded: 10⁶ bytes in bfloat16")
+    images.set_title("An encoded image: 10⁶ bytes in bfloat16")
     parts = ("DEHVF", "LLaVA-LoRA", "language model")
     draw_bars(checkpoints, {part: [shape["checkpoint"][part] for shape in shapes] for part in parts})
-    checkpoints.set(title="A checkpoint, and the base that it leaves out: 10⁶ bytes", yscale="log")
+    checkpoints.set(title="A checkpoint, and the language model: 10⁶ bytes", yscale="log")
     checkpoints.set_ylim(top=3e5)  # room for the legend
     figure.savefig(file)
 
@@ -393,12 +402,18 @@ def draw(report: dict, file: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_cpu = [name for name, preset in speed.PRESETS.items() if preset.device == "cpu"]
-    parser.add_argument("--preset", choices=on_cpu, default="small", help="of the training steps")
-    parser.add_argument("--peak-of", choices=PEAK_METHODS, help="only print the bytes of this method's training peak")
-    parser.add_argument("--loading-of", type=Path, help="only print what loading this folder's models needs, as JSON")
-    parser.add_argument("--estimate", action="store_true", help="only print what a GPU needs to train, calculated")
+    parser.add_argument("--preset", choices=on_cpu, default="small", help="sizes of the models of the training steps")
     parser.add_argument(
-        "--gpu", choices=speed.LARGE, help="only print the bytes that this preset trains with, as JSON"
+        "--peak-of", choices=PEAK_METHODS, help="only print the peak of training with this method, in bytes"
+    )
+    parser.add_argument(
+        "--loading-of", type=Path, help="only print the memory of loading the models in this folder, as JSON"
+    )
+    parser.add_argument("--estimate", action="store_true", help="only print the calculated memory per GPU")
+    parser.add_argument(
+        "--gpu",
+        choices=speed.LARGE,
+        help="only print the peak of training with this preset on a GPU, in bytes, as JSON",
     )
     arguments = parser.parse_args()
     if arguments.loading_of:
@@ -419,20 +434,19 @@ def main():
         "preset": arguments.preset,
         "shapes": {name: measure(shape) for name, shape in operations.SHAPES.items()},
         "training_peaks": peaks_in_fresh_processes("benchmarks.memory", arguments.preset, PEAK_METHODS, PEAK_RUNS),
-        "loading": loading_in_a_fresh_process(),
+        "loading": measure_loading(),
     }
     report["note"] = (
-        "Bytes per image and per checkpoint are those of tensors on the meta device. A visual memory is what "
-        "`get_image_features` returns, and serves any number of questions; LLaVA's KV cache is that of the image's "
-        "tokens alone, as many as patches. The materialised memory is an image's keys and values in full, which this "
-        "repository never keeps. The peak of training is that of two steps with a batch of "
-        f"{preset.training_batch}, {preset.patches_per_side[0] ** 2} patches and {preset.text_tokens[0]} text tokens "
-        f"in {str(preset.dtype).removeprefix('torch.')}: activations, gradients and AdamW's state, in {PEAK_RUNS} "
-        "fresh processes. The language model alone has nothing to train and runs backward to its input embeddings. "
-        "Loading is that of a base in float32, in shards, and a first forward, in one fresh process. A tensor that is "
-        "not converted stays where its file is mapped; of one that is, the mapped pages count beside the copy until "
-        "loading ends, though the system may drop them when memory is short. "
-        f"{machine_in_words()}."
+        "Bytes per image and per checkpoint are those of tensors on the meta device. The visual memory is the result "
+        "of `get_image_features` and is used for any number of questions; LLaVA's KV cache is that of the image's "
+        "tokens only, one per patch. The materialised memory has an image's full keys and values, which this "
+        f"repository never keeps. The peak of training is that of two steps with a batch of {preset.training_batch}, "
+        f"{preset.patches_per_side[0] ** 2} patches and {preset.text_tokens[0]} text tokens in "
+        f"{str(preset.dtype).removeprefix('torch.')}: activations, gradients and AdamW's state, in {PEAK_RUNS} fresh "
+        "processes. The language model alone has no trained parameters; its backward ends at the input embeddings. "
+        "Loading is that of a base in float32, in shards, with a first forward, in one fresh process. A tensor that "
+        "is not converted stays in the mapped file. If it is converted, the mapped pages count in addition to the "
+        f"copy until loading ends, although the system may drop them when memory is short. {machine_in_words()}."
     )
     save_report(RESULTS, "memory", report, markdown, draw)
 

@@ -1,16 +1,16 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Operations of one answer's first token, part by part, of DEHVF and of LLaVA-1.5: in closed form, and as torch counts
-them in a forward of the real models (the paper's Figure 2, and the 6 % that it names).
+Counts the operations for the first token of an answer, by part, with DEHVF and with LLaVA-1.5: in closed form, and
+with torch's counter in a forward of the models (the paper's Figure 2, and its figure of 6 %).
 
     python -m benchmarks.operations
 
-Takes seconds and no weights: the models of 7B and 13B run on the meta device, which computes shapes alone. The results
-go to `benchmarks/results`: `operations.json`, `.md` and `.png`.
+This takes seconds and needs no weights: the models of 7B and 13B run on the meta device, which only computes shapes.
+The results are written to `benchmarks/results`: `operations.json`, `.md` and `.png`.
 
-A multiplication and an addition are two operations, as in torch. What is not a product of matrices (norms,
-activations, softmax) is not counted, attention counts its whole matrix, and logits are those of the last token. One
-prompt, one image.
+The count is for one prompt and one image. A multiplication and an addition are two operations, as in torch. Only
+matrix products are counted, not norms, activations and softmax. The causal mask does not reduce the count of
+attention, and logits are computed for the last token only.
 """
 
 import re
@@ -25,19 +25,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks import RESULTS, heading, machine_in_words, save_report, table
-from dehvf import DehvfConfig, DehvfForConditionalGeneration
+from dehvf import ROOT, DehvfConfig, DehvfForConditionalGeneration
 
 
-ROOT = Path(__file__).parents[1]
 LLAMA_7B, LLAMA_13B = "config.json", "presets/dehvf-llama13b.json"
-# Name -> preset, patches per side, memory slots. The paper gives slots for 256 patches; 576 need as many at least.
+# Name -> preset, patches per side, memory slots. The paper gives slots for 256 patches; 576 patches need at least 576
 SHAPES = {
     "LLaMA-7B, 256 visual tokens, 320 slots": (LLAMA_7B, 16, 320),
     "LLaMA-7B, 576 visual tokens, 576 slots": (LLAMA_7B, 24, 576),
     "LLaMA-13B, 256 visual tokens, 400 slots": (LLAMA_13B, 16, 400),
     "LLaMA-13B, 576 visual tokens, 576 slots": (LLAMA_13B, 24, 576),
 }
-NUM_TEXT_TOKENS = 32  # the paper's
+NUM_TEXT_TOKENS = 32  # as in the paper
 PAPER_SHARE = 6  # in %, of LLaVA-1.5 at 576 visual tokens
 
 LANGUAGE_MODEL = ("attention", "FFN", "lm_head")
@@ -52,7 +51,7 @@ def load_config(file: str, patches_per_side: int, num_memory_slots: int):
     return config
 
 
-# --- closed forms, for CLIP and LLaMA, and for DEHVF without ablations. Letters: modeling_dehvf.py ---
+# --- closed forms, for CLIP, LLaMA and the full DEHVF. The letters are those of modeling_dehvf.py ---
 
 
 def product(rows: int, inner: int, columns: int) -> int:
@@ -94,7 +93,7 @@ def fuser(config) -> int:
 
 
 def memory_lookup(config, tokens: int) -> int:
-    """As `MemoryFFN.lookup` does it: a token meets the slots' position embeddings, `W_2` and the patches in turn."""
+    """Factored, as in `MemoryFFN.lookup`: each token is multiplied with the slots, with `W_2` and with the patches."""
     h, columns = config.text_config.hidden_size, config.projector_hidden_size + 1
     slots = product(tokens, h, config.num_memory_slots)
     visual = product(tokens, h, columns) + product(tokens, columns, config.num_patches)
@@ -102,7 +101,7 @@ def memory_lookup(config, tokens: int) -> int:
 
 
 def materialised_lookup(config, tokens: int) -> int:
-    """The same memory the plain way: `K_l` and `V_l` are built for the image, then each token meets them alone."""
+    """Materialised: `K_l` and `V_l` are computed once for the image, then each token is multiplied with them."""
     h, columns = config.text_config.hidden_size, config.projector_hidden_size + 1
     build = product(config.num_patches, columns, h)
     return config.text_config.num_hidden_layers * 2 * (build + product(tokens, h, config.num_memory_slots))
@@ -110,23 +109,23 @@ def materialised_lookup(config, tokens: int) -> int:
 
 def break_even(config) -> float:
     """
-    Text tokens per image from which the materialised form has fewer operations.
+    The number of text tokens per image above which the materialised form has fewer operations.
 
-    With `c` columns the slots cost both forms the same, a token costs the factored one `c (h + n)` more, and building
-    costs the other `c n h`, which does not depend on the tokens.
+    With `c` columns, the factored form needs `c (h + n)` more multiplications per token, and the materialised form
+    `c n h` more per image. The slots cost the same in both.
     """
     n, h = config.num_patches, config.text_config.hidden_size
     return n * h / (n + h)
 
 
 def dehvf(config, text_tokens: int) -> dict[str, int]:
-    """Part -> operations. The full method, whose query is the network and whose keys and values both carry images."""
+    """Part -> operations of the full method: with the query network, and with images in both keys and values."""
     vision, n, c = config.vision_config, config.num_patches, config.projector_hidden_size
     layers, d = vision.num_hidden_layers, vision.hidden_size
     return {
         "vision encoder": vision_encoder(vision),
         "vision adapters": layers * 2 * product(n + 1, d, config.vision_adapter_size),
-        "projector": layers * product(n, d, c),  # `down` alone
+        "projector": layers * product(n, d, c),  # only `down`
         "fuser": fuser(config),
         "fusing": product(2 * config.text_config.num_hidden_layers, layers, n * c),
         **language_model(config.text_config, text_tokens),
@@ -135,7 +134,7 @@ def dehvf(config, text_tokens: int) -> dict[str, int]:
 
 
 def llava(config, text_tokens: int) -> dict[str, int]:
-    """Part -> operations of LLaVA-1.5 on the same bases: a projector of two layers, and each patch a token."""
+    """Part -> operations of LLaVA-1.5 on the same bases, with a projector of two layers and one token per patch."""
     n, d, h = config.num_patches, config.vision_config.hidden_size, config.text_config.hidden_size
     return {
         "vision encoder": vision_encoder(config.vision_config),
@@ -149,7 +148,7 @@ def llava(config, text_tokens: int) -> dict[str, int]:
 
 @contextmanager
 def meta_device():
-    """New tensors and models have shapes and no values; what would look at values takes the good case for granted."""
+    """Creates tensors and models without values. Checks that would read values assume that they pass."""
     every_row_has_an_image = fx_config.patch(meta_nonzero_assume_all_nonzero=True)
     placeholders_fit = patch.dict("os.environ", TRANSFORMERS_DISABLE_TORCH_CHECK="1")
     with torch.device("meta"), every_row_has_an_image, placeholders_fit:
@@ -167,16 +166,17 @@ def build_llava(config):
 
 def count(model, text_tokens: int, image_tokens: int = 0) -> dict[str, int]:
     """
-    Part -> operations that torch counts in a forward, by the modules that they happen in.
+    Part -> operations that torch counts in a forward, assigned by module.
 
     Args:
-        model: of `build_dehvf`, or of `build_llava`, which needs `image_tokens`, placeholders in front of the text.
+        model: the result of `build_dehvf` or `build_llava`.
+        image_tokens: number of placeholders before the text, for `build_llava`.
     """
     vision = model.config.vision_config
     ids = torch.tensor([[0] * image_tokens + [1] * text_tokens])
     size = getattr(model.config, "resolution", vision.image_size)
     pixels = torch.zeros(1, vision.num_channels, size, size)
-    # The counter does not know the fused kernels of CPUs, so attention has to run as products
+    # The counter does not know the fused attention kernels of CPUs, so attention runs as matrix products
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, pixel_values=pixels, logits_to_keep=1)
     counts = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
@@ -195,7 +195,7 @@ def count(model, text_tokens: int, image_tokens: int = 0) -> dict[str, int]:
         "lm_head": inside("lm_head"),
         "memory lookup": ffns - ffn,
     }
-    parts["fusing"] = counts["Global"] - sum(parts.values())  # what happens in no module of its own
+    parts["fusing"] = counts["Global"] - sum(parts.values())  # the operations outside the modules above
     return {part: number for part, number in parts.items() if number}
 
 
@@ -207,7 +207,7 @@ def total(parts: dict[str, int], names=None) -> int:
 
 
 def language_sides(config, text_tokens: int = NUM_TEXT_TOKENS) -> dict[str, int]:
-    """Operations of the language model and of what is read in it."""
+    """Method -> operations of the language model and of the memory lookup in it."""
     text = total(language_model(config.text_config, text_tokens))
     return {
         "LLaVA-1.5": total(llava(config, text_tokens), LANGUAGE_SIDE),
@@ -246,7 +246,7 @@ def measure(shape: tuple) -> dict:
 
 
 def sweep() -> dict[str, list]:
-    """Language sides at 7B over the visual tokens, with one slot for each."""
+    """`language_sides` at 7B for increasing numbers of visual tokens, with one slot for each."""
     rows = {"visual tokens": []}
     for side in range(10, 33):
         config = load_config(LLAMA_7B, side, side**2)
@@ -283,9 +283,9 @@ def markdown(report: dict) -> str:
         *heading(report["command"], report["note"]),
         *(f"## In % of LLaVA-1.5, at {NUM_TEXT_TOKENS} text tokens", ""),
         *table(("", *columns), shares),
-        *("", f"The paper says {PAPER_SHARE} % at a text length of 32, without a number of visual tokens."),
+        *("", f"The paper gives {PAPER_SHARE} % for a text length of 32, without the number of visual tokens."),
         *("", "## Memory lookup, factored or materialised", ""),
-        f"10⁹ operations at {NUM_TEXT_TOKENS} text tokens, and the text tokens per image from which the",
+        f"10⁹ operations at {NUM_TEXT_TOKENS} text tokens, and the number of text tokens per image above which the",
         *("materialised form has fewer.", ""),
         *table(("", "factored", "materialised", "break-even"), lookups),
         *parts,
@@ -319,7 +319,7 @@ def draw(report: dict, file: Path):
         axis.set_ylim(0)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9)
-    relative.set(xlim=(256, 1024), ylim=(0, 12))  # below, text is most of both, and the curves coincide
+    relative.set(xlim=(256, 1024), ylim=(0, 12))  # with fewer tokens, the text dominates and the curves coincide
     figure.suptitle(f"Operations of one image and {NUM_TEXT_TOKENS} text tokens, LLaMA-7B and CLIP ViT-L/14")
     figure.savefig(file)
 
@@ -332,13 +332,14 @@ def main():
         "figure": sweep(),
     }
     report["note"] = (
-        "Operations of the forward that gives an answer's first token, for one prompt and one image: closed forms, "
-        "and what torch counts when the models run on the meta device. A multiplication and an addition are two; only "
-        "products of matrices count; attention counts its whole matrix; logits are those of the last token. The "
-        "language side is attention, FFN, lm_head and memory lookup; LLaVA's projector, and what DEHVF does once per "
-        "image, stand outside. Both run all layers of the vision encoder, as transformers does, though LLaVA does "
-        "not need the last one. The paper gives memory slots for 256 visual tokens only; for 576 we take 576, the "
-        f"fewest that fit. {machine_in_words()}."
+        "Operations of the forward that computes the first token of an answer, for one prompt and one image: in "
+        "closed form, and as counted by torch for models on the meta device. A multiplication and an addition are two "
+        "operations; only matrix products are counted; the causal mask does not reduce the count of attention; logits "
+        "are computed for the last token only. The language side is attention, FFN, lm_head and memory lookup, "
+        "without LLaVA's projector and without the computation that DEHVF does once per image. Both methods run all "
+        "layers of the vision encoder, as transformers does, although LLaVA does not need the last one. The paper "
+        "gives the number of memory slots for 256 visual tokens only; for 576 we use 576, the smallest possible "
+        f"number. {machine_in_words()}."
     )
     save_report(RESULTS, "operations", report, markdown, draw)
 

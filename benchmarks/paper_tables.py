@@ -1,14 +1,14 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-The paper's tables in small: its methods, ablations, numbers of groups and layer mappings, on `digits` with the
-embedded bases, three seeds each; baselines with two learning rates.
+Reproduces the paper's tables on a small scale: its methods, ablations, numbers of groups and layer mappings, on
+`digits` with the embedded bases and three seeds. The baselines are trained with two learning rates.
 
-    python -m benchmarks.paper_tables               # trains what is missing, then writes the tables
-    python -m benchmarks.paper_tables --report      # writes the tables from what is there
+    python -m benchmarks.paper_tables               # trains the missing runs, then writes the tables
+    python -m benchmarks.paper_tables --report      # writes the tables from the existing runs
 
-A run takes minutes on one core, and there are as many at a time as there are cores. Each leaves its folder in
-`outputs/paper_tables`; a second start takes up where the first one stopped. The tables go to `benchmarks/results`:
-`paper_tables.json`, `.md` and `.png`.
+A run takes minutes on one core, and one run per core is trained at a time. Each run has a folder in
+`outputs/paper_tables`. When the command is run again, it only trains the runs that are not finished. The tables are
+written to `benchmarks/results`: `paper_tables.json`, `.md` and `.png`.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from benchmarks import RESULTS, heading, machine_in_words, save_report, spread, table
+from dehvf import ROOT
 
 
-ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "outputs" / "paper_tables"
 SEEDS = (0, 1, 2)
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "average")
@@ -35,27 +35,27 @@ COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "average")
 FUSION_FIGURES = {"std_over_layers": "weights: std over layers", "std_over_images": "over images"}
 
 # The settings of the default recipe, repeated here so that finished runs stay comparable when the recipe changes. With
-# one group each language layer reads 9 candidates here; in the paper, four groups of 24 vision layers give 7
+# one group, each language layer reads 9 candidates here; in the paper, four groups of 24 vision layers give 7
 SMALL = {"max_samples": 40000, "only_images": True, "per_device_train_batch_size": 16, "learning_rate": 5e-3}
 SMALL |= {"visual_scale": 0.1, "memory_scale": 0.3, "num_groups": 1, "fuser_lr_ratio": 0.1}
 
-# Widths at which the baselines train about as many parameters here as DEHVF does (275 thousand, most in the fuser)
+# Sizes with which the baselines train about as many parameters as DEHVF here (275 thousand, most of them in the fuser)
 ALL_LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
 BASELINES = {
     "LLaVA-LoRA": {"method": "llava-lora", "lora_rank": 16, "lora_target_modules": ALL_LINEAR},
     "LaVIN": {"method": "lavin", "lavin_adapter_size": 56},
     "LLaMA-Adapter": {"method": "llama-adapter", "adaption_prompt_length": 64, "adaption_projector_size": 384},
     "LLaMA-Adapter V2": {"method": "llama-adapter-v2", "adapter_v2_size": 48},
-    # With the scales of its authors
+    # The scales are those of the authors
     "ADEM-VL": {"method": "adem-vl", "adem_adapter_size": 48, "adem_projector_size": 352},
     "IGVA": {"method": "igva", "igva_hidden_size": 80},
 }
-# The recipe's learning rate was chosen for DEHVF, so baselines are also trained with a lower one. For these it is
-# better (seed 0)
+# The recipe's learning rate was chosen for DEHVF, so the baselines are also trained with a lower one. It is better for
+# these (seed 0)
 LOWER_RATE = {"learning_rate": 2e-3}
 BETTER_WITH_LOWER_RATE = [name for name in BASELINES if name != "ADEM-VL"]
 
-# Table -> row -> what it changes, as flags of train.py. "{seed}" stands for the run's seed.
+# Table -> row -> its flags of train.py, in addition to `SMALL`. "{seed}" is replaced by the run's seed.
 TABLES = {
     "Methods (the paper's Tables 1 and 2)": {
         "DEHVF": {},
@@ -88,7 +88,7 @@ TABLES = {
         name: row | ({} if name in BETTER_WITH_LOWER_RATE else LOWER_RATE) for name, row in BASELINES.items()
     },
 }
-# What the paper finds, or chooses: the first is better than the second.
+# Findings or choices of the paper: in each table, the first row is better than the second
 PAPER_ORDER = [
     ("Methods (the paper's Tables 1 and 2)", better, worse)
     for better, worse in (
@@ -116,14 +116,14 @@ def words_of(flags: dict[str, str]) -> list[str]:
 
 
 def folder_of(row: dict, seed: int) -> Path:
-    """Rows that change the same things, such as "full" and "K = 1", are one run, named after the first of them."""
+    """The folder of a run. Rows with the same flags, such as "full" and "K = 1", share it; the first one names it."""
     name = next(name for rows in TABLES.values() for name, other in rows.items() if other == row)
     name += f" {row['learning_rate']:.0e}" if "learning_rate" in row else ""
     return RUNS / re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") / f"seed-{seed}"
 
 
 def read_run(row: dict, seed: int) -> dict | None:
-    """The results of a finished run with these very flags, or `None`."""
+    """The results of the finished run with exactly these flags, or `None`."""
     folder = folder_of(row, seed)
     files = folder / "flags.json", folder / "results.json"
     if not all(file.is_file() for file in files):
@@ -133,7 +133,7 @@ def read_run(row: dict, seed: int) -> dict | None:
 
 
 def train(row: dict, seed: int, cores: SimpleQueue) -> str | None:
-    """Trains and evaluates in a process of its own. Returns what went wrong, or `None`."""
+    """Trains and evaluates in a separate process on a free core. Returns an error message, or `None`."""
     folder, flags = folder_of(row, seed), flags_of(row, seed)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").unlink(missing_ok=True)
@@ -154,10 +154,11 @@ def train(row: dict, seed: int, cores: SimpleQueue) -> str | None:
 
 
 def train_missing() -> list[str]:
+    """Trains the runs that are not finished. Returns the error messages of failed runs."""
     rows = {str(folder_of(row, 0)): row for table in TABLES.values() for row in table.values()}.values()
-    # Seed by seed, so that whoever stops half-way has whole tables of fewer seeds
+    # Seed by seed, so that the tables of a stopped benchmark are complete with fewer seeds
     missing = [(row, seed) for seed in SEEDS for row in rows if read_run(row, seed) is None]
-    print(f"{len(rows) * len(SEEDS) - len(missing)} runs are there, {len(missing)} are missing.", flush=True)
+    print(f"{len(rows) * len(SEEDS) - len(missing)} runs are finished, {len(missing)} are missing.", flush=True)
     available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     cores = SimpleQueue()
     for core in available:
@@ -173,8 +174,9 @@ def train_missing() -> list[str]:
 
 def measure_seconds() -> dict:
     """
-    Median seconds of a training step of 4 and of an answer to 32 questions (one greedy token), all with an image, and
-    the machine. The methods take turns, so that whatever else the machine does falls on all of them.
+    Median seconds per method of a training step with a batch of 4 and of answering 32 questions with one greedy token,
+    all with an image, and the machine. The methods are measured alternately, so that other load on the machine affects
+    all of them.
     """
     from benchmarks import speed
     from tasks import get_task
@@ -198,10 +200,10 @@ def measure_seconds() -> dict:
         for batch in batches:
             for unused in ("index", "options"):
                 batch.pop(unused, None)
-        steps[name] = speed.training_job(model, batches[0], time.perf_counter, fused=True)  # as the Trainer's
+        steps[name] = speed.training_job(model, batches[0], time.perf_counter, fused=True)  # as in Trainer
         answers[name] = partial(speed.answer, model, batches[1], 1, time.perf_counter)
 
-    steps, answers = (speed.take_turns(jobs, extra_seconds=0, least_rounds=15) for jobs in (steps, answers))
+    steps, answers = (speed.interleave(jobs, extra_seconds=0, least_rounds=15) for jobs in (steps, answers))
     methods = {
         name: {
             "training batch of 4": statistics.median(steps[name]["training step"]),
@@ -218,7 +220,7 @@ def measure_seconds() -> dict:
 
 
 def collect() -> dict:
-    """Table -> row -> trained parameters and, for each column, one accuracy per seed that is there."""
+    """Table -> row -> the number of trained parameters and, for each column, the accuracy of each finished seed."""
     tables = {}
     for title, rows in TABLES.items():
         tables[title] = {}
@@ -237,7 +239,7 @@ def collect() -> dict:
 
 
 def compare_with_paper(tables: dict) -> list[dict]:
-    """For each order that the paper finds: whether image questions have it here."""
+    """Whether the accuracy on image questions has the same order here, for each pair in `PAPER_ORDER`."""
     found = []
     for title, better, worse in PAPER_ORDER:
         if not {better, worse} <= tables[title].keys():
@@ -305,7 +307,7 @@ def draw(report: dict, file: Path):
         axis.axvline(25, color="grey", linestyle="--", linewidth=1)
         axis.set_title(title, loc="left", fontsize=10)
     axes[-1].set_xlabel("accuracy on image questions of `digits`, test split, in % (dashed: chance)")
-    figure.suptitle("The paper's rows in small: mean (bar) and each seed (dot)")
+    figure.suptitle("The paper's rows on a small scale: mean (bar) and each seed (dot)")
     figure.savefig(file, dpi=130)
 
 
@@ -321,13 +323,12 @@ def write_report():
             "A small replica, not the paper's experiment: `digits` with the embedded bases, trained on the image "
             f"questions among {SMALL['max_samples']:,} rows in batches of {SMALL['per_device_train_batch_size']} with "
             f"the learning rate {SMALL['learning_rate']:g}, which was chosen for DEHVF; "
-            f"{', '.join(BETTER_WITH_LOWER_RATE)}: {LOWER_RATE['learning_rate']:g}, with which it is better (seed 0). "
-            "DEHVF and its ablations have one group (K = 1), in which each language layer reads 9 candidates; in the "
-            "paper, K = 4 gives 7. Accuracy in % on 1,000 test questions by the greedy token, mean ± standard "
-            "deviation over seeds. Chance on image questions (IMG) is 25. The language model was trained to "
-            "understand words that are added to its hidden states, which favours DEHVF and MemVP over methods with "
-            f"image tokens. Trained with torch {' and '.join(versions)}. "
-            f"Seconds: {seconds['machine']}."
+            f"{', '.join(BETTER_WITH_LOWER_RATE)} have {LOWER_RATE['learning_rate']:g}, which is better for them "
+            "(seed 0). DEHVF and its ablations have one group (K = 1), in which each language layer reads 9 "
+            "candidates; in the paper, K = 4 gives 7. Accuracy in % on 1,000 test questions by the greedy token, mean "
+            "± standard deviation over seeds. Chance on image questions (IMG) is 25. The language model was trained "
+            "to understand words that are added to its hidden states, which favours DEHVF and MemVP over methods with "
+            f"image tokens. Trained with torch {' and '.join(versions)}. Seconds: {seconds['machine']}."
         ),
         "tables": tables,
         "paper_order": compare_with_paper(tables),
@@ -338,7 +339,9 @@ def write_report():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="train nothing, write the tables from what is there")
+    parser.add_argument(
+        "--report", action="store_true", help="write the tables from the existing runs without training"
+    )
     arguments = parser.parse_args()
     failed = [] if arguments.report else train_missing()
     write_report()

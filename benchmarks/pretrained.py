@@ -1,20 +1,22 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-The methods, their ablations and variants of the fuser on pretrained bases, SmolLM2-135M-Instruct and DINOv2-small
-(docs/bases.md), with two data sets: the published pictures and questions of easy-VQA, and questions about the named
-drawings of Noto Emoji (`python examples/emoji.py outputs/emoji-data` makes them), tested on other drawings.
+Compares the methods, the ablations and variants of the fuser on pretrained bases, SmolLM2-135M-Instruct and
+DINOv2-small (docs/bases.md), with two data sets: the published pictures and questions of easy-VQA, and questions about
+the drawings of Noto Emoji (created by `python examples/emoji.py outputs/emoji-data`), which are tested on other
+drawings.
 
-    python -m benchmarks.pretrained                     # trains what is missing, then writes the tables
+    python -m benchmarks.pretrained                     # trains the missing runs, then writes the tables
     python -m benchmarks.pretrained --rows DEHVF MemVP --seeds 0 --steps 600 --at-once 2
-    python -m benchmarks.pretrained --report            # writes the tables from what is there
+    python -m benchmarks.pretrained --report            # writes the tables from the existing runs
 
-For a GPU: eight runs at once took 160 seconds on an H200, and one takes hours on two cores. All rows of a batch size
-train on the same questions in the same order, with the optimizer of `train.py`. A run writes its accuracy on the first
-1,000 test questions ten times to a file in `outputs/pretrained` that remains when the run is stopped. A second start
-trains what is not finished. The tables go to `benchmarks/results`: `pretrained.json`, `.md` and `.png`.
+This needs a GPU: eight simultaneous runs took 160 seconds on an H200, while one run takes hours on two cores. All rows
+with the same batch size train on the same questions in the same order, with the optimizer of `train.py`. During a run,
+the accuracy on the first 1,000 test questions is written ten times to a file in `outputs/pretrained`, which is kept if
+the run is stopped. When the command is run again, it only trains the runs that are not finished. The tables are
+written to `benchmarks/results`: `pretrained.json`, `.md` and `.png`.
 
-A question counts as answered if the most likely next token is the first token of its answer. All answers of a data
-set have different ones.
+An answer is correct if the most likely next token is the first token of the expected answer. This is unambiguous,
+since the answers of each data set have different first tokens.
 """
 
 import argparse
@@ -57,17 +59,17 @@ EMOJI = ROOT / "outputs" / "emoji-data"
 CHAT_TEMPLATE = ROOT / "recipes" / "question-answer.jinja"
 SEEDS = (0, 1, 2)
 EVALUATIONS, EVALUATION_BATCH = 10, {"cuda": 1024, "cpu": 32}
-FIRST_QUESTIONS, REPLACED_QUESTIONS = 1000, 2000  # of the test split: while training, and with other fusion weights
-OWN = "its own"  # the fusion weights that are not replaced
+FIRST_QUESTIONS, REPLACED_QUESTIONS = 1000, 2000  # of the test split: during training, and with replaced weights
+OWN = "its own"  # the fuser's own weights
 SPLITS = ("train", "test")
-LEARNED = 95  # in %, for "questions until"
+LEARNED = 95  # accuracy in %, for the column "questions until"
 
 
 @dataclass(frozen=True)
 class Task:
     """
-    load: reads the rows of a split, each with `question`, `answer`, `image` and `image_id`. The rows of an image are
-        next to each other.
+    load: reads the rows of a split, each with `question`, `answer`, `image` and `image_id`. The rows of one image are
+        consecutive.
     kinds: answer -> kind of question.
     """
 
@@ -78,7 +80,7 @@ class Task:
 def load_emoji(split: str) -> datasets.Dataset:
     file = EMOJI / f"{split}.jsonl"
     if not file.exists():
-        sys.exit(f"There is no {file}. `python examples/emoji.py outputs/emoji-data` makes it.")
+        sys.exit(f"There is no {file}. Run `python examples/emoji.py outputs/emoji-data`.")
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -103,11 +105,13 @@ def kinds_of(task: str) -> list[str]:
 @dataclass(frozen=True)
 class Row:
     """
-    method: of `train.py`.
-    values: fields of `DehvfConfig`, beside `SETTING`, or of `BaselineArguments`.
-    rate, fuser_ratio: learning rate, and that of the fuser and its query as a ratio to it.
-    fuser: one of `benchmarks.fusers.VARIANTS`, or the paper's.
-    batch_size, steps: questions of a step, and steps.
+    method: `--method` of `train.py`.
+    values: fields of `DehvfConfig`, which override `SETTING`, or of `BaselineArguments`.
+    rate: learning rate.
+    fuser_ratio: learning rate of the fuser and its query, as a fraction of `rate`.
+    fuser: one of `benchmarks.fusers.VARIANTS`, or "the paper's".
+    batch_size: questions per step.
+    steps: number of training steps.
     task: one of `TASKS`.
     """
 
@@ -125,10 +129,10 @@ class Row:
         return self.values.get("image_size", SETTING["image_size"])
 
 
-# 56 pixels are 16 patches of 14, for pictures of 64 x 64 pixels with one shape in them
+# The pictures have 64 x 64 pixels and show one shape; 56 pixels give 4 x 4 patches of 14 pixels
 SETTING = {"image_size": 56, "num_memory_slots": 16, "visual_scale": 0.3, "memory_scale": 1.0}
 SETTING |= {"memory_dropout": 0.0, "vision_adapter_dropout": 0.0}
-# With about as many trained parameters as DEHVF, except IGVA, whose projector alone has more
+# All have about as many trained parameters as DEHVF, except IGVA, whose projector alone has more
 METHODS = {
     "DEHVF": Row(),
     "MemVP": Row("memvp"),
@@ -201,13 +205,14 @@ ROWS = {name: row for rows in TABLES.values() for name, row in rows.items()}
 @dataclass
 class Questions:
     """
-    The questions of a split, encoded. They need no attention mask: they are padded on the right, no token attends to
-    what follows it, and padding has no label.
+    The encoded questions of a split. They need no attention mask: they are padded on the right, attention is causal,
+    and padding has no label.
 
-    ids, labels: of each question with its answer, padded to the longest; labels are -100 where no answer is.
-    kinds: of each question, see [`Task`].
-    image_rows: the row of `pixel_values` that a question is about.
-    pixel_values: of each picture once, in half precision: 5,000 pictures of 518 pixels are 16 GB in float32.
+    ids, labels: token ids of each question with its answer, `(num_questions, max_length)`; labels are -100 outside the
+        answer.
+    kinds: kind of each question, see [`Task`].
+    image_rows: index in `pixel_values` of the picture that each question is about.
+    pixel_values: each picture once, in half precision: 5,000 pictures of 518 pixels are 16 GB in float32.
     """
 
     ids: torch.Tensor
@@ -221,7 +226,7 @@ class Questions:
 
     @property
     def num_kept(self) -> int:
-        """Positions from the first answer of all questions to the end of the longest question."""
+        """Number of positions from the earliest start of an answer to the end."""
         return self.ids.shape[1] - (self.labels != -100).int().argmax(dim=1).min().item()
 
     def to(self, device) -> "Questions":
@@ -232,7 +237,7 @@ class Questions:
     def batch(self, rows: torch.Tensor, image_tokens: list[int]) -> dict[str, torch.Tensor]:
         rows = rows.to(self.ids.device)
         ids, labels = self.ids[rows], self.labels[rows]
-        if image_tokens:  # behind the first token, which may be BOS
+        if image_tokens:  # after the first token, which may be BOS
             image_ids = torch.tensor(image_tokens, device=ids.device).expand(len(rows), -1)
             ids = torch.cat((ids[:, :1], image_ids, ids[:, 1:]), dim=1)
             labels = torch.cat((torch.full_like(image_ids, -100), labels), dim=1)
@@ -270,7 +275,7 @@ def load_questions(task: Task, split: str, processor) -> Questions:
 
 
 def build(row: Row, seed: int, vision: nn.Module, text: nn.Module) -> nn.Module:
-    """A method with new trained modules on the bases, which stay as they are."""
+    """A model with newly initialised trained modules on the given bases, which are not changed."""
     torch.manual_seed(seed)
     vision, text = with_same_weights(vision), with_same_weights(text)
     if row.method in BASELINES:
@@ -288,7 +293,7 @@ def build(row: Row, seed: int, vision: nn.Module, text: nn.Module) -> nn.Module:
 
 
 def make_optimizer(model, row: Row) -> torch.optim.Optimizer:
-    """AdamW as in the recipes. Rates are tensors, which a CUDA graph reads anew in each step."""
+    """AdamW as in the recipes. Learning rates are tensors, so that a CUDA graph reads their current values."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -302,15 +307,15 @@ def make_optimizer(model, row: Row) -> torch.optim.Optimizer:
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """The rate rises for 3 % of the steps, then falls as a cosine."""
+    """Factor of the learning rate: linear warm-up for 3 % of the steps, then cosine decay."""
     warmup = math.ceil(0.03 * steps)
     return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / steps)))
 
 
 class Step:
     """
-    Forward, backward and update of a batch. On a GPU they are captured as a CUDA graph, since launching their kernels
-    one by one takes longer than running them.
+    Forward, backward and optimizer step of a batch. On a GPU, they are captured as a CUDA graph, since launching the
+    kernels one by one takes longer than running them.
     """
 
     def __init__(self, run: "Run"):
@@ -331,7 +336,7 @@ class Step:
         return self.loss.clone()
 
     def update(self, batch: dict) -> torch.Tensor:
-        self.run.optimizer.zero_grad(set_to_none=False)  # the graph writes to the same gradients each time
+        self.run.optimizer.zero_grad(set_to_none=False)  # the graph always writes to the same gradient tensors
         logits, labels = self.run.logits(batch)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         loss.backward()
@@ -341,7 +346,7 @@ class Step:
 
 
 class Run:
-    """One row with one seed. On a GPU it has a stream of its own, so that several runs proceed at the same time."""
+    """A training run of one row with one seed. On a GPU, it has its own stream, so that several runs can overlap."""
 
     def __init__(self, row: Row, seed: int, bench: "Bench"):
         self.row, self.seed, self.bench = row, seed, bench
@@ -356,12 +361,12 @@ class Run:
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def logits(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits and labels of all tokens from the first answer on."""
+        """The logits and labels of the last `num_kept` positions, which contain all answers."""
         labels, kept = batch["labels"], self.bench.num_kept
         inputs = {name: batch[name] for name in ("input_ids", "pixel_values")}
         if getattr(self.model.config, "reads_instruction", False):
             inputs["instruction_mask"] = ((labels != -100).cumsum(dim=1) == 0).long()
-        # With a cache, transformers does not look for packed sequences, for which it would wait for the GPU
+        # With a cache, transformers does not check for packed sequences, which would synchronize with the GPU
         options = {"logits_to_keep": kept + 1, "use_cache": not self.model.training}
         logits = forward_on_device(self.model, **inputs, first=1, **options).logits[:, :-1].float()
         return logits, labels[:, -kept:]
@@ -376,9 +381,9 @@ class Run:
 
     def train(self, file: Path, only_scores: bool = False) -> Iterator[None]:
         """
-        Trains one step each time that it is asked. Writes to the file what there is after each evaluation, one
-        evaluation later, since waiting for the GPU would stop the runs beside this one. With `only_scores`, it
-        evaluates once, at the end, and with the fuser's own weights.
+        Trains one step per iteration. The result of each evaluation is written to the file at the next one, since
+        waiting for the GPU would delay the other runs. With `only_scores`, there is only one evaluation, at the end,
+        and the fusion weights are not replaced.
         """
         report = {"row": dataclasses.asdict(self.row), "seed": self.seed, "machine": machine_in_words(), "curve": []}
         report |= {"trained_parameters": sum(parameter.numel() for parameter in self.parameters)}
@@ -390,11 +395,11 @@ class Run:
                     group["lr"].fill_(group["peak"] * rate_factor(number - 1, self.row.steps))
                 losses.append(step(next(batches)))
                 if not only_scores and number * EVALUATIONS % self.row.steps < EVALUATIONS:
-                    self.note(report, point, file)
+                    self.record(report, point, file)
                     point = number, torch.stack(losses[-50:]).mean(), *self.evaluate(FIRST_QUESTIONS)
             yield
         with self.on_stream():
-            self.note(report, point, file)
+            self.record(report, point, file)
             right, weights = self.evaluate()
             report["scores"] = self.scores(right)
             if weights is not None:
@@ -407,7 +412,8 @@ class Run:
                     report["replaced"][name] = self.scores(right)["average"]
         file.write_text(json.dumps(report))
 
-    def note(self, report: dict, point: tuple | None, file: Path):
+    def record(self, report: dict, point: tuple | None, file: Path):
+        """Appends an evaluation to the curve of the report and writes the file."""
         if point is not None:
             number, loss, right, weights = point
             scores, figures = self.scores(right), self.figures(weights)
@@ -418,7 +424,7 @@ class Run:
         return {} if weights is None else fusion_figures(weights, self.model.model.hierarchy.rows)
 
     def scores(self, right: torch.Tensor) -> dict[str, float]:
-        """Accuracy in % of each kind of question, and of all."""
+        """Accuracy in % for each kind of question and for all (`average`), from whether each answer is correct."""
         right = right.tolist()
         hits = list(zip(right, self.bench.test.kinds))
         by_kind = {kind: [hit for hit, other in hits if other == kind] for kind in kinds_of(self.row.task)}
@@ -428,11 +434,13 @@ class Run:
     @torch.no_grad()
     def evaluate(self, limit: int | None = None, replacement: torch.Tensor | None = None):
         """
-        Which questions of the test split are answered correctly, and the fuser's weights of their pictures.
-
         Args:
-            limit: number of questions; all by default.
-            replacement: weights to use in place of the fuser's, for each picture of the split.
+            limit: number of questions of the test split; by default all.
+            replacement: weights to use instead of the fuser's own, for each picture of the split.
+
+        Returns:
+            Whether each question is answered correctly, and the fuser's own weights for each picture, `None` without a
+            fuser.
         """
         questions, all_weights, right = self.bench.test, [], []
         batch_size = EVALUATION_BATCH[self.bench.device.type]
@@ -454,7 +462,7 @@ class Run:
         right = torch.cat(right)
         if not all_weights:
             return right, None
-        # The weights of a picture are the same for each of its questions
+        # All questions about a picture have the same weights
         weights = torch.cat(all_weights)
         by_image = weights.new_zeros(len(questions.pixel_values), *weights.shape[1:])
         by_image[questions.image_rows[: len(right)]] = weights
@@ -462,7 +470,7 @@ class Run:
 
 
 class Bench:
-    """The bases and the questions, with pictures of one size, on the device of all runs."""
+    """What runs share: the bases and the questions, with pictures of one size, on one device."""
 
     def __init__(self, questions: dict[str, Questions], vision: nn.Module, text: nn.Module):
         self.vision, self.text, self.device = vision, text, text.device
@@ -479,9 +487,9 @@ def load_bases(device: str) -> tuple[nn.Module, nn.Module]:
 
 
 def require_bases():
-    """Ends the program if a pretrained base is not there."""
+    """Exits if a pretrained base is missing."""
     if missing := [place for place in (VISION_MODEL, TEXT_MODEL) if not place.exists()]:
-        sys.exit(f"There is no {missing[0]}. `python -m assets.real_bases` makes it, see docs/bases.md.")
+        sys.exit(f"There is no {missing[0]}. Run `python -m assets.real_bases`, see docs/bases.md.")
 
 
 def file_of(name: str, seed: int) -> Path:
@@ -489,7 +497,7 @@ def file_of(name: str, seed: int) -> Path:
 
 
 def read_run(name: str, row: Row, seed: int) -> dict | None:
-    """What is there of a run of this row as it is now, finished or not."""
+    """The results of a run with the current values of its row, finished or not, or `None`."""
     if not file_of(name, seed).is_file():
         return None
     run = json.loads(file_of(name, seed).read_text(encoding="utf-8"))
@@ -497,8 +505,8 @@ def read_run(name: str, row: Row, seed: int) -> dict | None:
 
 
 def train_missing(rows: dict[str, Row], seeds: list[int], at_once: int, only_scores: bool = False):
-    """Trains what is not finished, `at_once` runs at the same time. `only_scores`: see [`Run.train`]."""
-    # Seed by seed, so that whoever stops half-way has whole tables of fewer seeds
+    """Trains the runs that are not finished, `at_once` at the same time. `only_scores`: see [`Run.train`]."""
+    # Seed by seed, so that the tables of a stopped benchmark are complete with fewer seeds
     runs = [(name, row, seed) for seed in seeds for name, row in rows.items()]
     missing = [run for run in runs if "scores" not in (read_run(*run) or {})]
     print(f"{len(runs) - len(missing)} runs are finished, {len(missing)} are missing.", flush=True)
@@ -522,7 +530,7 @@ def train_missing(rows: dict[str, Row], seeds: list[int], at_once: int, only_sco
             if next(steps, done) is done:
                 del active[name, seed]
                 print(f"{name}, seed {seed}: done", flush=True)
-    torch.set_float32_matmul_precision(precision)  # what follows is measured as it was before
+    torch.set_float32_matmul_precision(precision)
 
 
 def load_processor(image_size: int) -> DehvfProcessor:
@@ -540,13 +548,13 @@ def load_processor(image_size: int) -> DehvfProcessor:
 
 
 def questions_until(run: dict) -> int | None:
-    """Questions that were trained on when the accuracy on the first test questions first was `LEARNED`."""
+    """Number of training questions until the accuracy on the first test questions reached `LEARNED`."""
     steps = [point["step"] for point in run["curve"] if point["average"] >= LEARNED]
     return run["row"]["batch_size"] * steps[0] if steps else None
 
 
 def best_replacement(accuracy: dict[str, float]) -> float:
-    """By how much the best replacement of the fusion weights is better than the fuser's own weights."""
+    """Difference in accuracy between the best replacement of the fusion weights and the fuser's own weights."""
     return max(value for name, value in accuracy.items() if name != OWN) - accuracy[OWN]
 
 
@@ -557,8 +565,11 @@ def markdown(report: dict) -> str:
             lines += [f"## {title}", "", *accuracy_table(found), ""]
     replaced = {name: [run for run in runs if "replaced" in run] for name, runs in report["runs"].items()}
     if names := list(dict.fromkeys(name for runs in replaced.values() for run in runs for name in run["replaced"])):
-        lines += ["## Other fusion weights", ""]
-        lines += ["Accuracy on the first questions with other fusion weights than the trained fuser's.", ""]
+        lines += ["## Replaced fusion weights", ""]
+        lines += [
+            "Accuracy on the first questions with the trained fuser's own weights and with replaced weights.",
+            "",
+        ]
         rows = [
             [row, f"{runs[0]['replaced_questions']:,}"]
             + [spread([run["replaced"][name] for run in runs], 2) for name in names]
@@ -572,7 +583,7 @@ def markdown(report: dict) -> str:
 def accuracy_table(rows: dict[str, list[dict]]) -> list[str]:
     kinds = [*kinds_of(next(iter(rows.values()))[0]["row"]["task"]), "average"]
     head = ["", "trained", "seeds", *kinds, f"questions until {LEARNED} %", "std over layers", "over images"]
-    head += ["at best without its own weights"]
+    head += ["best replacement of the weights"]
     lines = []
     for name, runs in rows.items():
         last = [run.get("scores") or run["curve"][-1] for run in runs]
@@ -619,7 +630,7 @@ def draw(report: dict, file: Path):
 
 
 def find_runs(rows: dict[str, Row], seeds: list[int]) -> dict[str, list[dict]]:
-    """What is there of each row, finished or not."""
+    """The existing runs of each row, finished or not."""
     found = {name: [read_run(name, row, seed) for seed in seeds] for name, row in rows.items()}
     return {name: there for name, runs in found.items() if (there := [run for run in runs if run])}
 
@@ -630,15 +641,16 @@ def write_report(rows: dict[str, Row], seeds: list[int]):
     report = {
         "command": "python -m benchmarks.pretrained",
         "note": (
-            "Adapters on SmolLM2-135M-Instruct and DINOv2-small. easy-VQA: 2,000 steps of 16 questions, at the rate "
-            "of 5e-4 (LaVIN and LLaMA-Adapter 2.5e-3, ADEM-VL 2e-3) if the row names no other; the scales and rates: "
-            "600 steps of 64 questions. Emoji: 285 steps of 64 questions, DEHVF and its ablations with the scales 0.1 "
-            "and 0.3 and the rate 3e-3, LLaVA-LoRA with 1e-3, ADEM-VL with 2e-3. Accuracy in % on the 9,673 and the "
-            f"1,146 test questions (of a run that was stopped, on the first {FIRST_QUESTIONS:,} when it was), mean ± "
-            "standard deviation over seeds. Most frequent answers to the same question text, without the "
-            "picture: yes/no 82.5, shape 34.8, colour 12.0 (easy-VQA), kind 19.9 (emoji). The last column "
-            "is the difference of the accuracy with the best of six replacements of the fusion weights "
-            f"(`benchmarks.fusion`): 0 or more means that the fuser's own contribute nothing. {'; '.join(machines)}."
+            "Adapters on SmolLM2-135M-Instruct and DINOv2-small. easy-VQA: 2,000 steps of 16 questions with the "
+            "learning rate 5e-4 (LaVIN and LLaMA-Adapter 2.5e-3, ADEM-VL 2e-3) unless the row gives another; for the "
+            "scales and rates, 600 steps of 64 questions. Emoji: 285 steps of 64 questions; DEHVF and its ablations "
+            "with the scales 0.1 and 0.3 and the learning rate 3e-3, LLaVA-LoRA with 1e-3, ADEM-VL with 2e-3. "
+            "Accuracy in % on the 9,673 and the 1,146 test questions (for a stopped run, on the first "
+            f"{FIRST_QUESTIONS:,} at its last evaluation), mean ± standard deviation over seeds. The most frequent "
+            "answer to each question text, without the picture, has the accuracy: yes/no 82.5, shape 34.8, colour "
+            "12.0 (easy-VQA), kind 19.9 (emoji). The last column is the change in accuracy with the best of six "
+            "replacements of the fusion weights (`benchmarks.fusion`): 0 or more means that the fuser's own weights "
+            f"contribute nothing. {'; '.join(machines)}."
         ),
         "runs": runs,
     }
@@ -647,10 +659,12 @@ def write_report(rows: dict[str, Row], seeds: list[int]):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="train nothing, write the tables from what is there")
+    parser.add_argument(
+        "--report", action="store_true", help="write the tables from the existing runs without training"
+    )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--steps", type=int, help="in place of those of the rows, to try something")
+    parser.add_argument("--steps", type=int, help="number of training steps instead of the rows' own, for trials")
     parser.add_argument("--at-once", type=int, default=1, help="runs that train at the same time")
     arguments = parser.parse_args()
     rows = {name: ROWS[name] for name in arguments.rows}

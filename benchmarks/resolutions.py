@@ -1,25 +1,23 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-What a larger picture costs, and what it brings: DEHVF on DINOv2-small and SmolLM2-135M-Instruct (docs/bases.md) at
-112, 224, 336 and 518 pixels, which are 64 to 1,369 patches, with a memory slot for each patch.
+Measures the cost and the accuracy of larger images: DEHVF on DINOv2-small and SmolLM2-135M-Instruct (docs/bases.md) at
+112, 224, 336 and 518 pixels, which give 64 to 1,369 patches, with one memory slot per patch.
 
-    python -m benchmarks.resolutions                  # a minute on a CPU: operations, seconds and memory
-    python -m benchmarks.resolutions --train          # first trains on the drawings of Noto Emoji what is missing
-    python -m benchmarks.resolutions --report         # writes the tables from what is there
+    python -m benchmarks.resolutions                  # a minute on a CPU: operations, time and memory
+    python -m benchmarks.resolutions --train          # first trains the missing runs, on the drawings of Noto Emoji
+    python -m benchmarks.resolutions --report         # writes the tables from the existing results
 
-Operations are those that torch counts (`benchmarks.operations`). Seconds are those of encoding one image, and of the
-one forward that answers a question about it by one token once it is encoded. Memory is what an encoded image takes,
-and how much more than before is in use at most meanwhile. Training is that of `benchmarks.pretrained`, whose files
-stay in `outputs/pretrained`; on one CPU core, a run takes from half an hour (112 pixels) to 8 hours (518). The tables
-go to `benchmarks/results`: `resolutions.json`, `.md` and `.png`.
+Operations are counted by torch (`benchmarks.operations`). Time is measured for encoding one image, and for the forward
+that answers a question about the encoded image with one token. Memory is the size of an encoded image, and the peak
+growth of the memory in use during both. Runs are trained as in `benchmarks.pretrained`, with files in
+`outputs/pretrained`; on one CPU core, a run takes from half an hour (112 pixels) to 8 hours (518). The tables are
+written to `benchmarks/results`: `resolutions.json`, `.md` and `.png`.
 """
 
 import argparse
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -41,7 +39,7 @@ from benchmarks import (
     spread,
     table,
 )
-from dehvf import ROOT, DehvfConfig
+from dehvf import DehvfConfig
 
 
 IMAGE_SIZES = (112, 224, 336, 518)
@@ -52,12 +50,12 @@ ROWS = {
     f"{size} px": dataclasses.replace(
         EMOJI,
         values={**EMOJI.values, "image_size": size, "num_memory_slots": (size // PATCH_SIZE) ** 2},
-        rate=EMOJI.rate / 2,  # for a quarter of the batch
+        rate=EMOJI.rate / 2,  # since the batch is a quarter of that of `EMOJI`
         batch_size=16,
     )
     for size in IMAGE_SIZES
 }
-# What grows in the table -> the parts of `operations.count` that it is the sum of
+# Row of the table -> the parts of `operations.count` that it sums
 PARTS = {
     "vision encoder": ("vision encoder",),
     "DEHVF, once per image": ("vision adapters", "projector", "fuser", "fusing"),
@@ -67,12 +65,12 @@ PARTS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Measures
+# Measurements
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def count_operations(row: pretrained.Row) -> dict[str, int]:
-    """Of the models' shapes, without their weights."""
+    """Operations by the names in `PARTS`, counted on the meta device."""
     bases = {
         "vision_config": AutoConfig.from_pretrained(pretrained.VISION_MODEL),
         "text_config": AutoConfig.from_pretrained(pretrained.TEXT_MODEL),
@@ -83,8 +81,8 @@ def count_operations(row: pretrained.Row) -> dict[str, int]:
     return {name: sum(counted[part] for part in parts) for name, parts in PARTS.items()}
 
 
-def jobs_of(row: pretrained.Row, bases: tuple, device: str) -> tuple[Callable, Callable, torch.Tensor]:
-    """Encoding an image, answering a question about it, and its visual memory."""
+def build_jobs(row: pretrained.Row, bases: tuple, device: str) -> tuple[Callable, Callable, torch.Tensor]:
+    """A function that encodes an image, one that answers a question about it, and the visual memory of the image."""
     model = pretrained.build(row, 0, *bases).to(device).eval()
     size = model.config.resolution
     generator = torch.Generator().manual_seed(0)
@@ -97,7 +95,8 @@ def jobs_of(row: pretrained.Row, bases: tuple, device: str) -> tuple[Callable, C
     return encode, answer, visual_memory
 
 
-def timed(encode: Callable, answer: Callable, now: Callable) -> dict[str, float]:
+def time_jobs(encode: Callable, answer: Callable, now: Callable) -> dict[str, float]:
+    """Seconds of both functions, by the clock `now`."""
     begin = now()
     encode()
     between = now()
@@ -106,23 +105,23 @@ def timed(encode: Callable, answer: Callable, now: Callable) -> dict[str, float]
 
 
 def measure_seconds(bases: tuple, device: str) -> dict[str, dict[str, list[float]]]:
-    """Row -> job -> seconds in each round. On a CPU those that this process has one core."""
+    """Row -> job -> seconds in each round. On a CPU, the CPU time of this process."""
 
     def now() -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() if device == "cuda" else time.process_time()
 
-    jobs = {name: partial(timed, *jobs_of(row, bases, device)[:2], now) for name, row in ROWS.items()}
-    return speed.take_turns(jobs, extra_seconds=0)
+    jobs = {name: partial(time_jobs, *build_jobs(row, bases, device)[:2], now) for name, row in ROWS.items()}
+    return speed.interleave(jobs, extra_seconds=0)
 
 
 def measure_memory(name: str, device: str) -> dict[str, int]:
-    """Bytes of an encoded image, and by how many more than before are in use at most in each job."""
-    encode, answer, visual_memory = jobs_of(ROWS[name], pretrained.load_bases(device), device)
+    """Bytes of an encoded image, and the peak growth of the memory in use during each job, in bytes."""
+    encode, answer, visual_memory = build_jobs(ROWS[name], pretrained.load_bases(device), device)
 
     def peak_of(job: Callable) -> int:
-        job()  # what is made once stays
+        job()  # a first call, for allocations that are only made once
         if device == "cpu":
             return memory.growth_at_peak(job)
         torch.cuda.reset_peak_memory_stats()
@@ -134,11 +133,7 @@ def measure_memory(name: str, device: str) -> dict[str, int]:
 
 
 def memory_in_a_fresh_process(name: str) -> dict[str, int]:
-    # Each larger tensor is mapped on its own and given back at once, so that the resident set is what is alive
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "benchmarks.resolutions", "--memory-of", name]
-    process = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE)
-    return json.loads(process.stdout)
+    return json.loads(memory.run_fresh_process("benchmarks.resolutions", "--memory-of", name))
 
 
 def measure(device: str) -> dict:
@@ -165,14 +160,14 @@ def measure(device: str) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def columns(report: dict) -> dict[str, list[float]]:
-    """What grows with the patches: its name with the unit, and its value at each size."""
+def measured_rows(report: dict) -> dict[str, list[float]]:
+    """Row of the table, with its unit -> value for each image size."""
     sizes = report["measured"]["sizes"].values()
     by_name = {f"10⁹ operations: {part}": [size["operations"][part] / 1e9 for size in sizes] for part in PARTS}
     for job in ("encode", "answer"):
         by_name[f"ms: {job}"] = [1e3 * float(np.median(size["seconds"][job])) for size in sizes]
     for part in ("visual memory", "encode", "answer"):
-        name = "10⁶ bytes: " + ("visual memory" if part == "visual memory" else f"{part}, at most")
+        name = "10⁶ bytes: " + ("visual memory" if part == "visual memory" else f"{part}, peak")
         by_name[name] = [size["memory"][part] / 1e6 for size in sizes]
     return by_name
 
@@ -181,19 +176,19 @@ def patches(report: dict) -> list[int]:
     return [size["patches"] for size in report["measured"]["sizes"].values()]
 
 
-def bend(numbers: list[int], values: list[float]) -> float:
-    """How far the last value is above the straight line through the first two, in % of that line."""
+def deviation_from_line(numbers: list[int], values: list[float]) -> float:
+    """How far the last value is above the straight line through the first two, in % of the line's value."""
     slope = (values[1] - values[0]) / (numbers[1] - numbers[0])
     straight = values[0] + slope * (numbers[-1] - numbers[0])
     return 100 * (values[-1] / straight - 1)
 
 
 def markdown(report: dict) -> str:
-    numbers, by_name = patches(report), columns(report)
+    numbers, by_name = patches(report), measured_rows(report)
     rows = [["patches and memory slots", *map(str, numbers), ""]]
     for name, values in by_name.items():
         cells = [f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in values]
-        rows.append([name, *cells, f"{bend(numbers, values):+.0f} %"])
+        rows.append([name, *cells, f"{deviation_from_line(numbers, values):+.0f} %"])
     for kind in [*pretrained.kinds_of("emoji"), "average"] if report["runs"] else ():
         found = (report["runs"].get(name, []) for name in report["measured"]["sizes"])
         cells = [spread([run["scores"][kind] for run in runs]) for runs in found]
@@ -208,7 +203,7 @@ def draw(report: dict, file: Path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    numbers, by_name = patches(report), columns(report)
+    numbers, by_name = patches(report), measured_rows(report)
     units = dict.fromkeys(name.partition(":")[0] for name in by_name)
     count = len(units) + bool(report["runs"])
     figure, axes = pyplot.subplots(1, count, figsize=(5 * count, 4.4), layout="constrained")
@@ -240,27 +235,28 @@ def draw(report: dict, file: Path):
 
 def write_report(measured: dict, runs: dict[str, list[dict]]):
     is_cpu = measured["device"] == "cpu"
-    clock = "of one core, in time of this process" if is_cpu else "of the GPU"
+    clock = "CPU time of one thread" if is_cpu else "wall time on the GPU"
     trained = ""
     if runs:
         row = next(iter(runs.values()))[0]["row"]
         machines = "; ".join(dict.fromkeys(run["machine"] for found in runs.values() for run in found))
         trained = (
-            f"Accuracy: after {row['steps']:,} steps of {row['batch_size']} questions about drawings of Noto Emoji "
-            "(docs/bases.md), on the questions about other drawings, mean ± standard deviation over seeds. The "
-            "drawings have 64 x 64 pixels and are enlarged, so a larger image shows no more detail, but the encoder "
-            f"has more patches for it. Trained on {machines}. Measured on "
+            f"Accuracy: on questions about new drawings of Noto Emoji (docs/bases.md), after {row['steps']:,} steps "
+            f"of {row['batch_size']} questions about other drawings, mean ± standard deviation over seeds. The "
+            "drawings have 64 x 64 pixels and are enlarged, so a larger image has more patches but no more detail. "
+            f"Trained on {machines}. Measured on "
         )
     report = {
         "command": "python -m benchmarks.resolutions",
         "note": (
-            "SmolLM2-135M-Instruct and DINOv2-small with DEHVF in float32, one image: encoding it, and answering a "
-            f"question of {NUM_TEXT_TOKENS} tokens by one token once it is encoded. Milliseconds are medians of "
-            f"{speed.ROUNDS} rounds {clock}, the sizes in turns. The visual memory is what `get_image_features` "
-            "returns; 'at most' is by how much the memory in use grows meanwhile, in a fresh process. The last column "
-            "is how far the largest size is above the straight line through the two smallest: attention in the vision "
-            "encoder grows with the square of the patches, and what DEHVF adds grows in proportion to them. "
-            f"{trained}{measured['machine_in_words']}; load of the machine before: {measured['load']}."
+            "DEHVF on SmolLM2-135M-Instruct and DINOv2-small in float32, with one image: encoding it, and answering a "
+            f"question of {NUM_TEXT_TOKENS} tokens about the encoded image with one token. Milliseconds are {clock}, "
+            f"medians of {speed.ROUNDS} rounds; the sizes are measured alternately. The visual memory is the result "
+            "of `get_image_features`; 'peak' is the growth of the memory in use, in a fresh process. The last column "
+            "is how far the value at the largest size is above the straight line through the two smallest sizes: "
+            "attention in the vision encoder grows with the square of the number of patches, and what DEHVF adds "
+            f"grows linearly. {trained}{measured['machine_in_words']}; load average before the start: "
+            f"{measured['load']}."
         ),
         "measured": measured,
         "runs": runs,
@@ -270,12 +266,18 @@ def write_report(measured: dict, runs: dict[str, list[dict]]):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", action="store_true", help="first train what is missing")
-    parser.add_argument("--sizes", nargs="+", type=int, choices=IMAGE_SIZES, default=IMAGE_SIZES, help="to train")
+    parser.add_argument("--train", action="store_true", help="first train the missing runs")
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, choices=IMAGE_SIZES, default=IMAGE_SIZES, help="sizes to train"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(pretrained.SEEDS))
     parser.add_argument("--at-once", type=int, default=1, help="runs that train at the same time")
-    parser.add_argument("--report", action="store_true", help="train and measure nothing, write what is there")
-    parser.add_argument("--memory-of", choices=ROWS, help="only print the bytes of this size, as JSON")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="write the tables from the existing results without training and measuring",
+    )
+    parser.add_argument("--memory-of", choices=ROWS, help="only print the memory in bytes of this size, as JSON")
     arguments = parser.parse_args()
     pretrained.require_bases()
     device = "cuda" if torch.cuda.is_available() else "cpu"

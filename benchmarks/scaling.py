@@ -1,13 +1,14 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-What 8, 64 and 512 GPUs would need to train 7B, 13B and 70B on a million and on 100 million images: time, memory and
-network of a step under each engine, and what limits it. Calculated, not measured.
+Estimates the training of 7B, 13B and 70B on 8, 64 and 512 GPUs with a million and 100 million images: the time, memory
+and network traffic of a step under each engine, and what limits it. Calculated, not measured.
 
     python -m benchmarks.scaling
 
-From operations in closed form (`benchmarks.operations`), bytes of models on the meta device (`benchmarks.memory`), the
-rate and the launches measured on an H200 (`speed-llama-7b-h200.json`), the processor's time for a picture, measured
-here, and the assumptions below. The results go to `benchmarks/results`: `scaling.json`, `.md` and `.png`.
+The estimate uses the operations in closed form (`benchmarks.operations`), the bytes of models on the meta device
+(`benchmarks.memory`), the operations per second and the time of kernel launches measured on an H200
+(`speed-llama-7b-h200.json`), the CPU time to read an image, measured here, and the assumptions below. The results are
+written to `benchmarks/results`: `scaling.json`, `.md` and `.png`.
 """
 
 import io
@@ -24,22 +25,22 @@ from transformers import CLIPImageProcessorPil
 from benchmarks import RESULTS, heading, machine_in_words, memory, operations, save_report, table
 
 
-BATCH, TEXT_TOKENS = 32, 64  # of each GPU
+BATCH, TEXT_TOKENS = 32, 64  # per GPU
 GPUS, IMAGES = (8, 64, 512), (10**6, 10**8)
 GPUS_PER_MACHINE = 8
-# Assumptions: bytes per second that a GPU receives, within a machine (NVLink of an H100) and from others (400 Gb/s)
+# Assumed bytes per second that a GPU receives within a machine (NVLink of an H100) and between machines (400 Gb/s)
 WITHIN, BETWEEN = 450e9, 50e9
-ROOM = 141e9  # memory of an H200
+GPU_MEMORY = 141e9  # of an H200
 BYTES_PER_IMAGE = 160_000  # COCO's train2017: 19 GB, 118,287 images
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 LLAMA_70B |= {"num_key_value_heads": 8, "max_position_embeddings": 4096}
+HYBRID = "FSDP2 within machines"  # only the gradients of the adapters are sent between machines
 # Engine -> its row in `memory.BASES_PER_GPU`
-HYBRID = "FSDP2 within machines"  # whose few gradients alone pass between machines
 ENGINES = {"DDP, ZeRO-2": "one GPU, DDP, ZeRO-1, ZeRO-2", "ZeRO-3": "ZeRO-3", "FSDP2": "FSDP2", HYBRID: "FSDP2"}
 
 
 def configs() -> dict:
-    """The presets of 7B and 13B, and LLaMA-2-70B's shape with the values of the latter."""
+    """The presets of 7B and 13B, and the latter with the shape of LLaMA-2-70B."""
     small, large = (operations.load_config(*shape) for name, shape in operations.SHAPES.items() if "256" in name)
     largest = deepcopy(large)
     largest.text_config.update(LLAMA_70B)
@@ -47,7 +48,7 @@ def configs() -> dict:
 
 
 def measured() -> dict[str, float]:
-    """Of DEHVF at 7B on an H200: operations per second in a prefill of 32, and seconds to launch a training step."""
+    """DEHVF at 7B on an H200: operations per second in a prefill of 32, and seconds to launch a training step."""
     report = json.loads((RESULTS / "speed-llama-7b-h200.json").read_text(encoding="utf-8"))["milliseconds"]
     config = configs()["7B"]
     prompt = sum(operations.language_model(config.text_config, 64).values()) + operations.memory_lookup(config, 64)
@@ -57,7 +58,7 @@ def measured() -> dict[str, float]:
 
 
 def seconds_per_image() -> float:
-    """Of one core, to decode a JPEG of 640 x 480 pixels and to bring it to the encoder's size."""
+    """CPU time to decode a JPEG file of 640 x 480 pixels and to resize it for the encoder."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize((640, 480))
     pixels = np.asarray(coarse, dtype=int) + rng.integers(-14, 15, (480, 640, 3))
@@ -71,7 +72,7 @@ def seconds_per_image() -> float:
 
 
 def training_operations(config) -> int:
-    """Of one sample: forward, the gradients of all activations, and those of the weights of the adapters."""
+    """Operations per sample: forward, the gradients of all activations, and those of the adapters' weights."""
     parts = operations.dehvf(config, TEXT_TOKENS)
     head = operations.product(TEXT_TOKENS - 1, config.text_config.hidden_size, config.text_config.vocab_size)
     frozen = [*operations.LANGUAGE_MODEL, "vision encoder"]
@@ -79,24 +80,24 @@ def training_operations(config) -> int:
     return 2 * (sum(parts.values()) + head) + adapters
 
 
-def sharing(engine: str, gpus: int) -> int:
-    """How many GPUs the bases are divided among."""
+def num_shards(engine: str, gpus: int) -> int:
+    """The number of GPUs among which the bases are divided."""
     return GPUS_PER_MACHINE if engine == HYBRID else gpus
 
 
 def received(engine: str, needs: dict, gpus: int) -> float:
     """
-    Bytes that a GPU receives in a step: gradients of the adapters; and, where the bases are divided, what it lacks of
-    them, in forward and again in backward.
+    Bytes that a GPU receives per step: the gradients of the adapters, and, if the bases are divided, the missing
+    shards, once in forward and once in backward.
     """
     trained = needs["adapters"] / memory.BYTES_PER_TRAINED
-    gradients = 2 * (gpus - 1) / gpus * 4 * trained  # a ring of all GPUs
-    shards = 1 if engine == "DDP, ZeRO-2" else sharing(engine, gpus)
+    gradients = 2 * (gpus - 1) / gpus * 4 * trained  # ring all-reduce
+    shards = 1 if engine == "DDP, ZeRO-2" else num_shards(engine, gpus)
     return gradients + 2 * (shards - 1) / shards * needs["bases"]
 
 
 def step(config, needs: dict, engine: str, gpus: int, facts: dict) -> dict:
-    """What a step takes, where computing, launching and communicating overlap entirely."""
+    """The cost of a step, assuming that computation, kernel launches and communication overlap entirely."""
     speed = WITHIN if gpus <= GPUS_PER_MACHINE or engine == HYBRID else BETWEEN
     layers = config.text_config.num_hidden_layers / 32
     seconds = {
@@ -105,10 +106,10 @@ def step(config, needs: dict, engine: str, gpus: int, facts: dict) -> dict:
         "network": received(engine, needs, gpus) / speed,
     }
     activations = needs["activations"] * BATCH / memory.ESTIMATE_BATCH
-    bases = memory.BASES_PER_GPU[ENGINES[engine]](needs, sharing(engine, gpus))
+    bases = memory.BASES_PER_GPU[ENGINES[engine]](needs, num_shards(engine, gpus))
     per_gpu, longest = bases + needs["adapters"] + activations, max(seconds.values())
     images_per_second = gpus * BATCH / longest
-    limit = "memory" if per_gpu > ROOM else max(seconds, key=seconds.get)
+    limit = "memory" if per_gpu > GPU_MEMORY else max(seconds, key=seconds.get)
     return {
         "memory": per_gpu,
         "seconds": seconds,
@@ -174,12 +175,12 @@ def main():
     report = {"command": "python -m benchmarks.scaling", **measure()}
     facts = report["facts"]
     report["note"] = (
-        f"Calculated, not measured. Each GPU has batches of {BATCH}, 256 patches and {TEXT_TOKENS} text tokens, bases "
-        "in bfloat16, no gradient checkpointing. Compute: operations at "
-        f"{facts['operations_per_second'] / 1e12:.0f} x 10¹² per second, as in a prefill of 32 on an H200. Launches: "
-        f"{facts['launching_a_step_of_7b']:.2f} s for 7B's 32 layers, as measured there without CUDA graphs. Network: "
-        f"{WITHIN / 1e9:.0f} GB/s within a machine of {GPUS_PER_MACHINE}, {BETWEEN / 1e9:.0f} GB/s for each GPU "
-        f"between machines. A step takes the longest of the three. Images of {BYTES_PER_IMAGE // 1000} kB take "
+        f"Calculated, not measured. Each GPU has a batch of {BATCH} with 256 patches and {TEXT_TOKENS} text tokens; "
+        f"bases in bfloat16, no gradient checkpointing. Compute: {facts['operations_per_second'] / 1e12:.0f} x 10¹² "
+        f"operations per second, as in a prefill of 32 on an H200. Launches: {facts['launching_a_step_of_7b']:.2f} s "
+        f"for the 32 layers of 7B, as measured on the H200 without CUDA graphs. Network: {WITHIN / 1e9:.0f} GB/s "
+        f"within a machine of {GPUS_PER_MACHINE} GPUs, {BETWEEN / 1e9:.0f} GB/s per GPU between machines. The time of "
+        f"a step is the longest of the three. Reading an image of {BYTES_PER_IMAGE // 1000} kB takes "
         f"{1e3 * facts['seconds_per_image']:.0f} ms of one core here. {machine_in_words()}."
     )
     save_report(RESULTS, "scaling", report, markdown, draw)

@@ -1,17 +1,17 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Requests per second, and seconds to the first token and to the end of an answer: DEHVF and LLaVA-LoRA on the same bases
-and behind the same server, `demo/serve.py`, with 1, 4 and 16 clients; and a question about an image that the server
-knows beside one without an image.
+Measures requests per second, and the time to the first token and to the end of an answer: DEHVF and LLaVA-LoRA on the
+same bases and with the same server, `demo/serve.py`, with 1, 4 and 16 clients. Also compares questions about an image
+that the server has already encoded with questions without an image.
 
     python -m benchmarks.serving              # 10 minutes on 2 cores
     python -m benchmarks.serving --rounds 1
 
-The bases are SmolLM2-135M-Instruct and DINOv2-small at 224 pixels, 256 patches (docs/bases.md). What is trained has
-new weights, since only time is measured. LLaVA-LoRA is merged and has the same handlers and the same engine, with a
-processor that puts the image tokens into its prompts. Each server is a process of its own. They take turns, in an
-order that is turned around each round, and the others are idle meanwhile. The results go to `benchmarks/results`:
-`serving.json`, `.md` and `.png`.
+The bases are SmolLM2-135M-Instruct and DINOv2-small at 224 pixels, 256 patches (docs/bases.md). The trained modules
+have random weights, since only time is measured. LLaVA-LoRA is merged and uses the same handlers and the same engine,
+with a processor that inserts the image tokens into the prompts. Each server is a separate process. They are measured
+alternately, in an order that is reversed every round, while the other servers are idle. The results are written to
+`benchmarks/results`: `serving.json`, `.md` and `.png`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM
 
 from baselines import BaselineArguments, assemble
-from benchmarks import RESULTS, heading, machine_in_words, save_report, table
+from benchmarks import RESULTS, heading, machine_in_words, save_report, table, verdict
 from benchmarks.pretrained import TEXT_MODEL, VISION_MODEL
 from benchmarks.speed import DEHVF, MERGED, TEXT_ONLY
 from dehvf import DehvfForConditionalGeneration, DehvfProcessor
@@ -45,17 +45,18 @@ from dehvf import DehvfForConditionalGeneration, DehvfProcessor
 
 QUESTION = "How many circles are there in the picture, and what colour is the largest one?"
 ROUNDS = 3
-LEAST_RATIO, LARGEST_RATIO = 2.5, 1.05  # of requests per second at the most clients; of a known image to text alone
+# Targets: requests per second over LLaVA-LoRA with the most clients; time with a known image over text alone
+LEAST_RATIO, LARGEST_RATIO = 2.5, 1.05
 
 
 @dataclass(frozen=True)
 class Setting:
     """
     image_size: side in pixels.
-    clients: numbers of clients; each asks again as soon as it is answered.
+    clients: numbers of clients; each sends its next request as soon as it has an answer.
     answer_tokens: lengths of answers.
-    requests_per_client: where there is one client, and where there are several.
-    known_questions: of each kind, about an image that is known and without one.
+    requests_per_client: with one client, and with several.
+    known_questions: number of questions of each kind in `measure_known`.
     """
 
     vision_model: str = str(VISION_MODEL)
@@ -72,7 +73,7 @@ class Setting:
 
 
 class ImageTokenProcessor:
-    """What LLaVA needs before the question: a placeholder for each patch, after the first token."""
+    """Adds LLaVA's placeholders to the prompts of a processor: one for each patch, after the first token."""
 
     def __init__(self, processor: DehvfProcessor, image_tokens: list[int]):
         self.processor, self.tokenizer = processor, processor.tokenizer
@@ -87,8 +88,8 @@ class ImageTokenProcessor:
         return inputs
 
 
-class Loaded:
-    """A model in the place of the manager from which the server gets one by its name."""
+class SingleModelManager:
+    """Replaces the `ModelManager` of transformers, from which the server gets its model by name."""
 
     def __init__(self, name: str, model, processor):
         self.force_model, self.loaded = name, (model, processor)
@@ -107,7 +108,7 @@ class Loaded:
 
 
 def build(method: str, setting: Setting):
-    """The model and its processor. Its answers have text from the first token on and do not end by themselves."""
+    """The model and its processor. Special tokens are suppressed, so that answers have the requested length."""
     from demo.serve import remember_images
 
     bases, size = (setting.vision_model, setting.text_model), {"image_size": setting.image_size}
@@ -130,20 +131,22 @@ def build(method: str, setting: Setting):
 
 
 def serve(method: str, setting: Setting, port: int, threads: int):
-    """Runs a server until the process is ended."""
+    """Runs a server until the process is terminated."""
     import uvicorn
 
     from demo.client_images import ImageReader
     from demo.serve import build as build_app
 
     torch.set_num_threads(threads)
-    app = build_app(Loaded(method, *build(method, setting)), ImageReader(), max_requests=2 * max(setting.clients))
+    app = build_app(
+        SingleModelManager(method, *build(method, setting)), ImageReader(), max_requests=2 * max(setting.clients)
+    )
     uvicorn.run(app, port=port, log_level="warning")
 
 
 @contextmanager
 def servers(methods: tuple[str, ...], setting: Setting, threads: int):
-    """The addresses of servers of these methods, once each has answered."""
+    """Starts a server for each method. Gives method -> URL when all of them are ready."""
     context, processes, urls = multiprocessing.get_context("spawn"), [], {}
     try:
         for method in methods:
@@ -156,7 +159,7 @@ def servers(methods: tuple[str, ...], setting: Setting, threads: int):
         for process, url in zip(processes, urls.values()):
             while not is_ready(url):
                 if not process.is_alive():
-                    raise RuntimeError("A server did not start. What it printed says why.")
+                    raise RuntimeError("A server did not start. See its output for the reason.")
                 time.sleep(0.2)
         yield urls
     finally:
@@ -176,7 +179,7 @@ def is_ready(url: str) -> bool:
 
 
 def make_image(seed: int) -> str:
-    """The data URL of a JPEG file, different for each seed."""
+    """The data URL of a JPEG file with random content."""
     colours = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(colours).resize((320, 240), Image.Resampling.BICUBIC).save(file, "JPEG")
@@ -184,7 +187,7 @@ def make_image(seed: int) -> str:
 
 
 def ask(client: httpx.Client, image: str | None, num_tokens: int) -> dict[str, float]:
-    """Seconds to the first token and to the end of a streamed answer."""
+    """Seconds to the first token (`first`) and to the end (`whole`) of a streamed answer."""
     content = [{"type": "text", "text": QUESTION}]
     if image is not None:
         content.insert(0, {"type": "image_url", "image_url": {"url": image}})
@@ -202,12 +205,12 @@ def ask(client: httpx.Client, image: str | None, num_tokens: int) -> dict[str, f
                 first = time.perf_counter()
     end = time.perf_counter()
     if usage["completion_tokens"] != num_tokens:
-        raise RuntimeError(f"An answer of {num_tokens} tokens was asked for, and it has {usage['completion_tokens']}.")
+        raise RuntimeError(f"An answer has {usage['completion_tokens']} tokens instead of {num_tokens}.")
     return {"first": (first or end) - start, "whole": end - start}
 
 
-def load(url: str, num_clients: int, num_requests: int, num_tokens: int, first_seed: int) -> dict:
-    """What so many clients measure who ask about a new image each time."""
+def run_clients(url: str, num_clients: int, num_requests: int, num_tokens: int, first_seed: int) -> dict:
+    """Requests per second and seconds per answer of simultaneous clients. Each request has a new image."""
     images = [make_image(first_seed + number) for number in range(num_requests)]
     with ThreadPoolExecutor(num_clients) as threads, httpx.Client(base_url=url, timeout=600) as client:
         start = time.perf_counter()
@@ -220,10 +223,10 @@ def load(url: str, num_clients: int, num_requests: int, num_tokens: int, first_s
 
 
 def measure_load(urls: dict[str, str], setting: Setting, rounds: int) -> list[dict]:
-    """For each number of clients and length of answers the rounds of each method."""
+    """The results of each round and method, for each number of clients and length of answers."""
     rows, seed = [], 1
-    for method in (DEHVF, MERGED):  # warms up
-        load(urls[method], 1, 1, max(setting.answer_tokens), first_seed=seed)
+    for method in (DEHVF, MERGED):  # warm-up
+        run_clients(urls[method], 1, 1, max(setting.answer_tokens), first_seed=seed)
     for num_clients in setting.clients:
         for num_tokens in setting.answer_tokens:
             samples = {DEHVF: [], MERGED: []}
@@ -231,7 +234,7 @@ def measure_load(urls: dict[str, str], setting: Setting, rounds: int) -> list[di
             for turn in range(rounds):
                 for method in list(samples)[:: -1 if turn % 2 else 1]:
                     seed += num_requests
-                    samples[method].append(load(urls[method], num_clients, num_requests, num_tokens, seed))
+                    samples[method].append(run_clients(urls[method], num_clients, num_requests, num_tokens, seed))
             rows.append({"clients": num_clients, "answer_tokens": num_tokens, "samples": samples})
     return rows
 
@@ -240,7 +243,7 @@ KNOWN, WITHOUT = "DEHVF, a known image", "DEHVF, no image"
 
 
 def measure_known(urls: dict[str, str], setting: Setting) -> list[dict]:
-    """Seconds of whole answers to one client, in turns."""
+    """Seconds of whole answers to one client, for text alone, without an image and with a known image."""
     image = make_image(0)
     kinds = {TEXT_ONLY: (TEXT_ONLY, None), WITHOUT: (DEHVF, None), KNOWN: (DEHVF, image)}
     rows = []
@@ -252,7 +255,7 @@ def measure_known(urls: dict[str, str], setting: Setting) -> list[dict]:
                 for kind in list(kinds)[:: -1 if turn % 2 else 1]:
                     method, own = kinds[kind]
                     seconds = ask(clients[method], own, num_tokens)["whole"]
-                    if turn >= 0:  # in the first turn the image becomes known
+                    if turn >= 0:  # the first turn is a warm-up, in which the image becomes known
                         samples[kind].append(seconds)
             rows.append({"answer_tokens": num_tokens, "samples": samples})
     return rows
@@ -266,7 +269,7 @@ def median_ratio(ones: list[float], others: list[float]) -> float:
 
 
 def speedup(row: dict) -> float:
-    """How many times LLaVA's requests per second DEHVF answers: the median of the rounds' ratios."""
+    """Requests per second of DEHVF over those of LLaVA: the median of the rounds' ratios."""
     rates = [[sample["requests_per_second"] for sample in row["samples"][name]] for name in (DEHVF, MERGED)]
     return median_ratio(*rates)
 
@@ -299,7 +302,7 @@ def markdown(report: dict) -> str:
     kinds = report["known"][0]["samples"]
     lines = [
         *heading("python -m benchmarks.serving", report["note"]),
-        *("## Load", "", "Milliseconds to the first token and to the end: median / 95th percentile.", ""),
+        *("## Load", "", "Milliseconds to the first token and to the end of an answer: median / 95th percentile.", ""),
         *table(("clients", "answer", "", "requests per second", "first token", "end", "ratio", "target"), load),
         *("", "## A known image", "", "Milliseconds of a whole answer to one client.", ""),
         *table(("answer", *kinds, f"known over {TEXT_ONLY}", "known over no image", "target"), known),
@@ -309,10 +312,6 @@ def markdown(report: dict) -> str:
 
 def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' if number > 1 else ''}"
-
-
-def verdict(is_met: bool) -> str:
-    return "met" if is_met else "not met"
 
 
 def draw(report: dict, file: Path):
@@ -335,22 +334,22 @@ def note(setting: Setting, rounds: int, threads: int, load_average: float) -> st
     side, bases = setting.image_size, (Path(setting.text_model).name, Path(setting.vision_model).name)
     return (
         f"{' and '.join(bases)} in float32, images of {side}×{side} pixels, {setting.num_memory_slots} memory slots; "
-        f"greedy, streamed. Under load each request has a new image. The servers take turns; rounds: {rounds}, of "
-        "which requests per second and ratios are medians. Each server is `demo/serve.py` in a process of its own, "
-        f"threads: {threads}, and batches what waits; the clients run on the same machine. `{TEXT_ONLY}` is the "
-        f"language model without memory slots. {machine_in_words()}. Load average before the start, from other "
-        f"processes: {load_average:.1f}."
+        "greedy, streamed. Under load, each request has a new image. The servers are measured alternately; requests "
+        f"per second and ratios are medians over rounds: {rounds}. Each server is `demo/serve.py` in a separate "
+        f"process (threads: {threads}) and batches waiting requests; the clients run on the same machine. "
+        f"`{TEXT_ONLY}` is the language model without memory slots. {machine_in_words()}. Load average before the "
+        f"start, from other processes: {load_average:.1f}."
     )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each server under each load")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each server")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds under each load")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of each server")
     arguments, setting = parser.parse_args(), Setting()
     for folder in (setting.vision_model, setting.text_model):
         if not Path(folder).is_dir():
-            sys.exit(f"There is no folder {folder}. docs/bases.md says how to get the base models.")
+            sys.exit(f"There is no folder {folder}. See docs/bases.md for how to get the base models.")
     load_average = os.getloadavg()[0]
     with servers((TEXT_ONLY, DEHVF, MERGED), setting, arguments.threads) as urls:
         known = measure_known(urls, setting)

@@ -1,18 +1,19 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Seconds of a training step, of an answer and of its parts: DEHVF beside its language model without an image, MemVP and
-LLaVA-LoRA, on the same random bases, texts and images.
+Measures the time of a training step, of an answer and of its parts: DEHVF, its language model without an image, MemVP
+and LLaVA-LoRA, on the same random bases, texts and images.
 
     python -m benchmarks.speed                          # the preset `small`: 8 minutes on 2 cores
-    python -m benchmarks.speed --threads 1 --clock cpu  # one core, without the time that others have it
+    python -m benchmarks.speed --threads 1 --clock cpu  # CPU time of one core, without that of other processes
     python -m benchmarks.speed --preset llama-7b        # needs one CUDA device
 
-In `small` the language model has a quarter of LLaMA-7B's width and half of its layers, and the encoder is as much
-smaller than CLIP ViT-L/14 as gives both the same share of the operations of 256 patches and 64 text tokens. The
-results go to `benchmarks/results`: `speed.json`, `.md` and `.png`; of other presets, `speed-<preset>.json` and so on.
+In `small`, the language model has a quarter of the width of LLaMA-7B and half of its layers. The encoder is so much
+smaller than CLIP ViT-L/14 that both have the same share of the operations with 256 patches and 64 text tokens. The
+results are written to `benchmarks/results`: `speed.json`, `.md` and `.png`; for other presets, `speed-<preset>.json`
+and so on.
 
-What is compared takes turns, in an order that is turned around each round, for at least 7 rounds after one that warms
-up. So whatever else the machine does falls on all of them. A ratio is the median of the rounds' ratios.
+The methods are measured alternately, in an order that is reversed every round, for at least 7 rounds after a warm-up.
+Other load on the machine therefore affects all of them. A ratio is the median of the rounds' ratios.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from dehvf import DehvfConfig, DehvfForConditionalGeneration
 
 
 ROUNDS = 7
-STEPS = 8  # of decoding, that are timed together
+STEPS = 8  # decoding steps per measurement
 
 TEXT_ONLY, DEHVF, MEMVP, LLAVA, MERGED = "text alone", "DEHVF", "MemVP", "LLaVA-LoRA", "LLaVA-LoRA, merged"
 
@@ -52,13 +53,15 @@ TEXT_ONLY, DEHVF, MEMVP, LLAVA, MERGED = "text alone", "DEHVF", "MemVP", "LLaVA-
 @dataclass(frozen=True)
 class Preset:
     """
-    config: file of a `DehvfConfig`, or `text_config` and `vision_config` of one.
-    patches_per_side: of the images; the first is that of all comparisons, the second is compared as well, and the time
-        of the language side is followed over all.
-    text_tokens: of the prompts; the first is that of all comparisons, all are compared.
-    num_memory_slots: where the patches are not more.
-    new_tokens: of a whole answer.
-    extra_seconds: a comparison continues for so long beyond the least number of rounds.
+    Sizes of the models and inputs.
+
+    config: JSON file of a `DehvfConfig`, or a dict with `text_config` and `vision_config`.
+    patches_per_side: sizes of the images. The comparisons use the first, `measure_sweep` the first two, and
+        `measure_growth` all of them.
+    text_tokens: lengths of the prompts. The comparisons use the first, `measure_sweep` all of them.
+    num_memory_slots: number of memory slots, unless there are more patches.
+    new_tokens: length of a whole answer.
+    extra_seconds: a comparison continues for at least this time, also after the minimum number of rounds.
     compiler: backend of `torch.compile`.
     """
 
@@ -80,7 +83,7 @@ class Preset:
 ON_CPU = {"dtype": torch.float32, "device": "cpu"}
 SMALL_TEXT = {"model_type": "llama", "hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 16}
 SMALL_TEXT |= {"num_attention_heads": 8, "num_key_value_heads": 8, "pad_token_id": 0}
-SMALL_TEXT |= {"vocab_size": 4000, "eos_token_id": None}  # 2 % of the weights, as in LLaMA; all answers equally long
+SMALL_TEXT |= {"vocab_size": 4000, "eos_token_id": None}  # 2 % of the weights, as in LLaMA; answers do not end early
 SMALL_VISION = {"model_type": "clip_vision_model", "hidden_size": 240, "intermediate_size": 960, "patch_size": 14}
 SMALL_VISION |= {"num_hidden_layers": 12, "num_attention_heads": 3}
 SMALL_BASES = {"text_config": SMALL_TEXT, "vision_config": SMALL_VISION}
@@ -111,7 +114,7 @@ PRESETS = {
 
 
 class Comparison(NamedTuple):
-    """How much more time `method` takes than `reference`. Targets are of presets: a least or a greatest ratio."""
+    """The ratio of two methods' times. `at_least` and `at_most` map a preset to its target."""
 
     what: str
     group: str
@@ -143,8 +146,8 @@ COMPARISONS = [
         "second question, whole answer", "second question", "whole answer", DEHVF, TEXT_ONLY, at_most={"small": 1.07}
     ),
 ]
-# In %, ours: by how much a point may be off the straight line from the first point to the last, of the growth between
-# them. Growth with the square of the patches would be off by 15.
+# Our limit for linear growth: the largest deviation of a point from the straight line between the first and the last
+# point, in % of the growth between them. Quadratic growth would deviate by 15 %.
 LARGEST_DEVIATION = 10
 
 
@@ -169,19 +172,19 @@ def random_base(auto_class, config, preset: Preset) -> nn.Module:
 
 
 def with_same_weights(base: nn.Module) -> nn.Module:
-    """A copy to put a method into. Its tensors are those of `base`, so that five models of 7B take the room of one."""
+    """A copy of the modules that shares the tensors of `base`, so that five models of 7B need the memory of one."""
     tensors = [*base.parameters(), *base.buffers()]
     return deepcopy(base, {id(tensor): tensor for tensor in tensors})
 
 
 def build(method: str, config, vision: nn.Module, text: nn.Module) -> nn.Module:
-    """A method with new trained modules on the bases, which stay as they are."""
+    """A model with newly initialised trained modules on the given bases, which are not changed."""
     vision, text = with_same_weights(vision), with_same_weights(text)
     if method == TEXT_ONLY:
         return text
     if method in (LLAVA, MERGED):
         model = assemble("llava-lora", vision, text, BaselineArguments())
-        if method == MERGED:  # into the shared weights, which it leaves as they are: new LoRA modules add zero
+        if method == MERGED:  # this does not change the shared weights, since new LoRA modules add zero
             model.model.language_model = model.model.language_model.merge_and_unload()
         return model.eval()
     config = deepcopy(config)
@@ -200,11 +203,11 @@ def count_trained(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-# --- jobs: what is timed. Each returns what it measured -> seconds ---
+# --- jobs: functions that return measure -> seconds ---
 
 
 def make_inputs(model, preset: Preset, patches_per_side: int, batch_size: int, text_tokens: int) -> dict:
-    """The same text and images for all methods; without an image for the language model, for LLaVA as tokens too."""
+    """The same text and images for all methods: no image for the language model, also image tokens for LLaVA."""
     generator = torch.Generator().manual_seed(0)
     text = getattr(model.config, "text_config", model.config)
     ids = torch.randint(1, text.vocab_size, (batch_size, text_tokens), generator=generator)
@@ -222,11 +225,12 @@ def make_inputs(model, preset: Preset, patches_per_side: int, batch_size: int, t
 
 def forward_on_device(model, input_ids: torch.Tensor, pixel_values: torch.Tensor, first: int = 0, **kwargs):
     """
-    The forward of a model on texts with one image each. That of a baseline with image tokens finds out on the host
-    where they are and whether they are as many as the features, which a CUDA graph cannot capture.
+    The forward of a model on texts with one image each, without synchronization with the GPU. The forward of a
+    baseline with image tokens searches for them and checks their number on the host, which a CUDA graph cannot
+    capture.
 
     Args:
-        first: position of the first image token; the others follow it.
+        first: position of the first image token; the image tokens are consecutive.
     """
     if not isinstance(model, ImageTokensForConditionalGeneration):
         if hasattr(model, "visual_embeds"):  # ADEM-VL
@@ -245,7 +249,7 @@ def forward_on_device(model, input_ids: torch.Tensor, pixel_values: torch.Tensor
 
 
 def training_step(model, optimizer, inputs: dict, now: Callable) -> dict[str, float]:
-    """Of the wholly frozen language model: the gradient of its input, without which no layer could be adapted."""
+    """Forward, backward and update. Without an optimizer, backward to the input embeddings of a frozen model."""
     model.train()
     inputs = dict(inputs)
     start = now()
@@ -259,14 +263,14 @@ def training_step(model, optimizer, inputs: dict, now: Callable) -> dict[str, fl
 
 
 def training_job(model, inputs: dict, now: Callable, **options) -> Callable[[], dict[str, float]]:
-    """A training step to repeat, with AdamW and these `options` of it if the model has trained parameters."""
+    """A training step with AdamW and its `options`, or without an optimizer if the model has no trained parameters."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, **options) if trained else None
     return partial(training_step, model, optimizer, inputs, now)
 
 
-class Ticks(StoppingCriteria):
-    """Notes the time after each new token, and stops nothing."""
+class TokenTimer(StoppingCriteria):
+    """Records the time after each new token and never stops generation."""
 
     def __init__(self, now: Callable):
         self.now, self.times = now, []
@@ -277,15 +281,15 @@ class Ticks(StoppingCriteria):
 
 
 def answer(model, inputs: dict, new_tokens: int, now: Callable) -> dict[str, float]:
-    """`generate`, greedy. The first token comes after encoder and prefill, and is the whole of a ScienceQA answer."""
+    """Greedy `generate`. The first token includes the encoder and prefill; a ScienceQA answer has only this token."""
     model.eval()
     inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-    ticks = Ticks(now)
+    timer = TokenTimer(now)
     start = now()
-    model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, stopping_criteria=[ticks])
-    seconds = {"first token": ticks.times[0] - start, "whole answer": now() - start}
+    model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, stopping_criteria=[timer])
+    seconds = {"first token": timer.times[0] - start, "whole answer": now() - start}
     if new_tokens > 1:
-        seconds["further token"] = (ticks.times[-1] - ticks.times[0]) / (new_tokens - 1)
+        seconds["further token"] = (timer.times[-1] - timer.times[0]) / (new_tokens - 1)
     return seconds
 
 
@@ -296,18 +300,18 @@ def prefill(model, inputs: dict, now: Callable) -> dict[str, float]:
     return {"prefill": now() - start}
 
 
-def language_side(model, inputs: dict) -> dict:
-    """The inputs of a question about images that have been encoded before."""
-    sides = {"input_ids": inputs["input_ids"]}
+def encode_images(model, inputs: dict) -> dict:
+    """The inputs of a question about encoded images: `input_ids` and, with images, `visual_memory`."""
+    encoded = {"input_ids": inputs["input_ids"]}
     if "pixel_values" in inputs:
         with torch.no_grad():
-            sides["visual_memory"] = model.get_image_features(inputs["pixel_values"]).pooler_output
-    return sides
+            encoded["visual_memory"] = model.get_image_features(inputs["pixel_values"]).pooler_output
+    return encoded
 
 
 @torch.no_grad()
 def decoding_step(model, preset: Preset, num_steps: int, compiled: bool = False) -> Callable:
-    """One token for each of a batch, after prefill, with a cache that has room for so many steps."""
+    """A function that decodes one token per row of a batch, after prefill, with a cache for `num_steps` tokens."""
     model.eval()
     inputs = make_inputs(model, preset, preset.patches_per_side[0], preset.decode_batch, preset.text_tokens[0])
     length = inputs["input_ids"].shape[1]
@@ -315,14 +319,14 @@ def decoding_step(model, preset: Preset, num_steps: int, compiled: bool = False)
     cache = StaticCache(config=getattr(model.config, "text_config", model.config), max_cache_len=room)
     read = {}
     pixel_values = inputs.get("pixel_values")
-    if isinstance(model, DehvfForConditionalGeneration):  # as `generate` does it
+    if isinstance(model, DehvfForConditionalGeneration):  # as in `generate`
         embeddings = model.get_input_embeddings()(inputs["input_ids"])
         memories, _ = model.model.read_images(embeddings, None, pixel_values, None, None, None)
         read, pixel_values = {"layer_memories": memories}, None
     images = {} if pixel_values is None else {"pixel_values": pixel_values}
     model(input_ids=inputs["input_ids"], cache=cache, use_cache=True, logits_to_keep=1, **read, **images)
     token = inputs["input_ids"][:, -1:].clone()
-    # A mask of all that the cache has room for, since one of what is in it would have to be made on the host
+    # A mask of the full cache, since a mask of its filled part would have to be created on the host in each step
     mask = torch.ones(len(token), 1, 1, room, dtype=torch.bool, device=token.device)
     positions = torch.full_like(token, length)
     decode = torch.compile(model, backend=preset.compiler) if compiled else model
@@ -335,7 +339,7 @@ def decoding_step(model, preset: Preset, num_steps: int, compiled: bool = False)
     return step
 
 
-def several_steps(step: Callable, now: Callable) -> dict[str, float]:
+def time_steps(step: Callable, now: Callable) -> dict[str, float]:
     """Mean seconds of a decoding step."""
     start = now()
     for _ in range(STEPS):
@@ -343,11 +347,11 @@ def several_steps(step: Callable, now: Callable) -> dict[str, float]:
     return {"further token": (now() - start) / STEPS}
 
 
-def take_turns(
+def interleave(
     jobs: dict[str, Callable], extra_seconds: float, least_rounds: int = ROUNDS
 ) -> dict[str, dict[str, list[float]]]:
-    """Name -> measure -> seconds in each round."""
-    samples = {name: {measure: [] for measure in job()} for name, job in jobs.items()}  # and warms up
+    """Runs the jobs alternately, in an order that is reversed every round. Returns name -> measure -> seconds."""
+    samples = {name: {measure: [] for measure in job()} for name, job in jobs.items()}  # this is the warm-up
     start, rounds = time.perf_counter(), 0
     while rounds < least_rounds or time.perf_counter() - start < extra_seconds:
         for name in list(jobs)[:: -1 if rounds % 2 else 1]:
@@ -357,58 +361,60 @@ def take_turns(
     return samples
 
 
-# --- groups of jobs that take turns ---
+# --- groups of jobs that are measured alternately ---
 
 
 def measure_methods(models: dict, preset: Preset, now: Callable) -> dict:
-    """Training and inference of all methods at the main shape."""
+    """Training and inference of all methods with the first number of patches and text tokens."""
     side, tokens = preset.patches_per_side[0], preset.text_tokens[0]
     jobs = {}
     for name in (TEXT_ONLY, DEHVF, MEMVP, LLAVA):
         inputs = make_inputs(models[name], preset, side, preset.training_batch, tokens)
-        jobs[name] = training_job(models[name], inputs, now, fused=True)  # as the Trainer's
-    groups = take_turns_apart("training", jobs, preset)
+        jobs[name] = training_job(models[name], inputs, now, fused=True)  # as in Trainer
+    groups = measure_apart("training", jobs, preset)
     jobs = {}
     for name, model in models.items():
         inputs = make_inputs(model, preset, side, preset.inference_batch, tokens)
         jobs[name] = partial(answer, model, inputs, preset.new_tokens, now)
-    return groups | take_turns_apart("inference", jobs, preset)
+    return groups | measure_apart("inference", jobs, preset)
 
 
-def take_turns_apart(group: str, jobs: dict, preset: Preset) -> dict:
-    """LLaVA takes long: without it there are more rounds for the small differences between the others."""
-    far = {name: job for name, job in jobs.items() if name in (DEHVF, LLAVA, MERGED)}
-    close = {name: job for name, job in jobs.items() if name not in (LLAVA, MERGED)}
+def measure_apart(group: str, jobs: dict, preset: Preset) -> dict:
+    """
+    Measures DEHVF with the slow LLaVA, and again with the other methods, whose small differences need more rounds.
+    """
+    slow = {name: job for name, job in jobs.items() if name in (DEHVF, LLAVA, MERGED)}
+    fast = {name: job for name, job in jobs.items() if name not in (LLAVA, MERGED)}
     return {
-        f"{group}, LLaVA": take_turns(far, preset.extra_seconds),
-        group: take_turns(close, 3 * preset.extra_seconds),
+        f"{group}, LLaVA": interleave(slow, preset.extra_seconds),
+        group: interleave(fast, 3 * preset.extra_seconds),
     }
 
 
 def measure_language_side(models: dict, preset: Preset, now: Callable) -> dict:
-    """What a question costs once its image is encoded."""
+    """A question about an encoded image: prefill, decoding, and a whole answer to one question."""
     side, tokens = preset.patches_per_side[0], preset.text_tokens[0]
     jobs = {"prefill": {}, "decoding": {}, "second question": {}}
     for name in (TEXT_ONLY, DEHVF):
         model = models[name].eval()
         make = partial(make_inputs, model, preset, side)
-        inputs = language_side(model, make(preset.inference_batch, tokens))
+        inputs = encode_images(model, make(preset.inference_batch, tokens))
         jobs["prefill"][name] = partial(prefill, model, inputs, now)
         for group, batch_size in (("decoding", preset.decode_batch), ("second question", 1)):
-            inputs = language_side(model, make(batch_size, tokens))
+            inputs = encode_images(model, make(batch_size, tokens))
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             jobs[group][name] = partial(answer, model, inputs, preset.new_tokens, now)
-    return {group: take_turns(group_jobs, preset.extra_seconds) for group, group_jobs in jobs.items()}
+    return {group: interleave(group_jobs, preset.extra_seconds) for group, group_jobs in jobs.items()}
 
 
 def measure_compiled_decoding(models: dict, preset: Preset, now: Callable) -> dict:
     num_steps = (ROUNDS + 1) * STEPS
     steps = {name: decoding_step(models[name], preset, num_steps, compiled=True) for name in (TEXT_ONLY, DEHVF)}
-    return {"compiled decoding": take_turns({name: partial(several_steps, steps[name], now) for name in steps}, 0)}
+    return {"compiled decoding": interleave({name: partial(time_steps, steps[name], now) for name in steps}, 0)}
 
 
 def measure_sweep(text: nn.Module, preset: Preset, now: Callable) -> list[dict]:
-    """Answers of one token, over the lengths of the text and two numbers of patches."""
+    """Answers of one token for each length of the text and two numbers of patches."""
     first, second, *_ = preset.patches_per_side
     points = []
     for side in (first, second):
@@ -418,30 +424,30 @@ def measure_sweep(text: nn.Module, preset: Preset, now: Callable) -> list[dict]:
             for name, model in models.items():
                 inputs = make_inputs(model, preset, side, preset.sweep_batch, tokens)
                 jobs[name] = partial(answer, model, inputs, 1, now)
-            samples = take_turns(jobs, 0)
+            samples = interleave(jobs, 0)
             points.append({"patches": side**2, "text_tokens": tokens, "samples": samples})
     return points
 
 
 def measure_growth(text: nn.Module, preset: Preset, now: Callable) -> dict:
-    """Prefill of the language side over the patches, with as many memory slots, and the line through it."""
+    """Prefill of the language side for each number of patches, with as many memory slots, and a linear fit."""
     jobs = {}
     for side in preset.patches_per_side:
         config = make_config(preset, side)
         config.num_memory_slots = side**2
         model = build(DEHVF, config, random_base(AutoModel, config.vision_config, preset), text)
         inputs = make_inputs(model, preset, side, preset.inference_batch, preset.text_tokens[0])
-        jobs[str(side**2)] = partial(prefill, model, language_side(model, inputs), now)
-    samples = take_turns(jobs, preset.extra_seconds)
+        jobs[str(side**2)] = partial(prefill, model, encode_images(model, inputs), now)
+    samples = interleave(jobs, preset.extra_seconds)
     patches = np.array([int(name) for name in samples])
     seconds = np.array([statistics.median(measures["prefill"]) for measures in samples.values()])
-    slope, start = np.polyfit(patches, seconds, 1)
+    slope, intercept = np.polyfit(patches, seconds, 1)
     ends = np.interp(patches, patches[[0, -1]], seconds[[0, -1]])
     deviation = 100 * np.abs(seconds - ends).max() / (seconds[-1] - seconds[0])
     return {
         "samples": samples,
         "seconds_per_patch": slope,
-        "seconds_at_no_patch": start,
+        "seconds_at_no_patch": intercept,
         "largest_deviation_in_percent": deviation,
         "is_linear": bool(deviation <= LARGEST_DEVIATION),
     }
@@ -451,11 +457,11 @@ def measure_growth(text: nn.Module, preset: Preset, now: Callable) -> dict:
 
 
 def compare(comparison: Comparison, groups: dict, preset: str) -> dict:
-    """`met` is `None` where the preset has no target."""
-    above, below = (
+    """The comparison with its ratio and target. `met` is `None` if the preset has no target."""
+    times, reference = (
         groups[comparison.group][name][comparison.measure] for name in (comparison.method, comparison.reference)
     )
-    ratios = [one / other for one, other in zip(above, below)]
+    ratios = [one / other for one, other in zip(times, reference)]
     ratio = statistics.median(ratios)
     at_least, at_most = comparison.at_least.get(preset), comparison.at_most.get(preset)
     met = ratio >= at_least if at_least else ratio <= at_most if at_most else None
@@ -479,7 +485,7 @@ def markdown(report: dict) -> str:
         ratio = f"{row['ratio']:.3f} ({row['least']:.3f} to {row['greatest']:.3f})"
         comparisons.append([row["what"], row["method"], row["reference"], ratio, target, verdict[row["met"]]])
     deviation, limit = growth["largest_deviation_in_percent"], f"≤ {LARGEST_DEVIATION} % (ours)"
-    what = "growth over the patches: off a straight line"
+    what = "growth with the patches: deviation from a straight line"
     comparisons.append([what, "DEHVF", "", f"{deviation:.1f} % of it", limit, verdict[growth["is_linear"]]])
 
     methods, measures = [], ("first token", "further token", "whole answer")
@@ -508,18 +514,18 @@ def markdown(report: dict) -> str:
         *table(("", "of", "over", "median of the rounds' ratios (least to greatest)", "target", ""), comparisons),
         *("", "## Methods", "", "Milliseconds per batch.", ""),
         *table(("", "trained", "training step", *measures), methods),
-        *("", "## Language side, the image having been encoded before", "", "Milliseconds per batch.", ""),
+        *("", "## Language side, with an encoded image", "", "Milliseconds per batch.", ""),
         *table(("", "prefill", "decoding step", "second question: first token", "whole answer"), language_side),
-        *("", "## Answer of one token over text and patches", "", "Milliseconds per batch, encoder included.", ""),
+        *("", "## Answer of one token, by patches and text", "", "Milliseconds per batch, encoder included.", ""),
         *table(("patches", "text tokens", *report["sweep"][0]["samples"], f"{MERGED} over DEHVF"), sweep),
-        *("", "## Growth over the patches: prefill, language side", ""),
+        *("", "## Growth with the patches: prefill, language side", ""),
         *table(
             ("patches (and slots)", "milliseconds per batch"),
             [(f"{int(name):,}", median_ms(row["prefill"])) for name, row in growth["samples"].items()],
         ),
         "",
-        f"{1e5 * growth['seconds_per_patch']:.2f} ms per batch for each 100 patches; at most {deviation:.1f} % of the "
-        "growth off a straight line.",
+        f"{1e5 * growth['seconds_per_patch']:.2f} ms per batch for each 100 patches; the largest deviation from a "
+        f"straight line is {deviation:.1f} % of the growth.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -538,7 +544,7 @@ def draw(report: dict, file: Path):
             ratios.plot(target, position, "|", color="black", markersize=14)
     labels = [f"{row['what']}: {row['method']} over {row['reference']}" for row in rows]
     ratios.set_yticks(range(len(rows)), labels, fontsize=8)
-    ratios.set_title("Ratios of time: median, least to greatest; target (black)")
+    ratios.set_title("Ratios of time: median, minimum to maximum; target (black)")
 
     growth = report["growth"]
     numbers = [int(name) for name in growth["samples"]]
@@ -560,16 +566,15 @@ def note(name: str, preset: Preset, clock: str) -> str:
     unmeasured = [other for other, sizes in PRESETS.items() if sizes.device == "cuda" and other != name]
     return (
         f"Preset `{name}` with random weights in {str(preset.dtype).removeprefix('torch.')}: {clock} time, medians of "
-        f"at least {ROUNDS} rounds in which all take turns. {preset.patches_per_side[0] ** 2} patches and "
-        f"{preset.text_tokens[0]} text tokens where nothing else is said; batches of {preset.training_batch} in "
+        f"at least {ROUNDS} rounds; the methods are measured alternately. {preset.patches_per_side[0] ** 2} patches "
+        f"and {preset.text_tokens[0]} text tokens unless stated otherwise; batches of {preset.training_batch} in "
         f"training, {preset.inference_batch} in inference and prefill, {preset.decode_batch} in decoding, "
-        f"{preset.sweep_batch} over text and patches, 1 for the second question; a whole answer has "
-        f"{preset.new_tokens} tokens. "
-        "Training is forward, backward and AdamW; for the language model alone, which has nothing to train, forward "
-        "and backward to its input embeddings. Inference is `generate`, encoder included; its first token is all of a "
-        "ScienceQA answer. Compiled: the forward of one token with a cache of a fixed size, by "
-        f"{preset.compiler}, also that of text alone. Both MemVP and DEHVF run as this repository's model. "
-        f"{machine_in_words()}. Not measured here: "
+        f"{preset.sweep_batch} for the answers by patches and text tokens, 1 for the second question; a whole answer "
+        f"has {preset.new_tokens} tokens. Training is forward, backward and AdamW; for the language model alone, "
+        "which has no trained parameters, forward and backward to its input embeddings. Inference is `generate`, "
+        "encoder included; a ScienceQA answer has only the first token. Compiled: the forward of one token with a "
+        f"static cache, compiled with {preset.compiler} for both methods. MemVP and DEHVF both run as the model of "
+        f"this repository. {machine_in_words()}. Not measured here: "
         f"{' and '.join(f'`{other}`' for other in unmeasured)}, which need one CUDA device."
     )
 
@@ -601,19 +606,19 @@ def measure(name: str, preset: Preset, clock: str) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="small")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of all that is measured")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads")
     parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: the time that this process has all its cores"
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU time of this process, summed over its cores"
     )
     arguments = parser.parse_args()
     preset = PRESETS[arguments.preset]
     if preset.device == "cuda" and not torch.cuda.is_available():
         sys.exit(
-            f"The preset `{arguments.preset}` needs one CUDA device with room for its weights in bfloat16, and there "
-            "is none here. Take `--preset small`, which runs on a CPU."
+            f"The preset `{arguments.preset}` needs one CUDA device with enough memory for its weights in bfloat16, "
+            "and none is available. Use `--preset small`, which runs on a CPU."
         )
     if preset.device == "cuda" and arguments.clock == "cpu":
-        sys.exit("`--clock cpu` does not see what a CUDA device does. Take `--clock wall`.")
+        sys.exit("`--clock cpu` does not include the time of a CUDA device. Use `--clock wall`.")
     torch.set_num_threads(arguments.threads)
     report = {
         "command": shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]),

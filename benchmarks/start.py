@@ -1,17 +1,18 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Seconds before anything is computed: imports, loading an adapter, and a training run up to its first step, also with
-COCO's 566,000 captions.
+Measures the start-up time: imports, loading an adapter, and a training run up to its first step, with the default
+recipe and with 566,000 captions in the layout of COCO.
 
     python -m benchmarks.start                  # minutes on 2 cores
-    python -m benchmarks.start --captions 0     # without COCO's layout, which takes most of them
+    python -m benchmarks.start --captions 0     # without the captions, which take most of the time
 
-Each measurement is a fresh process; imports and loading take turns in rounds, of which medians are given. The imports
-of transformers that a model file needs are measured beside those of the shipped files. The captions are made up, five
-for each copy of one picture, in a temporary folder; a run on them is measured with an empty cache of encoded rows and
-again with a filled one, with 1 and 2 processes, and memory is the largest resident set of each process, of which
-`datasets` maps the encoded rows from the disk. Reading 100,000 of them from there is measured beside encoding them
-into lists. The results go to `benchmarks/results`: `start` and `captions`, each as `.json` and `.md`.
+Each measurement is a fresh process. Imports and loading are measured alternately; the report gives medians. The
+imports of transformers that any model file needs are measured separately from those of the shipped files. The captions
+are synthetic, five per copy of one picture, in a temporary folder. A run on them is measured with an empty and with a
+filled cache of encoded rows, with 1 and 2 processes. Its memory is the peak resident set of each process, and the part
+without mapped files, since `datasets` maps the encoded rows from the disk. Reading 100,000 of these rows is compared
+with encoding them into lists. The results are written to `benchmarks/results`: `start` and `captions`, each as `.json`
+and `.md`.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from pathlib import Path
 import psutil
 from PIL import Image
 
-from benchmarks import RESULTS, heading, machine_in_words, save_report, table
+from benchmarks import RESULTS, heading, machine_in_words, save_report, table, verdict
 from benchmarks.memory import resident_set
 from dehvf import ROOT, DehvfForConditionalGeneration, DehvfProcessor
 from tasks import coco_captions
@@ -42,21 +43,22 @@ OWN, SHIPPED = "importing what a model of transformers imports", "importing the 
 LOADING, HELP = "from_pretrained of an adapter with its bases", "accelerate launch train.py --help"
 STARTING = "accelerate launch train.py, to its first step"
 TARGETS = {LOADING: 3, HELP: 4, STARTING: 12}  # seconds on 2 cores
-ADDED = 1  # by the shipped files to transformers' own imports
+ADDED = 1  # target in seconds for the imports of the shipped files, without those of transformers
 PROCESSES = (1, 2)
-FIELDS = ("VmHWM", "RssAnon")  # of a process's memory: resident at most, and not mapped from files
+FIELDS = ("VmHWM", "RssAnon")  # of a process: the peak resident set, and its part without mapped files
 CAPTIONS_PER_IMAGE = 5
-ROWS = 100_000  # that are read one by one
+ROWS = 100_000  # for `measure_rows`
 
 
 def seconds_of(command: list[str]) -> float:
+    """Wall time of a command."""
     start = time.perf_counter()
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
 def seconds_of_loading(folder: Path) -> float:
-    """Of `from_pretrained` alone, after the imports."""
+    """Wall time of `from_pretrained` in a fresh process, without the imports."""
     lines = (
         f"{IMPORTS}, AutoModel",
         "import time, dehvf",
@@ -70,7 +72,7 @@ def seconds_of_loading(folder: Path) -> float:
 
 
 def measure_run(launch: list[str], *flags: str, cache: Path) -> dict:
-    """Seconds from the command to the first step that is logged, and the memory of each training process then."""
+    """Seconds from the start of a training run to its first logged step, and the memory of each process then."""
     with tempfile.TemporaryDirectory() as folder:
         command = [*launch, "train.py", *flags, "--logging_steps", "1", "--output_dir", folder]
         environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
@@ -92,7 +94,7 @@ def measure_run(launch: list[str], *flags: str, cache: Path) -> dict:
 
 
 def write_captions(folder: Path, size: int):
-    """A data set of so many captions to train on in COCO's layout, and ten images to test on."""
+    """Writes `size` training captions in the layout of COCO, and ten test images, to `folder`."""
     picture = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(picture, "JPEG")
     images = []
@@ -101,19 +103,20 @@ def write_captions(folder: Path, size: int):
         place = folder / f"{part}2014"
         place.mkdir(exist_ok=True)
         (place / f"{number}.jpg").write_bytes(picture.getvalue())
-        sentences = [{"raw": f"picture {number} of a red square, said in way {way}"} for way in range(5)]
+        ways = range(CAPTIONS_PER_IMAGE)
+        sentences = [{"raw": f"picture {number} of a red square, said in way {way}"} for way in ways]
         names = {"filepath": place.name, "filename": f"{number}.jpg", "cocoid": number, "split": part}
         images.append({**names, "sentences": sentences})
     (folder / "dataset_coco.json").write_text(json.dumps({"images": images}), encoding="utf-8")
 
 
 def measure_rows(folder: Path, size: int) -> dict[str, dict[str, float]]:
-    """Rows per second and bytes of memory per row: encoded into lists, and read from the file of encoded rows."""
+    """Rows per second and bytes of memory per row, for rows encoded into lists and rows read from the cache."""
     rows = coco_captions.load("train", str(folder)).remove_columns("image")
     rows = rows.select(range(min(size, len(rows))))
     processor = DehvfProcessor.from_vision_text_pretrained(*BASES)
     encoder = RowEncoder(coco_captions, "train", processor, max_prompt_length=512, training=True)
-    encoder.encode(rows)  # into the file
+    encoder.encode(rows)  # fills the cache file
     ways = {
         "encoded into lists": lambda: [encoder(row, index) for index, row in enumerate(rows)],
         "read from the file": lambda: [None for _ in encoder.encode(rows)],
@@ -175,29 +178,25 @@ def markdown(report: dict) -> str:
     medians = {name: statistics.median(values) for name, values in report["seconds"].items()}
     rows = []
     for name, values in report["seconds"].items():
-        target = f"≤ {TARGETS[name]}: {verdict(medians[name], TARGETS[name])}" if name in TARGETS else ""
+        target = f"≤ {TARGETS[name]}: {verdict(medians[name] <= TARGETS[name])}" if name in TARGETS else ""
         rows.append([name, f"{medians[name]:.1f}", f"{min(values):.1f} to {max(values):.1f}", target])
     added = medians[SHIPPED] - medians[OWN]
-    rows.append(["the shipped files alone", f"{added:.1f}", "", f"≤ {ADDED}: {verdict(added, ADDED)}"])
-    note = f"Medians of {report['rounds']} rounds, in seconds, each in a fresh process. {report['measured_on']}."
+    rows.append(["the shipped files alone", f"{added:.1f}", "", f"≤ {ADDED}: {verdict(added <= ADDED)}"])
+    note = f"Seconds, medians of {report['rounds']} rounds, each in a fresh process. {report['measured_on']}."
     lines = [
         *heading(COMMAND, note),
         *table(("", "seconds", "least to greatest", "target"), rows),
         "",
-        "The first run on a machine, which makes and encodes the rows of the default run, takes "
+        "The first run of the default recipe on a machine, which generates and encodes its rows, takes "
         f"{report['first_run']:.0f} seconds to its first step.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def verdict(seconds: float, most: float) -> str:
-    return "met" if seconds <= most else "not met"
-
-
 def captions_markdown(report: dict) -> str:
     note = (
-        f"{report['captions']:,} captions in COCO's layout, tiny bases; MB of each process when the first step is "
-        f"logged, resident at most and without what is mapped from files. {report['measured_on']}."
+        f"{report['captions']:,} captions in the layout of COCO, tiny bases. Memory: MB of each process when the "
+        f"first step is logged, as the peak resident set and without mapped files. {report['measured_on']}."
     )
     starts = []
     for processes, runs in report["runs"].items():
@@ -205,7 +204,7 @@ def captions_markdown(report: dict) -> str:
             memory = [", ".join(f"{memory[kind] / 1e6:,.0f}" for memory in run["memory"]) for kind in FIELDS]
             starts.append([str(processes), state, f"{run['seconds']:.0f}", *memory])
     reads = [[name, f"{row['per_second']:,.0f}", f"{row['bytes']:,.0f}"] for name, row in report["rows"].items()]
-    head = ("processes", "cache of encoded rows", "seconds to the first step", "at most", "without files")
+    head = ("processes", "cache of encoded rows", "seconds to the first step", "peak, MB", "without files, MB")
     what = f"{min(ROWS, report['captions']):,} of these rows, without their images, by one process:"
     lines = [*heading(COMMAND, note), *table(head, starts), "", what, ""]
     return "\n".join([*lines, *table(("", "rows per second", "bytes of memory per row"), reads)]) + "\n"
@@ -214,8 +213,12 @@ def captions_markdown(report: dict) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--captions", type=int, default=566_000, help="rows to train on in COCO's layout")
-    parser.add_argument("--rows-of", type=Path, help="only print how fast the rows of this folder are read")
+    parser.add_argument(
+        "--captions", type=int, default=566_000, help="number of training captions in the layout of COCO"
+    )
+    parser.add_argument(
+        "--rows-of", type=Path, help="only print the result of `measure_rows` for this folder, as JSON"
+    )
     arguments = parser.parse_args()
     if arguments.rows_of:
         print(json.dumps(measure_rows(arguments.rows_of, ROWS)))

@@ -1,7 +1,7 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Makes a data set for `--task chat` of the named drawings of Noto Emoji: what kind of thing a drawing shows, and whether
-it shows a thing of some kind. Every fifth drawing is in the test split alone.
+Creates a data set for `--task chat` from the drawings of Noto Emoji, with questions about the kind of thing that a
+drawing shows. Every fifth drawing is in the test split only.
 
     python examples/emoji.py outputs/emoji-data
     accelerate launch train.py recipes/emoji-smollm2.yaml
@@ -44,10 +44,10 @@ KINDS = {
 
 def download() -> Path:
     """
-    The package in the cache folder.
+    The package in the cache folder, downloaded if necessary.
 
     Raises:
-        OSError: if the registry cannot be reached, or gives another file.
+        OSError: if the download fails, or the file has another checksum.
     """
     file = _wheels.cache_folder() / URL.rpartition("/")[2]
     if not file.exists():
@@ -63,12 +63,13 @@ def download() -> Path:
 
 
 def questions(kind: str, rng: random.Random) -> list[tuple[str, str]]:
-    """One that asks for the kind, one with the answer yes, and one with the answer no."""
+    """Three questions with their answers: one about the kind, one with the answer yes and one with the answer no."""
     other = rng.choice([name for name in KINDS.values() if name != kind])
     return [("what kind of thing is this?", kind), (f"is this a {kind}?", "yes"), (f"is this a {other}?", "no")]
 
 
 def make(package: Path, folder: Path):
+    """Writes `train.jsonl`, `test.jsonl` and `images` to `folder`."""
     rng = random.Random(0)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = {"train": [], "test": []}
@@ -78,7 +79,7 @@ def make(package: Path, folder: Path):
         rng.shuffle(drawings)
         split_of = {entry["image"]: "train" if index % 5 else "test" for index, entry in enumerate(drawings)}
         kind_of = {entry["image"]: KINDS[entry["category"]] for entry in drawings}
-        for member in archive:  # in the order of the archive, which is read once
+        for member in archive:  # in its own order, so that the archive is read only once
             name = Path(member.name).name
             if "/img/google/64/" not in member.name or name not in kind_of:
                 continue
@@ -86,16 +87,16 @@ def make(package: Path, folder: Path):
             for question, answer in questions(kind_of[name], rng):
                 messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
                 rows[split_of[name]].append({"image": f"images/{name}", "messages": messages})
-    for split, own in rows.items():
-        rng.shuffle(own)
-        text = "".join(json.dumps(row) + "\n" for row in own)
+    for split, entries in rows.items():
+        rng.shuffle(entries)
+        text = "".join(json.dumps(row) + "\n" for row in entries)
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
-        print(f"{folder / split}.jsonl: {len(own):,} questions about {len(own) // 3:,} drawings")
+        print(f"{folder / split}.jsonl: {len(entries):,} questions about {len(entries) // 3:,} drawings")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the data set is written")
+    parser.add_argument("folder", type=Path, help="output folder")
     make(download(), parser.parse_args().folder)
 
 

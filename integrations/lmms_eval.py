@@ -1,6 +1,6 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-DEHVF as a model of lmms-eval, registered by the entry point in `pyproject.toml`; see docs/lmms-eval.md.
+DEHVF as a model for lmms-eval, registered by the entry point in `pyproject.toml`; see docs/lmms-eval.md.
 
     python -m lmms_eval --model dehvf --model_args pretrained=outputs/my-run --tasks scienceqa --batch_size 16
 """
@@ -16,14 +16,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 class Dehvf(lmms):
     """
-    Answers the requests of tasks with generated answers.
+    Answers requests of the type `generate_until`.
 
     Args:
         pretrained: folder or Hub id of an adapter.
         revision: revision of the adapter.
         batch_size: number of questions per batch.
-        device: cuda, cpu, ...; by default a GPU if there is one. With several processes, each uses its own.
-        dtype, attn_implementation: of the base models, as in `from_pretrained`.
+        device: "cuda", "cpu", ...; by default a GPU if available. With several processes, each uses its own device.
+        dtype, attn_implementation: for the base models, as in `from_pretrained`.
 
     Raises:
         ValueError: if a question has video, audio or more images than the adapter reads, or a task compares
@@ -47,16 +47,16 @@ class Dehvf(lmms):
         source = {"revision": revision, "trust_remote_code": True}
         options = {"dtype": dtype, "attn_implementation": attn_implementation}
         model = AutoModelForImageTextToText.from_pretrained(pretrained, **source, **options)
-        place = device if device is not None and self._world_size == 1 else self.accelerator.device
-        self.model = model.to(place).eval()
+        target = device if device is not None and self._world_size == 1 else self.accelerator.device
+        self.model = model.to(target).eval()
         self.processor = AutoProcessor.from_pretrained(pretrained, **source)
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests) -> list[str]:
-        """The answer to each request, in their order."""
+        """The answers, in the order of the requests."""
         answers, groups = {}, {}
         for index, request in enumerate(requests):
-            groups.setdefault(str(sorted(request.args[2].items())), []).append(index)  # with the same options
+            groups.setdefault(str(sorted(request.args[2].items())), []).append(index)  # by generation options
         batches = [
             indices[start : start + self.batch_size]
             for indices in groups.values()
@@ -69,7 +69,7 @@ class Dehvf(lmms):
         return [answers[index] for index in range(len(requests))]
 
     def messages(self, request) -> list[dict]:
-        """The chat of a request, in the form of `transformers`."""
+        """The chat messages of a request, in the format of `transformers`."""
         _, to_messages, _, document, task, split = request.args
         chat = ChatMessages(messages=to_messages(self.task_dict[task][split][document]))
         images, videos, sounds = chat.extract_media()
@@ -77,13 +77,13 @@ class Dehvf(lmms):
         if len(images) > max_images or videos or sounds:
             raise ValueError(
                 f"Document {document} of {task} has {len(images)} images, {len(videos)} videos and {len(sounds)} "
-                f"sounds, but this adapter reads images alone, at most {max_images}. Leave the task out."
+                f"sounds, but this adapter only reads images, at most {max_images}. Remove the task."
             )
         return chat.to_hf_messages()
 
     @staticmethod
     def generation_options(options: dict) -> tuple[dict, list[str]]:
-        """Arguments of `generate`, and texts at which an answer ends."""
+        """The arguments of `generate`, and the strings at which an answer ends."""
         until = options.pop("until", [])
         names = ("max_new_tokens", "temperature", "top_p", "num_beams")
         chosen = {name: options[name] for name in names if options.get(name) is not None}
@@ -105,10 +105,10 @@ class Dehvf(lmms):
         return [answer.strip() for answer in answers]
 
     def loglikelihood(self, requests):
-        raise ValueError("DEHVF answers tasks of the type `generate_until`, not those that compare likelihoods.")
+        raise ValueError("DEHVF supports tasks of the type `generate_until`, not those that compare likelihoods.")
 
     def generate_until_multi_round(self, requests):
-        raise ValueError("DEHVF answers tasks of the type `generate_until`, not those of several rounds.")
+        raise ValueError("DEHVF supports tasks of the type `generate_until`, not those with several rounds.")
 
 
 MANIFEST = ModelManifest(model_id="dehvf", chat_class_path="integrations.lmms_eval.Dehvf")

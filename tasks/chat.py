@@ -11,8 +11,8 @@ The first is the format of TRL, where a content may also be a list of parts, {"t
 {"type": "image"}, perhaps with the image itself as `image`; the second is the format of LLaVA and ShareGPT. Images may
 be in any of the user's messages. Their placeholders (`<image>`, or a part of type "image") are removed from the text,
 since there are no image tokens: the model is given all images of a row in order. A text in the column `system` becomes
-the system message of a row that has none in its messages. Other columns are not read. `python
--m tasks check FOLDER --task chat` lists the rows that do not have this form.
+the system message of a row that has none in its messages. Other columns are ignored. The
+command `python -m tasks check FOLDER --task chat` lists invalid rows.
 """
 
 import reprlib
@@ -46,7 +46,7 @@ load = partial(_sources.load, sys.modules[__name__])
 
 
 def find_images(record: dict) -> list | None:
-    """The images in parts of the messages, for a row that has none in a column."""
+    """The images in the parts of the messages, for a row without a column of images."""
     turns = _sources.as_list(record["messages"])
     turns = turns if isinstance(turns, list) else []
     contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
@@ -61,7 +61,7 @@ def find_images(record: dict) -> list | None:
 
 
 def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
-    """A row without its images, and what is wrong with its messages."""
+    """A row without its images, and the faults of its messages."""
     turns = _sources.as_list(record["messages"])
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         return {}, [
@@ -134,7 +134,7 @@ def read_content(content) -> tuple[str | None, int]:
 
 
 def kind_of(part) -> str | None:
-    """Whether a part of a message is a text or an image, also in the form of OpenAI's Responses; else `None`."""
+    """The type of a part of a message, "text" or "image", also in the format of OpenAI's Responses; else `None`."""
     kind = part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else None
     kinds = {"text": "text", "input_text": "text", "output_text": "text"}
     return (kinds | dict.fromkeys(("image", "image_url", "input_image"), "image")).get(kind)

@@ -79,5 +79,5 @@ def check_scorer():
 
 
 def score(records: list[dict], size: int) -> dict[str, float]:
-    """BLEU-1 to BLEU-4 and CIDEr, times 100 as papers print them (`scale`), of the split's captions (`count`)."""
+    """BLEU-1 to BLEU-4 and CIDEr, multiplied by 100 as in papers (`scale`), and the number of images (`count`)."""
     return run_metric(METRIC, records, [record["captions"] for record in records], size)

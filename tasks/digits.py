@@ -4,7 +4,7 @@ The 1,797 scans of `sklearn.datasets.load_digits` are divided so that no two spl
 one to four scans with different digits and colours in the corners of a noisy picture. About half of the questions are
 about such a picture; the others have a story or nothing as their context.
 
-Every question is generated from its options: first four options, then the correct one, then a scene for which it is
+Every question is generated in this order: four options, then the correct one among them, then a scene for which it is
 correct. Given the question and the options, all options are therefore equally likely: without the picture, the
 accuracy is 25 %.
 """
@@ -88,7 +88,7 @@ KINDS = {
     "an animal": ("cat", "dog", "horse", "sheep", "mouse", "duck"),
     "a fruit": ("apple", "pear", "plum", "cherry", "grape", "fig"),
 }
-# Facts to be learned: things by their value, how to ask for the value, how to ask for the thing
+# General knowledge: value -> things, the question about the value, the question about the thing
 KNOWN = {
     "spelling": (
         {str(digit): (word,) for digit, word in enumerate(SPELLED)},
@@ -133,8 +133,8 @@ KNOWN = {
 }
 
 
-# Questions. Each maker returns the question, the options with the right one first, the solution and the context: the
-# marks of a scene, a story or nothing. A mark is a dict with a digit, its colour and its place.
+# Questions. Each maker returns the question, the options with the correct one first, the solution and the context: the
+# marks of a scene, a story or an empty string. A mark is a dict with a digit, its colour and its place.
 
 
 def draw_marks(rng, digits, size):
@@ -144,8 +144,7 @@ def draw_marks(rng, digits, size):
 
 
 def attribute(rng, given, wanted):
-    # The scene contains the options: it is not enough to see that a value occurs, it must belong to the given
-    # property.
+    # The scene may contain the other options, so it is not enough to see which values occur
     values = {name: rng.permutation(pool)[:4].tolist() for name, pool in POOLS.items()}
     marks = [dict(zip(values, mark)) for mark in zip(*values.values())][: rng.integers(1, 5)]
     solution = f"The {given} is {marks[0][given]} and the {wanted} is {marks[0][wanted]}."
@@ -228,7 +227,7 @@ def ownership(rng):
 
 
 def describe(rng, marks):
-    """The scene in words, mark by mark, in any order."""
+    """The scene in words, mark by mark, in random order."""
     return ", ".join("{colour} {digit} {place}".format(**mark) for mark in rng.permutation(marks)) + "."
 
 
@@ -269,7 +268,7 @@ TEXT_SKILLS = {
 
 @cache
 def scans(split):
-    """The scans of a split by digit: ten arrays of shape (number of scans, 8, 8), from 0 to 1."""
+    """The scans of a split: for each digit an array of shape (number of scans, 8, 8) with values from 0 to 1."""
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     first = sum(share for name, share in SCANS.items() if list(SCANS).index(name) < list(SCANS).index(split))
@@ -283,7 +282,7 @@ def scans(split):
 
 
 def render(rng, marks, scans):
-    """The marks as a picture of shape (64, 64, 3), uint8, each with a scan of its digit."""
+    """The picture of the marks, (64, 64, 3), uint8. Each mark is drawn with a random scan of its digit."""
     canvas = np.tile(rng.uniform(0, 70, 3), (SIDE, SIDE, 1))
     for mark in marks:
         pool = scans[int(mark["digit"])]
@@ -309,8 +308,8 @@ def encode(pixels):
 
 def make_row(rng, skill, letter, scans=None):
     """
-    One row, with the correct option at index `letter`, and the marks of its scene, beginning with the one in question.
-    Without `scans`, a question about a picture has no picture.
+    One row, with the correct option at index `letter`, and the marks of its scene; the first mark is the one that is
+    asked about. Without `scans`, the row of a picture question has no image.
     """
     maker, _, subject, topic, category, grade = (PICTURE_SKILLS | TEXT_SKILLS)[skill]
     question, (right, *others), solution, told = maker(rng)
@@ -337,10 +336,10 @@ def make_row(rng, skill, letter, scans=None):
 
 
 def from_easy_to_hard(rng, names):
-    """The first lessons: a model that cannot see whether a digit is in the picture cannot locate or count it."""
+    """Orders skills as a curriculum: a model must recognise a digit before it can locate or count digits."""
 
     def position(name):
-        if name.endswith("present") and rng.random() < 0.8:  # the rest comes later, so that it is not forgotten
+        if name.endswith("present") and rng.random() < 0.8:  # the rest are repeated later, against forgetting
             return rng.uniform(0, 0.2)
         return rng.uniform(0.15, 1)
 

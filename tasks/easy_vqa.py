@@ -1,13 +1,13 @@
 """
 easy-VQA (Zhou, 2019): short questions about pictures of one coloured shape, 38,575 / 9,673 of them about 4,000 / 1,000
-pictures, with 13 answers in all. Read from a folder in the layout of the Python package `easy-vqa` 1.0:
+pictures, with 13 different answers. Read from a folder in the layout of the Python package `easy-vqa` 1.0:
 
     data/{train,test}/questions.json   data/{train,test}/images/<number>.png
 
-Without a path, the wheel is downloaded once by `pip` into the user's cache. Nothing of it is installed or imported.
+Without a path, the wheel is downloaded once by `pip` into the user's cache. It is neither installed nor imported.
 
 The data has no validation split: 5 % of the training pictures are held out with all of their questions, so that no
-picture of the validation split is trained on.
+picture of the validation split is used for training.
 
 The type of a question follows from its answer: "yes" and "no" answer yes/no questions, "circle" a question about the
 shape, "red" a question about the colour. No answer belongs to two types.
@@ -120,8 +120,8 @@ def find_files(path: Path) -> list[Path]:
 
 def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     """
-    The rows of a `questions.json` without faults, and the faults of the other rows: one text for each fault, with the
-    file, the row (counted from 0) and what to do. Images are only opened if `with_images`.
+    The valid rows of a `questions.json`, and the faults of the other rows: one text for each fault, with the
+    file, the row (counted from 0) and a correction. Images are only opened if `with_images`.
     """
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
@@ -143,7 +143,7 @@ def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
 
 
 def find_faults(entry) -> list[str]:
-    """What is wrong with an entry of `questions.json`, apart from its image."""
+    """The faults of an entry of `questions.json`, except those of its image."""
     match entry:
         case [str(question), str(answer), int()] if question.strip() and answer in TYPES:
             return []
@@ -177,7 +177,7 @@ def score(records: list[dict], size: int) -> dict[str, float | None]:
 
 
 def score_kinds(records: list[dict], size: int, kinds: dict[str, str]) -> dict[str, float | None]:
-    """As `score`, for each kind of row. `kinds` maps the expected answers to these."""
+    """As `score`, for each kind of row. `kinds` maps each expected answer to its kind."""
     check_size(records, size)
     hits = {kind: [] for kind in kinds.values()}
     for record in records:

@@ -1,7 +1,7 @@
 """
-NLVR2 (Suhr et al., 2019): is a statement true of two photos? 86,373 / 6,982 / 6,967 rows to train, validate and test.
-Read from a folder with the files of github.com/lil-lab/nlvr (`nlvr2/data`). The photos are in this folder or any
-subfolder, such as the folders of the archives that the authors send on request, with their published names:
+NLVR2 (Suhr et al., 2019): is a statement about two photos true? 86,373 / 6,982 / 6,967 rows for training, validation
+and testing. Read from a folder with the files of github.com/lil-lab/nlvr (`nlvr2/data`). The photos are in this folder
+or any subfolder, such as the folders of the archives that the authors send on request, with their published names:
 
     train.json   dev.json   test1.json   .../dev-10-0-img0.png   .../dev-10-0-img1.png
 
@@ -58,7 +58,7 @@ def load(
 ) -> Dataset | IterableDataset:
     """
     Raises:
-        FileNotFoundError: if the folder lacks all photos of the split.
+        FileNotFoundError: if the folder has no photos at all.
         ValueError: without a path, if there is no such split, or if a row has a fault.
     """
     if path is None:
@@ -87,9 +87,9 @@ def is_published(file: Path) -> bool:
 
 def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     """
-    The rows of a published file without faults, and the faults of the other rows: one text for each fault, with the
-    file, the line and what to do. Images are only opened if `with_images`. A row whose image is missing is kept, with
-    the expected file name, since not all images can be downloaded any more.
+    The valid rows of a published file, and the faults of the other rows: one text for each fault, with the
+    file, the line and a correction. Images are only opened if `with_images`. A row whose image is missing is kept,
+    with the expected file name, since not all images are still available.
 
     Raises:
         FileNotFoundError: if there are no photos at all.
@@ -120,7 +120,7 @@ def find_images(record: dict) -> list:
 
 
 def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
-    """A row without its images, and what is wrong with it."""
+    """A row without its images, and its faults."""
     statement, label, identifier = map(record.get, REQUIRED)
     faults = _sources.find_text_faults("the statement", statement)
     if num_images != 2:
@@ -148,6 +148,6 @@ def options(row: dict) -> list[str]:
 
 
 def score(records: list[dict], size: int) -> dict[str, float]:
-    """The official accuracy and consistency, and the share of answers that are neither label, in per cent."""
+    """The official accuracy and consistency, and the proportion of answers that are neither label, in per cent."""
     references = [{name: record[name] for name in ("label", "identifier")} for record in records]
     return run_metric(METRIC, records, references, size)

@@ -116,7 +116,7 @@ def letter(index: int) -> str:
 
 
 def score(records: list[dict], size: int) -> dict[str, float | None]:
-    """The nine columns of the ScienceQA table, and the share of answers that are not a letter, in per cent."""
+    """The nine columns of the ScienceQA table, and the proportion of answers that are not a letter, in per cent."""
     names = ("answer", "subject", "grade", "has_image")
     references = [
         {name: record[name] for name in names}

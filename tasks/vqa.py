@@ -9,7 +9,7 @@ Parquet, from a folder that `save_to_disk` wrote, or from the Hub, see docs/own-
 of which the first is trained on (such a list may also be a separate column, `answers`). The other columns may be null
 or missing: `image` is an image or a file name relative to the folder of the data, and `images` is a list of them;
 `choices` are 2 to 26 texts, one of which is the answer; `context` is a text, the only one that may be shortened. Other
-columns are not read. `python -m tasks check FOLDER` lists the rows that do not have this form.
+columns are ignored. `python -m tasks check FOLDER` lists invalid rows.
 """
 
 import re
@@ -47,10 +47,10 @@ load = partial(_sources.load, sys.modules[__name__])
 
 
 def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
-    """A row without its images, and what is wrong with its texts."""
+    """A row without its images, and the faults of its texts."""
     question, answer, context = record["question"], record["answer"], record["context"]
     choices, answers = _sources.as_list(record["choices"]), _sources.as_list(record["answers"])
-    if answer == record["answers"]:  # there is no separate column with the answer
+    if answer == record["answers"]:  # there is no separate column `answer`
         answer = answers
     is_separate = answers is not answer and isinstance(answers, list) and not isinstance(answer, list)
     is_list_of_python = isinstance(answers, str) and re.match(r"\[\s*['\"]", answers.strip())
@@ -91,7 +91,7 @@ def number_to_text(value):
 
 
 def find_index_faults(choices, answer) -> list[str]:
-    """A fault if the answer is a number that may be the index of an option or the option itself."""
+    """A fault if the answer is a number that can be read as an index or as an option."""
     choices = _sources.as_list(choices)
     if not isinstance(choices, list) or isinstance(answer, bool | str) or number_to_text(answer) not in choices:
         return []
@@ -105,7 +105,7 @@ def find_index_faults(choices, answer) -> list[str]:
 
 
 def find_choice_faults(choices, answers: list) -> list[str]:
-    if not choices and isinstance(choices, list | None):  # Arrow may have an empty list for none
+    if not choices and isinstance(choices, list | None):  # in Arrow, an empty list may mean none
         return []
     if not isinstance(choices, list) or not all(map(_sources.is_text, choices)):
         return [f"`choices` is {reprlib.repr(choices)}. Make it a list of texts, none of them blank."]
@@ -178,7 +178,7 @@ def score(records: list[dict], size: int) -> dict[str, float | None]:
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation and articles (" The red car." -> "red car"), unless nothing would be left."""
+    """Lower case, without punctuation and articles (" The red car." -> "red car"), unless nothing is left."""
     text = unicodedata.normalize("NFC", text).lower().strip()
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.removesuffix(".") or text)  # as in VQAv2's script
     # A sign before a digit is part of the number: -5, 3.5, 10:30, 1/2

@@ -9,7 +9,7 @@ or from a data set with the columns of `lmms-lab/VQAv2`: on the Hub, a folder th
 with Parquet files.
 
 The answers of the published test split are secret, so the validation split is the test split here, as in most papers.
-The questions about one in `HELD_OUT` training photos are used as the validation split. The model is trained on the
+The questions about one of every `HELD_OUT` training photos form the validation split. The model is trained on the
 most frequent of the ten answers.
 """
 
@@ -91,13 +91,13 @@ def find_files(path: Path) -> list[Path]:
 
 def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     """
-    The rows without faults of a file of questions and the annotations beside it, and the faults of the other rows: one
-    text for each fault, with the file, the number of the question and what to do. Images are only opened if
+    The valid rows of a file of questions with its annotations in the same folder, and the faults of the other rows:
+    one text for each fault, with the file, the number of the question and a correction. Images are only opened if
     `with_images`.
 
     Raises:
         FileNotFoundError: if a file or the image folder is missing.
-        ValueError: if a file is not JSON, or has other content.
+        ValueError: if a file is not valid JSON or lacks the expected list.
     """
     name = file.name.split("_")[3]  # train2014
     annotations, images = file.with_name(f"v2_mscoco_{name}_annotations.json"), file.parent / name
@@ -132,7 +132,7 @@ def read_list(file: Path, name: str) -> list[dict]:
 
 
 def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
-    """A row without its image, and what is wrong with it."""
+    """A row without its image, and its faults."""
     answers = record["answers"]
     if isinstance(answers, list):
         answers = [entry.get("answer") if isinstance(entry, dict) else entry for entry in answers]

@@ -1,6 +1,6 @@
 """
-The backbones of the default recipe are small, know their texts, and cannot answer about a picture. The pretrained ones
-are read from the files that they come in.
+The base models of the default recipe are small, answer text questions, and cannot answer questions about a picture by
+themselves. The pretrained base models are converted from the downloaded files.
 """
 
 import json
@@ -18,29 +18,29 @@ from assets import make_assets, real_bases
 def accuracy():
     folder = ROOT / "assets" / "language_model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    teller = make_assets.Teller(model, tokenizer)
-    return lambda rows: make_assets.language_accuracy(model, teller, tokenizer, rows)
+    injector = make_assets.SceneInjector(model, tokenizer)
+    return lambda rows: make_assets.language_accuracy(model, injector, tokenizer, rows)
 
 
 def draw(shown):
     return list(make_assets.draw_rows(np.random.default_rng(5), 400, shown))
 
 
-def test_both_backbones_together_are_at_most_ten_megabytes():
+def test_both_base_models_together_are_at_most_ten_megabytes():
     assert sum(file.stat().st_size for file in (ROOT / "assets").glob("*_model/*")) <= 10_000_000
 
 
-def test_the_language_model_knows_its_texts_and_cannot_know_pictures(accuracy):
+def test_the_language_model_answers_text_questions_and_guesses_without_a_scene(accuracy):
     texts = [(row, marks) for row, marks in draw(shown=0) if row["skill"] in make_assets.digits.TEXT_SKILLS]
     assert accuracy(texts) > 0.85
     assert accuracy([(row, []) for row, _ in draw(shown=1)]) < 0.35
 
 
-def test_the_language_model_takes_a_scene_that_it_is_told(accuracy):
+def test_the_language_model_reads_a_scene_in_its_hidden_states(accuracy):
     assert accuracy(draw(shown=1)) > 0.7
 
 
-def test_tensors_of_an_exported_encoder_get_their_names_back():
+def test_the_tensors_of_an_exported_encoder_are_named():
     def node(op_type, *names):
         return SimpleNamespace(op_type=op_type, input=names[:-1], output=names[-1:])
 
@@ -68,7 +68,7 @@ def test_tensors_of_an_exported_encoder_get_their_names_back():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
-def test_files_that_are_not_the_expected_ones_are_refused(tmp_path, monkeypatch):
+def test_unexpected_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(real_bases, "CACHE", tmp_path)
     (tmp_path / real_bases.DINOV2).write_bytes(b"another file")
     with pytest.raises(OSError, match="has the SHA-256 .*, expected 90a0b02e.* Delete it"):

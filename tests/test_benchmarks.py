@@ -1,4 +1,4 @@
-"""The benchmarks: what they would run, that they go on where they stopped, and what they make of results."""
+"""The benchmarks: the runs that they start, how they resume, and the reports that they write."""
 
 import dataclasses
 import json
@@ -58,16 +58,16 @@ def test_every_row_of_the_tables_parses(table, name):
     assert parse_arguments(paper_tables.words_of(flags))[-1].seed == 1
 
 
-def test_the_papers_orders_name_rows_that_are_there():
+def test_the_orders_of_the_paper_refer_to_existing_rows():
     assert {(table, name) for table, *names in paper_tables.PAPER_ORDER for name in names} <= set(ROWS)
 
 
-def test_rows_that_change_the_same_are_one_run():
+def test_rows_with_the_same_flags_share_a_run():
     folders = {paper_tables.folder_of(row, 0) for rows in paper_tables.TABLES.values() for row in rows.values()}
     assert len(folders) == 26
 
 
-def test_a_run_with_other_flags_or_without_scores_is_not_taken(runs, monkeypatch):
+def test_a_run_with_other_flags_or_another_seed_is_not_reused(runs, monkeypatch):
     row = {}
     write_run(row, 0, 60.0)
     assert paper_tables.read_run(row, 0)["scores"]["IMG"] == 60
@@ -76,7 +76,7 @@ def test_a_run_with_other_flags_or_without_scores_is_not_taken(runs, monkeypatch
     assert paper_tables.read_run(row, 0) is None
 
 
-def test_the_report_tells_means_spreads_and_orders_that_do_not_hold(runs):
+def test_the_report_has_means_deviations_and_reversed_orders(runs):
     rows = paper_tables.TABLES["Methods (the paper's Tables 1 and 2)"]
     for seed in paper_tables.SEEDS:
         figures = {"std_over_layers": 0.01 + seed / 100, "std_over_images": 0.2}
@@ -97,14 +97,14 @@ def test_the_report_tells_means_spreads_and_orders_that_do_not_hold(runs):
 
 @pytest.mark.slow
 @pytest.mark.extended
-def test_a_second_start_trains_nothing_again(runs, monkeypatch, capsys):
+def test_finished_runs_are_not_trained_again(runs, monkeypatch, capsys):
     monkeypatch.setattr(paper_tables, "SMALL", {"max_samples": 32, "per_device_train_batch_size": 16})
     monkeypatch.setattr(paper_tables, "SEEDS", (0,))
     monkeypatch.setattr(paper_tables, "TABLES", {"one": {"DEHVF": {}, "MemVP": {"method": "memvp"}}})
     assert paper_tables.train_missing() == []
     assert paper_tables.train_missing() == []
     printed = capsys.readouterr().out
-    assert "0 runs are there, 2 are missing" in printed and "2 runs are there, 0 are missing" in printed
+    assert "0 runs are finished, 2 are missing" in printed and "2 runs are finished, 0 are missing" in printed
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def load_bench(image_size):
     return pretrained.Bench(questions, *pretrained.load_bases("cpu"))
 
 
-# One row for each method and one of another fuser; the others are trained with the extended tests
+# One row for each method and one with a variant of the fuser; the extended tests train all rows
 EASY_VQA_ROWS = pretrained.TABLES[pretrained.EASY_VQA_TABLE]
 FIRST_ROWS = {(row.method, row.fuser == "the paper's"): name for name, row in reversed(EASY_VQA_ROWS.items())}.values()
 
@@ -152,8 +152,8 @@ def test_rows_on_pretrained_bases_train_and_do_not_read_the_answer(name, bench):
     run.model.eval()
     logits, labels = run.logits(batch)
     assert (labels != -100).any(dim=1).all()
-    is_first = (labels != -100).cumsum(dim=1) <= 1  # the logits of the prompt and of the first answer token
-    if row.method in baselines.METHODS:  # whose images are placed here without asking the host
+    is_first = (labels != -100).cumsum(dim=1) <= 1  # the prompt and the first answer token
+    if row.method in baselines.METHODS:  # `Run.logits` inserts their images without a check on the host
         inputs = {name: batch[name] for name in ("input_ids", "pixel_values")}
         if row.method == "igva":
             inputs["instruction_mask"] = (batch["labels"] != -100).cumsum(dim=1) == 0
@@ -171,7 +171,7 @@ def test_rows_on_pretrained_bases_train_and_do_not_read_the_answer(name, bench):
     assert pretrained.read_run(name, dataclasses.replace(row, steps=3), 0) is None
 
 
-def test_several_runs_on_pretrained_bases_at_once_are_those_one_by_one(bench, capsys):
+def test_simultaneous_runs_on_pretrained_bases_equal_single_runs(bench, capsys):
     rows = {name: pretrained.ROWS[name] for name in ("DEHVF", "MemVP", "LLaVA-LoRA")}
     pretrained.train_missing(rows, [0, 1], at_once=4)
     assert "0 runs are finished, 6 are missing" in capsys.readouterr().out
@@ -184,7 +184,7 @@ def test_several_runs_on_pretrained_bases_at_once_are_those_one_by_one(bench, ca
     assert "6 runs are finished, 0 are missing" in capsys.readouterr().out
 
 
-def test_the_report_on_pretrained_bases_takes_runs_that_were_stopped(bench):
+def test_the_report_on_pretrained_bases_includes_stopped_runs(bench):
     for name, average in (("DEHVF", 96.0), ("MemVP", 80.0)):
         point = {"step": 5, "loss": 0.1, **dict.fromkeys(easy_vqa.ANSWERS, average), "average": average}
         row = dataclasses.asdict(pretrained.ROWS[name])
@@ -199,7 +199,7 @@ def test_the_report_on_pretrained_bases_takes_runs_that_were_stopped(bench):
 
 @pytest.fixture
 def drawings(tmp_path, monkeypatch):
-    """A few drawings in place of Noto Emoji."""
+    """A few drawings instead of Noto Emoji."""
     folder = tmp_path / "emoji"
     (folder / "images").mkdir(parents=True)
     for split, kinds in {"train": ("face", "flag", "food", "animal"), "test": ("flag", "face")}.items():
@@ -233,7 +233,7 @@ def test_resolutions_are_measured_trained_and_reported(bench, drawings, monkeypa
     monkeypatch.setattr(resolutions, "ROWS", rows)
     monkeypatch.setattr(resolutions, "RESULTS", pretrained.RESULTS)
 
-    def in_this_process(name):  # whose resident set may not grow for models so small
+    def in_this_process(name):  # its resident set may not grow for such small models
         return {part: number or 1 for part, number in resolutions.measure_memory(name, "cpu").items()}
 
     monkeypatch.setattr(resolutions, "memory_in_a_fresh_process", in_this_process)
@@ -241,11 +241,11 @@ def test_resolutions_are_measured_trained_and_reported(bench, drawings, monkeypa
     sizes = measured["sizes"].values()
     assert [size["patches"] for size in sizes] == [4, 16, 36]
     assert len({size["memory"]["visual memory"] / size["patches"] for size in sizes}) == 1
-    columns = resolutions.columns({"measured": measured})
-    bends = {name: resolutions.bend([4, 16, 36], values) for name, values in columns.items()}
-    assert bends["10⁹ operations: vision encoder"] > 1, "attention"
+    values_of = resolutions.measured_rows({"measured": measured})
+    deviations = {name: resolutions.deviation_from_line([4, 16, 36], values) for name, values in values_of.items()}
+    assert deviations["10⁹ operations: vision encoder"] > 1, "attention"
     for part in ("DEHVF, once per image", "language model", "memory lookup"):
-        assert bends[f"10⁹ operations: {part}"] == pytest.approx(0, abs=1e-6)
+        assert deviations[f"10⁹ operations: {part}"] == pytest.approx(0, abs=1e-6)
 
     assert load_bench(24).train.pixel_values.dtype == torch.float16
     pretrained.train_missing({"24 px": rows["24 px"]}, [0], at_once=1, only_scores=True)
@@ -260,7 +260,7 @@ MODULES = [cuda_graphs, memory, operations, paper_tables, pretrained, resolution
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
-def test_the_reports_that_lie_here_are_written_from_their_numbers(module):
+def test_the_committed_reports_are_written_from_their_numbers(module):
     name = module.__name__.removeprefix("benchmarks.")
     report = json.loads((RESULTS / f"{name}.json").read_text())
     assert module.markdown(report) == (RESULTS / f"{name}.md").read_text()
@@ -272,7 +272,7 @@ def test_the_report_on_captions_is_written_from_its_numbers():
 
 
 @pytest.mark.extended
-def test_steps_that_a_graph_can_capture_compute_the_same(tmp_path, monkeypatch, capsys):
+def test_steps_for_cuda_graphs_compute_the_same_loss(tmp_path, monkeypatch, capsys):
     preset = speed.PRESETS["tiny"]
     side = preset.patches_per_side[0]
     text = speed.random_base(AutoModelForCausalLM, speed.make_config(preset, side).text_config, preset)
@@ -289,7 +289,7 @@ def test_steps_that_a_graph_can_capture_compute_the_same(tmp_path, monkeypatch, 
         assert f"\n| {name} | " in printed
 
 
-def test_a_step_under_an_engine_is_limited_by_its_slowest_part():
+def test_the_slowest_part_limits_a_step_under_an_engine():
     needs = {"bases": 1000 * 10**9, "adapters": 16 * 10**6, "activations": 0, "layer": 10**9, "dtype": 2}
     assert scaling.received("DDP, ZeRO-2", needs, 8) == 2 * 7 / 8 * 4 * 10**6
     assert scaling.received("FSDP2", needs, 64) == pytest.approx(2 * 63 / 64 * (4 * 10**6 + 10**12))
@@ -306,7 +306,7 @@ def test_a_step_under_an_engine_is_limited_by_its_slowest_part():
 
 @pytest.mark.slow
 @pytest.mark.extended
-def test_the_servers_that_are_compared_answer_under_load(tmp_path):
+def test_the_compared_servers_answer_under_load(tmp_path):
     pytest.importorskip("uvicorn", reason="pip install -r requirements-app.txt")
     vision, text = save_tiny_bases(tmp_path)
     setting = serving.Setting(str(vision), str(text), IMAGE_SIZE, NUM_PATCHES + 4, (1, 3), (1, 2), (1, 2), 2)
@@ -342,7 +342,7 @@ def test_the_prompt_of_llava_has_a_placeholder_for_each_patch(tmp_path):
 
 
 @pytest.mark.extended
-def test_the_captions_that_a_start_is_measured_with_are_those_that_were_asked_for(tmp_path):
+def test_the_requested_number_of_captions_is_written(tmp_path):
     start.write_captions(tmp_path, 12)
     assert (
         len(coco_captions.load("train", str(tmp_path))) == 15 and len(coco_captions.load("test", str(tmp_path))) == 10
@@ -356,7 +356,7 @@ def test_a_run_that_ends_before_its_first_step_is_not_measured(tmp_path):
         start.measure_run([sys.executable], "--no_such_flag", "1", cache=tmp_path)
 
 
-def test_the_report_of_the_start_says_which_targets_are_met():
+def test_the_start_up_report_says_which_targets_are_met():
     names = (start.OWN, start.SHIPPED, start.LOADING, start.HELP, start.STARTING)
     memory = [{"VmHWM": 2_000_000, "RssAnon": 1_000_000}] * 2
     report = {

@@ -1,4 +1,4 @@
-"""Operations: the closed forms against what torch counts, in real tiny models and in those of 7B without weights."""
+"""Operations: the closed forms equal torch's count, on tiny models and on the models of 7B without weights."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import operations
 
 
-# Vision layers that groups do not divide, slots as many as patches, attention narrower or wider than the model
+# Groups that do not divide the vision layers, as many slots as patches, attention narrower or wider than the model
 TINY = [
     {},
     {"num_groups": 4, "num_memory_slots": 16, "projector_hidden_size": 5, "vision_adapter_size": 3},
@@ -22,7 +22,7 @@ TINY = [
 
 @pytest.mark.parametrize("sizes", TINY)
 @pytest.mark.parametrize("text_tokens", [1, 9])
-def test_the_closed_forms_are_what_torch_counts_on_tiny_models(sizes, text_tokens):
+def test_the_closed_forms_equal_the_count_of_torch_on_tiny_models(sizes, text_tokens):
     config = tiny_config(**sizes)
     assert operations.count(operations.build_dehvf(config), text_tokens) == operations.dehvf(config, text_tokens)
     counted = operations.count(operations.build_llava(config), text_tokens, config.num_patches)
@@ -30,7 +30,7 @@ def test_the_closed_forms_are_what_torch_counts_on_tiny_models(sizes, text_token
 
 
 @pytest.mark.parametrize("patches_per_side, slots", [(16, 320), pytest.param(24, 576, marks=pytest.mark.extended)])
-def test_the_closed_forms_are_what_torch_counts_at_7b(patches_per_side, slots):
+def test_the_closed_forms_equal_the_count_of_torch_at_7b(patches_per_side, slots):
     config = operations.load_config(operations.LLAMA_7B, patches_per_side, slots)
     with operations.meta_device():
         model = operations.build_dehvf(config)
@@ -42,7 +42,7 @@ def test_the_closed_forms_are_what_torch_counts_at_7b(patches_per_side, slots):
 
 @torch.no_grad()
 @pytest.mark.parametrize("sizes", TINY)
-def test_the_materialised_lookup_gives_the_same_for_the_operations_of_its_closed_form(sizes):
+def test_the_materialised_lookup_gives_the_same_result_with_the_operations_of_its_closed_form(sizes):
     tokens, model = 9, tiny_model(**sizes)
     config = model.config
     hidden = torch.randn(1, tokens, config.text_config.hidden_size)
@@ -68,21 +68,21 @@ def test_the_materialised_lookup_gives_the_same_for_the_operations_of_its_closed
 
 
 @pytest.mark.parametrize("shape", operations.SHAPES.values())
-def test_the_forms_of_the_lookup_change_places_at_the_break_even(shape):
+def test_the_materialised_lookup_has_fewer_operations_above_the_break_even(shape):
     config = operations.load_config(*shape)
     tokens = math.floor(operations.break_even(config))
     assert operations.memory_lookup(config, tokens) <= operations.materialised_lookup(config, tokens)
     assert operations.memory_lookup(config, tokens + 1) > operations.materialised_lookup(config, tokens + 1)
 
 
-def test_at_576_visual_tokens_dehvf_stays_below_the_papers_share_of_llava():
+def test_at_576_visual_tokens_the_share_of_llava_is_below_that_of_the_paper():
     sides = operations.language_sides(operations.load_config(operations.LLAMA_7B, 24, 576))
     assert 100 * sides["text alone"] / sides["LLaVA-1.5"] == pytest.approx(5.14, abs=0.01)
     assert 100 * sides["DEHVF"] / sides["LLaVA-1.5"] <= 5.4
     assert sides["text alone"] < sides["DEHVF"] < sides["DEHVF, materialised"] < sides["LLaVA-1.5"]
 
 
-def test_the_report_has_what_torch_counts_beside_every_part(tmp_path, monkeypatch):
+def test_the_report_has_the_count_of_torch_for_every_part(tmp_path, monkeypatch):
     tiny = tiny_config(memory_form="factored")
     monkeypatch.setattr(operations, "RESULTS", tmp_path)
     monkeypatch.setattr(operations, "load_config", lambda *shape: tiny)

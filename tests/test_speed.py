@@ -1,4 +1,4 @@
-"""Speed and memory: that all methods are timed on the same weights and inputs, and that bytes are those of tensors."""
+"""Speed and memory: all methods are timed with the same weights and inputs, and bytes are those of tensors."""
 
 import dataclasses
 import json
@@ -38,12 +38,12 @@ def run_main(module, tmp_path, monkeypatch, *words):
 # --- speed ---
 
 
-def test_all_methods_stand_on_the_same_frozen_weights(models):
+def test_all_methods_share_the_frozen_weights(models):
     weights = {}
     for name, model in models.items():
         frozen = {p.data_ptr(): p for p in model.parameters() if not p.requires_grad and p.ndim > 1}
         weights[name] = {pointer for pointer, parameter in frozen.items() if parameter.numel() >= 32 * 32}
-    # LoRA leaves the weights as they are until it is trained, merged or not
+    # Untrained LoRA modules do not change the weights, even if they are merged
     assert weights[speed.DEHVF] == weights[speed.MEMVP] == weights[speed.LLAVA] > weights[speed.TEXT_ONLY]
     assert weights[speed.MERGED] >= weights[speed.LLAVA]
     ids = torch.tensor([[3, 4, 5]])
@@ -74,46 +74,46 @@ def test_all_methods_get_the_same_text_and_images(models):
     assert inputs[speed.LLAVA]["input_ids"].shape == (2, SIDE**2 + TOKENS)
 
 
-def test_a_step_moves_what_a_method_trains_and_nothing_else(models):
+def test_a_step_changes_trained_parameters_only(models):
     for name in (speed.DEHVF, speed.MEMVP, speed.LLAVA):
         model = models[name]
         before = {key: parameter.clone() for key, parameter in model.named_parameters()}
         trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
         optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
         speed.training_step(model, optimizer, speed.make_inputs(model, TINY, SIDE, 2, TOKENS), lambda: 0.0)
-        moved = {key for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])}
-        assert moved and moved <= trained
+        changed = {key for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])}
+        assert changed and changed <= trained
 
 
-def test_the_floor_of_training_goes_back_to_the_input(models):
+def test_training_text_alone_runs_backward_to_the_input_embeddings(models):
     model, embedded = models[speed.TEXT_ONLY], []
     model.get_input_embeddings().register_forward_hook(lambda *arguments: embedded.append(arguments[-1]))
     speed.training_step(model, None, speed.make_inputs(model, TINY, SIDE, 2, TOKENS), lambda: 0.0)
     assert embedded[0].grad.any() and all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_an_answer_is_as_long_as_asked_and_its_first_token_comes_first(models):
+def test_an_answer_has_the_requested_length_and_is_timed_per_token(models):
     times = iter(range(100))
     for model in models.values():
         inputs = speed.make_inputs(model, TINY, SIDE, 2, TOKENS)
         seconds = speed.answer(model, inputs, 4, lambda: float(next(times)))
-        # The clock moves one at each look: at the start, after each of four tokens, and at the end
+        # The clock advances by one at each call: at the start, after each of four tokens, and at the end
         assert seconds == {"first token": 1, "further token": 1, "whole answer": 5}
 
 
-def test_jobs_take_turns_in_an_order_that_turns_around():
+def test_jobs_alternate_in_an_order_that_is_reversed_every_round():
     order = []
 
     def job(name):
         order.append(name)
         return {"seconds": float(len(order))}
 
-    samples = speed.take_turns({name: partial(job, name) for name in "ab"}, 0)
+    samples = speed.interleave({name: partial(job, name) for name in "ab"}, 0)
     assert "".join(order) == "ab" + "abba" * 3 + "ab"
     assert samples["a"]["seconds"][:2] == [3, 6] and len(samples["b"]["seconds"]) == speed.ROUNDS == 7
 
 
-def test_a_ratio_is_the_median_of_the_rounds_ratios_against_its_target():
+def test_the_median_of_the_rounds_ratios_is_compared_with_the_target():
     groups = {"group": {"ours": {"time": [2.0, 30.0, 1.0]}, "theirs": {"time": [1.0, 10.0, 1.0]}}}
     places = ("", "group", "time", "ours", "theirs")
     found = speed.compare(speed.Comparison(*places, at_least={"small": 2}), groups, "small")
@@ -122,20 +122,20 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios_against_its_target():
     assert [speed.compare(other, groups, name)["met"] for name in ("small", "llama-7b", "tiny")] == [False, True, None]
 
 
-def test_growth_with_the_square_of_the_patches_is_not_called_linear():
+def test_quadratic_growth_is_not_called_linear():
     def growth(power):
         seconds = iter([1 + patches**power / 1e6 for patches in (9, 16, 25)])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(speed, "take_turns", lambda jobs, _: {n: {"prefill": [next(seconds)]} for n in jobs})
+            patch.setattr(speed, "interleave", lambda jobs, _: {n: {"prefill": [next(seconds)]} for n in jobs})
             text = speed.random_base(AutoModelForCausalLM, speed.make_config(TINY, SIDE).text_config, TINY)
             return speed.measure_growth(text, TINY, lambda: 0.0)
 
-    straight, bent = growth(1), growth(4)
-    assert straight["is_linear"] and straight["seconds_per_patch"] == pytest.approx(1e-6)
-    assert not bent["is_linear"]
+    linear, steep = growth(1), growth(4)
+    assert linear["is_linear"] and linear["seconds_per_patch"] == pytest.approx(1e-6)
+    assert not steep["is_linear"]
 
 
-def test_in_small_encoder_and_language_model_share_the_operations_as_in_7b():
+def test_in_small_the_encoder_has_the_same_share_of_operations_as_at_7b():
     def share(config):
         language = operations.total(operations.language_model(config.text_config, 64))
         return operations.vision_encoder(config.vision_config) / language
@@ -161,12 +161,12 @@ def test_the_tiny_preset_runs_end_to_end_and_reports_every_ratio(tmp_path, monke
     assert report["machine"]["cores"] and report["machine"]["processor"] and report["machine"]["threads"] == 1
     table = (tmp_path / "speed-tiny.md").read_text()
     assert "`llama-7b` and `llama-13b`, which need one CUDA device" in table and "ms per batch for each 100" in table
-    assert not any(row["met"] is not None for row in report["comparisons"]), "the targets speak of other presets"
+    assert not any(row["met"] is not None for row in report["comparisons"]), "`tiny` has no targets"
     assert (tmp_path / "speed-tiny.png").stat().st_size > 10_000
 
 
 @pytest.mark.extended
-def test_the_dtype_of_the_presets_for_gpus_can_be_measured():
+def test_bfloat16_can_be_measured():
     preset = dataclasses.replace(TINY, dtype=torch.bfloat16)
     report = speed.measure("llama-7b", preset, "wall")
     targets = {
@@ -175,15 +175,15 @@ def test_the_dtype_of_the_presets_for_gpus_can_be_measured():
     assert targets["decoding step"] == 1.05 and "prefill, language side" not in targets
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without CUDA")
 @pytest.mark.parametrize("preset", ["llama-7b", "llama-13b"])
-def test_a_preset_for_gpus_is_refused_where_there_is_none(preset, tmp_path, monkeypatch):
+def test_a_preset_for_gpus_is_refused_without_one(preset, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=f"`{preset}` needs one CUDA device .* `--preset small`"):
         run_main(speed, tmp_path, monkeypatch, "--preset", preset)
 
 
 @pytest.mark.parametrize("preset, trained", [("llama-7b", 4_163_783), ("llama-13b", 5_770_951)])
-def test_the_presets_for_gpus_are_the_papers_models(preset, trained):
+def test_the_presets_for_gpus_have_the_sizes_of_the_paper(preset, trained):
     config = speed.make_config(speed.PRESETS[preset], 16)
     with operations.meta_device():
         model = operations.build_dehvf(config)
@@ -207,14 +207,14 @@ def test_closed_forms_are_the_bytes_of_tensors(values):
     assert 4 * memory.materialised_memory(config) == memory.bytes_of(materialised)
 
 
-def test_at_7b_an_image_takes_4_million_bytes_and_in_llavas_cache_134():
+def test_at_7b_an_image_takes_4_million_bytes_and_134_million_in_llavas_cache():
     found = memory.measure(operations.SHAPES["LLaMA-7B, 256 visual tokens, 320 slots"])["image"]
     assert found["visual memory"] == {"closed_form": 4_227_072, "tensors": 4_227_072}
     assert found["KV cache"] == {"closed_form": 134_217_728, "tensors": 134_217_728}
     assert found["materialised memory"]["closed_form"] == 134_217_728
 
 
-def test_a_checkpoint_has_the_bytes_that_are_reported(tmp_path, monkeypatch):
+def test_a_checkpoint_has_the_reported_number_of_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(operations, "load_config", lambda *shape: tiny_config())
     found = memory.measure(())["checkpoint"]
     config = tiny_config()
@@ -227,14 +227,14 @@ def test_a_checkpoint_has_the_bytes_that_are_reported(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
-def test_the_growth_at_the_peak_is_what_a_job_held_at_once():
+def test_the_peak_growth_is_the_memory_that_a_job_holds_at_once():
     def hold(megabytes):
-        # Not a tensor, which may get memory that other tests of this process have left free, so that nothing grows
+        # Not a tensor, which could reuse memory that other tests have freed, without growth of the resident set
         with mmap.mmap(-1, megabytes * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
             pages[:: mmap.PAGESIZE] = bytes(len(pages) // mmap.PAGESIZE)
 
     hold(256)  # an earlier peak does not count
-    # Several times, since pages of this process that the system reclaims meanwhile hide the growth
+    # Several times, since the growth is underestimated if the system reclaims pages of this process meanwhile
     growth = max(memory.growth_at_peak(lambda: [hold(64), hold(128)]) for _ in range(10))
     assert growth == pytest.approx(128 * 2**20, rel=0.1)
 
@@ -259,11 +259,11 @@ def test_the_report_has_bytes_of_images_checkpoints_and_training(tmp_path, monke
     assert (tmp_path / "memory.png").stat().st_size > 10_000
 
 
-# --- ways of injection ---
+# --- forms of injection ---
 
 
 @torch.no_grad()
-def test_naive_injection_gives_the_same_logits_and_has_keys_and_values_in_full():
+def test_naive_injection_gives_the_same_logits_with_full_keys_and_values():
     model = tiny_model(memory_form="factored").double()
     config, ids = model.config, torch.tensor([[3, 4, 5, 6]])
     visual_memory = memory.encoded_image(model)
@@ -274,14 +274,14 @@ def test_naive_injection_gives_the_same_logits_and_has_keys_and_values_in_full()
     assert not torch.allclose(model(ids).logits, expected), "the image matters"
     assert injection.bytes_of_image(factored) == visual_memory.nbytes
     text = config.text_config
-    in_full = 2 * text.num_hidden_layers * config.num_memory_slots * text.hidden_size
-    assert injection.bytes_of_image(naive) == 8 * in_full
+    size = 2 * text.num_hidden_layers * config.num_memory_slots * text.hidden_size
+    assert injection.bytes_of_image(naive) == 8 * size
     seconds = injection.read(model, naive, ids)
     assert seconds.keys() == {"prompt", "further token"} and min(seconds.values()) > 0
 
 
 @pytest.mark.extended
-def test_the_report_compares_the_ways_of_injection(tmp_path, monkeypatch):
+def test_the_report_compares_the_forms_of_injection(tmp_path, monkeypatch):
     run_main(injection, tmp_path, monkeypatch, "--preset", "tiny")
     report = json.loads((tmp_path / "injection.json").read_text())
     assert report["reading"]["bytes"].keys() == {"naive", "materialised", "factored"}
@@ -292,15 +292,15 @@ def test_the_report_compares_the_ways_of_injection(tmp_path, monkeypatch):
     assert (tmp_path / "injection.png").stat().st_size > 10_000
 
 
-def test_what_autograd_keeps_is_counted_once_and_without_weights():
+def test_tensors_saved_by_autograd_count_once_and_weights_do_not_count():
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.weight = torch.nn.Parameter(torch.ones(8, 8))
 
         def forward(self, given):
-            hidden = given @ self.weight  # keeps what is given, 3 x 8 values
-            return SimpleNamespace(loss=(hidden * hidden).sum())  # keeps `hidden` twice, 3 x 8 values
+            hidden = given @ self.weight  # saves `given`, 3 x 8 values
+            return SimpleNamespace(loss=(hidden * hidden).sum())  # saves `hidden` twice, 3 x 8 values
 
     assert memory.kept_for_backward(Model(), {"given": torch.ones(3, 8)}) == 4 * (3 * 8 + 3 * 8)
 
