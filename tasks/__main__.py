@@ -15,7 +15,8 @@ from types import ModuleType
 
 from tasks import easy_vqa, get_task, nlvr2, print_scores, score_folder, vqav2
 from tasks._formats import choose_split, split_of
-from tasks._sources import IMAGE_FEATURES, Source, find_reading_faults, image_checker, list_images
+from tasks._sources import Source
+from tasks._values import IMAGE_FEATURES, find_reading_faults, image_checker, list_images
 
 
 PUBLISHED = (easy_vqa, nlvr2, vqav2)  # tasks that read the files of a published data set

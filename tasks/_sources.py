@@ -13,27 +13,20 @@ A task that reads such data (`tasks/vqa.py`, `tasks/chat.py`) has, in addition t
 """
 
 import difflib
-import json
 import logging
 import os
 import re
-import reprlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from functools import cache, partial, reduce
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from urllib.parse import unquote
 
 import datasets
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import (
-    ClassLabel,
     Dataset,
     Features,
     Image,
@@ -45,7 +38,6 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
-from datasets.utils.file_utils import xopen
 
 from tasks._formats import (
     FORMATS,
@@ -61,13 +53,12 @@ from tasks._formats import (
     split_of_file,
     walk,
 )
+from tasks._reader import Reader, generate_rows, without_decoding
+from tasks._values import IMAGE_FEATURES, list_images
 
 
 logger = logging.getLogger(__name__)
 
-# In a row with several images, `image` is the first one and `images` has all of them. In other rows `images` is None.
-IMAGE_FEATURES = {"image": Image(), "images": List(Image(decode=False))}
-IMAGE_FOLDERS = ("", "images", "image", "imgs")  # relative to the folder of the file
 # Names that other data sets use for the fields of a task
 SYNONYMS = {
     "image": "images img imgs picture pictures photo image_path image_file image_url image_name filename filepath "
@@ -83,307 +74,13 @@ SYNONYMS = {
 NUMBERED_IMAGE = re.compile(r"(image|img|picture|photo)[ _-]?\d+", re.IGNORECASE)
 # Columns of data sets that have one column for each option of a row
 OPTION = re.compile(r"[A-F]|(?:choice|option)[ _-]?(?:[a-f]|\d+)", re.IGNORECASE)
-# Keys of an image that is an object, as in data sets on the Hub and in the messages of several APIs
-ENCODED_IMAGE, PLACE_OF_IMAGE = ("bytes", "base64", "data"), ("path", "url", "image_url", "file_name", "image")
 MOST_NOTES = 5  # about files that are not read
-LONGEST_FILE_NAME = 255  # of the usual file systems; longer texts may be base64
-# The signatures of PNG, JPEG, GIF, WebP, TIFF (two of them) and BMP in base64
-BASE64_IMAGE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkq", "TU0AK", "Qk0", "Qk1", "Qk2", "Qk3")
 
 
 @cache
 def warn_once(message: str):
     """Logs a warning, once even if several splits are taken from the same rows."""
     logger.warning(message)
-
-
-# --- what tasks need to parse records ---
-
-
-def is_text(value) -> bool:
-    """Whether the value is a text that is not blank and can be encoded as UTF-8."""
-    return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
-
-
-def find_text_faults(name: str, value) -> list[str]:
-    """What is wrong with a value that must be a text."""
-    if is_text(value):
-        return []
-    if value is None:
-        return [f"there is no {name}. Add it, as a text."]
-    if isinstance(value, str) and value.strip():
-        return [f"{name} is {reprlib.repr(value)}, with half of a surrogate pair. Write the whole character."]
-    return [f"{name} is {reprlib.repr(value)}. Make it a text in quotes that is not blank."]
-
-
-def as_list(value):
-    """Decodes a list that is stored as JSON in a cell of CSV or Parquet. Other values are returned unchanged."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
-
-
-def remove_markers(text: str) -> tuple[str, int]:
-    """Removes the `<image>` markers of LLaVA, since there are no image tokens here. Also returns their number."""
-    text, count = re.subn(r"\s*<image>\s*", lambda found: "\n" if "\n" in found[0] else " ", text)
-    return (text.strip() if count else text), count
-
-
-def find_marker_faults(name: str, num_markers: int, num_images: int | None, kinds: str = "") -> list[str]:
-    """What is wrong with the number of `<image>` markers of a row, which must be that of the images or zero."""
-    if num_markers in (0, num_images) or num_images is None:
-        return []
-    found = f"{name} {num_markers} `<image>`{kinds}"
-    if not num_images:
-        return [f"{found}, but there is no image. Add it to the row, or remove `<image>`."]
-    images = "one image" if num_images == 1 else f"{num_images} images"
-    return [f"{found}, but the row has {images}. Write one for each image, or none."]
-
-
-def decode_base64(text: str) -> bytes | None:
-    """The bytes of a base64 text or a data URL, or `None` if it is neither."""
-    from dehvf import images  # takes seconds
-
-    try:
-        return images.decode_base64(text)
-    except ValueError:
-        return None
-
-
-def image_values(value) -> list:
-    """The entries of a column of images, which has one image or a list of them in each row."""
-    value = as_list(value)
-    return value if isinstance(value, list) else [value]
-
-
-def is_no_image(value) -> bool:
-    """Whether a value is empty, as in an `images` column beside `image`: null, [], [null] or an object of nulls."""
-    values = [image.values() if isinstance(image, dict) else [image] for image in image_values(value)]
-    return all(part is None for parts in values for part in parts)
-
-
-def list_images(row: dict) -> list:
-    """All images of a row."""
-    return row.get("images") or ([] if row["image"] is None else [row["image"]])
-
-
-def read_image(image) -> PIL.Image.Image | None:
-    """Reads an entry of an image column, decoded or not, as an RGB image like the processor; `None` stays `None`."""
-    from dehvf import images  # takes seconds
-
-    if image is None:
-        return None
-    # A place inside an archive, in a streamed data set, or on a file system of `fsspec`
-    if isinstance(image, dict) and image["bytes"] is None and re.match(r"(?!https?:)[\w+.-]+://", image["path"]):
-        with xopen(image["path"], "rb") as file:
-            image = {"bytes": file.read(), "path": image["path"]}
-    return images.read_image(image)
-
-
-def find_reading_faults(image: dict) -> list[str]:
-    try:
-        read_image(image)
-    except ValueError as error:
-        return [str(error)]
-    except (ImportError, OSError) as error:  # of a file system
-        return [f"The image {image['path']} cannot be read: {error}. Replace it, or give `None` in its place."]
-    return []
-
-
-def image_checker(opens: bool = True) -> Callable[[str], list[str]]:
-    """A function that finds what is wrong with the image in a file and opens each file once, or none at all."""
-    return cache(lambda path: find_reading_faults({"bytes": None, "path": path}) if opens else [])
-
-
-# --- rows ---
-
-
-def convert(value, feature):
-    """
-    A value of a column as the author of the data wrote it: the names of class labels (-1 becomes `None`), and 0.1 for
-    the float32 number that Python shows as 0.10000000149011612.
-    """
-    if isinstance(feature, List | LargeList) and isinstance(value, list):
-        return [convert(element, feature.feature) for element in value]
-    if isinstance(feature, ClassLabel) and isinstance(value, int):
-        return feature.int2str(value) if value >= 0 else None
-    if isinstance(feature, Value) and feature.dtype in ("float16", "float32") and isinstance(value, float):
-        return float(str(np.dtype(feature.dtype).type(value)))
-    return value
-
-
-def without_decoding(feature):
-    """A feature, with the images in it undecoded."""
-    if isinstance(feature, Image):
-        return Image(decode=False)
-    if isinstance(feature, List | LargeList):
-        return replace(feature, feature=without_decoding(feature.feature))
-    if isinstance(feature, dict):
-        return {name: without_decoding(part) for name, part in feature.items()}
-    return feature
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Makes rows from records. It can be pickled, as the workers of a data loader require."""
-
-    task_name: str
-    fields: dict[str, tuple[str, ...]]
-    folders: tuple[Path, ...]  # in which images are searched for
-    place: str  # for messages
-    command: str  # which lists all faults
-    features: dict = field(default_factory=dict)  # of the columns, if they are known
-    has_several_folders: bool = False  # whether it is unknown which of `folders` an image belongs to
-    similar: dict[str, tuple[str, str]] = field(default_factory=dict)  # see `Source.find_similar`
-
-    def read(self, record: dict) -> tuple[dict, list[str]]:
-        """The row of a record, and what is wrong with it."""
-        fields, task = self.fields_of(record), import_module(self.task_name)
-        images, has_images = fields["image"], self.fields["image"] != ()
-        inner = task.find_images(fields) if has_images and hasattr(task, "find_images") else None
-        second = self._find_second_images(record)
-        if images is not None and inner and inner != image_values(images):
-            second.append("there are images in the messages and in a column. Give them in one of the two places.")
-        images, faults = self._find_images(inner if images is None else images)
-        row, more = task.parse(fields, len(list_images(images)) + len(faults) if has_images else None)
-        row, faults = {**images, **row}, second + faults + more
-        return row, faults or self._find_unread(record, row)
-
-    def row(self, record: dict, index: int) -> dict:
-        return self.check(f"{self.place}, row {index}", *self.read(record))
-
-    def image(self, record: dict, index: int) -> dict:
-        row, faults = self._find_images(self.fields_of(record)["image"])
-        return self.check(f"{self.place}, row {index}", row, self._find_second_images(record) + faults)
-
-    def _find_second_images(self, record: dict) -> list[str]:
-        """A fault if a column has other images than the one before it, which is read. It may have its first ones."""
-        values = {column: image_values(record.get(column)) for column in self.fields["image"]}
-        read, *others = [column for column, images in values.items() if not is_no_image(images)] or [None]
-        return [
-            f"`{read}` and `{column}` have different images. Put all images of a row into `images`."
-            for column in others
-            if values[column] != values[read][: len(values[column])]
-        ]
-
-    def texts(self, record: dict, index: int) -> dict:
-        """The row without images of a record that has `num_images` instead of images."""
-        row, faults = import_module(self.task_name).parse(self.fields_of(record), record["num_images"])
-        faults = faults or self._find_unread(record, {**row, "image": record["num_images"] or None})
-        return self.check(f"{self.place}, row {index}", row, faults)
-
-    def check(self, where: str, row: dict | None, faults: list[str]) -> dict:
-        if faults:
-            raise ValueError(f"{where}: {faults[0]}\n`{self.command}` lists all such rows.")
-        return row
-
-    def fields_of(self, record: dict) -> dict:
-        """Selects the fields of the task from a record. Of several columns, the first with a value is read."""
-        fields = dict.fromkeys(self.fields)
-        for name, columns in self.fields.items():
-            for column in columns:
-                value = record.get(column)
-                if fields[name] is None and not (is_no_image(value) if name == "image" else value is None):
-                    fields[name] = convert(value, self.features.get(column))
-        return fields
-
-    def _find_images(self, value) -> tuple[dict[str, dict | list | None], list[str]]:
-        """The columns `image` and `images` of a row with an image or a list of images, and what is wrong with them."""
-        found = [self._find_image(image) for image in image_values(value)]
-        images = [image for image, _ in found if image is not None]
-        row = {"image": images[0] if images else None, "images": images if len(images) > 1 else None}
-        return row, [fault for _, faults in found for fault in faults]
-
-    def _find_image(self, value) -> tuple[dict | None, list[str]]:
-        """An undecoded image in the form of `datasets.Image`, and what is wrong with it."""
-        if value is None:
-            return None, []
-        if isinstance(value, dict):
-            return self._find_in_object(value)
-        if isinstance(value, PIL.Image.Image):  # in a column that `datasets` has decoded
-            return Image().encode_example(value), []
-        if isinstance(value, bytes):
-            return {"bytes": value, "path": None}, []
-        if not is_text(value):
-            return None, [f"`image` is {reprlib.repr(value)}. Make it a file's name in quotes, or null."]
-        if value.startswith("file://"):
-            value = unquote(value.removeprefix("file://"))
-        # Base64 may look like a path: that of a JPEG begins with /9j/
-        may_be_base64 = len(value) > LONGEST_FILE_NAME or value.startswith(BASE64_IMAGE) and not self._is_file(value)
-        if may_be_base64 and (data := decode_base64(value)):
-            return {"bytes": data, "path": None}, []
-        if re.match(r"[A-Za-z][\w+.-]*://|data:", value) or os.path.isabs(value):  # a URL or a whole path
-            return {"bytes": None, "path": value}, []
-        return self._find_file(value)
-
-    def _find_in_object(self, value: dict) -> tuple[dict | None, list[str]]:
-        filled = {key: part for key, part in value.items() if part is not None}
-        if not filled:
-            return None, []
-        for key in (key for key in ENCODED_IMAGE if key in filled):
-            data = decode_base64(filled[key]) if isinstance(filled[key], str) else filled[key]
-            if not isinstance(data, bytes):
-                return None, [f"`{key}` of an image is neither bytes nor base64."]
-            return {"bytes": data, "path": filled.get("path")}, []
-        for key in (key for key in PLACE_OF_IMAGE if key in filled):
-            return self._find_image(filled[key])
-        keys = ", ".join(map(repr, (*ENCODED_IMAGE, *PLACE_OF_IMAGE)))
-        return None, [f"an image is an object with {', '.join(map(repr, filled))}. Give one of {keys}."]
-
-    def _is_file(self, name: str) -> bool:
-        return any((folder / inner / name).is_file() for folder in self.folders for inner in IMAGE_FOLDERS)
-
-    def _find_file(self, name: str) -> tuple[dict | None, list[str]]:
-        if not self.folders:
-            return None, [
-                f"`image` is {name!r}, a file beside the data, which was not downloaded. Download the repository "
-                "(`hf download --repo-type dataset`) and give its folder."
-            ]
-        places = [os.path.normpath(Path(folder, inner, name)) for folder in self.folders for inner in IMAGE_FOLDERS]
-        if not self.has_several_folders:
-            return {"bytes": None, "path": next(filter(os.path.isfile, places), places[0])}, []
-        files = list(filter(os.path.isfile, dict.fromkeys(places)))
-        if len(files) > 1:
-            return None, [
-                f"`image` is {name!r}, which may be {files[0]} or {files[1]}. Write its path relative to the folder "
-                "of the data."
-            ]
-        return {"bytes": None, "path": (files or places)[0]}, []
-
-    def _find_unread(self, record: dict, row: dict) -> list[str]:
-        """Faults for fields that a row does not have, but its record has under a similar name."""
-        faults = []
-        for column in self.similar and record:
-            name, own = self.similar.get(column.lower(), (None, None))
-            is_read = any(column in columns for columns in self.fields.values())
-            if name is not None and not is_read and row[name] is None and record[column] not in (None, "", []):
-                faults.append(
-                    f"there is no `{name}`, but `{column}` has a value and is not read. Rename it to `{own}`, which "
-                    f"other rows use, or give `--columns {name}={own}` to ignore it."
-                )
-        return faults
-
-
-def make_dataset(rows: list[dict], features: Features, streaming: bool) -> Dataset | IterableDataset:
-    rows = Dataset.from_list(rows, features=features)
-    return rows.to_iterable_dataset() if streaming else rows
-
-
-def raise_first(faults: list[str], place: str | Path):
-    """Raises ValueError with the first fault of a data set, and the command that lists the others."""
-    if faults:
-        lists_all = f"`python -m tasks check {place}` lists all of them."
-        raise ValueError(f"{faults[0]}\nThis is the first of {len(faults)} faults: {lists_all}")
-
-
-def generate_rows(files: list[Path], reader: Reader) -> Iterator[dict]:
-    for file in files:
-        reader_of_file = replace(reader, folders=tuple(dict.fromkeys((file.parent, *reader.folders))))
-        for where, record, faults in read_records(file):
-            yield reader.check(where, *((record, faults) if faults else reader_of_file.read(record)))
 
 
 def find_subfolders(folder: str | Path, depth: int) -> Iterator[str]:

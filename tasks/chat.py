@@ -21,7 +21,7 @@ from functools import partial
 
 from datasets import Features, List, Value
 
-from tasks import _sources, no_context, no_options, vqa
+from tasks import _sources, _values, no_context, no_options, vqa
 
 
 COLUMNS = ("image", "messages")
@@ -30,7 +30,7 @@ MAX_NEW_TOKENS = 128
 CARD = {"task_type": "image-text-to-text", "metric_type": "accuracy", "score": "average"}
 
 FEATURES = Features(
-    {**_sources.IMAGE_FEATURES, "messages": List({"role": Value("string"), "content": Value("string")})}
+    {**_values.IMAGE_FEATURES, "messages": List({"role": Value("string"), "content": Value("string")})}
 )
 FIELDS = {"image": ("images", "image", "file_name"), "messages": ("messages", "conversations"), "system": ("system",)}
 REQUIRED = ("messages",)
@@ -47,11 +47,11 @@ load = partial(_sources.load, sys.modules[__name__])
 
 def find_images(record: dict) -> list | None:
     """The images in the parts of the messages, for a row without a column of images."""
-    turns = _sources.as_list(record["messages"])
+    turns = _values.as_list(record["messages"])
     turns = turns if isinstance(turns, list) else []
     contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    keys = (*_sources.PLACE_OF_IMAGE, "source")
+    keys = (*_values.PLACE_OF_IMAGE, "source")
     images = [
         {"base64": part[key]} if key in ("base64", "data") else part[key]
         for part in parts
@@ -62,13 +62,13 @@ def find_images(record: dict) -> list | None:
 
 def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
     """A row without its images, and the faults of its messages."""
-    turns = _sources.as_list(record["messages"])
+    turns = _values.as_list(record["messages"])
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         return {}, [
             f'`messages` is {reprlib.repr(turns)}. Make it a list of {{"role": "user", "content": "..."}}, or, as '
             '`conversations`, of {"from": "human", "value": "..."}.'
         ]
-    if _sources.is_text(record["system"]) and turns[0].get("role", turns[0].get("from")) != "system":
+    if _values.is_text(record["system"]) and turns[0].get("role", turns[0].get("from")) != "system":
         turns = [{"role": "system", "content": record["system"]}, *turns]
     messages, faults, num_markers = [], [], 0
     for number, turn in enumerate(turns, 1):
@@ -95,7 +95,7 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
                 "`text`, and of type 'image'."
             )
         else:
-            faults += _sources.find_text_faults(name, text)
+            faults += _values.find_text_faults(name, text)
         if markers and ROLES.get(role) != "user":
             faults.append(f"message {number} ({role}) has `<image>`, which only a user's message may have. Remove it.")
         num_markers += markers
@@ -109,14 +109,14 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
             f"the roles are {reprlib.repr(roles)}. After at most one system message, user and assistant must "
             "alternate, and the last message must be the assistant's."
         )
-    faults += _sources.find_marker_faults("the messages have", num_markers, num_images, " (or parts of type 'image')")
+    faults += _values.find_marker_faults("the messages have", num_markers, num_images, " (or parts of type 'image')")
     return {"messages": messages}, faults
 
 
 def read_content(content) -> tuple[str | None, int]:
     """The text of a content (a text or a list of parts), and the number of its image placeholders."""
     if not isinstance(content, list):
-        return _sources.remove_markers(content) if isinstance(content, str) else (content, 0)
+        return _values.remove_markers(content) if isinstance(content, str) else (content, 0)
     texts, num_images = [], 0
     for part in content:
         if (kind := kind_of(part)) is None:
@@ -125,7 +125,7 @@ def read_content(content) -> tuple[str | None, int]:
             text = part.get("text") or part.get("content") or ""
             if not isinstance(text, str):
                 return content, 0
-            text, markers = _sources.remove_markers(text)
+            text, markers = _values.remove_markers(text)
             texts.append(text)
             num_images += markers
         else:

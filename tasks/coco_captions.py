@@ -13,7 +13,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 
-from tasks import _sources, no_context, no_options, require_files, run_metric
+from tasks import _reader, no_context, no_options, require_files, run_metric
 
 
 COLUMNS = ("image", "captions", "image_id")
@@ -54,7 +54,7 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
         captions = [" ".join(sentence["raw"].split()) for sentence in entry["sentences"]]
         for group in [[caption] for caption in captions] if split == "train" else [captions]:
             rows.append({"image": str(image), "captions": group, "image_id": entry["cocoid"]})
-    return _sources.make_dataset(rows, FEATURES, streaming)
+    return _reader.make_dataset(rows, FEATURES, streaming)
 
 
 context, options = no_context, no_options

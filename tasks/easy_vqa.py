@@ -25,7 +25,7 @@ from zipfile import ZipFile
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from filelock import FileLock
 
-from tasks import _sources, _wheels, check_size, no_context, no_options, require_files, vqa
+from tasks import _reader, _values, _wheels, check_size, no_context, no_options, require_files, vqa
 
 
 COLUMNS = ("image", "question", "answer")
@@ -67,12 +67,12 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
     file = folder / "data" / ("test" if split == "test" else "train") / "questions.json"
     require_files([file], LAYOUT)
     rows, faults = read(file)
-    _sources.raise_first(faults, file)
+    _reader.raise_first(faults, file)
     require_files(sorted({Path(row["image"]) for row in rows}), LAYOUT)
     if split != "test":
         held_out = hold_out({row["image_id"] for row in rows})
         rows = [row for row in rows if (row["image_id"] in held_out) == (split == "validation")]
-    return _sources.make_dataset(rows, FEATURES, streaming)
+    return _reader.make_dataset(rows, FEATURES, streaming)
 
 
 def download() -> Path:
@@ -130,7 +130,7 @@ def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     if not isinstance(entries, list) or not entries:
         return [], [f"{file}: no rows. Write one list of rows."]
 
-    find_image_faults = _sources.image_checker(with_images)  # several questions refer to the same picture
+    find_image_faults = _values.image_checker(with_images)  # several questions refer to the same picture
     rows, faults = [], []
     for index, entry in enumerate(entries):
         wrong = find_faults(entry) or find_image_faults(image_of(file, entry[2]))

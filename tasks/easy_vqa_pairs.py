@@ -10,7 +10,8 @@ import random
 from datasets import Dataset, Features, Image, IterableDataset, Value
 
 from tasks import easy_vqa, no_context, no_options
-from tasks._sources import IMAGE_FEATURES, make_dataset
+from tasks._reader import make_dataset
+from tasks._values import IMAGE_FEATURES
 
 
 COLUMNS = ("image", "images", "answer")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, IterableDataset, Value
 
-from tasks import _sources, no_context, run_metric
+from tasks import _reader, _sources, _values, no_context, run_metric
 from tasks._formats import read_records
 
 
@@ -35,7 +35,7 @@ PARTS = {
     "test": ("test", "test1", "balanced_test_public"),
 }
 FEATURES = Features(
-    {**_sources.IMAGE_FEATURES, "statement": Value("string"), "label": Value("string"), "identifier": Value("string")}
+    {**_values.IMAGE_FEATURES, "statement": Value("string"), "label": Value("string"), "identifier": Value("string")}
 )
 FIELDS = {
     "image": ("images",),
@@ -70,8 +70,8 @@ def load(
         source = _sources.Source(sys.modules[__name__], path, columns, streaming)
         return source.rows(source.find_split(split))
     rows, faults = read(file)
-    _sources.raise_first(faults, path)
-    return _sources.make_dataset(rows, FEATURES, streaming)
+    _reader.raise_first(faults, path)
+    return _reader.make_dataset(rows, FEATURES, streaming)
 
 
 def find_files(path: Path) -> list[Path]:
@@ -98,7 +98,7 @@ def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     if not photos:
         raise FileNotFoundError(f"There are no photos (*-img0.png and *-img1.png) in {file.parent}. {LAYOUT}")
 
-    find_image_faults = _sources.image_checker(with_images)  # several rows refer to the same photo
+    find_image_faults = _values.image_checker(with_images)  # several rows refer to the same photo
     rows, faults = [], []
     for where, record, wrong in read_records(file):
         if not wrong:
@@ -122,7 +122,7 @@ def find_images(record: dict) -> list:
 def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
     """A row without its images, and its faults."""
     statement, label, identifier = map(record.get, REQUIRED)
-    faults = _sources.find_text_faults("the statement", statement)
+    faults = _values.find_text_faults("the statement", statement)
     if num_images != 2:
         faults.append(f"it has {num_images} images. Give two, the left one first.")
     if str(label).capitalize() not in LABELS:

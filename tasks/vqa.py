@@ -20,7 +20,7 @@ from functools import partial
 
 from datasets import Features, List, Value
 
-from tasks import _sources, check_size, scienceqa
+from tasks import _sources, _values, check_size, scienceqa
 
 
 COLUMNS = ("image", "question", "answer")
@@ -29,7 +29,7 @@ MAX_NEW_TOKENS = 20
 CARD = scienceqa.CARD
 
 FEATURES = Features(
-    {**_sources.IMAGE_FEATURES, "question": Value("string"), "choices": List(Value("string"))}
+    {**_values.IMAGE_FEATURES, "question": Value("string"), "choices": List(Value("string"))}
     | {"answer": Value("string"), "answers": List(Value("string")), "context": Value("string")}
 )
 FIELDS = {
@@ -49,7 +49,7 @@ load = partial(_sources.load, sys.modules[__name__])
 def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
     """A row without its images, and the faults of its texts."""
     question, answer, context = record["question"], record["answer"], record["context"]
-    choices, answers = _sources.as_list(record["choices"]), _sources.as_list(record["answers"])
+    choices, answers = _values.as_list(record["choices"]), _values.as_list(record["answers"])
     if answer == record["answers"]:  # there is no separate column `answer`
         answer = answers
     is_separate = answers is not answer and isinstance(answers, list) and not isinstance(answer, list)
@@ -63,20 +63,20 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
     )
     answer, faults, markers = number_to_text(answer), [], 0
     if isinstance(question, str):
-        question, markers = _sources.remove_markers(question)
-    faults += _sources.find_text_faults("`question`", question) + _sources.find_text_faults("`answer`", answer)
-    faults += _sources.find_marker_faults("`question` has", markers, num_images)
+        question, markers = _values.remove_markers(question)
+    faults += _values.find_text_faults("`question`", question) + _values.find_text_faults("`answer`", answer)
+    faults += _values.find_marker_faults("`question` has", markers, num_images)
     if isinstance(context, str) and not context.strip():
         context = None
     if context is not None:
-        faults += _sources.find_text_faults("`context`", context)
+        faults += _values.find_text_faults("`context`", context)
     if is_list_of_python:
         faults.append(
             f'`answers` is {reprlib.repr(record["answers"])}, which is not JSON. Write a list as ["red", "blue"].'
         )
-    if not all(map(_sources.is_text, answers or ())):
+    if not all(map(_values.is_text, answers or ())):
         faults.append(f"`answers` is {reprlib.repr(answers)}. Make it a list of texts, none of them blank.")
-    elif is_separate and answers and _sources.is_text(answer) and normalise(answer) not in map(normalise, answers):
+    elif is_separate and answers and _values.is_text(answer) and normalise(answer) not in map(normalise, answers):
         faults.append(f"`answer` is {answer!r}, which is none of `answers`, {reprlib.repr(answers)}. Add it to them.")
     faults += find_index_faults(record["choices"], record["answer"])
     row = {"question": question, "choices": choices or None, "answer": answer, "answers": answers, "context": context}
@@ -92,7 +92,7 @@ def number_to_text(value):
 
 def find_index_faults(choices, answer) -> list[str]:
     """A fault if the answer is a number that can be read as an index or as an option."""
-    choices = _sources.as_list(choices)
+    choices = _values.as_list(choices)
     if not isinstance(choices, list) or isinstance(answer, bool | str) or number_to_text(answer) not in choices:
         return []
     index = int(answer)
@@ -107,7 +107,7 @@ def find_index_faults(choices, answer) -> list[str]:
 def find_choice_faults(choices, answers: list) -> list[str]:
     if not choices and isinstance(choices, list | None):  # in Arrow, an empty list may mean none
         return []
-    if not isinstance(choices, list) or not all(map(_sources.is_text, choices)):
+    if not isinstance(choices, list) or not all(map(_values.is_text, choices)):
         return [f"`choices` is {reprlib.repr(choices)}. Make it a list of texts, none of them blank."]
     faults = []
     if not 2 <= len(choices) <= 26:
@@ -115,7 +115,7 @@ def find_choice_faults(choices, answers: list) -> list[str]:
     bare = [choice.strip() for choice in choices]
     if repeated := sorted({choice for choice in bare if bare.count(choice) > 1}):
         faults.append(f"`choices` repeats {', '.join(map(repr, repeated))}. Give each option once.")
-    wrong = [answer for answer in answers if _sources.is_text(answer) and answer not in choices]
+    wrong = [answer for answer in answers if _values.is_text(answer) and answer not in choices]
     return faults + [
         f"`answer` is {answer!r}, which is none of {choices}. Write it exactly as in `choices`." for answer in wrong
     ]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from tasks import _sources, no_context, no_options, require_files, run_metric
+from tasks import _reader, _sources, _values, no_context, no_options, require_files, run_metric
 
 
 COLUMNS = ("image", "question", "answer", "answers")
@@ -35,7 +35,7 @@ PARTS = {"train": ("train",), "validation": ("train",), "test": ("validation",)}
 HELD_OUT = 50
 FOLDERS = {"train": "train2014", "validation": "val2014"}
 FEATURES = Features(
-    {**_sources.IMAGE_FEATURES, "question": Value("string"), "answer": Value("string")}
+    {**_values.IMAGE_FEATURES, "question": Value("string"), "answer": Value("string")}
     | {"answers": List(Value("string")), "question_type": Value("string"), "answer_type": Value("string")}
     | {"question_id": Value("int64"), "image_id": Value("int64")}
 )
@@ -63,8 +63,8 @@ def load(
         raise ValueError(f"split is {split!r}, but must be one of {', '.join(PARTS)}.")
     if columns is None and find_files(Path(path)):
         rows, faults = read(Path(path) / questions_name(*PARTS[split]))
-        _sources.raise_first(faults, path)
-        rows = _sources.make_dataset(rows, FEATURES, streaming)
+        _reader.raise_first(faults, path)
+        rows = _reader.make_dataset(rows, FEATURES, streaming)
     else:
         source = _sources.Source(sys.modules[__name__], path, columns, streaming)
         rows = source.rows(source.find_split(split))
@@ -104,7 +104,7 @@ def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
     require_files([file, annotations, images], LAYOUT)
     answered = {entry["question_id"]: entry for entry in read_list(annotations, "annotations")}
 
-    find_image_faults = _sources.image_checker(with_images)  # several rows refer to the same photo
+    find_image_faults = _values.image_checker(with_images)  # several rows refer to the same photo
     rows, faults = [], []
     for entry in read_list(file, "questions"):
         number = entry["question_id"]
@@ -136,7 +136,7 @@ def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
     answers = record["answers"]
     if isinstance(answers, list):
         answers = [entry.get("answer") if isinstance(entry, dict) else entry for entry in answers]
-    faults = _sources.find_text_faults("`question`", record["question"])
+    faults = _values.find_text_faults("`question`", record["question"])
     if num_images != 1:
         faults.append(f"it has {num_images} images. Give one.")
     answer = record["answer"]
@@ -147,7 +147,7 @@ def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:
         )
     else:
         answer = answer or statistics.mode(answers)
-        faults += _sources.find_text_faults("`multiple_choice_answer`", answer)
+        faults += _values.find_text_faults("`multiple_choice_answer`", answer)
     if not isinstance(record["image_id"], int):
         faults.append(f"`image_id` is {record['image_id']!r}. Make it the number of the photo in COCO.")
     kept = {name: record[name] for name in ("question_type", "answer_type", "question_id", "image_id")}

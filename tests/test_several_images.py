@@ -28,7 +28,7 @@ from transformers import AutoModelForImageTextToText, pipeline
 import train
 from tasks import chat, vqa
 from tasks.__main__ import check
-from tasks._sources import list_images
+from tasks._values import list_images
 from training.data import Collator, read_image
 
 

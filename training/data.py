@@ -23,7 +23,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from tasks import NAMES, get_task
-from tasks._sources import IMAGE_FEATURES, list_images, read_image
+from tasks._values import IMAGE_FEATURES, list_images, read_image
 from training.encoding import RowEncoder
 
 
