@@ -35,6 +35,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it du
 
 import gradio as gr  # noqa: E402
 
+from demo.engine import MAX_CHARACTERS_PER_TOKEN  # noqa: E402
 from demo.pictures import (  # noqa: E402
     draw_fusion_weights,
     draw_slot_activations,
@@ -43,7 +44,7 @@ from demo.pictures import (  # noqa: E402
     load_adapter,
     slot_activations,
 )
-from demo.serve import MAX_CHARACTERS_PER_TOKEN, remember_images  # noqa: E402
+from demo.serve import remember_images  # noqa: E402
 from tasks import NAMES, get_task  # noqa: E402
 from training.data import read_image  # noqa: E402
 

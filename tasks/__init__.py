@@ -106,7 +106,12 @@ def print_scores(results: dict):
     for kind in ("scores", "scores_by_likelihood"):
         if kind in results:
             scores = {name: value for name, value in results[kind].items() if value is not None}
-            print(f"{kind}:", *(f"{name} {value:.2f}" for name, value in scores.items()))
+            print(f"{kind}:", *(f"{name} {format_score(value)}" for name, value in scores.items()))
+
+
+def format_score(value: int | float) -> str:
+    """A count as it is, a score with two decimals."""
+    return str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
 def no_context(row: dict) -> str:

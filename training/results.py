@@ -14,7 +14,7 @@ from transformers.trainer_utils import PredictionOutput
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, extract_commit_hash
 
 from dehvf import hub
-from tasks import get_task, print_scores, score_folder
+from tasks import format_score, get_task, print_scores, score_folder
 from tasks._sources import KEPT_TOGETHER
 from training.arguments import BASES, DEHVF_METHODS
 from training.checkpoints import RESULTS_FILE, describe_code, digest, write_json
@@ -158,7 +158,7 @@ def write_card(folder: Path, name: str, results: dict, code: str | None):
         config.get(f"{base}_model_id", results[f"{base}_model"]): config.get(f"{base}_model_revision")
         for base in reversed(BASES)
     }
-    table = "\n".join(f"| {kind} | {value:.2f} |" for kind, value in scores.items() if value is not None)
+    table = "\n".join(f"| {kind} | {format_score(value)} |" for kind, value in scores.items() if value is not None)
     fusion = f"{describe_fusion(results['fusion'])}\n\n" if results["fusion"] else ""
     sections = (
         f"## Test split of `{results['task']}`, {results['size']} rows\n\n| | |\n|---|---|\n{table}\n\n{fusion}"
