@@ -199,7 +199,8 @@ def share_placement(source: PreTrainedModel, target: PreTrainedModel):
 def read_parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The parameters of a module by name, also those that `accelerate` has offloaded."""
     parameters = dict(module.named_parameters())
-    if any(hasattr(part, "_hf_hook") for part in module.modules()):
+    is_offloaded = any(parameter.is_meta for parameter in parameters.values())
+    if is_offloaded and any(hasattr(part, "_hf_hook") for part in module.modules()):
         from accelerate.utils.modeling import get_state_dict_offloaded_model
 
         loaded = get_state_dict_offloaded_model(module)

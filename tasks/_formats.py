@@ -111,14 +111,11 @@ def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
     if declared := find_declared(path):
         found = {split: [file for file in files if file.match(pattern)] for split, files in declared.items()}
         return {split: files for split, files in found.items() if files}
-
-    def select(found: Iterator[Path]) -> list[Path]:
-        return sorted(file for file in found if has_format(file.name))
-
-    files = select(path.glob(pattern)) or select(path.rglob(pattern))
+    files = [file for file in path.glob(pattern) if has_format(file.name)]
+    files = files or [file for file in walk(path) if file.match(pattern)]
     splits = {}
-    for file in files:
-        if not any(part.startswith(".") for part in file.relative_to(path).parts):
+    for file in sorted(files):
+        if not file.name.startswith("."):
             splits.setdefault(split_of_file(file, path), []).append(file)
     others = splits.pop(None, [])
     if others and "train" not in splits:

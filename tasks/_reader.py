@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote
 
+import datasets
 import numpy as np
 import PIL.Image
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, LargeList, List, Value
@@ -206,6 +207,24 @@ def raise_first(faults: list[str], place: str | Path):
     if faults:
         lists_all = f"`python -m tasks check {place}` lists all of them."
         raise ValueError(f"{faults[0]}\nThis is the first of {len(faults)} faults: {lists_all}")
+
+
+def map_rows(rows: Dataset, function, features: Features, fingerprint: str, desc: str | None = None) -> Dataset:
+    """
+    `Dataset.map` row by row. The result is written to the cache, even if the folder of the data is read-only, and read
+    from there if an earlier run has written it with the same fingerprint.
+    """
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dehvf"
+    folder.mkdir(parents=True, exist_ok=True)
+    return rows.map(
+        function,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=features,
+        cache_file_name=str(folder / f"{fingerprint}.arrow"),
+        new_fingerprint=fingerprint,
+        desc=desc,
+    )
 
 
 def generate_rows(files: list[Path], reader: Reader) -> Iterator[dict]:

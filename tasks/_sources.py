@@ -18,11 +18,10 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from functools import cache, partial, reduce
+from functools import cache, reduce
 from pathlib import Path
 from types import ModuleType
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -53,8 +52,9 @@ from tasks._formats import (
     split_of_file,
     walk,
 )
-from tasks._reader import Reader, generate_rows, without_decoding
-from tasks._values import IMAGE_FEATURES, list_images
+from tasks._holdout import KEPT_TOGETHER, split_rows
+from tasks._reader import Reader, generate_rows, map_rows, without_decoding
+from tasks._values import IMAGE_FEATURES
 
 
 logger = logging.getLogger(__name__)
@@ -117,24 +117,6 @@ def has_all_bytes(rows: Dataset, column: str) -> bool:
         return False
     images = rows.data.column(column)
     return pc.struct_field(images, "bytes").null_count == images.null_count
-
-
-def map_rows(rows: Dataset, function, features: Features, fingerprint: str, desc: str | None = None) -> Dataset:
-    """
-    `Dataset.map` row by row. The result is written to the cache, even if the folder of the data is read-only, and read
-    from there if an earlier run has written it with the same fingerprint.
-    """
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dehvf"
-    folder.mkdir(parents=True, exist_ok=True)
-    return rows.map(
-        function,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=features,
-        cache_file_name=str(folder / f"{fingerprint}.arrow"),
-        new_fingerprint=fingerprint,
-        desc=desc,
-    )
 
 
 def find_format(folder: Path) -> str | None:
@@ -482,12 +464,6 @@ class Source:
         return Hasher.hash([stamps, *facts, self.task.__name__, self.fields, *code])
 
 
-KEPT_TOGETHER = (
-    "Rows with the same images, or with the same texts and no image, are kept in one split; if there are too few "
-    "images for that, only equal rows are"
-)
-
-
 def load(
     task: ModuleType,
     split: str,
@@ -526,54 +502,8 @@ def load(
     if streaming:
         raise ValueError("`--holdout` needs the number of rows, which a stream does not have. Remove `--streaming`.")
     rows = source.rows("train")
-    size = max(1, round(holdout * len(rows)))
-    for by_images in (True, False):
-        groups = find_groups(rows, by_images)
-        parts = dict(zip(missing, take_groups(groups, [size] * len(missing))))
-        parts["train"] = sorted({*range(len(rows))}.difference(*parts.values()))
-        if all(parts.values()):
-            break
-    else:
-        raise ValueError(
-            f"The train split of {path} has {len(rows)} rows, {len(groups)} of them different. `--holdout {holdout}` "
-            f"takes {size} for {' and '.join(missing)} each, and leaves none to train on. Add rows, or give a smaller "
-            "fraction."
-        )
+    parts = split_rows(rows, missing, holdout, path)
     if split == missing[0]:
         sizes = " and ".join(f"{len(parts[name])} are the {name} split" for name in missing)
         logger.warning(f"`--holdout {holdout}`: of {len(rows)} train rows, {sizes}. {KEPT_TOGETHER}.")
     return rows.select(parts[split])
-
-
-def find_groups(rows: Dataset, by_images: bool) -> list[list[int]]:
-    """
-    The indices of rows that must be in the same split: equal rows or, with `by_images`, also others about the same
-    images. Images are the same if their paths or their bytes are.
-    """
-    rows = rows.cast_column("image", Image(decode=False))
-    features, fingerprint = Features({"group": Value("string")}), Hasher.hash([rows._fingerprint, by_images])
-    named, groups = map_rows(rows, partial(name_group, by_images=by_images), features, fingerprint), {}
-    for index, group in enumerate(named["group"]):
-        groups.setdefault(group, []).append(index)
-    return list(groups.values())
-
-
-def name_group(row: dict, index: int, by_images: bool) -> dict:
-    images = [image["bytes"] or image["path"].encode() for image in list_images(row)]
-    texts = {name: value for name, value in row.items() if name not in IMAGE_FEATURES}
-    return {"group": Hasher.hash_bytes(images if images and by_images else [*images, repr(texts).encode()])}
-
-
-def take_groups(groups: list[list[int]], sizes: list[int]) -> Iterator[list[int]]:
-    """Yields a part of each size from random groups, always the same ones, or one group if all are too large."""
-    left = [groups[number] for number in np.random.default_rng(0).permutation(len(groups))]
-    for size in sizes:
-        part, candidates, left = [], left, []
-        for group in candidates:
-            if len(part) + len(group) <= size:
-                part += group
-            else:
-                left.append(group)
-        if left and not part:
-            part = left.pop(left.index(min(left, key=len)))
-        yield sorted(part)

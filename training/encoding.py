@@ -13,7 +13,7 @@ from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 
 from dehvf import processing
-from tasks._sources import map_rows
+from tasks._reader import map_rows
 from training.flags import ROOT
 
 

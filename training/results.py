@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, extr
 
 from dehvf import hub
 from tasks import format_score, get_task, print_scores, score_folder
-from tasks._sources import KEPT_TOGETHER
+from tasks._holdout import KEPT_TOGETHER
 from training.arguments import BASES, DEHVF_METHODS
 from training.checkpoints import RESULTS_FILE, describe_code, digest, write_json
 from training.data import Split
