@@ -11,7 +11,6 @@ The methods are measured alternately, as in `benchmarks.speed`. The results are 
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -20,10 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import RESULTS, format_ratios, heading, machine_in_words, save_report, speed, table
-from benchmarks.speed import DEHVF, LLAVA, MEMVP, MERGED, TEXT_ONLY, decoding_step
+from benchmarks.speed import DEHVF, LLAVA, MEMVP, MERGED, STEPS, TEXT_ONLY, decoding_step, make_clock, time_steps
 
 
-WARM_UPS, ROUNDS, REPLAYS = 3, 9, 8
+WARM_UPS, ROUNDS = 3, 9
 METHODS = (TEXT_ONLY, DEHVF, MEMVP, LLAVA, MERGED)
 TRAINING, DECODING = "training step", "decoding step"
 RATIOS = [
@@ -54,17 +53,6 @@ class Replay:
         self.run()
 
 
-def time_replays(replay: Callable, measure: str) -> dict[str, float]:
-    """Mean seconds of a replay, over `REPLAYS` consecutive ones."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(REPLAYS):
-        replay()
-    synchronize()
-    return {measure: (time.perf_counter() - start) / REPLAYS}
-
-
 def training_step(model, preset) -> Callable:
     """Forward, backward and AdamW. For the language model alone, forward and backward to its input embeddings."""
     model.train()
@@ -90,10 +78,11 @@ def measure(preset) -> dict:
     side = preset.patches_per_side[0]
     text = speed.random_base(AutoModelForCausalLM, speed.make_config(preset, side).text_config, preset)
     models, samples = speed.build_all(METHODS, preset, side, text), {}
-    decode = partial(decoding_step, num_steps=WARM_UPS + (ROUNDS + 2) * REPLAYS)
+    now = make_clock(preset.device, "wall")
+    decode = partial(decoding_step, num_steps=WARM_UPS + (ROUNDS + 2) * STEPS)
     for what, make, excluded in ((TRAINING, training_step, MERGED), (DECODING, decode, LLAVA)):
         jobs = {
-            name: partial(time_replays, Replay(make(model, preset)), what)
+            name: partial(time_steps, Replay(make(model, preset)), now, what)
             for name, model in models.items()
             if name != excluded
         }
@@ -132,7 +121,7 @@ def main():
             f"{str(preset.dtype).removeprefix('torch.')}, {preset.patches_per_side[0] ** 2} patches and "
             f"{preset.text_tokens[0]} text tokens: a training step of {preset.training_batch} (forward, backward, "
             f"AdamW) and a decoding step of {preset.decode_batch}, replayed as CUDA graphs; medians of {ROUNDS} "
-            f"rounds of {REPLAYS} replays; the methods are measured alternately. {machine_in_words()}."
+            f"rounds of {STEPS} replays; the methods are measured alternately. {machine_in_words()}."
         ),
     }
     # Graphs must be captured on a side stream, and the gradients must be allocated on the same stream

@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -106,12 +105,7 @@ def time_jobs(encode: Callable, answer: Callable, now: Callable) -> dict[str, fl
 
 def measure_seconds(bases: tuple, device: str) -> dict[str, dict[str, list[float]]]:
     """Row -> job -> seconds in each round. On a CPU, the CPU time of this process."""
-
-    def now() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() if device == "cuda" else time.process_time()
-
+    now = speed.make_clock(device, "wall" if device == "cuda" else "cpu")
     jobs = {name: partial(time_jobs, *build_jobs(row, bases, device)[:2], now) for name, row in ROWS.items()}
     return speed.interleave(jobs, extra_seconds=0)
 

@@ -45,7 +45,7 @@ from dehvf import DehvfConfig, DehvfForConditionalGeneration
 
 
 ROUNDS = 7
-STEPS = 8  # decoding steps per measurement
+STEPS = 8  # consecutive steps that are timed together
 
 TEXT_ONLY, DEHVF, MEMVP, LLAVA, MERGED = "text alone", "DEHVF", "MemVP", "LLaVA-LoRA", "LLaVA-LoRA, merged"
 
@@ -339,12 +339,24 @@ def decoding_step(model, preset: Preset, num_steps: int, compiled: bool = False)
     return step
 
 
-def time_steps(step: Callable, now: Callable) -> dict[str, float]:
-    """Mean seconds of a decoding step."""
+def make_clock(device: str, clock: str) -> Callable[[], float]:
+    """A function that waits for the device and returns the wall time or the CPU time of this process in seconds."""
+    read = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
+
+    def now() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return read()
+
+    return now
+
+
+def time_steps(step: Callable, now: Callable, measure: str = "further token") -> dict[str, float]:
+    """Mean seconds of a step, over `STEPS` consecutive ones."""
     start = now()
     for _ in range(STEPS):
         step()
-    return {"further token": (now() - start) / STEPS}
+    return {measure: (now() - start) / STEPS}
 
 
 def interleave(
@@ -580,13 +592,7 @@ def note(name: str, preset: Preset, clock: str) -> str:
 
 
 def measure(name: str, preset: Preset, clock: str) -> dict:
-    read = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
-
-    def now() -> float:
-        if preset.device == "cuda":
-            torch.cuda.synchronize()
-        return read()
-
+    now = make_clock(preset.device, clock)
     side = preset.patches_per_side[0]
     text = random_base(AutoModelForCausalLM, make_config(preset, side).text_config, preset)
     models = build_all((TEXT_ONLY, DEHVF, MEMVP, LLAVA, MERGED), preset, side, text)
