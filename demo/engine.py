@@ -1,7 +1,7 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Answers the requests of `serve.py` with one model: requests that can be answered together share a call of `generate`,
-which runs in a thread of its own, and each answer is passed on piece by piece.
+Answers the requests of `serve.py` with one model. A separate thread calls `generate`, with several requests in one
+batch if possible, and passes each answer on token by token.
 """
 
 import asyncio

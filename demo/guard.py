@@ -1,7 +1,7 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Passes on to `serve.py` the requests that it supports, from callers that may call it, within its limits. All others get
-an error in OpenAI's format.
+Checks who may call which endpoint of `serve.py`, and limits the number, the size and the duration of requests. Refused
+requests get an error in OpenAI's format.
 """
 
 import asyncio

@@ -11,8 +11,8 @@ The first is the format of TRL, where a content may also be a list of parts, {"t
 {"type": "image"}, perhaps with the image itself as `image`; the second is the format of LLaVA and ShareGPT. Images may
 be in any of the user's messages. Their placeholders (`<image>`, or a part of type "image") are removed from the text,
 since there are no image tokens: the model is given all images of a row in order. A text in the column `system` becomes
-the system message of a row that has none in its messages. Other columns are ignored. The
-command `python -m tasks check FOLDER --task chat` lists invalid rows.
+the system message of a row that has none in its messages. Other columns are ignored. The command `python -m tasks
+check FOLDER --task chat` lists invalid rows.
 """
 
 import reprlib
