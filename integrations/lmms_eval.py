@@ -84,7 +84,7 @@ class Dehvf(lmms):
     @staticmethod
     def generation_options(options: dict) -> tuple[dict, list[str]]:
         """The arguments of `generate`, and the strings at which an answer ends."""
-        until = options.pop("until", [])
+        until = options.pop("until", None) or []
         names = ("max_new_tokens", "temperature", "top_p", "num_beams")
         chosen = {name: options[name] for name in names if options.get(name) is not None}
         chosen["do_sample"] = chosen.get("temperature", 0) > 0

@@ -20,6 +20,8 @@ from huggingface_hub import metadata_load
 Rows = Dataset | IterableDataset
 
 FORMATS = {"*.jsonl": "JSON Lines", "*.csv": "CSV", "*.parquet": "Parquet", "*.json": "JSON"}  # in this order
+# Keys under which a JSON file that is one object has its rows
+KEYS_OF_ROWS = ("data", "rows", "examples", "instances", "samples")
 # JSON files about a data set, which `datasets` writes beside its rows
 DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 
@@ -194,7 +196,12 @@ def read_records(file: Path) -> Iterator[Record]:
     is_empty = True
     with open(file, "rb") as lines:
         start = lines.read(100).removeprefix(b"\xef\xbb\xbf").lstrip()
-    reader = read_csv if file.suffix == ".csv" else read_list if start.startswith(b"[") else read_lines
+    if file.suffix == ".csv":
+        reader = read_csv
+    elif start.startswith(b"["):
+        reader = read_list
+    else:
+        reader = read_object if file.suffix == ".json" else read_lines
     try:
         for record in reader(file):
             is_empty = False
@@ -224,6 +231,20 @@ def read_lines(file: Path) -> Iterator[Record]:
             yield f"{file}:{number}", *check_record(record, faults)
             if faults and file.suffix == ".json":  # probably one JSON value over many lines
                 return
+
+
+def read_object(file: Path) -> Iterator[Record]:
+    """Reads one object that has a list of records under one of `KEYS_OF_ROWS`, or else one record per line."""
+    try:
+        whole = json.loads(file.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError:
+        whole = None
+    keys = [key for key in KEYS_OF_ROWS if isinstance(whole, dict) and isinstance(whole.get(key), list)]
+    if len(keys) != 1:
+        yield from read_lines(file)
+        return
+    for number, record in enumerate(whole[keys[0]]):
+        yield f"{file}: row {number} of `{keys[0]}`", *check_record(record, [])
 
 
 def read_list(file: Path) -> Iterator[Record]:

@@ -79,7 +79,7 @@ class Reader:
             second.append("there are images in the messages and in a column. Give them in one of the two places.")
         images, faults = self._find_images(inner if images is None else images)
         row, more = task.parse(fields, len(list_images(images)) + len(faults) if has_images else None)
-        row, faults = {**images, **row}, second + faults + more
+        row, faults = {**images, **row}, second + self._find_second_chats(record) + faults + more
         return row, faults or self._find_unread(record, row)
 
     def row(self, record: dict, index: int) -> dict:
@@ -99,9 +99,19 @@ class Reader:
             if values[column] != values[read][: len(values[column])]
         ]
 
+    def _find_second_chats(self, record: dict) -> list[str]:
+        """A fault if two columns have messages."""
+        filled = [column for column in self.fields.get("messages", ()) if record.get(column) is not None]
+        return [
+            f"`{filled[0]}` and `{column}` both have messages. Give `--columns messages={filled[0]}` to read that "
+            "column, or remove one of them."
+            for column in filled[1:]
+        ]
+
     def texts(self, record: dict, index: int) -> dict:
         """The row without images of a record that has `num_images` instead of images."""
         row, faults = import_module(self.task_name).parse(self.fields_of(record), record["num_images"])
+        faults = self._find_second_chats(record) + faults
         faults = faults or self._find_unread(record, {**row, "image": record["num_images"] or None})
         return self.check(f"{self.place}, row {index}", row, faults)
 

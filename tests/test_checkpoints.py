@@ -604,6 +604,15 @@ def test_the_trainers_ways_to_say_yes_and_no_are_understood(interrupted):
         assert find_start(output, asked, run)[1] == expected
 
 
+def test_an_output_folder_must_be_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    for name in ("file", "dangling"):
+        for asked in ("auto", "never"):
+            with pytest.raises(ValueError, match=f"`--output_dir .*{name}` is not a folder"):
+                find_start(tmp_path / name, asked, {})
+
+
 def test_folders_that_only_look_like_checkpoints_of_the_run_are_left_alone(interrupted):
     flags, output = interrupted
     shutil.copytree(output / "checkpoint-4", output / "checkpoint-4-backup")

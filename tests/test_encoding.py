@@ -233,15 +233,16 @@ def test_special_tokens_in_a_context_are_text_whatever_was_encoded_before():
 @pytest.mark.parametrize(
     "template, message",
     [
-        (STRICT, "refuses .*no role but user and assistant"),
-        (FORGETFUL, "does not render message 2 .*`--chat_template"),
+        (STRICT, "of the tokenizer refuses .*no role but user and assistant"),
+        (FORGETFUL, "of the tokenizer does not render message 2 .*`--chat_template"),
+        ("{{ messages[0]['content'] }}\n{% if %}", "is not valid Jinja: Expected an expression"),
     ],
 )
 def test_a_template_that_cannot_be_trained_with_is_refused(template, message):
     processor = make_processor("llama", bos=True, template=template)
     roles = ("system", "user", "assistant", "user", "assistant")
     messages = [{"role": role, "content": role} for role in roles]
-    with pytest.raises(ValueError, match=f"Row 0 of the test split: the chat template of the tokenizer {message}"):
+    with pytest.raises(ValueError, match=f"Row 0 of the test split: the chat template {message}"):
         encode(processor, {"answer": "assistant"}, messages=lambda row: messages)
 
 

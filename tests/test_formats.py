@@ -505,6 +505,11 @@ AMBIGUOUS = [
         "no row has a `system`.*`--columns system=system_prompt`",
     ),
     (vqa, {"answer": "x", "images": ["b.png"]}, "`images` and `image` have different images"),
+    (
+        chat,
+        {"messages": [USER, ASSISTANT], "conversations": [USER, ASSISTANT]},
+        "`messages` and `conversations` both have messages. Give `--columns messages=messages`",
+    ),
     (vqa, {"choices": ["a", "b"], "answer": ["a", "c"]}, "`answer` is 'c', which is none of"),
     (
         vqa,
@@ -864,12 +869,15 @@ def test_the_rows_in_the_documentation_are_read(name, number, tmp_path):
 
 FILES = [
     ("train.jsonl", b'{"question": "?"', "train.jsonl:1: not JSON.*Write one whole object on each line"),
-    ("train.json", b'{\n "data": [\n 1\n]}', "train.json:1: not JSON.*Write one list of objects"),
+    ("train.json", b'{\n "rest": [\n 1\n]}', "train.json:1: not JSON.*Write one list of objects"),
+    ("train.json", b'{\n "data": [\n 1\n]}', "train.json: row 0 of `data`: 1 is not a row"),
     ("train.json", b'[{"question": }]', "train.json: row 0: not JSON: Expecting value at line 1, column 15"),
     ("train.json", b'[{"question": "?", "answer": "x"}', "train.json: row 1: the list is not closed"),
     ("train.json", b'[{"question": "?", "answer": "x"}]\n[]', "train.json: row 1: something follows the end"),
     ("train.json", b'[{"question": "\xe4"}]', "train.json: not UTF-8 text"),
     ("train.json", b"[]", "train.json: no rows"),
+    ("train.json", b'{"version": 1,\n "data": [{"question": "?", "answer": "x"}]}', None),
+    ("train.json", b'{"question": "?", "answer": "x"}\n', None),
     ("train.csv", b"question,answer\n?,x\n", None),
     ("train.csv", b"question , answer \n?,x\n", None),
     ("train.csv", b'question,answer\n"a\nb",x\n?,x,y\n', "train.csv:4: it does not have 2 cells"),

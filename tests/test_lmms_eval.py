@@ -70,6 +70,7 @@ def test_requests_are_answered_in_their_order_and_with_their_own_options(model):
     stop = together[0][1]
     cut = model.generate_until([request(0, max_new_tokens=6, until=[stop], temperature=0, do_sample=False)])
     assert cut == [together[0].split(stop)[0].strip()]
+    assert model.generate_until([request(0, max_new_tokens=6, until=None)]) == together[:1]
 
 
 @pytest.mark.parametrize("kinds, message", [(("image", "image"), "2 images"), (("video",), "1 videos")])

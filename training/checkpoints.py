@@ -226,8 +226,11 @@ def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | No
         `run` with an id and the seconds trained so far; and the checkpoint to resume from, if any.
 
     Raises:
-        ValueError: if the run to resume has other arguments, or the requested checkpoint is not complete.
+        ValueError: if `output_dir` is not a folder, the run to resume has other arguments, or the requested checkpoint
+            is not complete.
     """
+    if output_dir.is_symlink() and not output_dir.exists() or output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"`--output_dir {output_dir}` is not a folder. Give another name, or remove what is there.")
     new = {**run, "run": uuid.uuid4().hex, "train_seconds": 0.0}
     if asked.lower() in ("never", "false"):
         return new, None

@@ -247,18 +247,22 @@ def load_splits(task, processor, data_args, training_args) -> dict[str, Split | 
     splits = {}
     if training_args.process_index:  # the main process has given the same warnings
         disable(WARNING)
-    with training_args.main_process_first(desc="encode the data"):
-        if training_args.num_train_epochs > 0 and data_args.streaming:
-            seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-            shuffle_seed = None if training_args.train_sampling_strategy == "sequential" else seed
-            splits["train"] = StreamedSplit(task, "train", processor, data_args, shuffle_seed)
-        elif training_args.num_train_epochs > 0:
-            splits["train"] = Split(task, "train", processor, data_args, training=True)
-        if training_args.eval_strategy != "no":
-            with_loss = training_args.metric_for_best_model in LOSS
-            splits["validation"] = Split(task, "validation", processor, data_args, training=False, with_loss=with_loss)
-        splits["test"] = Split(task, "test", processor, data_args, training=False)
-    disable(NOTSET)
+    try:
+        with training_args.main_process_first(desc="encode the data"):
+            if training_args.num_train_epochs > 0 and data_args.streaming:
+                seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+                shuffle_seed = None if training_args.train_sampling_strategy == "sequential" else seed
+                splits["train"] = StreamedSplit(task, "train", processor, data_args, shuffle_seed)
+            elif training_args.num_train_epochs > 0:
+                splits["train"] = Split(task, "train", processor, data_args, training=True)
+            if training_args.eval_strategy != "no":
+                with_loss = training_args.metric_for_best_model in LOSS
+                splits["validation"] = Split(
+                    task, "validation", processor, data_args, training=False, with_loss=with_loss
+                )
+            splits["test"] = Split(task, "test", processor, data_args, training=False)
+    finally:
+        disable(NOTSET)
     return splits
 
 

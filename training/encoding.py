@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from dehvf import processing
 from tasks._reader import map_rows
@@ -64,6 +64,8 @@ class ChatTokenizer:
         messages = [{**message, "content": self.protect(message["content"])} for message in messages]
         try:
             text = self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+        except TemplateSyntaxError as error:
+            raise ValueError(f"the chat template is not valid Jinja: {error.message}") from error
         except TemplateError as error:  # for example because of an unknown role
             raise ValueError(f"the chat template of the tokenizer refuses {messages}: {error}") from error
         for message in messages:
