@@ -109,6 +109,8 @@ class Row:
     values: fields of `DehvfConfig`, which override `SETTING`, or of `BaselineArguments`.
     rate: learning rate.
     fuser_ratio: learning rate of the fuser and its query, as a fraction of `rate`.
+    beta2: the second beta of AdamW.
+    max_grad_norm: norm to which gradients are clipped; 0 means no clipping.
     fuser: one of `benchmarks.fusers.VARIANTS`, or "the paper's".
     batch_size: questions per step.
     steps: number of training steps.
@@ -119,6 +121,8 @@ class Row:
     values: dict = field(default_factory=dict)
     rate: float = 5e-4
     fuser_ratio: float = 0.1
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
     fuser: str = "the paper's"
     batch_size: int = 16
     steps: int = 2000
@@ -160,6 +164,17 @@ OTHER_RATES |= {"ADEM-VL": 1e-3, "IGVA": 1e-3, "mean weights": 2.5e-4}
 # (`visual_scale`, `memory_scale`, rate)
 SCALES = [(0.3, 1.0, 1e-3), (0.3, 1.0, 2e-3), (0.3, 0.3, 2e-3), (0.3, 0.3, 4e-3), (0.3, 0.1, 4e-3)]
 SCALES += [(0.1, 1.0, 2e-3), (0.1, 1.0, 4e-3), (0.1, 0.3, 3e-3), (0.1, 0.3, 6e-3), (0.1, 0.1, 6e-3)]
+OPTIMIZERS = {
+    "beta2 0.999": Row(beta2=0.999),
+    "no clipping": Row(max_grad_norm=0.0),
+    "no clipping, beta2 0.999": Row(max_grad_norm=0.0, beta2=0.999),
+    "no clipping, beta2 0.999, batches of 64, rate 0.001": Row(
+        max_grad_norm=0.0, beta2=0.999, rate=1e-3, batch_size=64, steps=1200
+    ),
+    "no clipping, beta2 0.999, scales 0.1 and 1, rate 0.001": Row(
+        values={"visual_scale": 0.1}, max_grad_norm=0.0, beta2=0.999, rate=1e-3
+    ),
+}
 EMOJI_ROWS = {
     name: dataclasses.replace(row, values={"visual_scale": 0.1, "memory_scale": 0.3, **row.values}, rate=3e-3)
     for name, row in {**METHODS, **ABLATIONS}.items()
@@ -183,6 +198,7 @@ TABLES = {
         **{f"fuser: {name}": Row(fuser=name) for name in fusers.VARIANTS},
         "batches of 64, rate 0.001": Row(rate=1e-3, batch_size=64, steps=1200),
     },
+    "DEHVF with other optimizer settings on easy-VQA": OPTIMIZERS,
     "DEHVF with other scales and rates on easy-VQA": {
         f"scales {visual:g} and {memory:g}, rate {rate:g}": Row(
             values={"visual_scale": visual, "memory_scale": memory}, rate=rate, batch_size=64, steps=600
@@ -303,7 +319,7 @@ def make_optimizer(model, row: Row) -> torch.optim.Optimizer:
         {"params": params, "peak": rate, "lr": torch.tensor(rate, device=model.device), "weight_decay": decay}
         for (rate, decay), params in groups.items()
     ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True, capturable=model.device.type == "cuda")
+    return torch.optim.AdamW(groups, betas=(0.9, row.beta2), fused=True, capturable=model.device.type == "cuda")
 
 
 def rate_factor(step: int, steps: int) -> float:
@@ -340,7 +356,8 @@ class Step:
         logits, labels = self.run.logits(batch)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.run.parameters, 1.0)
+        if self.run.row.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.run.parameters, self.run.row.max_grad_norm)
         self.run.optimizer.step()
         return loss.detach()
 
@@ -501,7 +518,8 @@ def read_run(name: str, row: Row, seed: int) -> dict | None:
     if not file_of(name, seed).is_file():
         return None
     run = json.loads(file_of(name, seed).read_text(encoding="utf-8"))
-    return run if run["row"] == dataclasses.asdict(row) else None
+    # Runs of earlier versions lack later fields, and had their default values
+    return run if {**dataclasses.asdict(Row()), **run["row"]} == dataclasses.asdict(row) else None
 
 
 def train_missing(rows: dict[str, Row], seeds: list[int], at_once: int, only_scores: bool = False):
