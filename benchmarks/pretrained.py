@@ -600,13 +600,15 @@ def markdown(report: dict) -> str:
 
 def accuracy_table(rows: dict[str, list[dict]]) -> list[str]:
     kinds = [*kinds_of(next(iter(rows.values()))[0]["row"]["task"]), "average"]
-    head = ["", "trained", "seeds", *kinds, f"questions until {LEARNED} %", "std over layers", "over images"]
+    head = ["", "trained", "seeds", "questions", *kinds, f"questions until {LEARNED} %", "std over layers", "over images"]
     head += ["best replacement of the weights"]
     lines = []
     for name, runs in rows.items():
         last = [run.get("scores") or run["curve"][-1] for run in runs]
         until = [number for run in runs if (number := questions_until(run))]
         cells = [name, f"{runs[0]['trained_parameters']:,}", ", ".join(str(run["seed"]) for run in runs)]
+        numbers = {run["row"]["batch_size"] * run["curve"][-1]["step"] for run in runs}
+        cells.append(" to ".join(f"{number:,}" for number in sorted({min(numbers), max(numbers)})))
         cells += [spread([scores[kind] for scores in last]) for kind in kinds]
         cells.append(f"{spread(until, 0)} ({len(until)} of {len(runs)})")
         for figure in ("std_over_layers", "std_over_images"):
@@ -661,7 +663,7 @@ def write_report(rows: dict[str, Row], seeds: list[int]):
         "note": (
             "Adapters on SmolLM2-135M-Instruct and DINOv2-small. easy-VQA: 2,000 steps of 16 questions with the "
             "learning rate 5e-4 (LaVIN and LLaMA-Adapter 2.5e-3, ADEM-VL 2e-3) unless the row gives another; for the "
-            "scales and rates, 600 steps of 64 questions. Emoji: 285 steps of 64 questions; DEHVF and its ablations "
+            "scales and rates, 600 steps of 64 questions. Rows with fewer questions were stopped. Emoji: 285 steps of 64 questions; DEHVF and its ablations "
             "with the scales 0.1 and 0.3 and the learning rate 3e-3, LLaVA-LoRA with 1e-3, ADEM-VL with 2e-3. "
             "Accuracy in % on the 9,673 and the 1,146 test questions (for a stopped run, on the first "
             f"{FIRST_QUESTIONS:,} at its last evaluation), mean ± standard deviation over seeds. The most frequent "
