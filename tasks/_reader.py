@@ -101,7 +101,7 @@ class Reader:
 
     def _find_second_chats(self, record: dict) -> list[str]:
         """A fault if two columns have messages."""
-        filled = [column for column in self.fields.get("messages", ()) if record.get(column) is not None]
+        filled = [column for column in self.fields.get("messages", ()) if record.get(column) not in (None, "", [])]
         return [
             f"`{filled[0]}` and `{column}` both have messages. Give `--columns messages={filled[0]}` to read that "
             "column, or remove one of them."
