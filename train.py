@@ -20,11 +20,13 @@ import gc
 import sys
 from pathlib import Path
 
-from training.flags import read_command
+from training.flags import read_command, show_help
 
 
 if __name__ == "__main__":
-    read_command(sys.argv[1:])  # reports wrong flags before the imports below, which take seconds
+    # Before the imports below, which take seconds
+    read_command(sys.argv[1:])  # reports wrong flags
+    show_help(sys.argv[1:])
 
 import torch  # noqa: E402
 from transformers import EarlyStoppingCallback, set_seed  # noqa: E402

@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import (
@@ -41,7 +42,7 @@ from training import arguments
 from training.arguments import DataArguments, DehvfTrainingArguments, parse_arguments
 from training.data import Collator, Split, StreamedSplit, read_image
 from training.encoding import ChatTokenizer, RowEncoder, render
-from training.flags import DEFAULT_RECIPE, argument_names, recipes
+from training.flags import DEFAULT_RECIPE, HELP_FILE, argument_names, recipes, show_help
 from training.models import load_processor
 from training.trainer import AnswerTrainer
 
@@ -233,6 +234,27 @@ def test_the_help_describes_every_flag_and_no_name_is_missing_from_the_sources(c
             name = word.strip("-,=")
             assert {name, name.removeprefix("no_")} & argument_names(), name
     assert all(len(text) > 10 for text in arguments.describe_fields(DehvfConfig.__doc__).values())
+
+
+def test_the_listed_flags_are_those_of_the_parser():
+    if HELP_FILE.read_text(encoding="utf-8").splitlines()[0] != (expected := arguments.make_help()).splitlines()[0]:
+        pytest.skip("docs/flags.txt was written with other versions of Python or transformers")
+    assert HELP_FILE.read_text(encoding="utf-8") == expected, "run `python -m training.arguments`"
+
+
+def test_help_is_printed_without_slow_imports(tmp_path):
+    if not HELP_FILE.read_text(encoding="utf-8").splitlines()[0].endswith(f" {transformers.__version__}"):
+        pytest.skip("docs/flags.txt was written with another version of transformers")
+    command = [sys.executable, "-X", "importtime", ROOT / "train.py", "--help"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert not process.returncode and "torch" not in process.stderr
+    assert process.stdout == HELP_FILE.read_text(encoding="utf-8").partition("\n\n")[2]
+
+
+def test_help_for_another_release_of_transformers_comes_from_the_parser(monkeypatch, capsys):
+    monkeypatch.setattr("training.flags.version", lambda name: "0.0.0")
+    show_help(["--help"])
+    assert capsys.readouterr().out == ""
 
 
 # --- rows ---

@@ -1,16 +1,23 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""The arguments of `train.py`: their dataclasses, how they are parsed, and the checks before anything is loaded."""
+"""
+The arguments of `train.py`: their dataclasses, how they are parsed, and the checks before anything is loaded.
+
+`python -m training.arguments` writes docs/flags.txt, which lists them.
+"""
 
 import dataclasses
 import json
 import math
 import re
-from argparse import ArgumentTypeError
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentTypeError
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
+import transformers
 from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -20,7 +27,7 @@ from baselines import BaselineArguments
 from dehvf import DehvfConfig, hub
 from tasks import NAMES
 from training.engines import ENGINE_OF_ONE, name_engine
-from training.flags import find_recipe, read_command, read_yaml, without_partners
+from training.flags import HELP_FILE, find_recipe, read_command, read_yaml, without_partners
 
 
 DESCRIPTION = "Trains adapters on frozen bases, evaluates them on the test split and saves them with a model card."
@@ -166,7 +173,10 @@ class DehvfTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = HfArg(
         default="none", help="tensorboard, trackio, ..., or several, separated by commas."
     )
-    use_cpu: bool = HfArg(default=not torch.accelerator.is_available(), help="Train on the CPU.")
+    use_cpu: bool = HfArg(  # `%(default).0s` hides the default, which depends on the machine
+        default=not torch.accelerator.is_available(),
+        help="Train on the CPU. By default true if there is no accelerator.%(default).0s",
+    )
 
     def __post_init__(self):
         if isinstance(self.report_to, str):
@@ -213,6 +223,25 @@ def describe_fields(docstring: str) -> dict[str, str]:
 # --- reading ---
 
 
+def make_parser() -> HfArgumentParser:
+    return HfArgumentParser(
+        [DataArguments, ModelArguments, adapter_arguments(), BaselineArguments, DehvfTrainingArguments],
+        description=DESCRIPTION,
+        usage="accelerate launch train.py [recipe.yaml] [--flag value ...]",
+        allow_abbrev=False,
+    )
+
+
+def make_help() -> str:
+    """The content of `HELP_FILE`."""
+    parser = make_parser()
+    parser.formatter_class = partial(ArgumentDefaultsHelpFormatter, width=80)
+    python = ".".join(map(str, sys.version_info[:2]))  # whose versions format help differently
+    return (
+        f"`train.py --help` with Python {python} and transformers {transformers.__version__}\n\n{parser.format_help()}"
+    )
+
+
 def parse_arguments(arguments: list[str]):
     """
     Reads `[recipe.yaml] [--flag value ...]`. Flags override the recipe.
@@ -224,12 +253,7 @@ def parse_arguments(arguments: list[str]):
         ValueError: as in [`read_command`]; or if a flag contradicts `--method`.
         SystemExit: if a value has the wrong type or is none of the choices.
     """
-    parser = HfArgumentParser(
-        [DataArguments, ModelArguments, adapter_arguments(), BaselineArguments, DehvfTrainingArguments],
-        description=DESCRIPTION,
-        usage="accelerate launch train.py [recipe.yaml] [--flag value ...]",
-        allow_abbrev=False,
-    )
+    parser = make_parser()
     recipe, values, flags = read_command(arguments)
     values = without_partners(values, flags)
     words = [f"--output_dir=outputs/{recipe.stem}"]
@@ -540,3 +564,7 @@ def check_push(model_args, training_args):
         config = DehvfConfig.from_pretrained(model_args.adapter, revision=model_args.adapter_revision)
         places = {base: getattr(config, f"{base}_model_id") for base in BASES}
     hub.check_hub_ids(**{base: getattr(model_args, f"{base}_model_id") or place for base, place in places.items()})
+
+
+if __name__ == "__main__":
+    HELP_FILE.write_text(make_help(), encoding="utf-8")

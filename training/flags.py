@@ -9,6 +9,7 @@ import difflib
 import re
 import sys
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_RECIPE = ROOT / "recipes" / "digits.yaml"
+HELP_FILE = ROOT / "docs" / "flags.txt"
 # Values of a recipe that describe its data, and apply only to its own task
 TASK_VALUES = ("data_path", "columns", "holdout", "captions", "max_new_tokens", "max_samples", "only_images")
 TASK_VALUES += ("train_sampling_strategy",)
@@ -163,6 +165,18 @@ def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None
     if template not in (None, "plain") and not Path(template).is_file():
         raise ValueError(f"`--chat_template {template}`: there is no such file. Give a Jinja file, or `plain`.")
     return recipe, values, flags
+
+
+def show_help(arguments: list[str]):
+    """
+    Prints `HELP_FILE` and exits if help is asked for and the file is that of the installed transformers. Otherwise
+    the parser prints its own, which takes seconds, since its defaults need torch and transformers.
+    """
+    if {"-h", "--help"} & {*arguments}:
+        title, _, text = HELP_FILE.read_text(encoding="utf-8").partition("\n\n")
+        if title.endswith(f" transformers {version('transformers')}"):
+            print(text, end="")
+            sys.exit()
 
 
 @cache
