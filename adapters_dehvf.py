@@ -3,6 +3,7 @@
 
 import copy
 import os
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -23,9 +24,11 @@ from transformers.utils import (
 from .bases_dehvf import (
     BASE_NAMES,
     assemble_causal_lm,
+    check_base_names,
     fetch_merged_bases,
     find_changes,
     has_file,
+    has_same_tensors,
     hub_arguments,
     load_base_config,
     load_bases,
@@ -35,7 +38,7 @@ from .bases_dehvf import (
     share_placement,
 )
 from .configuration_dehvf import DehvfConfig
-from .files_dehvf import check_file_dtypes, digest, read_tensors, write_tensors
+from .files_dehvf import check_before_writing, digest, read_tensors, write_tensors
 from .inputs_dehvf import check_visual_memory
 from .layouts_dehvf import check_layouts
 from .memory_dehvf import as_visual_memory
@@ -44,6 +47,7 @@ from .processing_dehvf import IMAGE_OPTIONS, DehvfProcessor
 
 logger = logging.get_logger(__name__)
 
+CHANGES = threading.RLock()  # held while an adapter is added, removed, activated or saved; calls need no lock
 # The modules of `DehvfModel` whose parameters are trained and saved; no others are
 ADAPTER_MODULES = ("vision_adapters", "fuser_query", "fuser", "projector", "memory_slots")
 # Arguments of `save_pretrained` in `transformers` that make no difference for an adapter
@@ -213,7 +217,7 @@ class AdapterMixin:
         model.base_model.load_state_dict(own, strict=False)
         model.name_or_path = str(location)
         model.base_model.set_source("default", location, source)
-        model._has_merged_bases, model._given_bases = config.merged_base and not given, given
+        model._has_merged_bases, model._given_bases = config.merged_base and len(given) < len(places), given
         if generation_config is not None:
             model.generation_config = generation_config
         elif has_file(location, GENERATION_CONFIG_NAME, **source):  # else the language model's own stays
@@ -308,34 +312,11 @@ class AdapterMixin:
                 f"`save_pretrained` has no argument `{min(unknown)}`. It always writes one `{SAFE_WEIGHTS_NAME}`; "
                 "`merge_base=True` also writes the base models, in files of up to `max_shard_size`."
             )
-        for name, value in self.base_model.active.built_in_values.items():
-            if str(changed := getattr(self.config, name)) != value:
-                raise ValueError(
-                    f"`config.{name}` was changed from {value} to {changed} after the model was built, which has no "
-                    "effect on this model, but would have one on the model that is loaded from the folder. Change it "
-                    "back before saving, and give another value to `from_pretrained` or `from_vision_text_pretrained`."
-                )
-        own = self.adapter_state_dict()
-        expected = self._empty_adapter(self.config, save_directory).state_dict()
-        if differing := own.keys() ^ expected.keys():
-            raise ValueError(
-                f"The modules of the adapter do not match its config, so it could not be loaded again. "
-                f"{len(differing)} names differ, such as {min(differing)}. If `peft` or a parametrization wraps the "
-                "modules, save with `peft`, or merge or remove the wrappers first."
-            )
-        given = {plain_name(name): tensor for name, tensor in (state_dict or own).items()}
-        tensors = {name: tensor for name, tensor in given.items() if name in own}
-        empty = [name for name in own if name not in tensors or not tensors[name].numel()]
-        if is_main_process and empty:
-            raise ValueError(
-                f"{len(empty)} of {len(own)} adapter tensors are missing or empty, among them {empty[0]}. Nothing was "
-                "written. `state_dict` needs the names of `model.state_dict()`, without the prefix of a wrapper such "
-                "as `module.`. Under ZeRO-3 gather the parameters first, or set "
-                '"stage3_gather_16bit_weights_on_model_save" to true.'
-            )
-        if is_main_process:
-            check_adapter_tensors(tensors, expected, "this model")
-            check_file_dtypes(tensors.values())
+        with CHANGES:  # the tensors and the config of the same adapter
+            self._save(save_directory, is_main_process, state_dict, merge_base, max_shard_size)
+
+    def _save(self, save_directory, is_main_process: bool, state_dict, merge_base: bool, max_shard_size: int | str):
+        tensors = self._check_before_saving(save_directory, is_main_process, state_dict, merge_base)
         has_processor = self._has_processor(save_directory)
         is_needed = is_main_process and (merge_base or not has_processor)
         processor = self._load_processor() if is_needed else None
@@ -352,7 +333,7 @@ class AdapterMixin:
         # FSDP2 replaces the class of a model by a subclass
         model_class = next(cls for cls in type(self).__mro__ if not cls.__module__.startswith("torch."))
         config.architectures = [model_class.__name__]
-        config.dtype = str(next(iter(own.values())).dtype).removeprefix("torch.")
+        config.dtype = str(self.base_model.memory_slots.key.dtype).removeprefix("torch.")
         # Before the config, so that an interrupted save into an existing folder does not leave one for other tensors
         write_tensors(tensors, os.path.join(save_directory, SAFE_WEIGHTS_NAME))
         custom_object_save(model_class, save_directory)
@@ -362,9 +343,51 @@ class AdapterMixin:
         if processor is not None and not has_processor:
             processor.save_pretrained(save_directory)
 
+    def _check_before_saving(
+        self, save_directory, is_main_process: bool = True, state_dict=None, merge_base: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """The tensors to save. Raises `ValueError` as in `save_pretrained`."""
+        if merge_base and self is self.base_model:
+            raise ValueError(
+                f"`merge_base` also saves the head of the language model, which {type(self).__name__} does not have. "
+                "Load the adapter as DehvfForConditionalGeneration and save that."
+            )
+        for name, value in self.base_model.active.built_in_values.items():
+            if str(changed := getattr(self.config, name)) != value:
+                raise ValueError(
+                    f"`config.{name}` was changed from {value} to {changed} after the model was built, which has no "
+                    "effect on this model, but would have one on the model that is loaded from the folder. Change it "
+                    "back before saving, and give another value to `from_pretrained` or `from_vision_text_pretrained`."
+                )
+        own = self.adapter_state_dict()
+        expected = self._empty_adapter(self.config, save_directory).state_dict()
+        if differing := own.keys() ^ expected.keys():
+            raise ValueError(
+                f"The modules of the adapter do not match its config, so it could not be loaded again. "
+                f"{len(differing)} names differ, such as {min(differing)}. If `peft` or a parametrization wraps the "
+                "modules, save with `peft`, or merge or remove the wrappers first."
+            )
+        prefix = PREFIX if state_dict and self is self.base_model else ""
+        given = {prefix + plain_name(name): tensor for name, tensor in (state_dict or own).items()}
+        tensors = {name: tensor for name, tensor in given.items() if name in own}
+        empty = [name for name in own if name not in tensors or not tensors[name].numel()]
+        if is_main_process and empty:
+            raise ValueError(
+                f"{len(empty)} of {len(own)} adapter tensors are missing or empty, among them {empty[0]}. Nothing was "
+                "written. `state_dict` needs the names of `model.state_dict()`, without the prefix of a wrapper such "
+                "as `module.`. Under ZeRO-3 gather the parameters first, or set "
+                '"stage3_gather_16bit_weights_on_model_save" to true.'
+            )
+        if is_main_process:
+            check_adapter_tensors(tensors, expected, "this model")
+            check_before_writing(tensors)
+        return tensors
+
     def _sample_bases(self) -> dict[str, tuple]:
         named = ((plain_name(name), parameter) for name, parameter in self.named_parameters())
-        return sample_tensors((name, parameter) for name, parameter in named if not is_adapter_name(name))
+        layers = filter(None, (self.get_input_embeddings(), self.get_output_embeddings()))
+        embeddings = [layer.weight for layer in layers if hasattr(layer, "weight")]
+        return sample_tensors(((name, p) for name, p in named if not is_adapter_name(name)), embeddings)
 
     def _warn_of_changed_bases(self, has_bases: bool):
         """Warns if the base models differ from those that are loaded next time; `has_bases` as in the folder."""
@@ -376,9 +399,13 @@ class AdapterMixin:
                 "their weights differ, save with `model.save_pretrained(folder, merge_base=True)` to keep them."
             )
         if before is not None and (changed := find_changes(before, now)):
+            resized = [name for name in changed if name in before and name in now and before[name][0] != now[name][0]]
+            lost = "these changes are lost"
+            if resized and not has_bases:
+                lost += f", and the adapter cannot be loaded, since {resized[0]} has another shape"
             logger.warning(
                 f"{len(changed)} tensors of the base models have changed since they were loaded, such as "
-                f"{changed[0]}. Only the adapter is saved, so these changes are lost. Save with "
+                f"{changed[0]}. Only the adapter is saved, so {lost}. Save with "
                 "`model.save_pretrained(folder, merge_base=True)` to keep them."
             )
         for key, place in self._given_bases.items():
@@ -400,7 +427,13 @@ class AdapterMixin:
         """Whether `merge_base` has already written these base models to a folder."""
         there = self._config_in(folder)
         names = [f"{key}_model_{what}" for key in ("vision", "text") for what in ("id", "revision")]
-        return there.get("merged_base", False) and all(there.get(n) == getattr(self.config, n) for n in names)
+        if not there.get("merged_base", False) or any(there.get(n) != getattr(self.config, n) for n in names):
+            return False
+        vision_tower, language_model = self.base_model.vision_tower, self.base_model.language_model
+        prefix = f"{language_model.base_model_prefix}."  # in the copy, which has the head too
+        text = {prefix + name: tensor for name, tensor in language_model.state_dict().items()}
+        copies = {"vision_model": vision_tower.state_dict(), "text_model": text}
+        return all(has_same_tensors(tensors, os.path.join(folder, name)) for name, tensors in copies.items())
 
     @staticmethod
     def _config_in(folder) -> dict:
@@ -426,6 +459,11 @@ class AdapterMixin:
         options = {name: getattr(config, name) for name in IMAGE_OPTIONS}
         if location is not None and has_file(location, PROCESSOR_NAME, **source):
             return DehvfProcessor.from_pretrained(location, config=config, **options, **source)
+        if location is not None and os.path.isabs(location) and not os.path.isdir(location):
+            logger.warning(
+                f"{location}, from which the adapter was loaded, no longer exists. If its processor differed from "
+                "those of the base models, save yours into the same folder, `processor.save_pretrained(folder)`."
+            )
         bases = (self.base_model.vision_tower.name_or_path, self.base_model.language_model.name_or_path)
         known = {
             config.vision_model_id: config.vision_model_revision,
@@ -445,7 +483,10 @@ class AdapterMixin:
         vision, text = (os.path.join(save_directory, f"{key}_model") for key in ("vision", "text"))
         causal_lm = assemble_causal_lm(self.base_model.language_model, self.lm_head, self.generation_config)
         share_placement(self, causal_lm)
-        for folder, base in ((vision, self.base_model.vision_tower), (text, causal_lm)):
+        bases = {"vision": self.base_model.vision_tower, "text": causal_lm}
+        for key, base in bases.items():
+            check_base_names(base, key)
+        for folder, base in zip((vision, text), bases.values()):
             save_base(base, folder, is_main_process, max_shard_size=max_shard_size)
         if processor is not None:
             processor.image_processor.save_pretrained(vision)
@@ -490,8 +531,8 @@ class AdapterMixin:
         """Writes a result of `get_image_features` to a file, which `load_visual_memory` reads in another process."""
         visual_memory = as_visual_memory(visual_memory)
         check_visual_memory(self.config, visual_memory)
-        check_file_dtypes([visual_memory])
         tensors = {"visual_memory": visual_memory, "vision_encoder": self._sample_encoder()}
+        check_before_writing({"visual_memory": visual_memory})
         write_tensors(tensors, file, self._memory_origin())
 
     def load_visual_memory(self, file: str | os.PathLike) -> torch.Tensor:

@@ -2,13 +2,17 @@
 """Finds, checks, loads and saves the frozen base models."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
+from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
@@ -153,6 +157,14 @@ def _explain_base_errors(location, key: str):
         raise OSError(
             f"The {BASE_NAMES[key]} {location}, which the adapter needs, could not be loaded: {cause}\n{advice}"
         ) from error
+    except TypeError as error:  # the class of the base model has no such argument
+        if (found := re.search(r"unexpected keyword argument '(\w+)'", str(error))) is None:
+            raise
+        close = get_close_matches(found[1], DehvfConfig.__dataclass_fields__, n=1)
+        raise TypeError(
+            f"`{found[1]}` is neither a field of DehvfConfig nor an argument that the {BASE_NAMES[key]} takes."
+            f"{f' Did you mean `{close[0]}`?' if close else ''}"
+        ) from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -228,6 +240,40 @@ def assemble_causal_lm(language_model: PreTrainedModel, head: torch.nn.Module, g
     return causal_lm
 
 
+def check_base_names(base: PreTrainedModel, key: str):
+    """Raises `ValueError` if a base model lacks tensors of its class, since it could not be loaded again."""
+    if getattr(base, "is_quantized", False):  # its tensors have other names
+        return
+    auto_class = AutoModelForCausalLM if key == "text" else AutoModel
+    with torch.device("meta"):
+        expected = auto_class.from_config(base.config).state_dict()
+    if missing := sorted(expected.keys() - base.state_dict().keys()):
+        raise ValueError(
+            f"The {BASE_NAMES[key]} lacks {len(missing)} tensors that it is loaded with, such as {missing[0]}, "
+            "because modules in it are wrapped, for example by `peft`, `torch.compile` or a parametrization. Merge or "
+            "remove the wrappers before saving with `merge_base=True`."
+        )
+
+
+def has_same_tensors(own: dict[str, torch.Tensor], folder) -> bool:
+    """
+    Whether the first rows of a base model's tensors, as far as this process has them, are those of its copy in a
+    folder, up to rounding.
+    """
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys() & own.keys():
+                tensor = own[name]
+                is_here = not tensor.is_meta and not isinstance(tensor, DTensor) and tensor.numel()
+                if not is_here or not tensor.dim() or not tensor.is_floating_point():
+                    continue
+                if list(opened.get_slice(name).get_shape()) != list(tensor.shape):
+                    return False
+                if not _are_close(opened.get_slice(name)[:8], tensor[:8].detach().cpu()):
+                    return False
+    return True
+
+
 def save_base(base: PreTrainedModel, folder, is_main_process: bool, **kwargs):
     """Writes a base model to a folder. Raises `ValueError` if ZeRO-3 has sharded it across the processes."""
     if any(not parameter.numel() for parameter in base.parameters()):
@@ -243,19 +289,22 @@ def save_base(base: PreTrainedModel, folder, is_main_process: bool, **kwargs):
 # --- noticing changes ---
 
 
-def sample_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple]:
+def sample_tensors(tensors: Iterable[tuple[str, torch.Tensor]], embeddings: Iterable = ()) -> dict[str, tuple]:
     """
     Returns for each tensor, by name, its shape, whether it is trained, and, if this process has the whole tensor, a
     sample of its values and where and how often they were written. For a matrix the sample has one value of each row,
-    so that a new embedding of a single token is noticed. For tensors with more than 2**20 values, it has the first 16
-    values: reading others would load the whole mapped file into memory.
+    so that a new embedding of a single token is noticed. For tensors with more than 2**20 values other than
+    `embeddings`, it has the first 16 values: reading others would load the whole mapped file into memory.
     """
-    samples = {}
+    samples, whole = {}, {id(tensor) for tensor in embeddings}
     for name, tensor in tensors:
         numbers = written = None
         if not tensor.is_meta and not isinstance(tensor, DTensor):
             row, values = tensor.shape[-1] if tensor.dim() > 1 else 1, tensor.detach().flatten()
-            picked = values[:: max(row, len(values) // 512) + 1] if len(values) <= 2**20 else values[:16]
+            if id(tensor) in whole:
+                picked = values[::row]
+            else:
+                picked = values[:: max(row, len(values) // 512) + 1] if len(values) <= 2**20 else values[:16]
             numbers = picked.to("cpu", copy=True)
             written = None if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
         samples[name] = tuple(tensor.shape), tensor.requires_grad, numbers, written

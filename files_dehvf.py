@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,10 +22,15 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return sha256.hexdigest()
 
 
-def check_file_dtypes(tensors: Iterable[torch.Tensor]):
-    """Raises `ValueError` if a tensor could not be read again from a file."""
-    if unknown := {tensor.dtype for tensor in tensors} - {*FILE_DTYPES}:
-        raise ValueError(f"A tensor to save has the dtype {unknown.pop()}. Convert it to one of {FILE_DTYPES}.")
+def check_before_writing(tensors: dict[str, torch.Tensor]):
+    """Raises `ValueError` if a tensor could not be read again from a file, which may replace a good one."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FILE_DTYPES:
+            raise ValueError(f"`{name}` has the dtype {tensor.dtype}. Convert it to one of {FILE_DTYPES}.")
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"`{name}` has infinite or NaN values. Nothing was written, since it could not be loaded."
+            )
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], file: str | os.PathLike, metadata: dict[str, str] | None = None):

@@ -91,6 +91,15 @@ def check_hub_ids(**bases: str | None):
             )
 
 
+def check_upload(options: dict):
+    """Raises `ValueError` for an argument of `upload_folder` that would upload files after they are deleted."""
+    if options.get("run_as_future"):
+        raise ValueError(
+            "`run_as_future` is not supported, since the files are written to a temporary folder. Run "
+            "`push_to_hub` in a thread of your own, for example `ThreadPoolExecutor().submit(model.push_to_hub, ...)`."
+        )
+
+
 def open_repository(repo_id: str, private: bool | None, token: bool | str | None, revision: str | None) -> str:
     """Creates a repository on the Hub and a branch in it, if they do not exist. Returns the id with its owner."""
     repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
@@ -214,12 +223,15 @@ class HubMixin:
 
         Raises:
             TypeError: if `upload_folder` does not have such an argument.
-            ValueError: if the config has a local folder instead of a Hub id for a base model.
+            ValueError: if the config has a local folder instead of a Hub id for a base model, `run_as_future` is
+                given, or the adapter cannot be saved. Then nothing is on the Hub.
         """
         config = self.config
         check_hub_ids(vision=config.vision_model_id, text=config.text_model_id)
+        check_upload(kwargs)
         options = {"commit_message": "Upload DEHVF adapter", "token": token, **kwargs}
-        signature(upload_folder).bind(repo_id=repo_id, folder_path=".", **options)  # before anything is on the Hub
+        signature(upload_folder).bind(repo_id=repo_id, folder_path=".", **options)
+        self._check_before_saving(repo_id, merge_base=merge_base)
         repo_id = open_repository(repo_id, private, token, kwargs.get("revision"))
         with TemporaryDirectory() as folder:
             # By these files `save_pretrained` sees a processor or bases that are there, and keeps them

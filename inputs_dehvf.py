@@ -68,9 +68,21 @@ def check_image_mask(image_mask: torch.Tensor, expected: tuple[int, ...], of_wha
         )
 
 
+def check_instruction_is_whole(config: DehvfConfig, pixel_values: torch.Tensor | None, cache):
+    """Raises `ValueError` if the fuser needs the user's text and a part of it is only in the cache."""
+    if config.reads_instruction and pixel_values is not None and cache is not None and cache.get_seq_length():
+        raise ValueError(
+            "The fuser of this model reads the user's text, but a call with a filled cache only has the rest of it. "
+            "Give `visual_memory=outputs.image_outputs` of the first call instead of `pixel_values`."
+        )
+
+
 def check_no_image(image_mask: torch.Tensor | None):
     """Raises `ValueError` if `image_mask` marks images but the call has none."""
-    if image_mask is not None and image_mask.any():
+    if image_mask is None:
+        return
+    check_tensor("image_mask", image_mask)
+    if image_mask.any():
         raise ValueError(
             f"`image_mask` says that {int(image_mask.sum())} samples have an image, but neither `pixel_values` nor "
             "`visual_memory` was given. Give one of them, or remove `image_mask`."

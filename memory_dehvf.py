@@ -119,10 +119,12 @@ def mask_images(
     check_tensor("image_mask", image_mask)
     if image_mask.ndim == 1:
         check_image_mask(image_mask, (num_texts,), "texts")
-        return visual_memory * image_mask.to(visual_memory.device, torch.bool).view(-1, 1, 1, 1, 1)
+        # Not a product, in which a NaN of a masked image would remain
+        mask = image_mask.to(visual_memory.device, torch.bool).view(-1, 1, 1, 1, 1)
+        return torch.where(mask, visual_memory, 0)
     check_image_mask(image_mask, (num_texts, num_images), "texts and images")
     mask = image_mask.to(visual_memory.device, torch.bool).repeat_interleave(config.num_patches, dim=1)
-    return visual_memory * mask[:, None, None, :, None]
+    return torch.where(mask[:, None, None, :, None], visual_memory, 0)
 
 
 def flatten_images(
@@ -155,7 +157,7 @@ def drop_absent_images(
     pixel_values: torch.Tensor | None, image_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Removes the images after the last one that any sample has, and their dimension if one image remains."""
-    if image_mask is None or image_mask.ndim == 1:
+    if pixel_values is None or image_mask is None or image_mask.ndim == 1:
         return pixel_values, image_mask
     present = image_mask.any(dim=0).nonzero().flatten().tolist()
     num_images = max(present, default=0) + 1

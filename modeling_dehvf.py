@@ -50,6 +50,7 @@ from .injection_dehvf import (
 from .inputs_dehvf import (
     check_image_mask,
     check_instruction,
+    check_instruction_is_whole,
     check_no_image,
     check_one_of,
     check_pixel_values,
@@ -444,7 +445,8 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             layer_memories: computed by `generate` from the arguments above, once for all tokens.
 
         All other arguments are those of the language model. A cache (`past_key_values`) does not contain the image:
-        pass `pixel_values` or `visual_memory` again with each call that continues from it.
+        pass `pixel_values` or `visual_memory` again with each call that continues from it, for a fuser that reads the
+        user's text `visual_memory`, since the call does not have all of that text.
 
         Raises:
             ValueError: if there is no text, the numbers of images, texts and adapter names differ, an adapter does not
@@ -461,6 +463,8 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         if self.is_disabled:
             layer_memories = None
         elif layer_memories is None:
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))  # depending on the release
+            check_instruction_is_whole(self.config, pixel_values, cache)
             mask = attention_mask if instruction_mask is None else instruction_mask
             states = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
             layer_memories, image_outputs = self.read_images(

@@ -4,6 +4,7 @@
 import os
 import reprlib
 from collections.abc import Iterable
+from difflib import get_close_matches
 from itertools import takewhile
 from tempfile import TemporaryDirectory
 
@@ -18,7 +19,7 @@ from transformers.utils import PROCESSOR_NAME, cached_file
 
 from .bases_dehvf import hub_arguments
 from .configuration_dehvf import DehvfConfig, read_tiles, shared
-from .hub_dehvf import open_repository
+from .hub_dehvf import check_upload, open_repository
 from .images_dehvf import read_image
 
 
@@ -117,9 +118,18 @@ def num_appended_tokens(tokenizer) -> int:
     return len(list(takewhile(bool, reversed(special_tokens_mask(tokenizer)))))
 
 
+PER_TOKEN = ("token_type_ids", "offset_mapping", "special_tokens_mask")  # what a tokenizer may return beside its ids
 IMAGE_OPTIONS = ("image_size", "max_images", "image_tiles")  # of a processor, with the values of its model's config
 # Keys of an image in a part of a message
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
+
+
+def check_names(kwargs: dict):
+    """Raises `TypeError` for an argument that resembles one of the processor, since `transformers` ignores it."""
+    known = (*IMAGE_OPTIONS, "image_fit", "chat_template")
+    for name in kwargs.keys() - {*known}:
+        if close := get_close_matches(name, known, n=1, cutoff=0.8):
+            raise TypeError(f"A processor has no argument `{name}`. Did you mean `{close[0]}`?")
 
 
 def read_chats(conversation) -> list[list[dict]]:
@@ -278,6 +288,7 @@ class DehvfProcessor(ProcessorMixin):
         `chat_template` replaces the template of the tokenizer; in it, the `content` of each message is a string.
         `image_size` is the same as in [`DehvfConfig`]; the other arguments are described above.
         """
+        check_names(kwargs)
         kwargs.setdefault("trust_remote_code", False)  # `None` would prompt in a terminal
         image_processor = AutoImageProcessor.from_pretrained(vision_model, revision=vision_model_revision, **kwargs)
         if image_size is not None:
@@ -293,6 +304,7 @@ class DehvfProcessor(ProcessorMixin):
         Loads a saved processor. If the folder or repository only has a config, loads the processors of its bases.
         `image_size`, `image_fit`, `max_images`, `image_tiles` and `chat_template` replace what was saved.
         """
+        check_names(kwargs)
         kwargs.setdefault("trust_remote_code", False)  # as above
         hub_kwargs = hub_arguments(kwargs)
         source = {**hub_kwargs, **{name: kwargs[name] for name in ("revision", "subfolder") if name in kwargs}}
@@ -319,6 +331,7 @@ class DehvfProcessor(ProcessorMixin):
         Uploads the processor's files to a repository on the Hub, in one commit. It does not write a card; the model's
         `push_to_hub`, which has the same arguments, does.
         """
+        check_upload(kwargs)
         repo_id = open_repository(repo_id, private, token, kwargs.get("revision"))
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -342,7 +355,12 @@ class DehvfProcessor(ProcessorMixin):
         inputs = super().__call__(images=images, text=text, **kwargs)
         if text is not None and adds and (appended := num_appended_tokens(self.tokenizer)):
             # The model cannot answer a prompt that ends with EOS
-            for name in self.tokenizer.model_input_names:
+            if given.get("padding_side", self.tokenizer.padding_side) == "right":
+                raise ValueError(
+                    f"The tokenizer appends {appended} special tokens to each text, which can only be removed with "
+                    "padding on the left. Leave out `padding_side`, or set `add_eos_token=False` in the tokenizer."
+                )
+            for name in inputs.keys() & {*self.tokenizer.model_input_names, *PER_TOKEN}:
                 rows = inputs[name]
                 inputs[name] = [row[:-appended] for row in rows] if isinstance(rows, list) else rows[:, :-appended]
         return inputs

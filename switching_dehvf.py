@@ -14,7 +14,14 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .adapters_dehvf import ADAPTER_MODULES, PREFIX, check_adapter_tensors, load_adapter_tensors
+from .adapters_dehvf import (
+    ADAPTER_MODULES,
+    CHANGES,
+    PREFIX,
+    absolute_place,
+    check_adapter_tensors,
+    load_adapter_tensors,
+)
 from .bases_dehvf import check_base, hub_arguments
 from .configuration_dehvf import DehvfConfig
 
@@ -23,7 +30,6 @@ logger = logging.get_logger(__name__)
 
 ADAPTER_FIELDS = ("hierarchy", *ADAPTER_MODULES)  # the modules of an adapter, including those without parameters
 BASE_MODEL = "__base__"  # used instead of the name of an adapter
-_CHANGES = threading.RLock()  # held while an adapter is added, removed or activated; calls need no lock
 
 
 class _Disabled(threading.local):
@@ -62,7 +68,7 @@ class AdapterSet:
         dtype = torch.float32 if self.active is None else self.active.memory_slots.key.dtype
         for module in adapter.modules().values():
             module.to(dtype).eval()
-        with _CHANGES:
+        with CHANGES:
             if adapter_name in self.adapters:
                 raise ValueError(f"An adapter {adapter_name!r} was loaded meanwhile. Choose another name.")
             self.adapters = {**self.adapters, adapter_name: adapter}
@@ -70,11 +76,11 @@ class AdapterSet:
     def set_source(self, adapter_name: str, location, source: dict):
         """Where an adapter was loaded from. Its processor is loaded from there when the adapter is saved."""
         source = {name: value for name, value in source.items() if name != "force_download"}  # not again
-        self.sources = {**self.sources, adapter_name: (location and str(location), source)}
+        self.sources = {**self.sources, adapter_name: (location and absolute_place(location), source)}
 
     def activate_adapter(self, adapter_name: str):
         """See [`SwitchingMixin.set_adapter`]."""
-        with _CHANGES:
+        with CHANGES:
             adapter = self.get_adapter(adapter_name)
             for other in self.adapters.values():
                 for module in other.modules().values():
@@ -86,7 +92,7 @@ class AdapterSet:
 
     def remove_adapter(self, adapter_name: str):
         """See [`SwitchingMixin.delete_adapter`]."""
-        with _CHANGES:
+        with CHANGES:
             if self.get_adapter(adapter_name) is self.active:
                 raise ValueError(
                     f"The adapter {adapter_name!r} is active. Call `set_adapter` with another name first."
@@ -97,7 +103,7 @@ class AdapterSet:
         """If a module of the active adapter is replaced, for example by `peft`, calls use the new module too."""
         super().__setattr__(name, value)
         if name in ADAPTER_FIELDS:
-            with _CHANGES:
+            with CHANGES:
                 self.active = replace(self.active, **{name: value})
                 self.adapters = {**self.adapters, self.active_adapter: self.active}
 
@@ -223,7 +229,7 @@ class SwitchingMixin:
                     "call, with a name for each sample."
                 )
             (adapter_name,) = adapter_name
-        with _CHANGES:
+        with CHANGES:
             self.base_model.activate_adapter(adapter_name)
             self.config = self.base_model.config
 

@@ -600,7 +600,16 @@ def markdown(report: dict) -> str:
 
 def accuracy_table(rows: dict[str, list[dict]]) -> list[str]:
     kinds = [*kinds_of(next(iter(rows.values()))[0]["row"]["task"]), "average"]
-    head = ["", "trained", "seeds", "questions", *kinds, f"questions until {LEARNED} %", "std over layers", "over images"]
+    head = [
+        "",
+        "trained",
+        "seeds",
+        "questions",
+        *kinds,
+        f"questions until {LEARNED} %",
+        "std over layers",
+        "over images",
+    ]
     head += ["best replacement of the weights"]
     lines = []
     for name, runs in rows.items():
@@ -663,14 +672,14 @@ def write_report(rows: dict[str, Row], seeds: list[int]):
         "note": (
             "Adapters on SmolLM2-135M-Instruct and DINOv2-small. easy-VQA: 2,000 steps of 16 questions with the "
             "learning rate 5e-4 (LaVIN and LLaMA-Adapter 2.5e-3, ADEM-VL 2e-3) unless the row gives another; for the "
-            "scales and rates, 600 steps of 64 questions. Rows with fewer questions were stopped. Emoji: 285 steps of 64 questions; DEHVF and its ablations "
-            "with the scales 0.1 and 0.3 and the learning rate 3e-3, LLaVA-LoRA with 1e-3, ADEM-VL with 2e-3. "
-            "Accuracy in % on the 9,673 and the 1,146 test questions (for a stopped run, on the first "
-            f"{FIRST_QUESTIONS:,} at its last evaluation), mean ± standard deviation over seeds. The most frequent "
-            "answer to each question text, without the picture, has the accuracy: yes/no 82.5, shape 34.8, colour "
-            "12.0 (easy-VQA), kind 19.9 (emoji). The last column is the change in accuracy with the best of six "
-            "replacements of the fusion weights (`benchmarks.fusion`): 0 or more means that the fuser's own weights "
-            f"contribute nothing. {'; '.join(machines)}."
+            "scales and rates, 600 steps of 64 questions. Rows with fewer questions were stopped. Emoji: 285 steps of "
+            "64 questions; DEHVF and its ablations with the scales 0.1 and 0.3 and the learning rate 3e-3, LLaVA-LoRA "
+            "with 1e-3, ADEM-VL with 2e-3. Accuracy in % on the 9,673 and the 1,146 test questions (for a stopped "
+            f"run, on the first {FIRST_QUESTIONS:,} at its last evaluation), mean ± standard deviation over seeds. "
+            "The most frequent answer to each question text, without the picture, has the accuracy: yes/no 82.5, "
+            "shape 34.8, colour 12.0 (easy-VQA), kind 19.9 (emoji). The last column is the change in accuracy with "
+            "the best of six replacements of the fusion weights (`benchmarks.fusion`): 0 or more means that the "
+            f"fuser's own weights contribute nothing. {'; '.join(machines)}."
         ),
         "runs": runs,
     }

@@ -344,3 +344,13 @@ def test_a_tokenizer_is_checked_against_its_model():
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token.*Set `eos_token`"):
         check_tokenizer(tokenizer, tiny_text_config(vocab_size=size))
+
+
+def test_an_appended_eos_is_removed_from_all_that_a_tokenizer_returns():
+    processor, texts = make_processor("llama", bos=True, appends_eos=True), ["ab", "ab cd ef"]
+    options = {"return_special_tokens_mask": True, "return_offsets_mapping": True}
+    inputs = processor(text=texts, **options)
+    lengths = {name: [len(row) for row in inputs[name]] for name in inputs}
+    assert len(lengths) > 3 and len({tuple(sizes) for sizes in lengths.values()}) == 1
+    with pytest.raises(ValueError, match="appends 1 special tokens.*Leave out `padding_side`"):
+        processor(text=texts, padding_side="right")

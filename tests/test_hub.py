@@ -121,6 +121,17 @@ def pushed(hub, tmp_path_factory):
             model.push_to_hub("org/dehvf-typo", comit_message="Oh")
         except TypeError as error:
             facts["typo"] = str(error)
+        changed = make_model()
+        changed.config.num_memory_slots = 50
+        for name, pushed, options in (
+            ("changed", changed, {}),
+            ("future", model, {"run_as_future": True}),
+            ("future", tiny_processor(), {"run_as_future": True}),
+        ):
+            try:
+                pushed.push_to_hub("org/dehvf-refused", **options)
+            except ValueError as error:
+                facts[name] = str(error)
         tiny_processor().push_to_hub("org/dehvf-named", commit_message="Change the processor")
         processor = tiny_processor()
         processor.image_fit = "pad"
@@ -289,7 +300,9 @@ def test_a_push_that_is_refused_leaves_nothing_on_the_hub(hub, pushed):
     for key, message in facts["folders"].items():
         assert str(pushed / "bases0" / key) in message and f"`--{key}_model_id org/name`" in message
         assert f"model.config.{key}_model_id" in message
-    assert not {"org/dehvf-typo", "org/dehvf-folders"} & hub.repositories.keys()
+    assert "`config.num_memory_slots` was changed" in facts["changed"]
+    assert "`run_as_future` is not supported" in facts["future"]
+    assert not {"org/dehvf-typo", "org/dehvf-folders", "org/dehvf-refused"} & hub.repositories.keys()
 
 
 def test_a_base_model_in_a_folder_is_named_by_its_id(hub, pushed):

@@ -746,10 +746,140 @@ def test_a_folder_with_an_adapter_of_peft_is_refused(tmp_path):
         AutoModel.from_pretrained(tmp_path / "lora", trust_remote_code=True)
 
 
-def test_a_changed_row_of_large_embeddings_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("change", [set_row, lambda model: model.get_input_embeddings().weight.data[39999].fill_(5.0)])
+def test_a_changed_row_of_large_embeddings_is_named(change, tmp_path, monkeypatch):
     bases = save_tiny_bases(tmp_path, vocab_size=40000)
     model, messages = DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **DEHVF_SIZES), []
     monkeypatch.setattr(dehvf.adapters.logger, "warning", messages.append)
-    set_row(model)
+    change(model)
     model.save_pretrained(tmp_path / "saved")
     assert "1 tensors of the base models have changed" in messages[0] and "embed_tokens.weight" in messages[0]
+
+
+def test_an_adapter_on_resized_embeddings_is_said_to_need_them(tmp_path, monkeypatch):
+    model, messages = model_on_new_bases(tmp_path), []
+    monkeypatch.setattr(dehvf.adapters.logger, "warning", messages.append)
+    model.resize_token_embeddings(70)
+    model.save_pretrained(tmp_path / "saved")
+    assert "the adapter cannot be loaded, since" in messages[0] and "merge_base=True" in messages[0]
+
+
+def test_copies_of_base_models_are_compared_by_their_weights(tmp_path, monkeypatch):
+    changed, plain, messages = model_on_new_bases(tmp_path), model_on_new_bases(tmp_path), []
+    monkeypatch.setattr(dehvf.adapters.logger, "warning", messages.append)
+    with torch.no_grad():
+        for parameter in changed.model.language_model.parameters():
+            parameter.mul_(1.2)
+    load, inputs = DehvfForConditionalGeneration.from_pretrained, tiny_inputs()
+    changed.save_pretrained(tmp_path / "changed", merge_base=True)
+    plain.save_pretrained(tmp_path / "plain", merge_base=True)
+    load(tmp_path / "changed").save_pretrained(tmp_path / "plain")
+    assert "loaded from their copies in" in messages.pop()
+    load(tmp_path / "changed", vision_model=tmp_path / "vision").save_pretrained(tmp_path / "third")
+    assert "loaded from their copies in" in messages.pop()
+    plain.save_pretrained(tmp_path / "changed")
+    assert torch.equal(load(tmp_path / "changed")(**inputs).logits, plain(**inputs).logits)
+    assert not messages
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft
+@pytest.mark.parametrize("part", ["language_model", "vision_tower"])
+def test_base_models_with_wrapped_modules_are_not_merged(part, tmp_path):
+    model = model_on_new_bases(tmp_path)
+    get_peft_model(model, LoraConfig(target_modules=rf".*{part}.*q_proj"))
+    with pytest.raises(
+        ValueError, match="lacks .* tensors that it is loaded with, such as .*Merge or remove the wrapp"
+    ):
+        model.save_pretrained(tmp_path / "merged", merge_base=True)
+    assert not [*tmp_path.glob("merged/**/*.safetensors")]
+
+
+def test_an_adapter_that_is_not_finite_replaces_none(tmp_path):
+    model = model_on_new_bases(tmp_path)
+    model.save_pretrained(tmp_path / "saved")
+    before = (tmp_path / "saved" / "model.safetensors").read_bytes()
+    visual_memory = model.get_image_features(tiny_inputs()["pixel_values"]).pooler_output
+    with torch.no_grad():
+        model.model.memory_slots.key[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="`model.memory_slots.key` has infinite or NaN values. Nothing was written"):
+        model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match="`visual_memory` has infinite or NaN values"):
+        model.save_visual_memory(visual_memory * torch.nan, tmp_path / "memory")
+    assert not (tmp_path / "memory").exists()
+
+
+def test_a_processor_of_ones_own_is_found_from_another_folder_or_missed(tmp_path, monkeypatch):
+    model, messages = model_on_new_bases(tmp_path), []
+    model.save_pretrained(tmp_path / "first")
+    processor = DehvfProcessor.from_pretrained(tmp_path / "first", image_fit="pad")
+    processor.save_pretrained(tmp_path / "first")
+    monkeypatch.chdir(tmp_path)
+    loaded = DehvfForConditionalGeneration.from_pretrained("first")
+    monkeypatch.chdir(tmp_path.parent)
+    loaded.save_pretrained(tmp_path / "second")
+    assert DehvfProcessor.from_pretrained(tmp_path / "second").image_fit == "pad"
+    shutil.rmtree(tmp_path / "first")
+    monkeypatch.setattr(dehvf.adapters.logger, "warning", messages.append)
+    loaded.save_pretrained(tmp_path / "third")
+    assert [
+        f"{tmp_path / 'first'}, from which the adapter was loaded, no longer" in message for message in messages
+    ] == [True]
+
+
+def test_a_misspelt_argument_is_named_with_its_neighbour(saved):
+    vision, text = saved / "vision", saved / "text"
+    calls = {
+        "`memory_scal` .* Did you mean `memory_scale`": lambda: AutoModel.from_pretrained(
+            saved / "adapter", trust_remote_code=True, memory_scal=3
+        ),
+        "`num_memory_slot` .* Did you mean `num_memory_slots`": lambda: (
+            DehvfForConditionalGeneration.from_vision_text_pretrained(vision, text, num_memory_slot=3)
+        ),
+        "`image_fitt`. Did you mean `image_fit`": lambda: AutoProcessor.from_pretrained(
+            saved / "adapter", trust_remote_code=True, image_fitt="pad"
+        ),
+        "`max_image`. Did you mean `max_images`": lambda: DehvfProcessor.from_vision_text_pretrained(
+            vision, text, max_image=2
+        ),
+    }
+    for message, call in calls.items():
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_the_model_without_head_saves_by_its_own_names_and_merges_nothing(tmp_path):
+    model = model_on_new_bases(tmp_path).model
+    model.save_pretrained(tmp_path / "saved", state_dict=model.state_dict())
+    again = type(model).from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match="Load the adapter as DehvfForConditionalGeneration"):
+        model.save_pretrained(tmp_path / "merged", merge_base=True)
+
+
+def test_an_adapter_is_saved_with_its_own_config_while_others_are_activated(tmp_path):
+    model, done = model_on_new_bases(tmp_path), []
+    model.save_pretrained(tmp_path / "default")
+    other = DehvfForConditionalGeneration.from_vision_text_pretrained(
+        tmp_path / "vision", tmp_path / "text", **{**DEHVF_SIZES, "memory_scale": 0.9}
+    )
+    with torch.no_grad():
+        other.model.memory_slots.key.fill_(1.0)
+    other.save_pretrained(tmp_path / "other")
+    model.load_adapter(tmp_path / "other", "other")
+
+    def switch():
+        while not done:
+            model.set_adapter("other")
+            model.set_adapter("default")
+
+    with ThreadPoolExecutor(1) as pool:
+        switching = pool.submit(switch)
+        for number in range(10):
+            model.save_pretrained(tmp_path / f"saved {number}")
+        done.append(True)
+        switching.result()
+    for number in range(10):
+        folder = tmp_path / f"saved {number}"
+        is_other = json.loads((folder / "config.json").read_text())["memory_scale"] == 0.9
+        assert (load_file(folder / "model.safetensors")["model.memory_slots.key"] == 1).all() == is_other

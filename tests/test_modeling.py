@@ -2,6 +2,7 @@
 
 import random
 from functools import partial
+from inspect import signature
 from types import MethodType
 
 import pytest
@@ -494,6 +495,17 @@ def test_an_impossible_mapping_is_refused(values, message):
         tiny_config(**values)
 
 
+def test_a_filled_cache_needs_the_memory_if_the_fuser_reads_the_instruction():
+    model, inputs = tiny_model(fuser_query="layer+instruction").eval(), tiny_inputs()
+    outputs = model(**inputs, use_cache=True)
+    parameters = signature(type(model.model.language_model).forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"  # depending on the release
+    step = {"input_ids": inputs["input_ids"][:, -1:], name: outputs.past_key_values}
+    with pytest.raises(ValueError, match="Give `visual_memory=outputs.image_outputs` of the first call"):
+        model(**step, pixel_values=inputs["pixel_values"])
+    model(**step, visual_memory=outputs.image_outputs)
+
+
 def test_weights_follow_the_instruction_where_it_is_read():
     inputs = tiny_inputs()
     pixel_values = inputs["pixel_values"][[0, 0]]  # one image, two questions
@@ -599,6 +611,17 @@ def test_pixels_of_an_absent_image_are_not_looked_at(present):
     outputs.loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert all(tensor.isfinite().all() for tensor in (outputs.logits, *gradients))
+
+
+def test_a_memory_that_is_masked_out_is_not_looked_at():
+    model, inputs = tiny_model().eval(), tiny_inputs()
+    visual_memory = model.get_image_features(inputs.pop("pixel_values")).pooler_output
+    mask = torch.tensor([False, *[True] * (len(visual_memory) - 1)])
+    expected = model(**inputs, visual_memory=visual_memory, image_mask=mask).logits
+    visual_memory[0] = torch.nan
+    assert torch.equal(model(**inputs, visual_memory=visual_memory, image_mask=mask).logits, expected)
+    with pytest.raises(ValueError, match="`image_mask` is a list. Give a `torch.Tensor`"):
+        model(**inputs, image_mask=[True])
 
 
 def test_a_batch_without_images_trains_every_adapter_module():
