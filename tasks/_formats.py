@@ -83,17 +83,27 @@ def has_format(name: str) -> bool:
     return f"*{os.path.splitext(name)[1]}" in FORMATS and name not in DESCRIPTIONS
 
 
-def walk(folder: Path) -> Iterator[Path]:
+def may_have_format(name: str) -> bool:
+    """Whether a file would be read if it was unpacked and its suffix was in lower case."""
+    return has_format(re.sub(r"\.(gz|zip|bz2|xz|zst)$", "", name.lower()))
+
+
+def walk(folder: Path, accepts=has_format) -> Iterator[Path]:
     """The data files in a folder and its subfolders, which may have many images too. Hidden ones are left out."""
-    for place, folders, names in os.walk(folder):
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(place, name) for name in sorted(filter(has_format, names)) if not name.startswith("."))
+        if (own := os.path.realpath(place)) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(own)
+        yield from (Path(place, name) for name in sorted(filter(accepts, names)) if not name.startswith("."))
 
 
 def has_configs(folder: Path) -> bool:
     """Whether the README.md of a folder declares `configs`."""
     readme = folder / "README.md"
-    return readme.is_file() and bool(re.search(r"^configs:", readme.read_text(encoding="utf-8"), re.MULTILINE))
+    return readme.is_file() and bool(re.search(r"^configs:", readme.read_text("utf-8", "replace"), re.MULTILINE))
 
 
 def split_of_file(file: Path, folder: Path) -> str | None:
@@ -215,6 +225,21 @@ def read_records(file: Path) -> Iterator[Record]:
             yield str(file), None, ["no rows. Write one JSON object on each line, one list of them, or CSV."]
 
 
+class RepeatedKey(ValueError):
+    pass
+
+
+def read_object_once(pairs: list[tuple]) -> dict:
+    """An object of JSON. Raises `RepeatedKey` if a key is given twice, of which `json` would keep the last."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RepeatedKey(f"`{twice[0]}` is given twice. Keep one of them.")
+    return dict(pairs)
+
+
+LIST_DECODER = json.JSONDecoder(object_pairs_hook=read_object_once)
+
+
 def read_lines(file: Path) -> Iterator[Record]:
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -222,7 +247,9 @@ def read_lines(file: Path) -> Iterator[Record]:
                 continue
             record, faults = None, []
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=read_object_once)
+            except RepeatedKey as error:
+                faults = [str(error)]
             except json.JSONDecodeError as error:
                 form = "one list of objects" if file.suffix == ".json" else "one whole object on each line"
                 faults = [f"not JSON: {error.msg} at character {error.pos + 1}. Write {form}."]
@@ -236,8 +263,8 @@ def read_lines(file: Path) -> Iterator[Record]:
 def read_object(file: Path) -> Iterator[Record]:
     """Reads one object that has a list of records under one of `KEYS_OF_ROWS`, or else one record per line."""
     try:
-        whole = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError:
+        whole = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=read_object_once)
+    except (json.JSONDecodeError, RepeatedKey):  # `read_lines` says where
         whole = None
     keys = [key for key in KEYS_OF_ROWS if isinstance(whole, dict) and isinstance(whole.get(key), list)]
     if len(keys) != 1:
@@ -249,7 +276,7 @@ def read_object(file: Path) -> Iterator[Record]:
 
 def read_list(file: Path) -> Iterator[Record]:
     """Reads a list of records one by one, since Python objects take many times the memory of the text."""
-    text, decoder, separator = file.read_text(encoding="utf-8-sig"), json.JSONDecoder(), re.compile(r"[\s,]*")
+    text, decoder, separator = file.read_text(encoding="utf-8-sig"), LIST_DECODER, re.compile(r"[\s,]*")
     place, number = separator.match(text, text.index("[") + 1).end(), 0
     while place < len(text) and text[place] != "]":
         try:
@@ -257,6 +284,9 @@ def read_list(file: Path) -> Iterator[Record]:
         except json.JSONDecodeError as error:
             fault = f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}. Write one list of objects."
             yield f"{file}: row {number}", None, [fault]
+            return
+        except RepeatedKey as error:
+            yield f"{file}: row {number}", None, [str(error)]
             return
         yield f"{file}: row {number}", *check_record(record, [])
         place, number = separator.match(text, place).end(), number + 1

@@ -45,7 +45,9 @@ from tasks._formats import (
     choose_split,
     find_declared,
     find_files,
+    has_format,
     is_saved,
+    may_have_format,
     open_dataset,
     read_records,
     split_of,
@@ -164,7 +166,7 @@ class Source:
             self.splits = open_dataset(path, streaming)
 
     def _choose_columns(self) -> dict[str, tuple[str, ...]]:
-        fields = dict(self.task.FIELDS)
+        fields, chosen = dict(self.task.FIELDS), set()
         for pair in self.columns.split(",") if self.columns else ():
             name, _, column = (part.strip() for part in pair.partition("="))
             if name not in fields or not column:
@@ -172,6 +174,9 @@ class Source:
                     f"`--columns {self.columns}`: {pair!r} is not of the form FIELD=COLUMN, where FIELD is one of "
                     f"{', '.join(fields)}."
                 )
+            if name in chosen:
+                raise ValueError(f"`--columns {self.columns}` gives `{name}` twice. Keep one of them.")
+            chosen.add(name)
             fields[name] = () if column == "none" else (column,)
         return fields
 
@@ -332,6 +337,8 @@ class Source:
         is_declared, is_flat = bool(find_declared(folder)), any(file.parent == folder for file in read)
 
         def reason(file: Path) -> str:
+            if not has_format(file.name):
+                return "it is compressed, or its suffix is not in lower case. Unpack or rename it"
             if FORMATS[f"*{file.suffix}"] != self.format:
                 return f"other files are {self.format}. Save it as that too"
             if is_declared:
@@ -340,7 +347,7 @@ class Source:
                 return f"{folder} itself contains data. Move it there"
             return "its name has no split, unlike those of others. Add the split, as in `train-2`"
 
-        unread = [file for file in walk(folder) if file not in read]
+        unread = [file for file in walk(folder, may_have_format) if file not in read]
         unread = [file for file in unread if split in (None, split_of_file(file, folder))]
         notes = [f"{file} is not read, since {reason(file)}." for file in unread[:MOST_NOTES]]
         return notes + [f"{len(unread) - MOST_NOTES} more files are not read."] * (len(unread) > MOST_NOTES)

@@ -49,7 +49,7 @@ def find_images(record: dict) -> list | None:
     """The images in the parts of the messages, for a row without a column of images."""
     turns = _values.as_list(record["messages"])
     turns = turns if isinstance(turns, list) else []
-    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+    contents = [decode_parts(turn.get("content")) for turn in turns if isinstance(turn, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
     keys = (*_values.PLACE_OF_IMAGE, "source")
     images = [
@@ -68,12 +68,18 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
             f'`messages` is {reprlib.repr(turns)}. Make it a list of {{"role": "user", "content": "..."}}, or, as '
             '`conversations`, of {"from": "human", "value": "..."}.'
         ]
-    if _values.is_text(record["system"]) and turns[0].get("role", turns[0].get("from")) != "system":
-        turns = [{"role": "system", "content": record["system"]}, *turns]
-    messages, faults, num_markers = [], [], 0
+    messages, faults, num_markers, system = [], [], 0, record["system"]
+    if _values.is_text(system):
+        first = next((turns[0][key] for key in KEYS[1] if turns[0].get(key) is not None), None)
+        if turns[0].get("role", turns[0].get("from")) != "system":
+            turns = [{"role": "system", "content": system}, *turns]
+        elif first != system:
+            faults.append("`system` and the system message differ. Give one of them.")
+    elif system not in (None, "") and not (isinstance(system, str) and not system.strip()):
+        faults += _values.find_text_faults("`system`", system)
     for number, turn in enumerate(turns, 1):
         role, content = (next((turn[key] for key in keys if turn.get(key) is not None), None) for keys in KEYS)
-        role = role if isinstance(role, str) else repr(role)
+        role, content = role if isinstance(role, str) else repr(role), decode_parts(content)
         text, markers = read_content(content)
         name = f"text in message {number} ({role})"
         unknown = [part for part in text if kind_of(part) is None] if isinstance(text, list) else []
@@ -111,6 +117,13 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
         )
     faults += _values.find_marker_faults("the messages have", num_markers, num_images, " (or parts of type 'image')")
     return {"messages": messages}, faults
+
+
+def decode_parts(content):
+    """Decodes a list of parts that is stored as JSON in a content. Other contents are returned unchanged."""
+    parts = _values.as_list(content)
+    is_decoded = isinstance(parts, list) and parts and all(kind_of(part) and "type" in part for part in parts)
+    return parts if is_decoded else content
 
 
 def read_content(content) -> tuple[str | None, int]:

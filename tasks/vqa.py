@@ -12,12 +12,14 @@ or missing: `image` is an image or a file name relative to the folder of the dat
 columns are ignored. `python -m tasks check FOLDER` lists invalid rows.
 """
 
+import math
 import re
 import reprlib
 import sys
 import unicodedata
 from functools import partial
 
+import numpy as np
 from datasets import Features, List, Value
 
 from tasks import _sources, _values, check_size, scienceqa
@@ -50,12 +52,21 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
     """A row without its images, and the faults of its texts."""
     question, answer, context = record["question"], record["answer"], record["context"]
     choices, answers = _values.as_list(record["choices"]), _values.as_list(record["answers"])
+    column = "answer"
     if answer == record["answers"]:  # there is no separate column `answer`
-        answer = answers
-    is_separate = answers is not answer and isinstance(answers, list) and not isinstance(answer, list)
-    is_list_of_python = isinstance(answers, str) and re.match(r"\[\s*['\"]", answers.strip())
-    answers = answer if isinstance(answer, list) else answers if isinstance(answers, list) else None
+        column, answer, answers = "answers", answers, None
+    elif is_list_of_texts(decoded := _values.as_list(answer)):  # another list may be an answer, such as [0.5, 1]
+        answer = decoded
+    lists_of_python = {
+        name: value
+        for name, value in ((column, answer), ("answers", answers))
+        if isinstance(value, str) and re.match(r"\[\s*['\"]", value.strip())
+    }
+    is_separate = answers is not None
+    if is_separate and not isinstance(answers, list | dict):
+        answers = [answers]
     if isinstance(answer, list):
+        answers = [*answer, *(other for other in answers or () if other not in answer)]
         answer = answer[0] if answer else None
     choices, answers = (
         [number_to_text(value) for value in values] if isinstance(values, list) else values
@@ -70,11 +81,9 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
         context = None
     if context is not None:
         faults += _values.find_text_faults("`context`", context)
-    if is_list_of_python:
-        faults.append(
-            f'`answers` is {reprlib.repr(record["answers"])}, which is not JSON. Write a list as ["red", "blue"].'
-        )
-    if not all(map(_values.is_text, answers or ())):
+    for name, value in lists_of_python.items():
+        faults.append(f'`{name}` is {reprlib.repr(value)}, which is not JSON. Write a list as ["red", "blue"].')
+    if isinstance(answers, dict) or not all(map(_values.is_text, answers or ())):
         faults.append(f"`answers` is {reprlib.repr(answers)}. Make it a list of texts, none of them blank.")
     elif is_separate and answers and _values.is_text(answer) and normalise(answer) not in map(normalise, answers):
         faults.append(f"`answer` is {answer!r}, which is none of `answers`, {reprlib.repr(answers)}. Add it to them.")
@@ -83,16 +92,24 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
     return row, faults + find_choice_faults(choices, [answer, *(other for other in answers or () if other != answer)])
 
 
+def is_list_of_texts(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(element, str) for element in value)
+
+
 def number_to_text(value):
-    """Converts a number to a text, and NaN to `None`. Other values are returned unchanged."""
+    """Converts a number to a text (1e-05 to "0.00001"), and NaN to `None`. Other values are returned unchanged."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
-    return str(value).removesuffix(".0") if value == value else None
+    if isinstance(value, int):
+        return str(value)
+    return np.format_float_positional(value, trim="-") if value == value else None
 
 
 def find_index_faults(choices, answer) -> list[str]:
     """A fault if the answer is a number that can be read as an index or as an option."""
     choices = _values.as_list(choices)
+    if isinstance(answer, float) and math.isinf(answer):
+        return [f"`answer` is {answer}. Give a finite number, or a text in quotes."]
     if not isinstance(choices, list) or isinstance(answer, bool | str) or number_to_text(answer) not in choices:
         return []
     index = int(answer)

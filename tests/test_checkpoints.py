@@ -29,6 +29,7 @@ from tasks import get_task
 from training.arguments import DataArguments
 from training.checkpoints import (
     commit_of_this_code,
+    describe_code,
     find_last_checkpoint,
     find_start,
     list_checkpoints,
@@ -384,7 +385,7 @@ def test_other_code_is_told_when_a_run_goes_on(interrupted, monkeypatch, caplog)
     flags, output = interrupted
     monkeypatch.setattr("training.checkpoints.commit_of_this_code", lambda: "another")
     train.main(flags(output))
-    assert re.search(r"checkpoint-4 was written by other code.*commit \w+ -> another", caplog.text)
+    assert re.search(r"checkpoint-4 was written by other code.*commit [\w-]+ -> another", caplog.text)
 
 
 def test_what_changes_no_result_may_change_on_the_way(interrupted, six_steps, capsys):
@@ -613,6 +614,32 @@ def test_an_output_folder_must_be_a_folder(tmp_path):
                 find_start(tmp_path / name, asked, {})
 
 
+@pytest.mark.parametrize("name", ["README.md", "config.json"])
+def test_files_of_others_are_not_replaced(name, tmp_path):
+    (tmp_path / name).write_text("{}")
+    for asked in ("auto", "never"):
+        with pytest.raises(ValueError, match=f"has a {name} that no run of train.py has written.*Give another folder"):
+            find_start(tmp_path, asked, {})
+
+
+def test_the_commit_is_that_of_this_checkout_alone(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=b", *arguments], check=True)
+
+    git("init", "-q")
+    (tmp_path / "file").write_text("1")
+    (tmp_path / "copy").mkdir()
+    git("add", "file")
+    git("commit", "-qm", "x")
+    monkeypatch.setattr("training.checkpoints.ROOT", tmp_path)
+    clean = describe_code()["commit"]
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    (tmp_path / "file").write_text("2")
+    assert describe_code()["commit"] == f"{clean}-dirty"
+    monkeypatch.setattr("training.checkpoints.ROOT", tmp_path / "copy")
+    assert describe_code()["commit"] is None
+
+
 def test_folders_that_only_look_like_checkpoints_of_the_run_are_left_alone(interrupted):
     flags, output = interrupted
     shutil.copytree(output / "checkpoint-4", output / "checkpoint-4-backup")
@@ -701,12 +728,12 @@ def test_a_disk_that_is_really_full_leaves_the_earlier_checkpoints(six_steps, tm
     flags, _ = six_steps
     disk = tmp_path / "disk"
     disk.mkdir()
-    # Room for one checkpoint of 300 kB and half of the next
+    # Room for one checkpoint and a part of the next
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=480k", "tmpfs", disk], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=520k", "tmpfs", disk], capture_output=True, text=True
     )
     if mounted.returncode:
-        pytest.skip(f"a file system of 480 kB cannot be mounted here: {mounted.stderr.strip()}")
+        pytest.skip(f"a file system of 520 kB cannot be mounted here: {mounted.stderr.strip()}")
     try:
         with pytest.raises(OSError, match="checkpoint-4 could not be written.*The last complete .*checkpoint-2"):
             train.main(flags(disk / "output"))

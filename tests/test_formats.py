@@ -227,6 +227,50 @@ def test_class_labels_are_learned_by_their_names_and_any_answer_of_a_list_is_rig
     assert vqa.score([record, {**record, "prediction": " pink"}], 2)["image"] == 50
 
 
+def test_answers_may_be_in_two_columns_and_numbers_are_written_out(tmp_path):
+    rows = [
+        {"answer": ["red"], "answers": ["crimson", "red"]},
+        {"answer": '["red", "crimson"]'},
+        {"answer": "[0.5, 1]"},
+        {"answer": 0.00001},
+        {"answer": 1e20},
+    ]
+    write_lines(tmp_path / "train.jsonl", [{"question": "?", "answers": None, **row} for row in rows])
+    found = [(row["answer"], row["answers"]) for row in read(vqa, tmp_path, columns="image=none")]
+    both = ("red", ["red", "crimson"])
+    assert found == [both, both, ("[0.5, 1]", None), ("0.00001", None), ("100000000000000000000", None)]
+
+
+def test_contents_in_json_are_read_as_parts(tmp_path):
+    write_image(tmp_path / "a.png")
+    parts = json.dumps([{"type": "image"}, {"type": "text", "text": "Who?"}])
+    row = {"image": "a.png", "messages": [{"role": "user", "content": parts}, ASSISTANT]}
+    write_lines(tmp_path / "train.jsonl", [row])
+    (found,) = chat.load("train", str(tmp_path))
+    assert found["messages"][0]["content"] == "Who?"
+
+
+def test_a_linked_folder_is_read_and_packed_or_renamed_files_are_named(tmp_path, capsys):
+    data, others = tmp_path / "data", tmp_path / "others"
+    data.mkdir(), others.mkdir()
+    write_lines(others / "a.jsonl", [{"question": "?", "answer": "x"}])
+    (others / "up").symlink_to(tmp_path)  # a circle
+    (data / "train").symlink_to(others)
+    (data / "train-1.jsonl.gz").touch()
+    (data / "train-2.JSONL").touch()
+    assert len(read(vqa, data, columns="image=none")) == 1
+    check(str(data), columns="image=none")
+    printed = capsys.readouterr().out
+    for name in ("train-1.jsonl.gz", "train-2.JSONL"):
+        assert f"{data / name} is not read, since it is compressed, or its suffix" in printed
+
+
+def test_a_readme_of_another_encoding_is_no_obstacle(tmp_path):
+    write_lines(tmp_path / "train.jsonl", [{"question": "?", "answer": "x"}])
+    (tmp_path / "README.md").write_bytes("Données".encode("latin-1"))
+    assert len(read(vqa, tmp_path, columns="image=none")) == 1
+
+
 def test_lists_in_a_cell_of_csv_are_json(tmp_path):
     write_csv(tmp_path / "x.csv", [{"question": "Why?", "answer": "[1, 2]", "choices": '["[1, 2]", "[0]"]'}])
     (row,) = read(vqa, tmp_path, columns="image=none")
@@ -505,6 +549,15 @@ AMBIGUOUS = [
         "no row has a `system`.*`--columns system=system_prompt`",
     ),
     (vqa, {"answer": "x", "images": ["b.png"]}, "`images` and `image` have different images"),
+    (vqa, {"answer": "red", "answers": "blue"}, r"'red', which is none of `answers`, \['blue'\]"),
+    (vqa, {"answer": "red", "answers": {"text": ["red"]}}, "`answers` is .* Make it a list of texts"),
+    (vqa, {"answer": "['red', 'blue']"}, "`answer` is .*, which is not JSON"),
+    (chat, {"messages": [USER, ASSISTANT], "system": ["Be brief."]}, "`system` is .*Make it a text in quotes"),
+    (
+        chat,
+        {"messages": [{"role": "system", "content": "b"}, USER, ASSISTANT], "system": "a"},
+        "`system` and the system message differ",
+    ),
     (
         chat,
         {"messages": [USER, ASSISTANT], "conversations": [USER, ASSISTANT]},
@@ -647,7 +700,7 @@ def test_two_splits_that_may_be_the_test_split_are_named(tmp_path):
 
 
 def test_a_system_message_may_be_in_a_column(tmp_path):
-    rows = [{"system": "Be brief.", "conversations": in_llava("")[1:]}, {"system": "Be long.", "messages": MESSAGES}]
+    rows = [{"system": "Be brief.", "conversations": in_llava("")[1:]}, {"system": "Be brief.", "messages": MESSAGES}]
     write_lines(tmp_path / "train.jsonl", rows)
     assert [chat.messages(row) for row in read(chat, tmp_path, columns="image=none")] == [MESSAGES, MESSAGES]
 
@@ -764,6 +817,7 @@ def test_a_split_without_any_image_must_be_meant(tmp_path):
 @pytest.mark.parametrize(
     "columns, message",
     [
+        ("answer=answer,answer=label", "gives `answer` twice"),
         ("question", "'question' is not of the form FIELD=COLUMN.*image, question"),
         ("qestion=prompt", "'qestion=prompt' is not of the form"),
         ("question=prompts", r"no row has a `question` \(`prompts`\). The columns are question, answer, image\."),
@@ -878,6 +932,10 @@ FILES = [
     ("train.json", b"[]", "train.json: no rows"),
     ("train.json", b'{"version": 1,\n "data": [{"question": "?", "answer": "x"}]}', None),
     ("train.json", b'{"question": "?", "answer": "x"}\n', None),
+    ("train.jsonl", b'{"question": "?", "answer": "x", "answer": "y"}\n', "train.jsonl:1: `answer` is given twice"),
+    ("train.json", b'[{"question": "?", "answer": "x", "answer": "y"}]', "train.json: row 0: `answer` is given twice"),
+    ("train.jsonl", '{"question": "?", "answer": "x"}'.encode("utf-16"), "train.jsonl:1: not UTF-8 text"),
+    ("train.jsonl", b'{"question": "?", "answer": Infinity}', "`answer` is inf. Give a finite number"),
     ("train.csv", b"question,answer\n?,x\n", None),
     ("train.csv", b"question , answer \n?,x\n", None),
     ("train.csv", b'question,answer\n"a\nb",x\n?,x,y\n', "train.csv:4: it does not have 2 cells"),

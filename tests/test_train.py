@@ -445,6 +445,7 @@ def test_rows_without_an_image_can_be_left_out_of_training(scienceqa):
     split = make_split(scienceqa[0], only_images=True)
     assert len(split) == 3 and all(row["image"] is not None for row in split)
     assert len(make_split(scienceqa[0], "test", training=False, only_images=True)) == 4
+    assert len(make_split(scienceqa[0], only_images=True, max_samples=len(split))) == len(split)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2, 9])

@@ -431,6 +431,8 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
 def check_training_arguments(given: Collection[str], training_args):
     """Raises `ValueError` for values of `TrainingArguments` that have no effect or a wrong one, or fail late."""
     values = vars(training_args)
+    if not values["output_dir"].strip():
+        raise ValueError("`--output_dir` is empty. Give the name of a folder.")
     for name, (kept, reason) in KEPT.items():
         if values[name] != kept:
             value = getattr(values[name], "value", values[name])

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from training.engines import ENGINE_OF_ONE, name_engine
 from training.flags import FILE_FLAGS, PLACES, ROOT
@@ -154,10 +154,16 @@ def find_last_checkpoint(output_dir: Path, run_id: str) -> tuple[Path, dict] | N
 
 
 def commit_of_this_code() -> str | None:
-    """The commit of this repository; `None` outside of a git checkout."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    try:
+    """The commit of this repository, with "-dirty" if files were changed; `None` outside of a checkout of its own."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT.resolve():  # of a repository around a copy
+            return None
+        return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -231,6 +237,12 @@ def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | No
     """
     if output_dir.is_symlink() and not output_dir.exists() or output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"`--output_dir {output_dir}` is not a folder. Give another name, or remove what is there.")
+    foreign = [name for name in ("README.md", CONFIG_NAME) if (output_dir / name).exists()]
+    if foreign and not (output_dir / RUN_FILE).exists():
+        raise ValueError(
+            f"`--output_dir {output_dir}` has a {foreign[0]} that no run of train.py has written, and this run would "
+            "replace it. Give another folder."
+        )
     new = {**run, "run": uuid.uuid4().hex, "train_seconds": 0.0}
     if asked.lower() in ("never", "false"):
         return new, None

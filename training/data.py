@@ -47,8 +47,6 @@ def load_rows(task, name: str, arguments):
         )
     sizes = {"max_samples": limit} if makes_any_size else {}
     rows = task.load(name, arguments.data_path, streaming=arguments.streaming, **given, **sizes)
-    if limit is not None and not makes_any_size:
-        rows = rows.take(limit if arguments.streaming else min(limit, len(rows)))
     if missing := [column for column in task.COLUMNS if column not in rows.column_names]:
         raise ValueError(
             f"The {name} split of `{arguments.task}` lacks the columns {missing}. It has {rows.column_names}."
@@ -56,6 +54,8 @@ def load_rows(task, name: str, arguments):
     rows = rows.cast_column("image", ImageFeature(decode=False))
     if arguments.only_images and name == "train":
         rows = rows.filter(lambda row: row["image"] is not None)
+    if limit is not None and not makes_any_size:
+        rows = rows.take(limit if arguments.streaming else min(limit, len(rows)))
     if next(iter(rows), None) is None:
         raise ValueError(f"The {name} split of `{arguments.task}` is empty.")
     return rows

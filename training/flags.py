@@ -6,6 +6,7 @@ and `transformers` are imported, which takes seconds.
 
 import ast
 import difflib
+import os
 import re
 import sys
 from functools import cache
@@ -65,6 +66,9 @@ def read_recipe(recipe: Path) -> dict:
         values = without_partners(values, {name for name, value in own.items() if value is not None})
         for name in FILE_FLAGS:
             if (place := own.get(name)) is not None:
+                if not isinstance(place, str):
+                    raise ValueError(f"{file}: `{name}` is {place!r}. Give one text.")
+                place = os.path.expanduser(place)
                 places = (file.absolute().parent / place, Path(place), ROOT / place)
                 own[name] = str(next(filter(Path.exists, places), place))
         values |= own
@@ -83,7 +87,7 @@ def read_chain(recipe: Path) -> list[tuple[Path, dict]]:
     while recipe is not None:
         if recipe.resolve() in (file.resolve() for file, _ in chain):
             raise ValueError(f"{recipe} is its own `base`. Name another recipe there.")
-        values = read_yaml(recipe)
+        values = read_yaml(recipe, base_of=chain[-1][0] if chain else None)
         base = values.pop("base", None)
         if not isinstance(base, str | None):
             raise ValueError(f"{recipe}: `base` is {base!r}. Give the name of one recipe.")
@@ -94,21 +98,25 @@ def read_chain(recipe: Path) -> list[tuple[Path, dict]]:
     return chain
 
 
-def read_yaml(recipe: Path) -> dict:
+def read_yaml(recipe: Path, base_of: Path | None = None) -> dict:
     """The content of a recipe file. `no` and `off` are words if they are the value of a strategy."""
     if not recipe.is_file():
-        raise ValueError(f"There is no recipe {recipe}. Recipes: {', '.join(path.name for path in recipes())}.")
+        needed = f", which {base_of} names as its `base`" if base_of else ""
+        known = ", ".join(path.name for path in recipes())
+        raise ValueError(f"There is no recipe {recipe}{needed}. Recipes: {known}.")
     try:
         values = yaml.load(recipe.read_text(encoding="utf-8"), RecipeLoader) or {}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{recipe} is not UTF-8 text: {error}. Save it as UTF-8.") from error
     except yaml.YAMLError as error:
         raise ValueError(
             f"{recipe} is not valid YAML: {error}. Write a flag on each line, as `name: value`."
         ) from error
     if not isinstance(values, dict):
         raise ValueError(f"{recipe} contains a {type(values).__name__}. Write a flag on each line, as `name: value`.")
-    return {
-        name: "no" if value is False and str(name).endswith("_strategy") else value for name, value in values.items()
-    }
+    if wrong := [name for name in values if not isinstance(name, str)]:
+        raise ValueError(f"{recipe}: {wrong[0]!r} is not the name of a flag. Write a flag on each line.")
+    return {name: "no" if value is False and name.endswith("_strategy") else value for name, value in values.items()}
 
 
 def keep_values(values: dict, task: str | None) -> dict:
