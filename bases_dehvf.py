@@ -293,18 +293,18 @@ def sample_tensors(tensors: Iterable[tuple[str, torch.Tensor]], embeddings: Iter
     """
     Returns for each tensor, by name, its shape, whether it is trained, and, if this process has the whole tensor, a
     sample of its values and where and how often they were written. For a matrix the sample has one value of each row,
-    so that a new embedding of a single token is noticed. For tensors with more than 2**20 values other than
-    `embeddings`, it has the first 16 values: reading others would load the whole mapped file into memory.
+    so that a new embedding of a single token is noticed. For tensors with more than 2**20 values, it has the first 16
+    values, and for `embeddings` also the last 16, where new tokens are: reading others would load the whole mapped
+    file into memory.
     """
-    samples, whole = {}, {id(tensor) for tensor in embeddings}
+    samples, embeddings = {}, {id(tensor) for tensor in embeddings}
     for name, tensor in tensors:
         numbers = written = None
         if not tensor.is_meta and not isinstance(tensor, DTensor):
             row, values = tensor.shape[-1] if tensor.dim() > 1 else 1, tensor.detach().flatten()
-            if id(tensor) in whole:
-                picked = values[::row]
-            else:
-                picked = values[:: max(row, len(values) // 512) + 1] if len(values) <= 2**20 else values[:16]
+            picked = values[:: max(row, len(values) // 512) + 1] if len(values) <= 2**20 else values[:16]
+            if id(tensor) in embeddings:
+                picked = torch.cat((picked, values[-16:]))
             numbers = picked.to("cpu", copy=True)
             written = None if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
         samples[name] = tuple(tensor.shape), tensor.requires_grad, numbers, written

@@ -193,8 +193,8 @@ def test_the_report_on_pretrained_bases_includes_stopped_runs(bench):
         pretrained.file_of(name, 0).write_text(json.dumps({**run, "trained_parameters": 1234}))
     pretrained.write_report({name: pretrained.ROWS[name] for name in ("DEHVF", "MemVP")}, [0])
     table = (pretrained.RESULTS / "pretrained.md").read_text()
-    assert "| DEHVF | 1,234 | 0 | 96.0 | 96.0 | 96.0 | 96.0 | 20 (1 of 1) |" in table
-    assert "| MemVP | 1,234 | 0 | 80.0 | 80.0 | 80.0 | 80.0 | – (0 of 1) |" in table
+    assert "| DEHVF | 1,234 | 0 | 20 | 96.0 | 96.0 | 96.0 | 96.0 | 20 (1 of 1) |" in table
+    assert "| MemVP | 1,234 | 0 | 20 | 80.0 | 80.0 | 80.0 | 80.0 | – (0 of 1) |" in table
 
 
 @pytest.fixture
