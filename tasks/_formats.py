@@ -226,7 +226,7 @@ def read_records(file: Path) -> Iterator[Record]:
 
 
 class RepeatedKey(ValueError):
-    pass
+    """A key is given twice in an object of JSON."""
 
 
 def read_object_once(pairs: list[tuple]) -> dict:

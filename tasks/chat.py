@@ -75,7 +75,7 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
             turns = [{"role": "system", "content": system}, *turns]
         elif first != system:
             faults.append("`system` and the system message differ. Give one of them.")
-    elif system not in (None, "") and not (isinstance(system, str) and not system.strip()):
+    elif system is not None and not (isinstance(system, str) and not system.strip()):
         faults += _values.find_text_faults("`system`", system)
     for number, turn in enumerate(turns, 1):
         role, content = (next((turn[key] for key in keys if turn.get(key) is not None), None) for keys in KEYS)
