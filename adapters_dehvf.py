@@ -480,17 +480,17 @@ class AdapterMixin:
 
     def _save_bases(self, save_directory, is_main_process: bool, processor, max_shard_size: int | str):
         """Writes each base model to a separate folder, with its processor files."""
-        vision, text = (os.path.join(save_directory, f"{key}_model") for key in ("vision", "text"))
         causal_lm = assemble_causal_lm(self.base_model.language_model, self.lm_head, self.generation_config)
         share_placement(self, causal_lm)
         bases = {"vision": self.base_model.vision_tower, "text": causal_lm}
-        for key, base in bases.items():
+        for key, base in bases.items():  # before one is written
             check_base_names(base, key)
-        for folder, base in zip((vision, text), bases.values()):
-            save_base(base, folder, is_main_process, max_shard_size=max_shard_size)
+        folders = {key: os.path.join(save_directory, f"{key}_model") for key in bases}
+        for key, base in bases.items():
+            save_base(base, folders[key], is_main_process, max_shard_size=max_shard_size)
         if processor is not None:
-            processor.image_processor.save_pretrained(vision)
-            processor.tokenizer.save_pretrained(text)
+            processor.image_processor.save_pretrained(folders["vision"])
+            processor.tokenizer.save_pretrained(folders["text"])
 
     # --- visual memory ---
 

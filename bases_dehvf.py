@@ -267,9 +267,8 @@ def has_same_tensors(own: dict[str, torch.Tensor], folder) -> bool:
                 is_here = not tensor.is_meta and not isinstance(tensor, DTensor) and tensor.numel()
                 if not is_here or not tensor.dim() or not tensor.is_floating_point():
                     continue
-                if list(opened.get_slice(name).get_shape()) != list(tensor.shape):
-                    return False
-                if not _are_close(opened.get_slice(name)[:8], tensor[:8].detach().cpu()):
+                saved = opened.get_slice(name)
+                if saved.get_shape() != [*tensor.shape] or not _are_close(saved[:8], tensor[:8].detach().cpu()):
                     return False
     return True
 
@@ -297,13 +296,13 @@ def sample_tensors(tensors: Iterable[tuple[str, torch.Tensor]], embeddings: Iter
     values, and for `embeddings` also the last 16, where new tokens are: reading others would load the whole mapped
     file into memory.
     """
-    samples, embeddings = {}, {id(tensor) for tensor in embeddings}
+    samples, embedding_ids = {}, {id(tensor) for tensor in embeddings}
     for name, tensor in tensors:
         numbers = written = None
         if not tensor.is_meta and not isinstance(tensor, DTensor):
             row, values = tensor.shape[-1] if tensor.dim() > 1 else 1, tensor.detach().flatten()
             picked = values[:: max(row, len(values) // 512) + 1] if len(values) <= 2**20 else values[:16]
-            if id(tensor) in embeddings:
+            if id(tensor) in embedding_ids:
                 picked = torch.cat((picked, values[-16:]))
             numbers = picked.to("cpu", copy=True)
             written = None if tensor.is_inference() else (tensor.data_ptr(), tensor._version)

@@ -600,17 +600,8 @@ def markdown(report: dict) -> str:
 
 def accuracy_table(rows: dict[str, list[dict]]) -> list[str]:
     kinds = [*kinds_of(next(iter(rows.values()))[0]["row"]["task"]), "average"]
-    head = [
-        "",
-        "trained",
-        "seeds",
-        "questions",
-        *kinds,
-        f"questions until {LEARNED} %",
-        "std over layers",
-        "over images",
-    ]
-    head += ["best replacement of the weights"]
+    head = ["", "trained", "seeds", "questions", *kinds, f"questions until {LEARNED} %"]
+    head += ["std over layers", "over images", "best replacement of the weights"]
     lines = []
     for name, runs in rows.items():
         last = [run.get("scores") or run["curve"][-1] for run in runs]

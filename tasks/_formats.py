@@ -231,13 +231,15 @@ class RepeatedKey(ValueError):
 
 def read_object_once(pairs: list[tuple]) -> dict:
     """An object of JSON. Raises `RepeatedKey` if a key is given twice, of which `json` would keep the last."""
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise RepeatedKey(f"`{twice[0]}` is given twice. Keep one of them.")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):  # compared first, since an object may have as many keys as a data set has rows
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RepeatedKey(f"`{twice}` is given twice. Keep one of them.")
+    return found
 
 
-LIST_DECODER = json.JSONDecoder(object_pairs_hook=read_object_once)
+DECODER = json.JSONDecoder(object_pairs_hook=read_object_once)
 
 
 def read_lines(file: Path) -> Iterator[Record]:
@@ -247,7 +249,7 @@ def read_lines(file: Path) -> Iterator[Record]:
                 continue
             record, faults = None, []
             try:
-                record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=read_object_once)
+                record = DECODER.decode(line.decode("utf-8-sig"))
             except RepeatedKey as error:
                 faults = [str(error)]
             except json.JSONDecodeError as error:
@@ -263,7 +265,7 @@ def read_lines(file: Path) -> Iterator[Record]:
 def read_object(file: Path) -> Iterator[Record]:
     """Reads one object that has a list of records under one of `KEYS_OF_ROWS`, or else one record per line."""
     try:
-        whole = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=read_object_once)
+        whole = DECODER.decode(file.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, RepeatedKey):  # `read_lines` says where
         whole = None
     keys = [key for key in KEYS_OF_ROWS if isinstance(whole, dict) and isinstance(whole.get(key), list)]
@@ -276,7 +278,7 @@ def read_object(file: Path) -> Iterator[Record]:
 
 def read_list(file: Path) -> Iterator[Record]:
     """Reads a list of records one by one, since Python objects take many times the memory of the text."""
-    text, decoder, separator = file.read_text(encoding="utf-8-sig"), LIST_DECODER, re.compile(r"[\s,]*")
+    text, decoder, separator = file.read_text(encoding="utf-8-sig"), DECODER, re.compile(r"[\s,]*")
     place, number = separator.match(text, text.index("[") + 1).end(), 0
     while place < len(text) and text[place] != "]":
         try:

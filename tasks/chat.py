@@ -70,15 +70,15 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
         ]
     messages, faults, num_markers, system = [], [], 0, record["system"]
     if _values.is_text(system):
-        first = next((turns[0][key] for key in KEYS[1] if turns[0].get(key) is not None), None)
-        if turns[0].get("role", turns[0].get("from")) != "system":
+        role, content = read_turn(turns[0])
+        if role != "system":
             turns = [{"role": "system", "content": system}, *turns]
-        elif first != system:
+        elif content != system:
             faults.append("`system` and the system message differ. Give one of them.")
     elif system is not None and not (isinstance(system, str) and not system.strip()):
         faults += _values.find_text_faults("`system`", system)
     for number, turn in enumerate(turns, 1):
-        role, content = (next((turn[key] for key in keys if turn.get(key) is not None), None) for keys in KEYS)
+        role, content = read_turn(turn)
         role, content = role if isinstance(role, str) else repr(role), decode_parts(content)
         text, markers = read_content(content)
         name = f"text in message {number} ({role})"
@@ -117,6 +117,11 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
         )
     faults += _values.find_marker_faults("the messages have", num_markers, num_images, " (or parts of type 'image')")
     return {"messages": messages}, faults
+
+
+def read_turn(turn: dict) -> tuple:
+    """The role and the content of a message, `None` for one that is missing."""
+    return tuple(next((turn[key] for key in keys if turn.get(key) is not None), None) for keys in KEYS)
 
 
 def decode_parts(content):

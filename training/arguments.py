@@ -14,10 +14,10 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentTypeError
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from typing import Literal, get_args
 
 import torch
-import transformers
 from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -237,9 +237,8 @@ def make_help() -> str:
     parser = make_parser()
     parser.formatter_class = partial(ArgumentDefaultsHelpFormatter, width=80)
     python = ".".join(map(str, sys.version_info[:2]))  # whose versions format help differently
-    return (
-        f"`train.py --help` with Python {python} and transformers {transformers.__version__}\n\n{parser.format_help()}"
-    )
+    title = f"`train.py --help` with Python {python} and transformers {version('transformers')}"
+    return f"{title}\n\n{parser.format_help()}"
 
 
 def parse_arguments(arguments: list[str]):

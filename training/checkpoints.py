@@ -235,7 +235,7 @@ def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | No
         ValueError: if `output_dir` is not a folder, the run to resume has other arguments, or the requested checkpoint
             is not complete.
     """
-    if output_dir.is_symlink() and not output_dir.exists() or output_dir.exists() and not output_dir.is_dir():
+    if os.path.lexists(output_dir) and not output_dir.is_dir():
         raise ValueError(f"`--output_dir {output_dir}` is not a folder. Give another name, or remove what is there.")
     foreign = [name for name in ("README.md", CONFIG_NAME) if (output_dir / name).exists()]
     if foreign and not (output_dir / RUN_FILE).exists():

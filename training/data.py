@@ -10,6 +10,7 @@ import inspect
 import itertools
 import multiprocessing
 import os
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from logging import NOTSET, WARNING, disable
 
@@ -245,25 +246,31 @@ class StreamedSplit(torch.utils.data.IterableDataset):
 def load_splits(task, processor, data_args, training_args) -> dict[str, Split | StreamedSplit]:
     """The splits that a run needs, by name. The main process encodes them; the other processes read its result."""
     splits = {}
-    if training_args.process_index:  # the main process has given the same warnings
-        disable(WARNING)
+    quiet = (
+        without_warnings() if training_args.process_index else nullcontext()
+    )  # the main process gives the same ones
+    with quiet, training_args.main_process_first(desc="encode the data"):
+        if training_args.num_train_epochs > 0 and data_args.streaming:
+            seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+            shuffle_seed = None if training_args.train_sampling_strategy == "sequential" else seed
+            splits["train"] = StreamedSplit(task, "train", processor, data_args, shuffle_seed)
+        elif training_args.num_train_epochs > 0:
+            splits["train"] = Split(task, "train", processor, data_args, training=True)
+        if training_args.eval_strategy != "no":
+            with_loss = training_args.metric_for_best_model in LOSS
+            splits["validation"] = Split(task, "validation", processor, data_args, training=False, with_loss=with_loss)
+        splits["test"] = Split(task, "test", processor, data_args, training=False)
+    return splits
+
+
+@contextmanager
+def without_warnings():
+    """Silences all loggers of this process up to the level of warnings."""
+    disable(WARNING)
     try:
-        with training_args.main_process_first(desc="encode the data"):
-            if training_args.num_train_epochs > 0 and data_args.streaming:
-                seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-                shuffle_seed = None if training_args.train_sampling_strategy == "sequential" else seed
-                splits["train"] = StreamedSplit(task, "train", processor, data_args, shuffle_seed)
-            elif training_args.num_train_epochs > 0:
-                splits["train"] = Split(task, "train", processor, data_args, training=True)
-            if training_args.eval_strategy != "no":
-                with_loss = training_args.metric_for_best_model in LOSS
-                splits["validation"] = Split(
-                    task, "validation", processor, data_args, training=False, with_loss=with_loss
-                )
-            splits["test"] = Split(task, "test", processor, data_args, training=False)
+        yield
     finally:
         disable(NOTSET)
-    return splits
 
 
 def digest_rows(splits: dict[str, Split | StreamedSplit]) -> str:
