@@ -50,46 +50,55 @@ load = partial(_sources.load, sys.modules[__name__])
 
 def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
     """A row without its images, and the faults of its texts."""
-    question, answer, context = record["question"], record["answer"], record["context"]
-    choices, answers = _values.as_list(record["choices"]), _values.as_list(record["answers"])
-    column = "answer"
-    if answer == record["answers"]:  # there is no separate column `answer`
-        column, answer, answers = "answers", answers, None
-    elif is_list_of_texts(decoded := _values.as_list(answer)):  # another list may be an answer, such as [0.5, 1]
-        answer = decoded
-    lists_of_python = {
-        name: value
-        for name, value in ((column, answer), ("answers", answers))
-        if isinstance(value, str) and re.match(r"\[\s*['\"]", value.strip())
-    }
+    question, context, markers = record["question"], record["context"], 0
+    answer, answers, answer_faults = read_answers(record["answer"], record["answers"])
+    choices = numbers_to_texts(_values.as_list(record["choices"]))
+    if isinstance(question, str):
+        question, markers = _values.remove_markers(question)
+    if isinstance(context, str) and not context.strip():
+        context = None
+    faults = _values.find_text_faults("`question`", question) + answer_faults
+    faults += _values.find_marker_faults("`question` has", markers, num_images)
+    faults += _values.find_text_faults("`context`", context) if context is not None else []
+    faults += find_choice_faults(choices, [answer, *(other for other in answers or () if other != answer)])
+    faults += find_index_faults(choices, record["answer"])
+    row = {"question": question, "choices": choices or None, "answer": answer, "answers": answers, "context": context}
+    return row, faults
+
+
+def read_answers(answer, answers) -> tuple[object, object, list[str]]:
+    """
+    The answer that is trained on, all correct answers (`None` if there is only one), and what is wrong with them.
+
+    Args:
+        answer: value of the column `answer`, or that of `answers` if there is no such column.
+        answers: value of the column `answers`.
+    """
+    given = {"answers": answers} if answer == answers else {"answer": answer, "answers": answers}
+    if "answer" not in given:
+        answer, answers = _values.as_list(answers), None
+    else:
+        if is_list_of_texts(decoded := _values.as_list(answer)):  # another list may be an answer, such as [0.5, 1]
+            answer = decoded
+        answers = _values.as_list(answers)
     is_separate = answers is not None
     if is_separate and not isinstance(answers, list | dict):
         answers = [answers]
     if isinstance(answer, list):
         answers = [*answer, *(other for other in answers or () if other not in answer)]
         answer = answer[0] if answer else None
-    choices, answers = (
-        [number_to_text(value) for value in values] if isinstance(values, list) else values
-        for values in (choices, answers)
-    )
-    answer, faults, markers = number_to_text(answer), [], 0
-    if isinstance(question, str):
-        question, markers = _values.remove_markers(question)
-    faults += _values.find_text_faults("`question`", question) + _values.find_text_faults("`answer`", answer)
-    faults += _values.find_marker_faults("`question` has", markers, num_images)
-    if isinstance(context, str) and not context.strip():
-        context = None
-    if context is not None:
-        faults += _values.find_text_faults("`context`", context)
-    for name, value in lists_of_python.items():
-        faults.append(f'`{name}` is {reprlib.repr(value)}, which is not JSON. Write a list as ["red", "blue"].')
+    faults = _values.find_text_faults("`answer`", number_to_text(answer))
+    if isinstance(answer, float) and math.isinf(answer):
+        faults.append(f"`answer` is {answer}. Give a finite number, or a text in quotes.")
+    answer, answers = number_to_text(answer), numbers_to_texts(answers)
+    for name, value in given.items():
+        if isinstance(value, str) and re.match(r"\[\s*['\"]", value.strip()) and _values.as_list(value) is value:
+            faults.append(f'`{name}` is {reprlib.repr(value)}, which is not JSON. Write a list as ["red", "blue"].')
     if isinstance(answers, dict) or not all(map(_values.is_text, answers or ())):
         faults.append(f"`answers` is {reprlib.repr(answers)}. Make it a list of texts, none of them blank.")
     elif is_separate and answers and _values.is_text(answer) and normalise(answer) not in map(normalise, answers):
         faults.append(f"`answer` is {answer!r}, which is none of `answers`, {reprlib.repr(answers)}. Add it to them.")
-    faults += find_index_faults(record["choices"], record["answer"])
-    row = {"question": question, "choices": choices or None, "answer": answer, "answers": answers, "context": context}
-    return row, faults + find_choice_faults(choices, [answer, *(other for other in answers or () if other != answer)])
+    return answer, answers, faults
 
 
 def is_list_of_texts(value) -> bool:
@@ -105,11 +114,13 @@ def number_to_text(value):
     return np.format_float_positional(value, trim="-") if value == value else None
 
 
+def numbers_to_texts(values):
+    """Converts the numbers in a list to texts. Other values are returned unchanged."""
+    return [number_to_text(value) for value in values] if isinstance(values, list) else values
+
+
 def find_index_faults(choices, answer) -> list[str]:
     """A fault if the answer is a number that can be read as an index or as an option."""
-    choices = _values.as_list(choices)
-    if isinstance(answer, float) and math.isinf(answer):
-        return [f"`answer` is {answer}. Give a finite number, or a text in quotes."]
     if not isinstance(choices, list) or isinstance(answer, bool | str) or number_to_text(answer) not in choices:
         return []
     index = int(answer)
