@@ -163,7 +163,7 @@ def test_a_method_sets_its_switch():
         (["--num_gruops", "4"], "The command: unknown argument `num_gruops`. Did you mean `num_groups`?"),
         (["--group_by_length", "true"], "Did you mean `train_sampling_strategy group_by_length`?"),
         (["--output_dir", "gr\udcc3\udcb6sse"], "cannot read .* encoding of this locale. Set `PYTHONUTF8=1`"),
-        (["recipes/digit.yaml"], "There is no recipe recipes/digit.yaml.*digits.yaml"),
+        (["recipes/digit.yaml"], "There is no recipe recipes/digit.yaml. Did you mean `recipes/digits.yaml`"),
         (["--data_path", "nowhere"], "`--data_path nowhere`: there is no such folder"),
         (["--text_model", "/no/where"], "`--text_model /no/where`: there is no such folder"),
         (["--adapter=./checkpoint"], "`--adapter ./checkpoint`: there is no such folder"),

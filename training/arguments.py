@@ -249,7 +249,7 @@ def parse_arguments(arguments: list[str]):
         The recipe, and an object of each dataclass: data, model, adapters, baselines, training.
 
     Raises:
-        ValueError: as in [`read_command`]; or if a flag contradicts `--method`.
+        ValueError: as in [`read_command`]; or if a flag has too many values, or contradicts `--method`.
         SystemExit: if a value has the wrong type or is none of the choices.
     """
     parser = make_parser()
@@ -257,20 +257,31 @@ def parse_arguments(arguments: list[str]):
     values = without_partners(values, flags)
     words = [f"--output_dir=outputs/{recipe.stem}"]
     for name, value in values.items():
+        if isinstance(value, dict) and name == "columns":
+            value = [f"{field}={column}" for field, column in value.items()]
         if isinstance(value, dict) or isinstance(value, list) and name == "layer_mapping":
             value = json.dumps(value)
-        elif isinstance(value, list) and name == "report_to":
+        elif isinstance(value, list) and name in ("columns", "report_to"):
             value = ",".join(map(str, value))
         elements = value if isinstance(value, list) else [value]
         words += [f"--{name}", *map(str, elements)]
     given = arguments[1:] if find_recipe(arguments) else arguments
+    words += given
     try:
-        parsed = parser.parse_args_into_dataclasses([*words, *given], look_for_args_file=False)
+        *parsed, unused = parser.parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
+        )
     except json.JSONDecodeError as error:  # of the fields that are dicts
         raise ValueError(
             f"{error.doc!r} is not valid JSON ({error.msg}). Write names and texts in double quotes, such as "
             "'{\"min_lr\": 1e-5}'."
         ) from error
+    if unused:
+        follows_value = (not before.startswith("--") or "=" in before for before in words)
+        end = next(number for number, is_free in enumerate(follows_value, 1) if is_free and words[number] == unused[0])
+        flag = next(word for word in reversed(words[:end]) if word.startswith("--")).partition("=")[0]
+        extra = " ".join(map(repr, unused))
+        raise ValueError(f"`{flag}` takes one value. Remove {extra}, or put a value with spaces in quotes.")
     _, model_args, adapter_args, _, _ = parsed
     if model_args.adapter is not None:
         # The config of the adapters contains their bases. The bases in a recipe are for new adapters, or for adapters

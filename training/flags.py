@@ -102,8 +102,10 @@ def read_yaml(recipe: Path, base_of: Path | None = None) -> dict:
     """The content of a recipe file. `no` and `off` are words if they are the value of a strategy."""
     if not recipe.is_file():
         needed = f", which {base_of} names as its `base`" if base_of else ""
-        known = ", ".join(path.name for path in recipes())
-        raise ValueError(f"There is no recipe {recipe}{needed}. Recipes: {known}.")
+        known = [path.name for path in recipes()]
+        close = difflib.get_close_matches(recipe.name, known, n=1)
+        advice = f"Did you mean `recipes/{close[0]}`?" if close else f"Recipes: {', '.join(known)}."
+        raise ValueError(f"There is no recipe {recipe}{needed}. {advice}")
     try:
         values = yaml.load(recipe.read_text(encoding="utf-8"), RecipeLoader) or {}
     except UnicodeDecodeError as error:
