@@ -124,6 +124,28 @@ IMAGE_OPTIONS = ("image_size", "max_images", "image_tiles")  # of a processor, w
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 
 
+def remove_image_markers(text: str) -> tuple[str, int]:
+    """
+    Removes the `<image>` markers of LLaVA with the white space on one side, since there are no image tokens here. Also
+    returns their number.
+    """
+    kept, *others = text.split("<image>")
+    for other in others:
+        before, after = kept.rstrip(), other.lstrip()
+        space = kept[len(before) :] or other[: len(other) - len(after)]
+        kept = (before and before + space) + after
+    return (kept.rstrip() if others and not others[-1].strip() else kept), len(others)
+
+
+def check_markers(num_markers: int, num_images: int):
+    """Raises `ValueError` if a text has `<image>` markers, but not one for each of its images."""
+    if num_markers not in (0, num_images):
+        raise ValueError(
+            f"A text has {num_markers} `<image>` and {num_images} images. There are no image tokens: leave `<image>` "
+            "out, or write it once for each image."
+        )
+
+
 def check_names(kwargs: dict):
     """Raises `TypeError` for an argument that resembles one of the processor, since `transformers` ignores it."""
     known = (*IMAGE_OPTIONS, "image_fit", "chat_template")
@@ -145,6 +167,30 @@ def read_chats(conversation) -> list[list[dict]]:
     if not all(isinstance(chat, (list, tuple)) and chat for chat in chats):
         raise _wrong_chat(conversation)
     return [[_read_message(message) for message in chat] for chat in chats]
+
+
+def remove_markers_of_chat(chat: list[dict]) -> list[dict]:
+    """
+    A chat that [`read_chats`] returned, if it has images without the `<image>` markers in its texts, as in training.
+
+    Raises:
+        ValueError: as in [`check_markers`].
+    """
+    cleaned, num_markers, num_images = [], 0, 0
+    for message in chat:
+        content = message.get("content") or []
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        texts = [remove_image_markers(part["text"]) if part["type"] == "text" else ("", 0) for part in parts]
+        num_markers += sum(count for _, count in texts)
+        num_images += sum(part["type"] == "image" for part in parts)
+        parts = [{**part, "text": text} if count else part for part, (text, count) in zip(parts, texts)]
+        if content:
+            message = {**message, "content": parts[0]["text"] if isinstance(content, str) else parts}
+        cleaned.append(message)
+    if not num_images:  # `<image>` may be what the question is about
+        return chat
+    check_markers(num_markers, num_images)
+    return cleaned
 
 
 def is_batch_of_chats(conversation) -> bool:
@@ -215,7 +261,8 @@ class DehvfProcessor(ProcessorMixin):
     or tiles, the shapes are `(batch_size, num_images, num_channels, height, width)` and `(batch_size, num_images)`:
     the images of a sample in their order, each followed by its tiles, row by row. A single text gives a batch of one.
     No special tokens are added to texts that already begin with the beginning-of-sequence token, such as the output of
-    the chat template, and end-of-sequence tokens that the tokenizer appends are removed.
+    the chat template, and end-of-sequence tokens that the tokenizer appends are removed. A text with images may contain
+    LLaVA's `<image>` once for each of them, which is removed.
 
     Args:
         image_processor: image processor of the vision encoder.
@@ -232,8 +279,9 @@ class DehvfProcessor(ProcessorMixin):
             `image_fit`.
 
     Raises:
-        ValueError: if `image_fit` or `image_tiles` has another value, a sample has more than `max_images` images, the
-            numbers of samples and texts differ, or [`read_image`] cannot read an image.
+        ValueError: if `image_fit` or `image_tiles` has another value, a sample has more than `max_images` images or
+            another number of `<image>`, the numbers of samples and texts differ, or [`read_image`] cannot read an
+            image.
 
     Example:
 
@@ -368,10 +416,11 @@ class DehvfProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation, *args, tokenize: bool = False, **kwargs):
         """
         As in `transformers`. With `tokenize=True`, raises `ValueError` if a chat, message or part has another form,
-        such as an image part without an image, which would otherwise be ignored silently.
+        such as an image part without an image, which would otherwise be ignored silently, or if `<image>` is not
+        written once for each image.
         """
         if tokenize:
-            chats = read_chats(conversation)
+            chats = [remove_markers_of_chat(chat) for chat in read_chats(conversation)]
             conversation = chats if is_batch_of_chats(conversation) else chats[0]
         return super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
 
@@ -380,7 +429,18 @@ class DehvfProcessor(ProcessorMixin):
         if images is not None:
             is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
             images = [self._read_sample(sample) for sample in (images if is_batch else [images])]
+            if text is not None and len(images) == len(text):
+                text = [self._remove_markers(sample, len(own)) for sample, own in zip(text, images)]
         return images, text, videos, audio
+
+    def _remove_markers(self, text: str, num_images: int) -> str:
+        if not num_images:
+            return text
+        bos = self.tokenizer.bos_token or ""
+        start = bos if text.startswith(bos) else ""
+        text, num_markers = remove_image_markers(text.removeprefix(start))
+        check_markers(num_markers, num_images)
+        return start + text
 
     def _read_sample(self, sample) -> list[Image.Image]:
         """Reads the images of a sample, which is an image, `None`, or a list of images."""

@@ -15,8 +15,10 @@ from jinja2 import TemplateError
 from PIL import Image
 from torch.nn import functional as F
 
+from dehvf import processing
 from demo.client_images import ImageReader
 from demo.openai_api import Piece, Request, RequestError, Token, find_images
+from training.chats import ChatTokenizer
 
 
 DEFAULT_NEW_TOKENS = 1024  # as in `transformers serve`
@@ -211,6 +213,7 @@ class Engine:
         config.num_return_sequences = 1  # requests have `n`
         num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_context_tokens = min(max_context_tokens, num_positions or max_context_tokens)
+        self._chats = ChatTokenizer(processor)
         self._tokenizing = threading.Lock()  # a tokenizer changes its padding in each call
         self._thread, self._waiting, self._queueing = ThreadPoolExecutor(1), [], threading.Lock()
 
@@ -233,19 +236,32 @@ class Engine:
         num_characters = sum(len(part["text"]) for message in chat for part in message["content"])
         if num_characters > MAX_CHARACTERS_PER_TOKEN * self.max_context_tokens:
             raise too_long(f"The messages have {num_characters} characters", self.max_context_tokens)
-        # There are no image tokens, so only the order of the images matters
-        chat[0]["content"] += [{"type": "image", "image": image} for image in images]
+        if images:  # which have no tokens
+            for part in (part for message in chat for part in message["content"]):
+                part["text"], _ = processing.remove_image_markers(part["text"])
+        chat[0]["content"] += [{"type": "image", "image": image} for image in images]  # only their order matters
         try:
             with self._tokenizing:
-                return self.processor.apply_chat_template(
-                    chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-                )
+                return self._encode(chat, images)
         except TemplateError as error:
             raise RequestError(
                 f"The model's chat template does not take these messages: {error}. Change their roles or their order.",
                 param="messages",
                 code="invalid_messages",
             ) from error
+
+    def _encode(self, chat: list[dict], images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """The inputs of the model. Special tokens in a message are encoded as ordinary text, as in training."""
+        parts = [part for message in chat for part in message["content"] if part["type"] == "text"]
+        if not any(self._chats.pattern.search(part["text"]) for part in parts):
+            options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+            return self.processor.apply_chat_template(chat, add_generation_prompt=True, **options)
+        for part in parts:
+            part["text"] = self._chats.protect(part["text"])
+        ids, _ = self._chats.encode(self.processor.apply_chat_template(chat, add_generation_prompt=True))
+        input_ids = torch.tensor([ids])
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        return {**inputs, **(self.processor(images=[images], return_tensors="pt") if images else {})}
 
     def start(self, request: Request, inputs, max_new_tokens: int) -> Job:
         """A job that starts after the earlier jobs or together with them."""

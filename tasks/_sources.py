@@ -467,7 +467,9 @@ class Source:
         paths = list(dict.fromkeys(places))
         paths += map(Path, sorted({path for place in paths if place.is_dir() for path in find_subfolders(place, 4)}))
         stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists()]
-        code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
+        folder = Path(__file__).parent
+        sources = [folder.parent / "processing_dehvf.py", *sorted(folder.glob("*.py"))]  # the first removes `<image>`
+        code = [file.read_text(encoding="utf-8") for file in sources]
         return Hasher.hash([stamps, *facts, self.task.__name__, self.fields, *code])
 
 

@@ -106,6 +106,46 @@ def test_the_assistant_mask_covers_answers_and_their_ends():
 
 
 @pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("<image>\nwho?", "who?"),
+        ("<s><image>\nwho?", "<s>who?"),
+        ("A: <image>\nwho? B:", "A: who? B:"),
+        ("who? <image>", "who?"),
+        ("who <image> is", "who is"),
+        ("who <is>", "who <is>"),
+    ],
+)
+def test_an_image_marker_of_llava_is_removed(text, expected):
+    processor = tiny_processor()
+    processor.max_images = 2
+    assert processor(images=image(), text=text)["input_ids"] == processor(images=image(), text=expected)["input_ids"]
+    without_image = processor.tokenizer([text.removeprefix("<s>")])["input_ids"]
+    assert processor(text=text)["input_ids"] == without_image, "`<image>` may be what the question is about"
+    both = processor(images=[[image(), image()]], text="<image><image>\nwho?")
+    assert both["input_ids"] == processor(text="who?")["input_ids"]
+    with pytest.raises(ValueError, match="A text has 1 `<image>` and 2 images.*leave `<image>` out, or write it once"):
+        processor(images=[[image(), image()]], text="<image>\nwho?")
+
+
+@pytest.mark.parametrize("as_parts", [False, True])
+def test_image_markers_are_removed_from_messages(as_parts):
+    def turns(first, second):
+        first, second = ([{"type": "text", "text": text}] if as_parts else text for text in (first, second))
+        picture = {"role": "user", "content": [{"type": "image", "image": image()}, {"type": "text", "text": "a"}]}
+        answer = {"role": "assistant", "content": None}
+        return [picture, answer, {"role": "user", "content": first}, answer, {"role": "user", "content": second}]
+
+    processor, options = tiny_processor(), {"tokenize": True, "return_dict": True}
+    with_marker = processor.apply_chat_template(turns("who?", "<image> is"), **options)
+    assert with_marker["input_ids"] == processor.apply_chat_template(turns("who?", "is"), **options)["input_ids"]
+    with pytest.raises(ValueError, match="A text has 2 `<image>` and 1 images"):
+        processor.apply_chat_template(turns("<image>", "<image> is"), **options)
+    text = [{"role": "user", "content": "<image> is"}]
+    assert processor.apply_chat_template(text, **options)["input_ids"] == processor(text="<s><image> is\n")["input_ids"]
+
+
+@pytest.mark.parametrize(
     "part, message",
     [
         ({"type": "image"}, "of type 'image' without the image. Add it to the part"),

@@ -639,6 +639,22 @@ def test_an_openai_client_is_answered_about_its_image(server):
     assert len(set(answers)) >= 3
 
 
+def test_special_tokens_and_image_markers_in_a_question_are_text(server):
+    engine = Engine(server.model, server.processor, ImageReader(), max_context_tokens=128, max_batch_size=4)
+    tokenizer = server.processor.tokenizer
+    for question in ("who</s>\n<s>what", "who\U00100000what"):
+        chat = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+        inputs = engine._process(chat, [PICTURE])
+        ids = inputs["input_ids"][0].tolist()
+        assert ids[0] == tokenizer.bos_token_id
+        assert not {*ids[1:]} & {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        assert ids[1:] == tokenizer(f"{question}\nResponse:", split_special_tokens=True).input_ids[1:]
+        expected = server.processor(images=PICTURE, text="", return_tensors="pt")
+        assert torch.equal(inputs["pixel_values"], expected["pixel_values"]) and inputs["image_mask"].all()
+    answers = [server.ask(PICTURE, text).choices[0].message.content for text in (f"<image>\n{QUESTION}", QUESTION)]
+    assert answers[0] == answers[1]
+
+
 def test_a_streamed_answer_comes_in_pieces(server):
     chunks = list(server.ask(PICTURE, stream=True, stream_options={"include_usage": True}))
     assert all(ChatCompletionChunk.model_validate(chunk.to_dict()) for chunk in chunks)

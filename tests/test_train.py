@@ -40,8 +40,9 @@ from dehvf import DehvfProcessor
 from tasks import get_task, score_folder
 from training import arguments
 from training.arguments import DataArguments, DehvfTrainingArguments, parse_arguments
+from training.chats import ChatTokenizer, render
 from training.data import Collator, Split, StreamedSplit, read_image
-from training.encoding import ChatTokenizer, RowEncoder, render
+from training.encoding import RowEncoder
 from training.flags import DEFAULT_RECIPE, HELP_FILE, argument_names, recipes, show_help
 from training.models import load_processor
 from training.trainer import AnswerTrainer

@@ -10,7 +10,7 @@ from baselines import METHODS as BASELINES
 from baselines import build
 from dehvf import DehvfConfig, DehvfForConditionalGeneration, DehvfProcessor, processing
 from training.arguments import BASES, DEHVF_METHODS
-from training.encoding import ChatTokenizer
+from training.chats import ChatTokenizer
 
 
 def load_processor(model_args, adapter_args):

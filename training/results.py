@@ -17,9 +17,9 @@ from dehvf import hub
 from tasks import format_score, get_task, print_scores, score_folder
 from tasks._holdout import KEPT_TOGETHER
 from training.arguments import BASES, DEHVF_METHODS
+from training.chats import ChatTokenizer, render
 from training.checkpoints import RESULTS_FILE, describe_code, digest, write_json
 from training.data import Split
-from training.encoding import ChatTokenizer, render
 from training.flags import ROOT
 from training.fusion import describe_fusion
 

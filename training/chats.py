@@ -1,0 +1,160 @@
+# Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Renders chats with the chat template of the tokenizer and encodes them into token ids."""
+
+import re
+import reprlib
+
+from jinja2 import TemplateError, TemplateSyntaxError
+
+from dehvf import processing
+
+
+# One character replaces each special token that occurs in data, so that the tokenizer does not read it as a control
+# token. It is from Supplementary Private Use Area-B, whose own characters in data are replaced in the same way.
+STAND_INS = range(0x100000, 0x110000)
+ANY_STAND_IN = f"[{chr(STAND_INS[0])}-{chr(STAND_INS[-1])}]"
+
+
+def render(processor, prompt: str) -> str:
+    """The chat text with `prompt` as the user's message, up to the beginning of the answer."""
+    return processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+
+
+class ChatTokenizer:
+    """
+    Renders chats with the chat template and encodes them. Special tokens in a message are encoded as ordinary text,
+    and end-of-sequence tokens that the tokenizer appends to every text are removed from prompts.
+    """
+
+    def __init__(self, processor):
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self.special_tokens = sorted({*added, *self.tokenizer.all_special_tokens}, key=len, reverse=True)
+        self.special_ids = {*self.tokenizer.convert_tokens_to_ids(self.special_tokens)}
+        special = "|".join(map(re.escape, self.special_tokens)) or r"(?!)"
+        self.pattern = re.compile(f"{special}|{ANY_STAND_IN}")
+        self.end = re.compile(rf"\s*(?:{special})")  # of a turn
+        self.replaced = []  # the texts that stand-ins have replaced so far
+        self.num_appended = processing.num_appended_tokens(self.tokenizer)
+
+    def protect(self, text: str) -> str:
+        """Replaces each special token by a stand-in character."""
+        return self.pattern.sub(self._stand_in, text)
+
+    def _stand_in(self, found: re.Match) -> str:
+        if found[0] not in self.replaced:
+            self.replaced.append(found[0])
+        return chr(STAND_INS[self.replaced.index(found[0])])
+
+    def restore(self, text: str) -> str:
+        """Reverses `protect`."""
+        return re.sub(ANY_STAND_IN, lambda found: self.replaced[ord(found[0]) - STAND_INS[0]], text)
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        messages = [{**message, "content": self.protect(message["content"])} for message in messages]
+        try:
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+        except TemplateSyntaxError as error:
+            raise ValueError(f"the chat template is not valid Jinja: {error.message}") from error
+        except TemplateError as error:  # for example because of an unknown role
+            raise ValueError(f"the chat template of the tokenizer refuses {messages}: {error}") from error
+        for message in messages:
+            if message["role"] != "assistant" and message["content"].strip() not in text:
+                raise ValueError(
+                    f"the chat template of the tokenizer leaves out or changes {reprlib.repr(message)}. Give another "
+                    "template, `--chat_template plain`, or remove such messages."
+                )
+        return text
+
+    def render_answers(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+        """
+        The text of a chat up to the end of its last message, and the begin and end of each of the assistant's
+        messages: from the end of the generation prompt to the token that ends the turn, which is learned too.
+
+        Raises:
+            ValueError: if the chat template refuses the messages, changes the text of a message, or renders the
+                messages before it differently than on their own.
+        """
+        text, spans, end = self.render(messages), [], 0
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.render(messages[:index], add_generation_prompt=True)
+            through = text if index == len(messages) - 1 else self.render(messages[: index + 1])
+            answer = self.protect(message["content"]).strip()
+            place = self._find_answer(answer, messages[: index + 1], before, through)
+            end = place + len(answer)
+            if found := self.end.match(through, end):
+                end = found.end()
+            if place < 0 or not (text.startswith(through[:end]) and through.startswith(before)):
+                raise ValueError(
+                    f"the chat template of the tokenizer does not render message {index} ({message}) after the "
+                    "messages before it, as training needs. Give another template: `--chat_template plain`."
+                )
+            spans.append((len(before), end))
+        return text[:end], spans
+
+    def _find_answer(self, answer: str, messages: list[dict], before: str, through: str) -> int:
+        """Where the last answer begins in `through`, even if the template puts the same text before it; else -1."""
+        rest = through[len(before) :].lstrip()
+        if rest.startswith(answer) and self.end.match(rest, len(answer)):  # there is no other text
+            return len(through) - len(rest)
+        mark = chr(STAND_INS[-1])
+        marked = self.render([*messages[:-1], {**messages[-1], "content": mark}])
+        place = marked.find(self.protect(mark), len(before))
+        return place if place >= 0 and through.startswith(marked[:place] + answer) else -1
+
+    def end_of_turn(self) -> int | None:
+        """The id of the token with which the chat template ends an answer, or `None` if it is not a special token."""
+        try:
+            text, _ = self.render_answers([{"role": "user", "content": "?"}, {"role": "assistant", "content": "0"}])
+        except ValueError:  # which is raised again for the first row, unless there is no training
+            return None
+        token = self.encode(text)[0][-1]
+        return token if token in self.special_ids else None
+
+    def answer_preface(self) -> str:
+        """
+        The decoded text that the chat template puts between the generation prompt and an answer, such as an empty
+        `<think>` block. The model learns to generate it before each answer.
+        """
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "0"}]
+        text, before = self.render(messages), self.render(messages[:1], add_generation_prompt=True)
+        preface = text.removeprefix(before).partition("0")[0] if text.startswith(before) else ""
+        return self.tokenizer.decode(self.tokenizer(preface, add_special_tokens=False).input_ids, True).strip()
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """
+        Token ids of a rendered chat, and the begin and end of each token in the text. There is one
+        beginning-of-sequence token, even if the chat template contains it.
+        """
+        has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        tokens, places, begin = [], [], 0
+        for piece in re.split(f"({ANY_STAND_IN})", text):
+            if re.fullmatch(ANY_STAND_IN, piece):
+                word = self.replaced[ord(piece) - STAND_INS[0]]
+                new, _ = self._encode_piece(word, is_first=not begin, split_special_tokens=True)
+                tokens, places = [*tokens, *new], [*places, *[(begin, begin + 1)] * len(new)]
+            elif piece or not begin:
+                adds = not has_bos and not begin
+                new, offsets = self._encode_piece(piece, is_first=not begin, add_special_tokens=adds)
+                kept = len(new) - (self.num_appended if adds else 0)
+                tokens += new[:kept]
+                places += [(begin + start, begin + stop) for start, stop in offsets[:kept]]
+            begin += len(piece)
+        return tokens, places
+
+    def _encode_piece(self, text: str, is_first: bool, **options) -> tuple[list[int], list[tuple[int, int]]]:
+        """
+        Token ids and offsets of a piece of a text. SentencePiece tokenizers put a space before each text that they are
+        given, so other pieces than the first are encoded after a line break, whose tokens are removed again.
+        """
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, **options}
+        if not is_first:
+            head = self.tokenizer("\n", add_special_tokens=False).input_ids
+            encoded = self.tokenizer("\n" + text, **options)
+            if encoded.input_ids[: len(head)] == head:  # otherwise the line break was joined with the text
+                offsets = [(max(0, start - 1), max(0, stop - 1)) for start, stop in encoded.offset_mapping]
+                return encoded.input_ids[len(head) :], offsets[len(head) :]
+        encoded = self.tokenizer(text, **options)
+        return encoded.input_ids, encoded.offset_mapping
