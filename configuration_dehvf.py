@@ -146,8 +146,9 @@ class DehvfConfig(PreTrainedConfig):
         num_memory_slots (`int`, *optional*, S): entries appended to each FFN, at least the number of patches (7B: 320,
             13B: 400). By default 320, or the number of patches if there are more.
         projector_hidden_size (`int`): hidden width of the projector (MemVP: 128).
-        projector_initializer (`str`): initialization of the projector's weights: `"normal"`, with `initializer_range`,
-            or `"xavier"` (uniform), as in MemVP's code.
+        projector_initializer (`str`): initialization of the projector's weights: `"normal"`, with `initializer_range`;
+            `"xavier"` (uniform), as in MemVP's code; or `"zero"`: normal, except that `W_2` is zero, so that the
+            language model is unchanged at first.
         visual_scale (`float`, lambda): scale of the visual features (MemVP: 0.01).
         memory_scale (`float`, s): scale of what the memory adds to an FFN (MemVP's LLaMA code: 0.1).
         memory_form (`str`): how FFNs read visual features. `"factored"`: in the width of the projector, which gives
@@ -197,7 +198,7 @@ class DehvfConfig(PreTrainedConfig):
     visual_prompts: Literal["keys_and_values", "shared", "keys", "values", "none"] = "keys_and_values"
     num_memory_slots: int | None = None
     projector_hidden_size: int = 128
-    projector_initializer: Literal["normal", "xavier"] = "normal"
+    projector_initializer: Literal["normal", "xavier", "zero"] = "normal"
     visual_scale: float | int = 0.01
     memory_scale: float | int = 0.1
     memory_form: Literal["auto", "factored", "materialised"] = "auto"

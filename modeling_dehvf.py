@@ -211,6 +211,8 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
         elif isinstance(module, VisualProjector) and self.config.projector_initializer == "xavier":
             for part in (module.down, module.up):
                 init.xavier_uniform_(part.weight)
+        elif isinstance(module, VisualProjector) and self.config.projector_initializer == "zero":
+            init.zeros_(module.up.weight)  # `memory_slots.value` is zero too: at first the memory has no effect
         elif isinstance(module, MemorySlots):
             init.normal_(module.key, std=std)
             init.zeros_(module.value)  # as in MemVP: at first the memory has almost no effect

@@ -261,8 +261,8 @@ class DehvfProcessor(ProcessorMixin):
     or tiles, the shapes are `(batch_size, num_images, num_channels, height, width)` and `(batch_size, num_images)`:
     the images of a sample in their order, each followed by its tiles, row by row. A single text gives a batch of one.
     No special tokens are added to texts that already begin with the beginning-of-sequence token, such as the output of
-    the chat template, and end-of-sequence tokens that the tokenizer appends are removed. A text with images may contain
-    LLaVA's `<image>` once for each of them, which is removed.
+    the chat template, and end-of-sequence tokens that the tokenizer appends are removed. A text with images may
+    contain LLaVA's `<image>` once for each of them, which is removed.
 
     Args:
         image_processor: image processor of the vision encoder.

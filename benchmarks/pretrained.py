@@ -175,12 +175,23 @@ OPTIMIZERS = {
         values={"visual_scale": 0.1}, max_grad_norm=0.0, beta2=0.999, rate=1e-3
     ),
 }
+ZERO = {"projector_initializer": "zero"}
+ZERO_START = {
+    "zero start": Row(values=ZERO),
+    "zero start, rate 0.001": Row(values=ZERO, rate=1e-3),
+    "zero start, rate 0.002": Row(values=ZERO, rate=2e-3),
+    "zero start, rate 0.001, beta2 0.999": Row(values=ZERO, rate=1e-3, beta2=0.999),
+    "zero start, rate 0.001, no clipping": Row(values=ZERO, rate=1e-3, max_grad_norm=0.0),
+    "zero start, rate 0.001, fuser: pre-norm": Row(values=ZERO, rate=1e-3, fuser="pre-norm"),
+    "zero start, mean weights, rate 0.001": Row(values={**ZERO, "layer_fusion": "mean"}, rate=1e-3),
+}
 EMOJI_ROWS = {
     name: dataclasses.replace(row, values={"visual_scale": 0.1, "memory_scale": 0.3, **row.values}, rate=3e-3)
     for name, row in {**METHODS, **ABLATIONS}.items()
     if name in ("DEHVF", "MemVP", "mean weights", "K = 1", "layer + instruction", "without visual prompts")
 }
 EMOJI_ROWS |= {
+    "zero start": dataclasses.replace(EMOJI_ROWS["DEHVF"], values={**EMOJI_ROWS["DEHVF"].values, **ZERO}),
     "MemVP, rate 0.001": dataclasses.replace(EMOJI_ROWS["MemVP"], rate=1e-3),
     "LLaVA-LoRA": dataclasses.replace(METHODS["LLaVA-LoRA"], rate=1e-3),
     "ADEM-VL": METHODS["ADEM-VL"],
@@ -199,6 +210,7 @@ TABLES = {
         "batches of 64, rate 0.001": Row(rate=1e-3, batch_size=64, steps=1200),
     },
     "DEHVF with other optimizer settings on easy-VQA": OPTIMIZERS,
+    "DEHVF with a projector that starts at zero on easy-VQA": ZERO_START,
     "DEHVF with other scales and rates on easy-VQA": {
         f"scales {visual:g} and {memory:g}, rate {rate:g}": Row(
             values={"visual_scale": visual, "memory_scale": memory}, rate=rate, batch_size=64, steps=600
@@ -649,14 +661,17 @@ def draw(report: dict, file: Path):
     pyplot.close(figure)
 
 
-def find_runs(rows: dict[str, Row], seeds: list[int]) -> dict[str, list[dict]]:
-    """The existing runs of each row, finished or not."""
-    found = {name: [read_run(name, row, seed) for seed in seeds] for name, row in rows.items()}
+def find_runs(rows: dict[str, Row]) -> dict[str, list[dict]]:
+    """The existing runs of each row, finished or not, by seed."""
+    found = {}
+    for name, row in rows.items():
+        seeds = sorted(int(file.stem.removeprefix("seed-")) for file in file_of(name, 0).parent.glob("seed-*.json"))
+        found[name] = [read_run(name, row, seed) for seed in seeds]
     return {name: there for name, runs in found.items() if (there := [run for run in runs if run])}
 
 
-def write_report(rows: dict[str, Row], seeds: list[int]):
-    runs = find_runs(rows, seeds)
+def write_report(rows: dict[str, Row]):
+    runs = find_runs(rows)
     machines = dict.fromkeys(run["machine"] for found in runs.values() for run in found)
     report = {
         "command": "python -m benchmarks.pretrained",
@@ -693,7 +708,7 @@ def main():
     if not arguments.report:
         require_bases()
         train_missing(rows, arguments.seeds, arguments.at_once)
-    write_report(rows, arguments.seeds)
+    write_report(rows)
 
 
 if __name__ == "__main__":

@@ -287,7 +287,7 @@ def main():
             trained = {f"{size} px": ROWS[f"{size} px"] for size in arguments.sizes}
             pretrained.train_missing(trained, arguments.seeds, arguments.at_once, only_scores=True)
         measured = measure(device)
-    runs = pretrained.find_runs(ROWS, arguments.seeds)
+    runs = pretrained.find_runs(ROWS)
     write_report(measured, {name: done for name in runs if (done := [run for run in runs[name] if "scores" in run])})
 
 

@@ -191,7 +191,7 @@ def test_the_report_on_pretrained_bases_includes_stopped_runs(bench):
         run = {"row": row, "seed": 0, "machine": "a machine", "curve": [point]}
         pretrained.file_of(name, 0).parent.mkdir(parents=True)
         pretrained.file_of(name, 0).write_text(json.dumps({**run, "trained_parameters": 1234}))
-    pretrained.write_report({name: pretrained.ROWS[name] for name in ("DEHVF", "MemVP")}, [0])
+    pretrained.write_report({name: pretrained.ROWS[name] for name in ("DEHVF", "MemVP")})
     table = (pretrained.RESULTS / "pretrained.md").read_text()
     assert "| DEHVF | 1,234 | 0 | 20 | 96.0 | 96.0 | 96.0 | 96.0 | 20 (1 of 1) |" in table
     assert "| MemVP | 1,234 | 0 | 20 | 80.0 | 80.0 | 80.0 | 80.0 | – (0 of 1) |" in table
@@ -219,7 +219,7 @@ def test_rows_of_the_emoji_table_are_trained_on_the_drawings(bench, drawings):
     pretrained.train_missing({"emoji: DEHVF": row}, [0], at_once=1)
     run = pretrained.read_run("emoji: DEHVF", row, 0)
     assert run["scores"].keys() == {"kind", "yes/no", "average"} and run["replaced_questions"] == 6
-    pretrained.write_report({"emoji: DEHVF": row}, [0])
+    pretrained.write_report({"emoji: DEHVF": row})
     assert f"## {pretrained.EMOJI_TABLE}" in (pretrained.RESULTS / "pretrained.md").read_text()
 
 
@@ -249,7 +249,7 @@ def test_resolutions_are_measured_trained_and_reported(bench, drawings, monkeypa
 
     assert load_bench(24).train.pixel_values.dtype == torch.float16
     pretrained.train_missing({"24 px": rows["24 px"]}, [0], at_once=1, only_scores=True)
-    resolutions.write_report(measured, pretrained.find_runs(rows, [0]))
+    resolutions.write_report(measured, pretrained.find_runs(rows))
     table = (resolutions.RESULTS / "resolutions.md").read_text()
     assert "| patches and memory slots | 4 | 16 | 36 | |" in table
     assert re.search(r"\| accuracy in %: kind \| – \| – \| \d+\.\d \| \|", table)

@@ -142,7 +142,9 @@ def test_image_markers_are_removed_from_messages(as_parts):
     with pytest.raises(ValueError, match="A text has 2 `<image>` and 1 images"):
         processor.apply_chat_template(turns("<image>", "<image> is"), **options)
     text = [{"role": "user", "content": "<image> is"}]
-    assert processor.apply_chat_template(text, **options)["input_ids"] == processor(text="<s><image> is\n")["input_ids"]
+    assert (
+        processor.apply_chat_template(text, **options)["input_ids"] == processor(text="<s><image> is\n")["input_ids"]
+    )
 
 
 @pytest.mark.parametrize(

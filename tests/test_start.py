@@ -80,6 +80,20 @@ def test_the_projector_can_start_by_xavier(way, tmp_path):
         assert not adapter[f"model.projector.{name}.bias"].any()
 
 
+@pytest.mark.parametrize("way", ["from_vision_text_pretrained", "from_config", "meta"])
+def test_a_memory_that_starts_at_zero_leaves_the_language_model_unchanged(way, tmp_path):
+    model = new(way, tmp_path, num_memory_slots=64, projector_initializer="zero", **SIZES).eval()
+    adapter = model.adapter_state_dict()
+    assert not adapter.pop("model.projector.up.weight").any()
+    check_start(adapter)
+    inputs = tiny_inputs()
+    logits = model(**inputs).logits
+    text_alone = model.model.language_model(inputs["input_ids"], attention_mask=inputs.get("attention_mask"))
+    assert torch.equal(logits, model.lm_head(text_alone.last_hidden_state))
+    model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert model.model.projector.up.weight.grad.any()
+
+
 def test_the_table_has_no_row_for_a_parameter_that_does_not_exist():
     names = set()
     for fuser_query in ("network", "tokens", "layer+instruction"):
