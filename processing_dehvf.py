@@ -3,7 +3,7 @@
 
 import os
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from itertools import takewhile
 from tempfile import TemporaryDirectory
@@ -72,6 +72,11 @@ def result_size(image_processor) -> tuple[int, int]:
     crops = getattr(image_processor, "do_center_crop", None)
     side = dict(image_processor.crop_size if crops else image_processor.size)
     return (side["width"], side["height"]) if "width" in side else (side["shortest_edge"],) * 2
+
+
+def is_list(images) -> bool:
+    """Whether images are a list of images, such as a column of `datasets`, and not the text or bytes of one."""
+    return isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray, memoryview))
 
 
 def cut_tiles(image: Image.Image, rows: int, columns: int) -> list[Image.Image]:
@@ -427,7 +432,7 @@ class DehvfProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         _, text, videos, audio = super().prepare_inputs_layout(text=text, **kwargs)
         if images is not None:
-            is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+            is_batch = is_list(images) or getattr(images, "ndim", 0) == 4
             images = [self._read_sample(sample) for sample in (images if is_batch else [images])]
             if text is not None and len(images) == len(text):
                 text = [self._remove_markers(sample, len(own)) for sample, own in zip(text, images)]
@@ -444,7 +449,7 @@ class DehvfProcessor(ProcessorMixin):
 
     def _read_sample(self, sample) -> list[Image.Image]:
         """Reads the images of a sample, which is an image, `None`, or a list of images."""
-        images = [image for image in (sample if isinstance(sample, (list, tuple)) else [sample]) if image is not None]
+        images = [image for image in (sample if is_list(sample) else [sample]) if image is not None]
         if len(images) > self.max_images:
             raise ValueError(
                 f"A sample has {len(images)} images, but this adapter reads at most {self.max_images} per text "

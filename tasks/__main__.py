@@ -49,7 +49,9 @@ def check(path: str, task: str | None = None, columns: str | None = None) -> boo
             num_faults += check_split(source, choose_split(names, split, path), split, trained)
         for unread in source.find_unread():
             print(f"note: {unread}")
-        if not ("test" in known or hasattr(source.task, "PARTS") or source.find_unread("test")):
+        if "train" not in known:
+            print("note: there is no train split, without which `train.py` can only evaluate an adapter")
+        elif not ("test" in known or hasattr(source.task, "PARTS") or source.find_unread("test")):
             print("note: there is no test split. `train.py --holdout 0.05` takes one from the train split.")
     if num_faults:
         print(f"{num_faults} faults")

@@ -17,6 +17,8 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image, ImageChops
 from tiny import (
     IMAGE_SIZE,
@@ -409,6 +411,13 @@ def test_every_kind_of_image_gives_the_same_picture(kind):
     difference = np.abs(np.asarray(read).astype(int) - ARRAY)
     assert difference.max() <= tolerance
     assert torch.equal(pixels_of([entry]), pixels_of(read))
+
+
+def test_columns_of_datasets_are_lists_of_images_and_texts():
+    images = [shades("RGB"), None, shades("L")]
+    rows = Dataset.from_dict({"image": images, "question": ["a", "b", "c"]}).cast_column("image", ImageFeature())
+    inputs = tiny_processor()(images=rows["image"], text=rows["question"], return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], pixels_of(images)) and len(inputs["input_ids"]) == 3
 
 
 def test_a_dark_image_of_16_bits_stays_dark():

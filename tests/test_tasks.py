@@ -455,6 +455,12 @@ def test_what_is_wrong_with_vqav2_is_named(command, tmp_path):
         vqav2.load("test", str(tmp_path))
 
 
+def test_the_check_command_notes_that_there_is_no_train_split(command, tmp_path):
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "Why?", "answer": "so"}))
+    code, output = command("check", tmp_path, "--columns", "image=none")
+    assert code == 0 and "note: there is no train split" in output
+
+
 def test_the_check_command_reads_vqav2_of_the_hub(command, tmp_path):
     save_vqav2_of_the_hub(tmp_path)
     code, output = command("check", tmp_path)
