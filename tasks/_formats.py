@@ -11,7 +11,8 @@ import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, IterableDataset, load_dataset, load_from_disk
 from datasets.data_files import SPLIT_KEYWORDS, sanitize_patterns
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import metadata_load
@@ -148,6 +149,25 @@ def find_saved(folder: Path) -> dict[str, Path]:
     return {place.name: place for place in places}
 
 
+def join_features(splits: dict[str, list[Path]]) -> Features:
+    """
+    The columns of all Parquet files. A file in which a column is null throughout has no type for it.
+
+    Raises:
+        ValueError: if files of a split have different columns.
+    """
+    features = {}
+    for files in splits.values():
+        first = None
+        for file in files:
+            own = Features.from_arrow_schema(pq.read_schema(file))
+            first = first or own
+            if differing := first.keys() ^ own.keys():
+                raise ValueError(f"only one of {files[0]} and {file} has the columns {', '.join(sorted(differing))}")
+            features |= {name: own[name] for name in own if name not in features or "null" in repr(features[name])}
+    return Features(features)
+
+
 def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
     """
     The splits of a data set on the Hub (`org/name`, or `org/name:config`), of a folder that `save_to_disk` wrote, of a
@@ -174,11 +194,12 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
         # These are patterns, in which a folder's name may have a special character such as `[`
         names = {split: [glob.escape(str(file)) for file in paths] for split, paths in files.items()}
         try:
-            return load_dataset("parquet", data_files=names, streaming=streaming)
+            features = join_features(files)
+            return load_dataset("parquet", data_files=names, features=features, streaming=streaming)
         except (DatasetGenerationError, ValueError) as error:
             raise ValueError(
                 f"{path} cannot be read as Parquet: {error.__cause__ or error}. Each split needs at least one row, "
-                "and its files the same columns."
+                "and its files the same columns of the same types."
             ) from error
     if folder.exists():
         names = sorted(file.name for file in (folder.iterdir() if folder.is_dir() else [folder]))

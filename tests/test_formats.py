@@ -968,13 +968,41 @@ def test_a_file_that_cannot_be_read_is_named_with_the_place(name, content, messa
         assert re.search(message, capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("columns", [{}, {"question": ["?"], "answer": ["x"], "more": [1]}], ids=["empty", "other"])
-def test_parquet_files_that_do_not_fit_are_named(columns, tmp_path):
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({}, ""),
+        (
+            {"question": ["?"], "answer": ["x"], "more": [1]},
+            "train-0.parquet and .*train-1.parquet has the columns more",
+        ),
+        ({"question": [["?"]], "answer": ["x"]}, ""),
+    ],
+    ids=["empty", "another column", "another type"],
+)
+def test_parquet_files_that_do_not_fit_are_named(columns, message, tmp_path):
     rows = {"question": ["?"], "answer": ["x"]} if columns else {"question": [], "answer": []}
     for number, own in enumerate((rows, columns or rows)):
         Dataset.from_dict(own).to_parquet(tmp_path / f"train-{number}.parquet")
-    with pytest.raises(ValueError, match=f"(?s){tmp_path} cannot be read as Parquet.*the same columns"):
+    with pytest.raises(ValueError, match=f"(?s)cannot be read as Parquet: .*{message}.*the same types"):
         vqa.load("train", str(tmp_path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_without_values_in_some_parquet_files_have_the_type_of_the_others(streaming, tmp_path):
+    write_image(tmp_path / "a.png")
+    image = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
+    row = {"question": "Why?", "answer": "so", "image": image}
+    files = {
+        "train-0": {**row, "context": None, "choices": []},
+        "train-1": {**row, "context": "A hen.", "choices": ["so", "no"]},
+        "test": row,
+    }
+    for name, own in files.items():
+        pq.write_table(pa.Table.from_pylist([own]), tmp_path / f"{name}.parquet")
+    loaded = [list(vqa.load(split, str(tmp_path), streaming)) for split in ("train", "test")]
+    found = [[(own["context"], own["choices"]) for own in rows] for rows in loaded]
+    assert found == [[(None, None), ("A hen.", ["so", "no"])], [(None, None)]]
 
 
 def test_data_that_were_changed_are_read_again_and_images_that_were_moved_are_found(tmp_path):
