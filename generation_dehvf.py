@@ -3,7 +3,7 @@
 
 from transformers import GenerationMixin
 
-from .inputs_dehvf import IMAGE_ARGUMENTS
+from .inputs_dehvf import IMAGE_ARGUMENTS, check_instruction_is_whole
 
 
 class DehvfGenerationMixin(GenerationMixin):
@@ -19,6 +19,8 @@ class DehvfGenerationMixin(GenerationMixin):
             embeds, mask = model_kwargs.get("inputs_embeds"), images.pop("instruction_mask")
             embeds = self.get_input_embeddings()(input_ids) if embeds is None else embeds
             mask = model_kwargs.get("attention_mask") if mask is None else mask
+            cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))  # depending on the release
+            check_instruction_is_whole(self.config, images["pixel_values"], cache)
             model_kwargs["layer_memories"], _ = self.model.read_images(embeds, mask, **images, copies=expand_size)
         return super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs

@@ -105,6 +105,17 @@ def find_instruction(labels: torch.Tensor, attention_mask: torch.Tensor | None) 
     return is_instruction.where(is_instruction.any(dim=1, keepdim=True), is_token)
 
 
+def find_positions(attention_mask: torch.Tensor | None, num_tokens: int, cache) -> torch.Tensor | None:
+    """
+    Positions of the last `num_tokens` tokens of each text that count from the end of its padding, as `generate` counts
+    them, `(batch_size, num_tokens)`. `None` if `attention_mask` is not that of all tokens, including the cached ones.
+    """
+    num_cached = 0 if cache is None else cache.get_seq_length()
+    if attention_mask is None or attention_mask.shape[1:] != (num_cached + num_tokens,):
+        return None
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -num_tokens:]
+
+
 def mean_embedding(inputs_embeds: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """
     The mean over the tokens of each text, `(batch_size, hidden_size)`, in float32.

@@ -57,6 +57,7 @@ from .inputs_dehvf import (
     check_tensor,
     check_visual_memory,
     find_instruction,
+    find_positions,
     mean_embedding,
 )
 from .layouts_dehvf import VisionLayout, find_text_layout, find_vision_layout
@@ -264,6 +265,8 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         self.text_layout, self.vision_layout = find_text_layout(config.text_config), adapter.vision_layout
         self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
         self.language_model = language_model or AutoModel.from_config(config.text_config)
+        embeddings = [module for module in self.language_model.modules() if isinstance(module, nn.Embedding)]
+        self.has_position_embeddings = len(embeddings) > 1  # as GPT-2 has
         self.add_adapter_modules("default", adapter)
         self.activate_adapter("default")
         self.gradient_checkpointing = False
@@ -464,14 +467,19 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         image_outputs = None
         if self.is_disabled:
             layer_memories = None
-        elif layer_memories is None:
+        else:
             cache = kwargs.get("cache", kwargs.get("past_key_values"))  # depending on the release
-            check_instruction_is_whole(self.config, pixel_values, cache)
-            mask = attention_mask if instruction_mask is None else instruction_mask
-            states = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
-            layer_memories, image_outputs = self.read_images(
-                inputs_embeds, mask, pixel_values, image_mask, visual_memory, adapter_names, **states
-            )
+            if self.has_position_embeddings and kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = find_positions(attention_mask, inputs_embeds.shape[1], cache)
+            if layer_memories is None:
+                check_instruction_is_whole(self.config, pixel_values, cache)
+                mask = attention_mask if instruction_mask is None else instruction_mask
+                states = {
+                    name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs
+                }
+                layer_memories, image_outputs = self.read_images(
+                    inputs_embeds, mask, pixel_values, image_mask, visual_memory, adapter_names, **states
+                )
         outputs = run_extended(
             self.language_model, layer_memories, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
         )

@@ -3,7 +3,7 @@
 
 import os
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from difflib import get_close_matches
 from itertools import takewhile
 from tempfile import TemporaryDirectory
@@ -43,7 +43,7 @@ CHAT_TEMPLATE = """\
     {%- if message['role'] == 'assistant' -%}
         {{- 'Response:' -}}
         {%- generation -%}
-            {{- ' ' + message['content'] + eos_token -}}
+            {{- ' ' + message['content'] | trim + eos_token -}}
         {%- endgeneration -%}
         {{- '\n' -}}
     {%- else -%}
@@ -54,6 +54,13 @@ CHAT_TEMPLATE = """\
     {{- 'Response:' -}}
 {%- endif -%}
 """
+
+
+def keep_text(chat_template: str | dict[str, str]) -> str | dict[str, str]:
+    """A chat template, or several by name, with `KEEP_TEXT` before it."""
+    if isinstance(chat_template, dict):
+        return {name: keep_text(template) for name, template in chat_template.items()}
+    return KEEP_TEXT + chat_template.removeprefix(KEEP_TEXT)
 
 
 def set_image_size(image_processor, image_size: int):
@@ -319,7 +326,7 @@ class DehvfProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         if chat_template is None:
-            chat_template = KEEP_TEXT + (tokenizer.get_chat_template() if tokenizer.chat_template else CHAT_TEMPLATE)
+            chat_template = keep_text(tokenizer.chat_template or CHAT_TEMPLATE)
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     @classmethod
@@ -347,7 +354,7 @@ class DehvfProcessor(ProcessorMixin):
         if image_size is not None:
             set_image_size(image_processor, image_size)
         tokenizer = AutoTokenizer.from_pretrained(text_model, revision=text_model_revision, **kwargs)
-        chat_template = chat_template and KEEP_TEXT + chat_template
+        chat_template = chat_template and keep_text(chat_template)
         options = {"image_fit": image_fit, "max_images": max_images, "image_tiles": image_tiles}
         return cls(image_processor, tokenizer, chat_template=chat_template, **options)
 
@@ -366,6 +373,8 @@ class DehvfProcessor(ProcessorMixin):
         )
         if has_processor:
             image_size = kwargs.pop("image_size", None)
+            if kwargs.get("chat_template") is not None:
+                kwargs["chat_template"] = keep_text(kwargs["chat_template"])
             processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
             if image_size is not None:
                 set_image_size(processor.image_processor, image_size)
@@ -393,10 +402,12 @@ class DehvfProcessor(ProcessorMixin):
 
     def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs):
         if text is not None:
-            is_batch, bos = isinstance(text, Iterable) and not isinstance(text, str), self.tokenizer.bos_token
-            text = list(text) if is_batch else [text]
-            if not text or not all(isinstance(sample, str) for sample in text):
+            # Of a dict the keys would be read, and of a set the elements in any order
+            is_list_of_texts = isinstance(text, Iterable) and not isinstance(text, (str, Mapping, Set))
+            texts, bos = list(text) if is_list_of_texts else [text], self.tokenizer.bos_token
+            if not texts or not all(isinstance(sample, str) for sample in texts):
                 raise ValueError(f"`text` is {reprlib.repr(text)}. Give a text, or a list of at least one text.")
+            text = texts
             given = {**kwargs.get("text_kwargs", {}), **kwargs}
             adds = given.get("add_special_tokens", True)
             if bos and any(sample.startswith(bos) for sample in text):
@@ -405,9 +416,12 @@ class DehvfProcessor(ProcessorMixin):
                 text = [sample if sample.startswith(bos) else added + sample for sample in text]
                 if "add_special_tokens" not in given:
                     kwargs["add_special_tokens"] = adds = False
+        appended = num_appended_tokens(self.tokenizer) if text is not None and adds else 0
+        if appended and given.get("max_length") is not None:
+            text_kwargs = {**kwargs.pop("text_kwargs", {}), "max_length": given["max_length"] + appended}
+            kwargs = {**{name: kwargs[name] for name in kwargs if name != "max_length"}, "text_kwargs": text_kwargs}
         inputs = super().__call__(images=images, text=text, **kwargs)
-        if text is not None and adds and (appended := num_appended_tokens(self.tokenizer)):
-            # The model cannot answer a prompt that ends with EOS
+        if appended:  # the model cannot answer a prompt that ends with EOS
             if given.get("padding_side", self.tokenizer.padding_side) == "right":
                 raise ValueError(
                     f"The tokenizer appends {appended} special tokens to each text, which can only be removed with "

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers.utils import logging
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from .adapters_dehvf import (
     ADAPTER_MODULES,
@@ -22,7 +23,7 @@ from .adapters_dehvf import (
     check_adapter_tensors,
     load_adapter_tensors,
 )
-from .bases_dehvf import check_base, hub_arguments
+from .bases_dehvf import check_base, has_file, hub_arguments
 from .configuration_dehvf import DehvfConfig
 
 
@@ -143,6 +144,8 @@ class AdapterSet:
 class SwitchingMixin:
     """Several adapters, for both model classes; `base_model` is the [`DehvfModel`]."""
 
+    generation_configs = {}  # name -> that of an inactive adapter, `None` if it has none of its own
+
     @property
     def adapter_names(self) -> list[str]:
         """The names of all loaded adapters, the active one first."""
@@ -191,8 +194,13 @@ class SwitchingMixin:
         modules = nn.ModuleDict(adapter.modules()).to_empty(device=device)
         modules.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
         adapter.hierarchy.reset_parameters()
+        own = None
+        if self.can_generate() and has_file(pretrained_model_name_or_path, GENERATION_CONFIG_NAME, **kwargs):
+            own = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
         self.base_model.add_adapter_modules(adapter_name, adapter)
         self.base_model.set_source(adapter_name, pretrained_model_name_or_path, kwargs)
+        with CHANGES:
+            self.generation_configs = {**self.generation_configs, adapter_name: own}
 
     def _take_over_bases(self, config: DehvfConfig, adapter_name: str):
         """Sets the base models of a config to those of this model, and warns if it was made for others."""
@@ -216,8 +224,9 @@ class SwitchingMixin:
 
     def set_adapter(self, adapter_name: str | list[str]):
         """
-        Activates an adapter: calls use it by default, and it is trained and saved. Calls that are running in other
-        threads finish with the adapter with which they began. As in `transformers`, its name may be in a list.
+        Activates an adapter: calls use it by default, and it is trained and saved. If a generation config was saved
+        with it, `generation_config` becomes its own. Calls that are running in other threads finish with the adapter
+        with which they began. As in `transformers`, its name may be in a list.
 
         Raises:
             ValueError: if none of this name is loaded, or several names are given.
@@ -230,8 +239,13 @@ class SwitchingMixin:
                 )
             (adapter_name,) = adapter_name
         with CHANGES:
+            previous = self.base_model.active_adapter
             self.base_model.activate_adapter(adapter_name)
             self.config = self.base_model.config
+            if self.can_generate():
+                own = self.generation_configs.get(adapter_name)
+                self.generation_configs = {**self.generation_configs, previous: self.generation_config}
+                self.generation_config = own or self.generation_config
 
     def delete_adapter(self, adapter_names: str | list[str]):
         """Removes adapters. Raises `ValueError` if none of this name is loaded, or it is active."""
@@ -240,6 +254,7 @@ class SwitchingMixin:
             self.base_model.get_adapter(name)  # before any is removed
         for name in names:
             self.base_model.remove_adapter(name)
+            self.generation_configs = {key: own for key, own in self.generation_configs.items() if key != name}
 
     @contextmanager
     def disable_adapter(self):

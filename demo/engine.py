@@ -47,7 +47,8 @@ class Answer:
         """Adds a token. `logprobs` are those of all tokens in its place, if the request asks for them."""
         job, replacement = self.job, "\N{REPLACEMENT CHARACTER}"  # for an incomplete character
         if logprobs is not None:
-            self._tokens.append((len(self.text.rstrip(replacement)), job.describe(token, logprobs)))
+            described = job.describe(token, logprobs, is_first=not self.ids)
+            self._tokens.append((len(self.text.rstrip(replacement)), described))
         self.ids.append(token)
         # Cleaning would change text that has been sent
         self.text = job.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -113,10 +114,16 @@ class Job:
     def is_done(self) -> bool:
         return all(answer.finish_reason is not None for answer in self.answers)
 
-    def describe(self, token: int, logprobs: torch.Tensor) -> Token:
+    def describe(self, token: int, logprobs: torch.Tensor, is_first: bool) -> Token:
         """A token in the form for clients, with the most likely alternatives."""
         best = logprobs.topk(self.request.top_logprobs or 0)
-        decode = self.tokenizer.decode
+        # SentencePiece tokenizers remove the space before a text that they decode, so others are decoded after a word
+        before = [] if is_first else self.tokenizer("a", add_special_tokens=False).input_ids
+
+        def decode(other: int) -> str:
+            text = self.tokenizer.decode([*before, other], clean_up_tokenization_spaces=False)
+            return text.removeprefix("a") if before else text
+
         alternatives = [(decode(other), value) for value, other in zip(best.values.tolist(), best.indices.tolist())]
         return Token(decode(token), logprobs[token].item(), alternatives)
 
@@ -213,7 +220,7 @@ class Engine:
         config.num_return_sequences = 1  # requests have `n`
         num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_context_tokens = min(max_context_tokens, num_positions or max_context_tokens)
-        self._chats = ChatTokenizer(processor)
+        self._special = ChatTokenizer(processor).pattern
         self._tokenizing = threading.Lock()  # a tokenizer changes its padding in each call
         self._thread, self._waiting, self._queueing = ThreadPoolExecutor(1), [], threading.Lock()
 
@@ -253,13 +260,17 @@ class Engine:
     def _encode(self, chat: list[dict], images: list[Image.Image]) -> dict[str, torch.Tensor]:
         """The inputs of the model. Special tokens in a message are encoded as ordinary text, as in training."""
         parts = [part for message in chat for part in message["content"] if part["type"] == "text"]
-        if not any(self._chats.pattern.search(part["text"]) for part in parts):
+        if not (num_special := sum(len(self._special.findall(part["text"])) for part in parts)):
             options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
             return self.processor.apply_chat_template(chat, add_generation_prompt=True, **options)
+        if num_special > self.max_context_tokens:
+            raise too_long(f"The messages have {num_special} special tokens", self.max_context_tokens)
+        chats = ChatTokenizer(self.processor)  # a new one, since it keeps the special tokens that it has seen
         for part in parts:
-            part["text"] = self._chats.protect(part["text"])
-        ids, _ = self._chats.encode(self.processor.apply_chat_template(chat, add_generation_prompt=True))
-        input_ids = torch.tensor([ids])
+            part["text"] = chats.protect(part["text"])
+        input_ids = torch.tensor(
+            [chats.encode(self.processor.apply_chat_template(chat, add_generation_prompt=True))[0]]
+        )
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         return {**inputs, **(self.processor(images=[images], return_tensors="pt") if images else {})}
 

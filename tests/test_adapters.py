@@ -62,6 +62,24 @@ def test_switched_adapters_give_the_logits_of_a_model_of_their_own(model, folder
         assert {id(p) for p in model.parameters() if not p.requires_grad} == bases, "the bases were loaded again"
 
 
+def test_each_adapter_keeps_its_generation_config(folders, tmp_path):
+    first = alone(folders, "first")
+    first.generation_config.eos_token_id, first.generation_config.max_new_tokens = [2, 7], 3
+    first.save_pretrained(tmp_path / "short")
+    model = alone(folders, "second")
+    model.load_adapter(tmp_path / "short", "short")
+    before = model.generation_config.to_dict()
+    model.set_adapter("short")
+    assert model.generate(**tiny_inputs()).shape[1] <= tiny_inputs()["input_ids"].shape[1] + 3
+    model.save_pretrained(tmp_path / "saved")
+    saved = DehvfForConditionalGeneration.from_pretrained(tmp_path / "saved").generation_config
+    assert (saved.eos_token_id, saved.max_new_tokens) == ([2, 7], 3)
+    model.set_adapter("default")
+    assert model.generation_config.to_dict() == before
+    model.delete_adapter("short")
+    assert "short" not in model.generation_configs
+
+
 NAMES = ["second", "default", "__base__", "asking", "blind", "default"]
 
 

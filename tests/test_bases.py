@@ -252,6 +252,26 @@ def test_layers_of_other_layouts_are_traced_in_one_graph(text_type, vision_type)
     torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("text_type", ["gpt2", "gpt_neo", "llama"])
+def test_padding_does_not_change_the_logits(text_type):
+    model, inputs = model_on(text_type, "vit"), tiny_inputs(1)
+    ids, labels = inputs["input_ids"], inputs["input_ids"].clone()
+    labels[:, 0] = -100  # which padding would predict
+    expected = model(**inputs, labels=labels)
+    mask = torch.ones_like(ids)
+    for padding in ((3, 0), (0, 3)):
+        padded = {"input_ids": F.pad(ids, padding), "attention_mask": F.pad(mask, padding)}
+        outputs = model(**{**inputs, **padded}, labels=F.pad(labels, padding, value=-100))
+        torch.testing.assert_close(outputs.logits[padded["attention_mask"] == 1], expected.logits[0])
+        torch.testing.assert_close(outputs.loss, expected.loss)
+        if padding[0]:  # and if it continues from a cache, as in a loop written by hand
+            first = model(**{**inputs, **{name: tensor[:, :-1] for name, tensor in padded.items()}}, use_cache=True)
+            cache = "cache" if "cache" in first else "past_key_values"  # depending on the release
+            last = {**inputs, **padded, "input_ids": ids[:, -1:], cache: first[cache]}
+            torch.testing.assert_close(model(**last).logits[0, -1], expected.logits[0, -1])
+
+
 @pytest.mark.parametrize("vision_type", ["dpt", "dinov2_with_registers"])
 def test_checkpointing_gives_the_same_gradients_on_other_layouts(vision_type):
     gradients = []

@@ -31,6 +31,7 @@ from tiny import (
     tiny_processor,
     tiny_tokenizer,
 )
+from tokenizers.processors import TemplateProcessing
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from dehvf import processing
@@ -128,6 +129,57 @@ def test_an_image_marker_of_llava_is_removed(text, expected):
     assert both["input_ids"] == processor(text="who?")["input_ids"]
     with pytest.raises(ValueError, match="A text has 1 `<image>` and 2 images.*leave `<image>` out, or write it once"):
         processor(images=[[image(), image()]], text="<image>\nwho?")
+
+
+@pytest.mark.parametrize("text", [{"role": "user"}, {"a", "b"}, [], ["a", None]])
+def test_what_is_no_list_of_texts_is_refused(text):
+    with pytest.raises(ValueError, match="Give a text, or a list of at least one text"):
+        tiny_processor()(text=text)
+
+
+@pytest.mark.parametrize("where", ["argument", "text_kwargs"])
+def test_a_tokenizer_that_appends_eos_gives_the_length_that_was_asked_for(where):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    processor = DehvfProcessor(tiny_image_processor(), tokenizer)
+
+    def ids(text, **options):
+        return processor(text=text, **({"text_kwargs": options} if where == "text_kwargs" else options))["input_ids"]
+
+    for text in ("abc", "<s>abc"):
+        assert ids(text, padding="max_length", max_length=8) == [[0] * 4 + ids("abc")[0]]
+    assert ids("aefghij", truncation=True, max_length=4) == [ids("aefghij")[0][:4]]
+
+
+def test_a_chat_template_given_at_loading_gets_the_text_of_a_message(tmp_path):
+    tiny_processor().save_pretrained(tmp_path)
+    template = "{% for message in messages %}{{ message['content'] + '!' }}{% endfor %}"
+    chat = [{"role": "user", "content": [{"type": "image", "image": image()}, {"type": "text", "text": "who?"}]}]
+    processor = DehvfProcessor.from_pretrained(tmp_path, chat_template=template)
+    processor.save_pretrained(tmp_path)
+    for loaded in (processor, DehvfProcessor.from_pretrained(tmp_path)):
+        assert loaded.apply_chat_template(chat) == "who?!"
+        assert loaded.chat_template.count(processing.KEEP_TEXT) == 1
+
+
+def test_all_chat_templates_of_a_tokenizer_are_kept(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {name: "{{ messages[0]['content'] }} " + name for name in ("default", "tool_use")}
+    processor = DehvfProcessor(tiny_image_processor(), tokenizer)
+    processor.save_pretrained(tmp_path)
+    chat = [{"role": "user", "content": [{"type": "text", "text": "who?"}]}]
+    for loaded in (processor, DehvfProcessor.from_pretrained(tmp_path)):
+        assert loaded.apply_chat_template(chat) == "who? default"
+        assert loaded.apply_chat_template(chat, chat_template="tool_use") == "who? tool_use"
+
+
+def test_an_answer_that_was_generated_continues_a_chat_as_in_training():
+    question, processor = {"role": "user", "content": "who?"}, tiny_processor()
+    chats = [[question, {"role": "assistant", "content": answer}, question] for answer in ("me", " me")]
+    first, second = (processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats)
+    assert first == second
 
 
 @pytest.mark.parametrize("as_parts", [False, True])

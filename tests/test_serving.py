@@ -19,6 +19,7 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -655,6 +656,16 @@ def test_special_tokens_and_image_markers_in_a_question_are_text(server):
     assert answers[0] == answers[1]
 
 
+def test_many_special_tokens_are_refused_before_they_are_encoded(server):
+    engine = Engine(server.model, server.processor, ImageReader(), max_context_tokens=4096, max_batch_size=4)
+    for text in ("".join(map(chr, range(0x100000, 0x100000 + 4000))), "</s>" * 1000):
+        with pytest.raises(RequestError, match="000 special tokens, but the context of this server has 128 tokens"):
+            engine._process([{"role": "user", "content": [{"type": "text", "text": text}]}], [])
+    text = "".join(map(chr, range(0x100000, 0x100000 + 100)))
+    first, again = (engine._process([{"role": "user", "content": [{"type": "text", "text": text}]}], []) for _ in "ab")
+    assert torch.equal(first["input_ids"], again["input_ids"])
+
+
 def test_a_streamed_answer_comes_in_pieces(server):
     chunks = list(server.ask(PICTURE, stream=True, stream_options={"include_usage": True}))
     assert all(ChatCompletionChunk.model_validate(chunk.to_dict()) for chunk in chunks)
@@ -1060,8 +1071,11 @@ def test_parts_of_a_character_are_told_together():
     """Here a token is a byte, and the character has two."""
 
     class Bytes:
+        def __call__(self, text, **kwargs):
+            return SimpleNamespace(input_ids=list(text.encode()))
+
         def decode(self, ids, **kwargs):
-            return bytes([ids] if isinstance(ids, int) else ids).decode(errors="replace")
+            return bytes(ids).decode(errors="replace")
 
     async def pieces():
         request = ChatRequest(messages=[{"role": "user", "content": "a"}], logprobs=True, top_logprobs=1)
@@ -1075,6 +1089,28 @@ def test_parts_of_a_character_are_told_together():
     assert [(piece.text, len(piece.tokens)) for piece in given] == [("a", 1), ("é", 2), ("b", 1)]
     tokens = whole["choices"][0]["logprobs"]["content"]
     assert [token["bytes"] for token in tokens] == [[97], None, None, [98]]
+
+
+def test_tokens_keep_the_spaces_that_sentencepiece_removes_from_decoded_texts():
+    class Words:
+        words = ["a", " red", " he", "n"]
+
+        def __call__(self, text, **kwargs):
+            return SimpleNamespace(input_ids=[0])
+
+        def decode(self, ids, **kwargs):
+            return "".join(self.words[token] for token in ids).removeprefix(" ")
+
+    async def answer():
+        request = ChatRequest(messages=[{"role": "user", "content": "a"}], logprobs=True, top_logprobs=4)
+        job = Job(request, {"input_ids": torch.zeros(1, 1)}, 3, {}, None, Words(), [])
+        for token in (1, 2, 3):
+            job.answers[0].add(token, torch.zeros(4).log_softmax(-1))
+        return job.answers[0]
+
+    found = asyncio.run(answer())
+    assert found.text == "red hen" and [token.text for token in found.tokens()] == ["red", " he", "n"]
+    assert {text for text, _ in found.tokens()[1].alternatives} == {"a", " red", " he", "n"}
 
 
 @pytest.mark.parametrize("given", ["text", "parts", "instructions"])

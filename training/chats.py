@@ -34,7 +34,7 @@ class ChatTokenizer:
         special = "|".join(map(re.escape, self.special_tokens)) or r"(?!)"
         self.pattern = re.compile(f"{special}|{ANY_STAND_IN}")
         self.end = re.compile(rf"\s*(?:{special})")  # of a turn
-        self.replaced = []  # the texts that stand-ins have replaced so far
+        self.stand_ins = {}  # text -> the stand-in that replaces it
         self.num_appended = processing.num_appended_tokens(self.tokenizer)
 
     def protect(self, text: str) -> str:
@@ -42,13 +42,19 @@ class ChatTokenizer:
         return self.pattern.sub(self._stand_in, text)
 
     def _stand_in(self, found: re.Match) -> str:
-        if found[0] not in self.replaced:
-            self.replaced.append(found[0])
-        return chr(STAND_INS[self.replaced.index(found[0])])
+        if found[0] not in self.stand_ins:
+            if len(self.stand_ins) == len(STAND_INS):
+                raise ValueError(
+                    f"the texts have more than {len(STAND_INS)} different special tokens and private-use characters. "
+                    "Remove some."
+                )
+            self.stand_ins[found[0]] = chr(STAND_INS[len(self.stand_ins)])
+        return self.stand_ins[found[0]]
 
     def restore(self, text: str) -> str:
         """Reverses `protect`."""
-        return re.sub(ANY_STAND_IN, lambda found: self.replaced[ord(found[0]) - STAND_INS[0]], text)
+        replaced = {stand_in: word for word, stand_in in self.stand_ins.items()}
+        return re.sub(ANY_STAND_IN, lambda found: replaced[found[0]], text)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         messages = [{**message, "content": self.protect(message["content"])} for message in messages]
@@ -128,33 +134,41 @@ class ChatTokenizer:
         Token ids of a rendered chat, and the begin and end of each token in the text. There is one
         beginning-of-sequence token, even if the chat template contains it.
         """
-        has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        tokens, places, begin = [], [], 0
-        for piece in re.split(f"({ANY_STAND_IN})", text):
-            if re.fullmatch(ANY_STAND_IN, piece):
-                word = self.replaced[ord(piece) - STAND_INS[0]]
-                new, _ = self._encode_piece(word, is_first=not begin, split_special_tokens=True)
-                tokens, places = [*tokens, *new], [*places, *[(begin, begin + 1)] * len(new)]
-            elif piece or not begin:
-                adds = not has_bos and not begin
-                new, offsets = self._encode_piece(piece, is_first=not begin, add_special_tokens=adds)
-                kept = len(new) - (self.num_appended if adds else 0)
-                tokens += new[:kept]
-                places += [(begin + start, begin + stop) for start, stop in offsets[:kept]]
-            begin += len(piece)
+        first, *others = re.split(f"({ANY_STAND_IN})", text)
+        adds = not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
+        encoded = self.tokenizer(first, add_special_tokens=adds, return_offsets_mapping=True)
+        end = len(encoded.input_ids) - (self.num_appended if adds else 0)
+        tokens, places, begin = encoded.input_ids[:end], encoded.offset_mapping[:end], len(first)
+        replaced = {stand_in: word for word, stand_in in self.stand_ins.items()}
+        words, pieces = [replaced[stand_in] for stand_in in others[::2]], others[1::2]
+        encoded_words = self._encode_pieces(words, split_special_tokens=True)
+        encoded_pieces = self._encode_pieces(pieces)
+        for word, piece in zip(words, pieces):
+            of_word, _ = encoded_words[word]
+            if not begin:  # the text begins with it
+                of_word = self.tokenizer(word, add_special_tokens=False, split_special_tokens=True).input_ids
+            of_piece, offsets = encoded_pieces[piece]
+            tokens += of_word + of_piece
+            places += [(begin, begin + 1)] * len(of_word)
+            places += [(begin + 1 + start, begin + 1 + stop) for start, stop in offsets]
+            begin += 1 + len(piece)
         return tokens, places
 
-    def _encode_piece(self, text: str, is_first: bool, **options) -> tuple[list[int], list[tuple[int, int]]]:
+    def _encode_pieces(self, texts: list[str], **options) -> dict[str, tuple[list[int], list[tuple[int, int]]]]:
         """
-        Token ids and offsets of a piece of a text. SentencePiece tokenizers put a space before each text that they are
-        given, so other pieces than the first are encoded after a line break, whose tokens are removed again.
+        Token ids and offsets of pieces inside a text. SentencePiece tokenizers put a space before each text that they
+        are given, so the pieces are encoded after a line break, whose tokens are removed again.
         """
         options = {"add_special_tokens": False, "return_offsets_mapping": True, **options}
-        if not is_first:
-            head = self.tokenizer("\n", add_special_tokens=False).input_ids
-            encoded = self.tokenizer("\n" + text, **options)
-            if encoded.input_ids[: len(head)] == head:  # otherwise the line break was joined with the text
-                offsets = [(max(0, start - 1), max(0, stop - 1)) for start, stop in encoded.offset_mapping]
-                return encoded.input_ids[len(head) :], offsets[len(head) :]
-        encoded = self.tokenizer(text, **options)
-        return encoded.input_ids, encoded.offset_mapping
+        if not (texts := list(dict.fromkeys(texts))):
+            return {}
+        head = self.tokenizer("\n", add_special_tokens=False).input_ids
+        encoded, found = self.tokenizer(["\n" + text for text in texts], **options), {}
+        for text, tokens, offsets in zip(texts, encoded.input_ids, encoded.offset_mapping):
+            if tokens[: len(head)] == head:
+                places = [(max(0, start - 1), max(0, stop - 1)) for start, stop in offsets[len(head) :]]
+                found[text] = tokens[len(head) :], places
+            else:  # the line break was joined with the text
+                alone = self.tokenizer(text, **options)
+                found[text] = alone.input_ids, alone.offset_mapping
+        return found

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
-from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -53,10 +52,6 @@ class AnswerTrainer(AdapterTrainer):
         if self.label_smoother is not None:
             self.label_smoother = ShiftedLabelSmoother(self.args.label_smoothing_factor)
         self.max_new_tokens, self.run = max_new_tokens, run
-        self.has_position_embeddings = False
-        if isinstance(self.model, DehvfForConditionalGeneration):  # baselines do not support such language models
-            embeddings = [part for part in self.model.model.language_model.modules() if isinstance(part, nn.Embedding)]
-            self.has_position_embeddings = len(embeddings) > 1
         self.losses = []  # for each batch of the current optimizer step: whether its loss is finite, and its rows
         self.speed = Speed()
         self.add_callback(self.speed)
@@ -111,15 +106,6 @@ class AnswerTrainer(AdapterTrainer):
         finally:
             self.args = training_args
 
-    def add_positions(self, inputs: dict) -> dict:
-        """
-        Adds `position_ids` that count from the end of the padding, as `generate` does, if the language model has
-        position embeddings (GPT-2). Otherwise it would count the padding too.
-        """
-        if not self.has_position_embeddings:
-            return inputs
-        return {**inputs, "position_ids": (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)}
-
     # --- evaluation ---
 
     @torch.no_grad()
@@ -142,7 +128,7 @@ class AnswerTrainer(AdapterTrainer):
             )
         likelihoods = self.option_likelihoods(model, inputs, options, generated.logits[0])
         choice = likelihoods.argmax(dim=1).masked_fill(options[:, 0, 0] < 0, -1)
-        loss = None if answered is None else model(**self.add_positions({**inputs, **answered})).loss
+        loss = None if answered is None else model(**{**inputs, **answered}).loss
         return loss, (generated.sequences[:, inputs["input_ids"].shape[1] :], choice), index
 
     def option_likelihoods(self, model, inputs: dict, options: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -167,8 +153,7 @@ class AnswerTrainer(AdapterTrainer):
             added = {"input_ids": option.clamp(min=0), "attention_mask": is_own.long()}
             added["instruction_mask"] = torch.zeros_like(option)
             longer = {name: torch.cat([inputs[name], added[name]], dim=1) for name in added if name in inputs}
-            longer = self.add_positions({**inputs, **longer})
-            logits = model(**longer, logits_to_keep=option.shape[1] + 1).logits[:, :-1].float()
+            logits = model(**{**inputs, **longer}, logits_to_keep=option.shape[1] + 1).logits[:, :-1].float()
             each = logits.log_softmax(dim=-1).gather(2, option.clamp(min=0)[..., None])[..., 0]
             if number < num_options:
                 total = each.masked_fill(~is_own, 0).sum(dim=1)
@@ -280,7 +265,7 @@ class AnswerTrainer(AdapterTrainer):
             answers = (inputs["labels"] != -100).any(dim=0).int()
             inputs["logits_to_keep"] = len(answers) - int(answers.argmax()) + 1
         self.speed.count(inputs, self.model, len(self.data_collator.image_tokens))
-        loss = super().compute_loss(model, self.add_positions(inputs), *args, **kwargs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
         self.losses.append((loss.detach().isfinite().all(), rows))
         if self.accelerator.sync_gradients:  # before `backward`, in which DeepSpeed makes the step
             finite, rows = zip(*self.losses)
