@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
+from baselines import METHODS
 from benchmarks import RESULTS, heading, machine_in_words, save_report, spread, table
 from dehvf import ROOT
 
@@ -37,7 +38,7 @@ FUSION_FIGURES = {"std_over_layers": "weights: std over layers", "std_over_image
 # The settings of the default recipe, repeated here so that finished runs stay comparable when the recipe changes. With
 # one group, each language layer reads 9 candidates here; in the paper, four groups of 24 vision layers give 7
 SMALL = {"max_samples": 40000, "only_images": True, "per_device_train_batch_size": 16, "learning_rate": 5e-3}
-SMALL |= {"visual_scale": 0.1, "memory_scale": 0.3, "num_groups": 1, "fuser_lr_ratio": 0.1}
+SMALL_DEHVF = {"visual_scale": 0.1, "memory_scale": 0.3, "num_groups": 1, "fuser_lr_ratio": 0.1}
 
 # Sizes with which the baselines train about as many parameters as DEHVF here (275 thousand, most of them in the fuser)
 ALL_LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
@@ -55,7 +56,8 @@ BASELINES = {
 LOWER_RATE = {"learning_rate": 2e-3}
 BETTER_WITH_LOWER_RATE = [name for name in BASELINES if name != "ADEM-VL"]
 
-# Table -> row -> its flags of train.py, in addition to `SMALL`. "{seed}" is replaced by the run's seed.
+# Table -> row -> its flags of train.py, in addition to `SMALL` and (except for baselines) `SMALL_DEHVF`. "{seed}" is
+# replaced by the seed of the run.
 TABLES = {
     "Methods (the paper's Tables 1 and 2)": {
         "DEHVF": {},
@@ -108,7 +110,8 @@ PAPER_ORDER += [("Layer mapping, K = 4", "hierarchical", "random")]
 
 
 def flags_of(row: dict, seed: int) -> dict[str, str]:
-    return {name: str(value).format(seed=seed) for name, value in {**SMALL, **row, "seed": seed}.items()}
+    own = {} if row.get("method") in METHODS else SMALL_DEHVF
+    return {name: str(value).format(seed=seed) for name, value in {**SMALL, **own, **row, "seed": seed}.items()}
 
 
 def words_of(flags: dict[str, str]) -> list[str]:

@@ -24,6 +24,8 @@ PUBLISHED = (easy_vqa, nlvr2, vqav2)  # tasks that read the files of a published
 TASK_OF_COLUMN = {"messages": "chat", "conversations": "chat", "left_image": "nlvr2"}
 TASK_OF_COLUMN |= {"multiple_choice_answer": "vqav2"}
 
+PROMPT = ("question", "choices", "messages")  # columns with the texts of a prompt that are never shortened
+LONG = 2000  # characters: about 500 tokens of English
 # Control tokens of language models. In the texts of data they are read as ordinary text.
 CONTROL_TOKENS = re.compile(
     r"</?s>|<\|[\w ]+\|>|<(?:bos|eos|pad|unk|video|audio|start_of_turn|end_of_turn)>|\[/?INST\]"
@@ -106,6 +108,13 @@ def check_split(source: Source, name: str, split: str, trained: Trained) -> int:
             longest[column] = max(longest.get(column, 0), len(text))
             for token in set(CONTROL_TOKENS.findall(text)):
                 note(f"`{token}` in `{column}`, which is read as letters and controls nothing", where)
+        num_characters = sum(len(text) for column, text in find_texts(row) if column in PROMPT)
+        if num_characters > LONG:
+            note(
+                f"a prompt of more than {LONG:,} characters without `context`. `train.py` refuses more tokens than "
+                "`--max_prompt_length` (512)",
+                where,
+            )
         most_images = max(most_images, len(images))
         texts = {column: value for column, value in row.items() if column not in IMAGE_FEATURES}
         row_hash = hash(repr((texts, [hash(image["bytes"]) if image["bytes"] else image["path"] for image in images])))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, List, Value
 from datasets.fingerprint import Hasher
 
 from tasks._reader import map_rows
@@ -12,7 +12,7 @@ from tasks._values import IMAGE_FEATURES, list_images
 
 
 KEPT_TOGETHER = (
-    "Rows with the same images, or with the same texts and no image, are kept in one split; if there are too few "
+    "Rows that share an image, or with the same texts and no image, are kept in one split; if there are too few "
     "images for that, only equal rows are"
 )
 
@@ -44,21 +44,35 @@ def split_rows(rows: Dataset, names: list[str], fraction: float, place: str) -> 
 
 def find_groups(rows: Dataset, by_images: bool) -> list[list[int]]:
     """
-    The indices of rows that must be in the same split: equal rows or, with `by_images`, also others about the same
-    images. Images are the same if their paths or their bytes are.
+    The indices of rows that must be in the same split: equal rows or, with `by_images`, also all that share an image,
+    directly or through other rows. Images are the same if their paths or their bytes are.
     """
     rows = rows.cast_column("image", Image(decode=False))
-    features, fingerprint = Features({"group": Value("string")}), Hasher.hash([rows._fingerprint, by_images])
-    named, groups = map_rows(rows, partial(name_group, by_images=by_images), features, fingerprint), {}
-    for index, group in enumerate(named["group"]):
-        groups.setdefault(group, []).append(index)
+    features, fingerprint = Features({"keys": List(Value("string"))}), Hasher.hash([rows._fingerprint, by_images])
+    keys_of_rows = map_rows(rows, partial(keys_of, by_images=by_images), features, fingerprint)["keys"][:]
+    parents, groups = {}, {}  # a forest: the keys of a group have the same root
+
+    def root(key: str) -> str:
+        while parents[key] != key:
+            parents[key] = key = parents[parents[key]]
+        return key
+
+    for first, *others in keys_of_rows:
+        parents.setdefault(first, first)
+        for key in others:
+            parents[root(parents.setdefault(key, key))] = root(first)
+    for index, (first, *_) in enumerate(keys_of_rows):
+        groups.setdefault(root(first), []).append(index)
     return list(groups.values())
 
 
-def name_group(row: dict, index: int, by_images: bool) -> dict:
+def keys_of(row: dict, index: int, by_images: bool) -> dict:
+    """Rows that have one of these keys in common are in one group."""
     images = [image["bytes"] or image["path"].encode() for image in list_images(row)]
     texts = {name: value for name, value in row.items() if name not in IMAGE_FEATURES}
-    return {"group": Hasher.hash_bytes(images if images and by_images else [*images, repr(texts).encode()])}
+    if images and by_images:
+        return {"keys": [Hasher.hash_bytes([image]) for image in images]}
+    return {"keys": [Hasher.hash_bytes([*images, repr(texts).encode()])]}
 
 
 def take_groups(groups: list[list[int]], sizes: list[int]) -> Iterator[list[int]]:

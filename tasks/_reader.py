@@ -90,13 +90,16 @@ class Reader:
         return self.check(f"{self.place}, row {index}", row, self._find_second_images(record) + faults)
 
     def _find_second_images(self, record: dict) -> list[str]:
-        """A fault if a column has other images than the one before it, which is read. It may have its first ones."""
+        """
+        A fault if a column has other images than the one before it, which is read. It may have its first ones. A
+        `file_name` beside them may be a mere name.
+        """
         values = {column: image_values(record.get(column)) for column in self.fields["image"]}
         read, *others = [column for column, images in values.items() if not is_no_image(images)] or [None]
         return [
             f"`{read}` and `{column}` have different images. Put all images of a row into `images`."
             for column in others
-            if values[column] != values[read][: len(values[column])]
+            if column != "file_name" and values[column] != values[read][: len(values[column])]
         ]
 
     def _find_second_chats(self, record: dict) -> list[str]:
@@ -195,11 +198,13 @@ class Reader:
 
     def _find_unread(self, record: dict, row: dict) -> list[str]:
         """Faults for fields that a row does not have, but its record has under a similar name."""
-        faults = []
+        faults, fields = [], self.fields_of(record) if self.similar else {}
         for column in self.similar and record:
             name, own = self.similar.get(column.lower(), (None, None))
             is_read = any(column in columns for columns in self.fields.values())
-            if name is not None and not is_read and row[name] is None and record[column] not in (None, "", []):
+            is_empty = record[column] in (None, "", [])
+            # Some fields are read into others, such as `system` into `messages`
+            if name is not None and not is_read and not is_empty and row.get(name, fields[name]) is None:
                 faults.append(
                     f"there is no `{name}`, but `{column}` has a value and is not read. Rename it to `{own}`, which "
                     f"other rows use, or give `--columns {name}={own}` to ignore it."

@@ -37,6 +37,8 @@ REQUIRED = ("messages",)
 KEYS = ("role", "from"), ("content", "value")
 # Parts of a message in other formats that would be ignored
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+# Keys of a message that may have its images, in the formats of Ollama and others
+IMAGE_KEYS = ("images", "image", "videos", "video", "audios", "audio", "attachments", "files")
 # Whether a message is learned, in the formats of OpenAI, ms-swift and Axolotl
 WEIGHTS = ("weight", "loss", "train")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -89,6 +91,11 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
             )
         if ignored := [key for key in UNREAD if turn.get(key)]:
             faults.append(f"message {number} ({role}) has `{ignored[0]}`, which is not read. Remove it or the row.")
+        if misplaced := [key for key in IMAGE_KEYS if turn.get(key)]:
+            faults.append(
+                f"message {number} ({role}) has `{misplaced[0]}`, which is not read. Move the images to the column "
+                "`images` of the row."
+            )
         is_learned = ROLES.get(role) == "assistant"
         if key := next((key for key in WEIGHTS if turn.get(key) not in (None, is_learned)), None):
             faults.append(

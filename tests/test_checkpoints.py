@@ -378,6 +378,13 @@ def test_rows_with_other_images_are_other_rows(scienceqa):  # noqa: F811
         assert split.digest() != digest
     split.images = datasets.Dataset.from_dict({"image": content}, features=split.images.features)
     assert split.digest() == digest == digest_rows({"train": split, "test": split})
+    path, digests = os.path.relpath(__file__), []
+    for image in (path, os.path.abspath(path)):  # as from another working directory
+        images = [*content[:place], {"path": image, "bytes": None}, *content[place + 1 :]]
+        split.images = datasets.Dataset.from_dict({"image": images}, features=split.images.features)
+        digests.append(split.digest())
+    assert digests[0] == digests[1]
+    split.images = datasets.Dataset.from_dict({"image": content}, features=split.images.features)
     assert digest_rows({"train": split, "validation": split}) != digest, "which decides on the best checkpoint"
 
 

@@ -391,6 +391,11 @@ CHAT_FAULTS = [
     ),
     ({"conversations": in_llava(), "images": ["a.png"] * 3}, "have 1 `<image>` .*the row has 3 images"),
     ({"messages": MESSAGES, "images": ["lost.png"]}, "lost.png cannot be read"),
+    (
+        {"messages": [{**USER, "images": ["a.png"]}, ASSISTANT]},
+        "message 1 (user) has `images`, which is not read. Move",
+    ),
+    ({"messages": [{**USER, "attachments": ["a.png"]}, ASSISTANT]}, "message 1 (user) has `attachments`"),
     ([MESSAGES], "is not a row"),
 ]
 
@@ -575,6 +580,26 @@ AMBIGUOUS = [
     (vqa, {"answer": "x", "choice_a": "x", "choice_b": "y"}, "columns choice_a, choice_b seem to have the options"),
     (vqa, {"answer": "x", "Option 1": "x", "Option 2": "y"}, "columns Option 1, Option 2 seem to have the options"),
 ]
+
+
+def test_a_file_name_beside_an_image_is_not_read(tmp_path, capsys):
+    write_image(tmp_path / "a.png")
+    write_lines(tmp_path / "train.jsonl", [{"question": "?", "answer": "x", "image": "a.png", "file_name": "1.png"}])
+    assert [row["image"] for row in read(vqa, tmp_path)] == ["red"]
+    assert check(str(tmp_path)), capsys.readouterr().out
+
+
+def test_a_system_message_under_another_name_is_a_fault(tmp_path, capsys):
+    rows = [{"messages": MESSAGES, "images": ["a.png"], name: "Be brief."} for name in ("system", "system_prompt")]
+    write_image(tmp_path / "a.png")
+    message = "there is no `system`, but `system_prompt` has a value and is not read"
+    for last in ({}, {"system": None}):
+        write_lines(tmp_path / "train.jsonl", [rows[0], {**rows[1], **last}])
+        with pytest.raises(ValueError, match=message):
+            chat.load("train", str(tmp_path))
+        assert not check(str(tmp_path)) and message in capsys.readouterr().out
+    write_lines(tmp_path / "train.jsonl", [rows[0], {**rows[0], "system_prompt": None}])
+    assert len(read(chat, tmp_path)) == 2
 
 
 @pytest.mark.parametrize("task, values, message", AMBIGUOUS)
@@ -898,6 +923,22 @@ def test_questions_about_the_same_image_and_equal_rows_stay_together(layout, tmp
     assert [len(set(part["question"])) for part in parts] == [3, 1, 1], "all rows are about one image"
 
 
+def test_rows_that_share_an_image_through_other_rows_stay_together(tmp_path):
+    pairs = [
+        (4 * group + first, 4 * group + second) for group in range(10) for first, second in ((1, 2), (0, 1), (3, 2))
+    ]
+    rows = [{"question": str(n), "answer": "so", "images": [f"{i}.png" for i in pair]} for n, pair in enumerate(pairs)]
+    write_lines(tmp_path / "x.jsonl", rows)
+    parts = [vqa.load(split, str(tmp_path), holdout=0.1) for split in ("train", "validation", "test")]
+    assert [len(part) for part in parts] == [24, 3, 3]
+    groups = [{int(question) // 3 for question in part["question"]} for part in parts]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 10
+    ring = [{**row, "images": [f"{n}.png", f"{(n + 1) % 30}.png"]} for n, row in enumerate(rows)]
+    write_lines(tmp_path / "ring.jsonl", ring)
+    parts = [vqa.load(split, str(tmp_path / "ring.jsonl"), holdout=0.1) for split in ("train", "validation", "test")]
+    assert [len(part) for part in parts] == [24, 3, 3], "all rows are connected, so only equal rows stay together"
+
+
 def test_a_run_records_what_it_took_from_the_train_split(tmp_path):
     turns = [{"from": "human", "value": "<image>ab?"}, {"from": "gpt", "value": "cd"}]
     for number in range(6):
@@ -907,7 +948,7 @@ def test_a_run_records_what_it_took_from_the_train_split(tmp_path):
     train.main(tiny_flags(tmp_path, tmp_path / "x.json", tmp_path / "output", **values))
     results = json.loads((tmp_path / "output" / "results.json").read_text())
     assert (results["columns"], results["holdout"], results["size"]) == ("messages=turns", 0.3, 2)
-    assert results["holdout_groups"].startswith("Rows with the same images")
+    assert results["holdout_groups"].startswith("Rows that share an image")
     assert results["scores"].keys() == {"image", "no image", "average", "count"}
 
 

@@ -36,6 +36,7 @@ from tiny import (
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import train
+from baselines import METHODS
 from dehvf import DehvfProcessor
 from tasks import get_task, score_folder
 from training import arguments
@@ -43,7 +44,7 @@ from training.arguments import DataArguments, DehvfTrainingArguments, parse_argu
 from training.chats import ChatTokenizer, render
 from training.data import Collator, Split, StreamedSplit, read_image
 from training.encoding import RowEncoder
-from training.flags import DEFAULT_RECIPE, HELP_FILE, argument_names, recipes, show_help
+from training.flags import DEFAULT_RECIPE, HELP_FILE, argument_names, read_recipe, recipes, show_help
 from training.models import load_processor
 from training.trainer import AnswerTrainer
 
@@ -123,6 +124,10 @@ def test_the_paths_of_a_recipe_are_found_beside_it_first(tmp_path, monkeypatch):
         _, data, model, *_ = parse_arguments([recipe, "--task", "vqa"])
         assert Path(data.data_path).samefile(tmp_path / "own" / "data")
         assert (model.text_model, model.vision_model) == ("more", "org/model")
+    for folder, value in (("own", "{}"), ("other", "no JSON")):
+        (tmp_path / folder / "engine.json").write_text(value)
+    (tmp_path / "own" / "engine.yaml").write_text("deepspeed: engine.json\n")
+    assert Path(read_recipe(Path("../own/engine.yaml"))["deepspeed"]).samefile(tmp_path / "own" / "engine.json")
     (tmp_path / "list.yaml").write_text("- seed: 5\n")
     with pytest.raises(ValueError, match="list.yaml contains a list. Write a flag on each line"):
         parse_arguments([str(tmp_path / "list.yaml")])
@@ -172,6 +177,18 @@ def test_a_method_sets_its_switch():
         (["--method", "memvp", "--layer_fusion", "adaptive"], "penultimate`, but `adaptive` was given"),
         (["--lora_rank", "4"], "`--lora_rank` has no effect with `--method dehvf`. It is for llava-lora, igva"),
         (["--method", "lavin", "--igva-num-heads=2"], "`--igva_num_heads` .* with `--method lavin`. It is for igva"),
+        (["--method", "llava", "--visual_prompts", "none"], "`--visual_prompts` has no effect with `--method llava`"),
+        (["--method", "lavin", "--fuser_lr_ratio", "1"], "`--fuser_lr_ratio` .* It is for dehvf, memvp"),
+        (["--adapter_revision", "abc"], "`--adapter_revision` has no effect without `--adapter`"),
+        (["--num_train_epochs", "0", "--save_strategy", "epoch"], "`--save_strategy` has no effect with `--num_train"),
+        (
+            ["--lr_scheduler_type", "constant", "--warmup_steps", "9"],
+            "without `--lr_scheduler_type constant_with_warm",
+        ),
+        (["--fsdp_config", "{}"], "`--fsdp_config` has no effect without `--fsdp`"),
+        (["--optim", "sgd", "--adam_beta1", "0.5"], "`--adam_beta1` has no effect without `--optim adamw_torch`"),
+        (["--save_total_limit", "3"], "`--save_total_limit` has no effect without `--save_strategy`"),
+        (["--optim", "sgd", "--optim_args", "momentum=abc"], "`momentum` must be a number"),
         (["--streaming", "true"], "needs `--max_steps`"),
         (["--adapter", "x", "--method", "lavin"], "`--method` was given, but `--adapter x`"),
         (["--adapter", "x", "--visual_prompts", "none"], "`--visual_prompts` was given, but `--adapter x`"),
@@ -576,7 +593,7 @@ def tiny_flags(tmp_path, scienceqa_folder, output, **flags) -> list[str]:
     values = {
         **{"task": "scienceqa", "data_path": scienceqa_folder, "vision_model": vision, "text_model": text},
         **{"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "num_train_epochs": 1},
-        **({} if "adapter" in flags else DEHVF_SIZES),
+        **({} if "adapter" in flags or flags.get("method") in METHODS else DEHVF_SIZES),
         **{"learning_rate": 0.05, "output_dir": output, **flags},
     }
     return [str(word) for name, value in values.items() for word in (f"--{name}", value)]

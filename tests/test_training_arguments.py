@@ -521,13 +521,16 @@ def test_a_recipe_overrides_the_partner_of_its_value_in_its_base(tmp_path):
 def test_values_of_yaml_are_read_as_they_are_meant(tmp_path):
     lines = ["save_strategy: no", "eval_strategy: off", "report_to: [tensorboard, trackio]", "learning_rate: 1e-4"]
     lines += ["lr_scheduler_type: cosine_with_min_lr", "lr_scheduler_kwargs: {min_lr: 1e-5}"]
-    lines += ["task: vqa", "columns: {question: prompt, answer: label}"]
+    lines += ["task: vqa", "columns: {question: prompt, answer: label}", "max_steps: 010"]
     (tmp_path / "row.yaml").write_text("\n".join(lines))
     _, data, *_, training = parse_arguments([str(tmp_path / "row.yaml")])
     assert data.columns == "question=prompt,answer=label"
     assert training.save_strategy == training.eval_strategy == "no"
     assert training.report_to == ["tensorboard", "trackio"] and training.learning_rate == 1e-4
-    assert training.lr_scheduler_kwargs == {"min_lr": 1e-5}
+    assert training.lr_scheduler_kwargs == {"min_lr": 1e-5} and training.max_steps == 10
+    (tmp_path / "row.yaml").write_text("report_to: []\nlr_scheduler_kwargs:\n  <<: {num_cycles: 2}\n")
+    training = parse_arguments([str(tmp_path / "row.yaml")])[-1]
+    assert training.report_to == [] and training.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
 @pytest.mark.parametrize(
@@ -547,6 +550,7 @@ def test_values_of_yaml_are_read_as_they_are_meant(tmp_path):
         ("hub_model_id: org/name\n", [], "`--hub_model_id` has no effect without `--push_to_hub true`"),
         ("adapter: assets\nvisual_scale: 0.9\n", [], "`--visual_scale` was given, but `--adapter .*` already defines"),
         ("seed: 1\n", ["--seed", "2", "other.yaml"], "Give the recipe other.yaml before all flags"),
+        ("method: llava\nvisual_prompts: none\n", [], "`--visual_prompts` has no effect with `--method llava`"),
         ("learning_rate: [0.1, 0.2]\n", [], "`--learning_rate` takes one value. Remove '0.2'"),
         ("seed: 2\n", ["--output_dir=my", "2", "run"], "`--output_dir` takes one value. Remove '2' 'run'"),
         (

@@ -262,7 +262,7 @@ def parse_arguments(arguments: list[str]):
         if isinstance(value, dict) or isinstance(value, list) and name == "layer_mapping":
             value = json.dumps(value)
         elif isinstance(value, list) and name in ("columns", "report_to"):
-            value = ",".join(map(str, value))
+            value = ",".join(map(str, value)) or "none"
         elements = value if isinstance(value, list) else [value]
         words += [f"--{name}", *map(str, elements)]
     given = arguments[1:] if find_recipe(arguments) else arguments
@@ -382,10 +382,13 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
         flags: the words of the command. The keys of a recipe that is named there count as flags, those of its base do
             not.
     """
-    given = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in flags if word.startswith("--")}
+    of_command = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in flags if word.startswith("--")}
+    given, values = of_command, {}
     if recipe := find_recipe(flags):
         values = without_partners(read_yaml(recipe), given)
-        given |= {name for name, value in values.items() if value is not None}
+        given = given | {name for name, value in values.items() if value is not None}
+    # A command may override what a key of its recipe needs
+    check_ignored(of_command, model_args, training_args)
     method, is_baseline = model_args.method, model_args.method in BASELINES
     check_training_arguments(given, training_args)
     for name in ("max_prompt_length", "max_new_tokens", "max_samples"):
@@ -413,6 +416,14 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
         if size.name in given and method not in readers.split(", "):
             raise ValueError(
                 f"`--{size.name}` has no effect with `--method {method}`. It is for {readers}. Remove it."
+            )
+    if is_baseline:  # the recipe may be of another method
+        of_method = given if values.get("method") == method else of_command
+        of_dehvf = {*vars(adapter_args), "fuser_lr_ratio"} - {"image_size", "max_images", "image_tiles"}
+        if unread := sorted(of_method & of_dehvf):
+            raise ValueError(
+                f"`--{unread[0]}` has no effect with `--method {method}`. It is for {', '.join(DEHVF_METHODS)}. "
+                "Remove it."
             )
     if is_baseline and (model_args.load_in_4bit or model_args.load_in_8bit):
         raise ValueError(
@@ -490,7 +501,7 @@ def check_optimizer(training_args):
             f"parameters. Use one of {', '.join(OPTIMIZERS)}."
         )
     for pair in training_args.optim_args.split(",") if training_args.optim_args else ():
-        key, equals, _ = pair.partition("=")
+        key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(
                 f"`--optim_args {training_args.optim_args}` was given. Write it as `name=value,name=value`."
@@ -498,6 +509,8 @@ def check_optimizer(training_args):
         if key.strip() not in OPTIMIZERS[name]:
             known = ", ".join(OPTIMIZERS[name]) or "nothing"
             raise ValueError(f"`--optim {name}` does not read `{key}` of `--optim_args`. It reads {known}.")
+        if key.strip() not in ("nesterov", "centered") and not re.fullmatch(r"\s*[-+.\de]+\s*", value):
+            raise ValueError(f"`--optim_args {training_args.optim_args}` was given. `{key}` must be a number.")
 
 
 def check_schedule(training_args):
@@ -540,6 +553,30 @@ def check_needs(given: Collection[str], training_args):
     for name, (needed, is_met) in needs.items():
         if name in given and not is_met:
             raise ValueError(f"`--{name}` has no effect without `{needed}`. Add that, or remove `--{name}`.")
+
+
+def check_ignored(given: Collection[str], model_args, training_args):
+    """Raises `ValueError` for flags of a command that have no effect with its other values."""
+    optimizer, schedule = training_args.optim.value, getattr(training_args.lr_scheduler_type, "value", None)
+    trains = training_args.num_train_epochs > 0
+    needs = {
+        "adapter_revision": ("--adapter", model_args.adapter is not None),
+        "fsdp_config": ("--fsdp", bool(training_args.fsdp)),
+        "warmup_steps": (
+            "--lr_scheduler_type constant_with_warmup",
+            schedule != "constant" or not training_args.warmup_steps,
+        ),
+        **dict.fromkeys(
+            ("save_total_limit", "save_only_model"), ("--save_strategy", training_args.save_strategy != "no")
+        ),
+        **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), ("--optim adamw_torch", "adamw" in optimizer)),
+    }
+    for name, (needed, is_met) in needs.items():
+        if name in given and not is_met:
+            raise ValueError(f"`--{name}` has no effect without `{needed}`. Add that, or remove `--{name}`.")
+    for name in ("eval_strategy", "save_strategy"):
+        if name in given and getattr(training_args, name) != "no" and not trains:
+            raise ValueError(f"`--{name}` has no effect with `--num_train_epochs 0`, which does not train. Remove it.")
 
 
 def check_engine(is_baseline: bool, method: str, training_args):

@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, logging
 
 from training.engines import ENGINE_OF_ONE, name_engine
-from training.flags import FILE_FLAGS, PLACES, ROOT
+from training.flags import FILE_FLAGS, ROOT
 
 
 MANIFEST, RUN_FILE, RESULTS_FILE = "manifest.json", "run.json", "results.json"
@@ -183,7 +183,7 @@ def describe_arguments(training_args, *others) -> dict:
     training = training_args.to_dict().items()
     values |= {name: value for name, value in training if not name.startswith(FREE_ARGUMENTS)}
     del values["text_model_id"], values["vision_model_id"]  # they only matter for the Hub
-    for name in PLACES:  # the same folder is another relative path in another working directory
+    for name in FILE_FLAGS:  # the same file has another relative path in another working directory
         if values[name] is not None and Path(values[name]).exists():
             values[name] = os.path.abspath(values[name])
     if values["streaming"]:  # each worker reads its own shards

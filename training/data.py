@@ -170,7 +170,9 @@ class Split(torch.utils.data.Dataset):
                     sha256.update(repr(pc.list_value_length(column).to_pylist()).encode())
                     column = pc.list_flatten(column)
                 places, contents = (pc.struct_field(column, name) for name in ("path", "bytes"))
-                places, lengths = places.to_pylist(), pc.binary_length(contents).to_pylist()
+                # The same file has another relative path in another working directory
+                places = [place and os.path.abspath(place) for place in places.to_pylist()]
+                lengths = pc.binary_length(contents).to_pylist()
                 sizes = [os.path.getsize(place) if place and os.path.isfile(place) else None for place in places]
                 sha256.update(repr((places, lengths, sizes)).encode())
         return sha256.hexdigest()

@@ -30,23 +30,31 @@ RENAMED |= {"overwrite_output_dir": "resume_from_checkpoint never"}
 # Flags that name a folder or a repository on the Hub
 PLACES = ("data_path", "adapter", "vision_model", "text_model")
 FILE_FLAGS = (*PLACES, "chat_template", "captions")
+CONFIG_FLAGS = ("deepspeed", "fsdp_config")  # which may also have the configuration itself
 # Pairs of which the first has no effect if the second is given as well
 PARTNERS = (("learning_rate", "base_learning_rate"), ("num_train_epochs", "max_steps"))
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Reads `1e-5` as a number, as YAML 1.2 does, and refuses keys that are given twice."""
+    """Reads numbers as YAML 1.2 does (`1e-5`, `010`), and refuses keys that are given twice."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:int"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node, deep=False):
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        names = [self.construct_object(key, deep=True) for key in keys]
         if twice := [name for name in names if names.count(name) > 1]:
             raise yaml.MarkedYAMLError(problem=f"`{twice[0]}` is given twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+NUMBERS = {"int": r"[-+]?\d+$", "float": r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"}
+for kind, pattern in NUMBERS.items():
+    RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(pattern), list("-+0123456789"))
+RecipeLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 def recipes() -> list[Path]:
@@ -64,8 +72,10 @@ def read_recipe(recipe: Path) -> dict:
         values = keep_values(values, own.get("task"))
         # A recipe overrides its base like a flag overrides a recipe
         values = without_partners(values, {name for name, value in own.items() if value is not None})
-        for name in FILE_FLAGS:
+        for name in (*FILE_FLAGS, *CONFIG_FLAGS):
             if (place := own.get(name)) is not None:
+                if name in CONFIG_FLAGS and not str(place).endswith(".json"):
+                    continue
                 if not isinstance(place, str):
                     raise ValueError(f"{file}: `{name}` is {place!r}. Give one text.")
                 place = os.path.expanduser(place)
