@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 # Image processors resize the shorter side to a fixed length, which is at most about this. The longer side is scaled
 # too.
 RESIZED_SIDE = 512
+SMALLEST_FILE = 20  # in bytes: no image is smaller, but names such as "cats" are valid base64
 
 
 def read_image(entry) -> Image.Image:
@@ -71,10 +72,15 @@ def _find_file(source):
         with urlopen(request, timeout=60) as response:
             return BytesIO(response.read())
     if isinstance(source, str) and not os.path.isfile(source):
+        if os.path.isdir(source):
+            raise ValueError("it is a folder")
         try:
-            return BytesIO(decode_base64(source))
-        except ValueError as error:
-            raise ValueError("there is no such file, and it is neither a URL nor a base64 string") from error
+            decoded = decode_base64(source)
+        except ValueError:
+            decoded = b""
+        if len(decoded) < SMALLEST_FILE:
+            raise ValueError("there is no such file, and it is neither a URL nor a base64 string")
+        return BytesIO(decoded)
     if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):
         raise TypeError("expected a path, URL, base64 string, bytes, file, PIL image, array or tensor")
     return source

@@ -465,6 +465,14 @@ def test_every_kind_of_image_gives_the_same_picture(kind):
     assert torch.equal(pixels_of([entry]), pixels_of(read))
 
 
+@pytest.mark.parametrize(
+    "name, message", [("cats", "there is no such file"), ("a b", "there is no such file"), ("{}", "it is a folder")]
+)
+def test_a_name_that_is_no_image_is_refused(name, message, tmp_path):
+    with pytest.raises(ValueError, match=f"cannot be read: {message}"):
+        read_image(name.format(tmp_path))
+
+
 def test_columns_of_datasets_are_lists_of_images_and_texts():
     images = [shades("RGB"), None, shades("L")]
     rows = Dataset.from_dict({"image": images, "question": ["a", "b", "c"]}).cast_column("image", ImageFeature())
