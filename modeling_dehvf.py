@@ -11,6 +11,7 @@ candidates per group, P positions (key and value), n patches, S memory slots, T 
 width, r fuser width, c projector width.
 """
 
+import copy
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -266,7 +267,8 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
         self.language_model = language_model or AutoModel.from_config(config.text_config)
         embeddings = [module for module in self.language_model.modules() if isinstance(module, nn.Embedding)]
-        self.has_position_embeddings = len(embeddings) > 1  # as GPT-2 has
+        # As in GPT-2; CTRL has a table that is not trained
+        self.has_position_embeddings = len(embeddings) > 1 or config.text_config.model_type == "ctrl"
         self.add_adapter_modules("default", adapter)
         self.activate_adapter("default")
         self.gradient_checkpointing = False
@@ -409,11 +411,13 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         Raises:
             ValueError: if the config has `visual_prompts="none"`; or as in `get_image_features`.
         """
-        if self.config.visual_prompts == "none":
+        adapter = self.active  # another thread may activate another one meanwhile
+        if adapter.config.visual_prompts == "none":
             raise ValueError('There are no fusion weights with `visual_prompts="none"`: no image enters the memory.')
-        check_pixel_values(self.config, pixel_values)
-        check_instruction(self.config, instruction, pixel_values.shape[0])
-        return self.active.fusion_weights(self._hierarchical_features(pixel_values)[0], instruction)
+        check_pixel_values(adapter.config, pixel_values)
+        check_instruction(adapter.config, instruction, pixel_values.shape[0])
+        class_features = adapter.hierarchical_features(self.vision_tower, pixel_values)[0]
+        return adapter.fusion_weights(class_features, instruction)
 
     def _hierarchical_features(self, pixel_values: torch.Tensor):
         return self.active.hierarchical_features(self.vision_tower, pixel_values)
@@ -598,6 +602,8 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         self.model = DehvfModel(config, vision_tower, causal_lm.base_model)
         self.lm_head = causal_lm.get_output_embeddings()
         self.generation_config = causal_lm.generation_config
+        # Of adapters that were saved without one
+        self.text_generation_config = copy.deepcopy(causal_lm.generation_config)
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
         # A loaded head may differ from the embeddings although the config says that they are tied

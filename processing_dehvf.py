@@ -2,6 +2,7 @@
 """Converts images and text, or chat messages, into the input tensors of DEHVF."""
 
 import os
+import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence, Set
 from difflib import get_close_matches
@@ -132,6 +133,7 @@ def num_appended_tokens(tokenizer) -> int:
 
 PER_TOKEN = ("token_type_ids", "offset_mapping", "special_tokens_mask")  # what a tokenizer may return beside its ids
 IMAGE_OPTIONS = ("image_size", "max_images", "image_tiles")  # of a processor, with the values of its model's config
+MARKERS = re.compile(r"(?<!\s)\s*(?:<image>\s*)+")
 # Keys of an image in a part of a message
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 
@@ -141,20 +143,20 @@ def remove_image_markers(text: str) -> tuple[str, int]:
     Removes the `<image>` markers of LLaVA with the white space on one side, since there are no image tokens here. Also
     returns their number.
     """
-    kept, *others = text.split("<image>")
-    for other in others:
-        before, after = kept.rstrip(), other.lstrip()
-        space = kept[len(before) :] or other[: len(other) - len(after)]
-        kept = (before and before + space) + after
-    return (kept.rstrip() if others and not others[-1].strip() else kept), len(others)
+
+    def space(found: re.Match) -> str:  # the first one beside the markers; none at the ends of the text
+        is_inside = found.start() > 0 and found.end() < len(text)
+        return re.search(r"\s+|$", found[0])[0] if is_inside else ""
+
+    return MARKERS.sub(space, text), text.count("<image>")
 
 
 def check_markers(num_markers: int, num_images: int):
     """Raises `ValueError` if a text has `<image>` markers, but not one for each of its images."""
     if num_markers not in (0, num_images):
         raise ValueError(
-            f"A text has {num_markers} `<image>` and {num_images} images. There are no image tokens: leave `<image>` "
-            "out, or write it once for each image."
+            f"The number of `<image>` markers in a text is {num_markers}, and that of its images is {num_images}. "
+            "There are no image tokens: leave the markers out, or write one for each image."
         )
 
 
@@ -292,8 +294,8 @@ class DehvfProcessor(ProcessorMixin):
 
     Raises:
         ValueError: if `image_fit` or `image_tiles` has another value, a sample has more than `max_images` images or
-            another number of `<image>`, the numbers of samples and texts differ, or [`read_image`] cannot read an
-            image.
+            a different number of `<image>` markers, the numbers of samples and texts differ, or [`read_image`] cannot
+            read an image.
 
     Example:
 
@@ -410,12 +412,11 @@ class DehvfProcessor(ProcessorMixin):
             text = texts
             given = {**kwargs.get("text_kwargs", {}), **kwargs}
             adds = given.get("add_special_tokens", True)
-            if bos and any(sample.startswith(bos) for sample in text):
+            if bos and "add_special_tokens" not in given and any(sample.startswith(bos) for sample in text):
                 # The others get the tokens that they would get on their own
-                added = bos if adds and special_tokens_mask(self.tokenizer)[0] else ""
+                added = bos if special_tokens_mask(self.tokenizer)[0] else ""
                 text = [sample if sample.startswith(bos) else added + sample for sample in text]
-                if "add_special_tokens" not in given:
-                    kwargs["add_special_tokens"] = adds = False
+                kwargs["add_special_tokens"] = adds = False
         appended = num_appended_tokens(self.tokenizer) if text is not None and adds else 0
         if appended and given.get("max_length") is not None:
             text_kwargs = {**kwargs.pop("text_kwargs", {}), "max_length": given["max_length"] + appended}
@@ -432,16 +433,22 @@ class DehvfProcessor(ProcessorMixin):
                 inputs[name] = [row[:-appended] for row in rows] if isinstance(rows, list) else rows[:, :-appended]
         return inputs
 
-    def apply_chat_template(self, conversation, *args, tokenize: bool = False, **kwargs):
+    def apply_chat_template(self, conversation, chat_template=None, *, tokenize: bool = False, **kwargs):
         """
-        As in `transformers`. With `tokenize=True`, raises `ValueError` if a chat, message or part has another form,
-        such as an image part without an image, which would otherwise be ignored silently, or if `<image>` is not
-        written once for each image.
+        As in `transformers`. In a `chat_template` that is given, the `content` of each message is a string.
+
+        Raises:
+            ValueError: with `tokenize=True`, if a chat, message or part has another form, such as an image part
+                without an image, which would otherwise be ignored silently, or if there are `<image>` markers, but
+                not one for each image.
         """
         if tokenize:
             chats = [remove_markers_of_chat(chat) for chat in read_chats(conversation)]
             conversation = chats if is_batch_of_chats(conversation) else chats[0]
-        return super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
+        names = self.chat_template if isinstance(self.chat_template, dict) else {}
+        if chat_template is not None and chat_template not in names:
+            chat_template = keep_text(chat_template)
+        return super().apply_chat_template(conversation, chat_template, tokenize=tokenize, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         _, text, videos, audio = super().prepare_inputs_layout(text=text, **kwargs)

@@ -6,6 +6,7 @@ A call keeps the adapter with which it began, and nothing that other threads rea
 replaced by new ones. Adapters can therefore be loaded, switched and deleted while other threads generate.
 """
 
+import copy
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
@@ -71,7 +72,7 @@ class AdapterSet:
             module.to(dtype).eval()
         with CHANGES:
             if adapter_name in self.adapters:
-                raise ValueError(f"An adapter {adapter_name!r} was loaded meanwhile. Choose another name.")
+                raise ValueError(f"An adapter {adapter_name!r} was loaded in the meantime. Choose another name.")
             self.adapters = {**self.adapters, adapter_name: adapter}
 
     def set_source(self, adapter_name: str, location, source: dict):
@@ -94,10 +95,6 @@ class AdapterSet:
     def remove_adapter(self, adapter_name: str):
         """See [`SwitchingMixin.delete_adapter`]."""
         with CHANGES:
-            if self.get_adapter(adapter_name) is self.active:
-                raise ValueError(
-                    f"The adapter {adapter_name!r} is active. Call `set_adapter` with another name first."
-                )
             self.adapters = {name: adapter for name, adapter in self.adapters.items() if name != adapter_name}
 
     def __setattr__(self, name, value):
@@ -144,7 +141,7 @@ class AdapterSet:
 class SwitchingMixin:
     """Several adapters, for both model classes; `base_model` is the [`DehvfModel`]."""
 
-    generation_configs = {}  # name -> that of an inactive adapter, `None` if it has none of its own
+    generation_configs = {}  # those of inactive adapters by name
 
     @property
     def adapter_names(self) -> list[str]:
@@ -194,12 +191,12 @@ class SwitchingMixin:
         modules = nn.ModuleDict(adapter.modules()).to_empty(device=device)
         modules.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
         adapter.hierarchy.reset_parameters()
-        own = None
+        own = copy.deepcopy(getattr(self, "text_generation_config", None))
         if self.can_generate() and has_file(pretrained_model_name_or_path, GENERATION_CONFIG_NAME, **kwargs):
             own = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        self.base_model.add_adapter_modules(adapter_name, adapter)
-        self.base_model.set_source(adapter_name, pretrained_model_name_or_path, kwargs)
         with CHANGES:
+            self.base_model.add_adapter_modules(adapter_name, adapter)
+            self.base_model.set_source(adapter_name, pretrained_model_name_or_path, kwargs)
             self.generation_configs = {**self.generation_configs, adapter_name: own}
 
     def _take_over_bases(self, config: DehvfConfig, adapter_name: str):
@@ -243,18 +240,19 @@ class SwitchingMixin:
             self.base_model.activate_adapter(adapter_name)
             self.config = self.base_model.config
             if self.can_generate():
-                own = self.generation_configs.get(adapter_name)
                 self.generation_configs = {**self.generation_configs, previous: self.generation_config}
-                self.generation_config = own or self.generation_config
+                self.generation_config = self.generation_configs.get(adapter_name, self.generation_config)
 
     def delete_adapter(self, adapter_names: str | list[str]):
         """Removes adapters. Raises `ValueError` if none of this name is loaded, or it is active."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for name in names:
-            self.base_model.get_adapter(name)  # before any is removed
-        for name in names:
-            self.base_model.remove_adapter(name)
-            self.generation_configs = {key: own for key, own in self.generation_configs.items() if key != name}
+        with CHANGES:
+            for name in names:  # before any is removed
+                if self.base_model.get_adapter(name) is self.base_model.active:
+                    raise ValueError(f"The adapter {name!r} is active. Call `set_adapter` with another name first.")
+            for name in names:
+                self.base_model.remove_adapter(name)
+                self.generation_configs = {key: own for key, own in self.generation_configs.items() if key != name}
 
     @contextmanager
     def disable_adapter(self):

@@ -32,9 +32,9 @@ import torch  # noqa: E402
 from transformers import EarlyStoppingCallback, set_seed  # noqa: E402
 
 from dehvf import adapters  # noqa: E402
-from tasks import get_task  # noqa: E402
+from tasks import get_task, write_json  # noqa: E402
 from training.arguments import check_arguments, complete_arguments, parse_arguments  # noqa: E402
-from training.checkpoints import RUN_FILE, check_same_rows, choose_start, write_json  # noqa: E402
+from training.checkpoints import RUN_FILE, check_same_rows, choose_start  # noqa: E402
 from training.data import Collator, digest_rows, load_splits  # noqa: E402
 from training.engines import start_engine  # noqa: E402
 from training.models import end_at_turns, load_model, load_processor, method_of  # noqa: E402

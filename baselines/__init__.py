@@ -267,6 +267,7 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         """Writes the trained tensors (`model.safetensors`) and the config; `load_trained` reads them."""
         names = self._trained_names()
         trained = {name: tensor for name, tensor in (state_dict or self.state_dict()).items() if name in names}
+        kwargs.setdefault("max_shard_size", "1TB")  # `load_trained` and the checksum expect one file
         super().save_pretrained(
             save_directory, is_main_process, state_dict=trained, save_original_format=False, **kwargs
         )

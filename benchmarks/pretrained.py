@@ -6,7 +6,7 @@ the drawings of Noto Emoji (created by `python examples/emoji.py outputs/emoji-d
 drawings.
 
     python -m benchmarks.pretrained                     # trains the missing runs, then writes the tables
-    python -m benchmarks.pretrained --rows DEHVF MemVP --seeds 0 --steps 600 --at-once 2
+    python -m benchmarks.pretrained --rows DEHVF MemVP --seeds 3 --at-once 2
     python -m benchmarks.pretrained --report            # writes the tables from the existing runs
 
 This needs a GPU: eight simultaneous runs took 160 seconds on an H200, while one run takes hours on two cores. All rows
@@ -46,7 +46,7 @@ from benchmarks.fusion import replacements
 from benchmarks.speed import forward_on_device, with_same_weights
 from dehvf import ROOT, DehvfConfig, DehvfForConditionalGeneration, DehvfProcessor
 from examples import emoji
-from tasks import easy_vqa
+from tasks import easy_vqa, write_json
 from training.arguments import DEHVF_METHODS
 from training.data import read_image
 from training.encoding import RowEncoder
@@ -439,7 +439,7 @@ class Run:
                 for name, other in replacements(weights, self.model.model.hierarchy.rows).items():
                     right, _ = self.evaluate(REPLACED_QUESTIONS, other)
                     report["replaced"][name] = self.scores(right)["average"]
-        file.write_text(json.dumps(report))
+        write_json(file, report)
 
     def record(self, report: dict, point: tuple | None, file: Path):
         """Appends an evaluation to the curve of the report and writes the file."""
@@ -447,7 +447,7 @@ class Run:
             number, loss, right, weights = point
             scores, figures = self.scores(right), self.figures(weights)
             report["curve"].append({"step": number, "loss": round(loss.item(), 4), **scores, **figures})
-            file.write_text(json.dumps(report))
+            write_json(file, report)
 
     def figures(self, weights: torch.Tensor | None) -> dict:
         return {} if weights is None else fusion_figures(weights, self.model.model.hierarchy.rows)
@@ -525,11 +525,14 @@ def file_of(name: str, seed: int) -> Path:
     return RUNS / re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") / f"seed-{seed}.json"
 
 
+def read_json(file: Path) -> dict | None:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
 def read_run(name: str, row: Row, seed: int) -> dict | None:
     """The results of a run with the current values of its row, finished or not, or `None`."""
-    if not file_of(name, seed).is_file():
+    if (run := read_json(file_of(name, seed))) is None:
         return None
-    run = json.loads(file_of(name, seed).read_text(encoding="utf-8"))
     # Runs of earlier versions lack later fields, and had their default values
     return run if {**dataclasses.asdict(Row()), **run["row"]} == dataclasses.asdict(row) else None
 
@@ -554,6 +557,8 @@ def train_missing(rows: dict[str, Row], seeds: list[int], at_once: int, only_sco
         while missing and len(active) < at_once:
             name, row, seed = missing.pop(0)
             file_of(name, seed).parent.mkdir(parents=True, exist_ok=True)
+            if "scores" in (read_json(file_of(name, seed)) or {}):
+                sys.exit(f"{file_of(name, seed)} is a finished run of {name} with other values. Move it away first.")
             run = Run(row, seed, benches[row.task, row.image_size])
             active[name, seed] = run.train(file_of(name, seed), only_scores)
         for (name, seed), steps in list(active.items()):
@@ -699,16 +704,12 @@ def main():
     )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--steps", type=int, help="number of training steps instead of the rows' own, for trials")
     parser.add_argument("--at-once", type=int, default=1, help="runs that train at the same time")
     arguments = parser.parse_args()
-    rows = {name: ROWS[name] for name in arguments.rows}
-    if arguments.steps:
-        rows = {name: dataclasses.replace(row, steps=arguments.steps) for name, row in rows.items()}
     if not arguments.report:
         require_bases()
-        train_missing(rows, arguments.seeds, arguments.at_once)
-    write_report(rows)
+        train_missing({name: ROWS[name] for name in arguments.rows}, arguments.seeds, arguments.at_once)
+    write_report(ROWS)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ class Job:
     tokenizer: object
     end_tokens: list[int]
     stop: Sequence[str] = ()  # texts before which an answer ends
+    word: Sequence[int] = ()  # the tokens of "a"
     is_cancelled: bool = False
 
     def __post_init__(self):
@@ -118,7 +119,7 @@ class Job:
         """A token in the form for clients, with the most likely alternatives."""
         best = logprobs.topk(self.request.top_logprobs or 0)
         # SentencePiece tokenizers remove the space before a text that they decode, so others are decoded after a word
-        before = [] if is_first else self.tokenizer("a", add_special_tokens=False).input_ids
+        before = [] if is_first else self.word
 
         def decode(other: int) -> str:
             text = self.tokenizer.decode([*before, other], clean_up_tokenization_spaces=False)
@@ -220,7 +221,7 @@ class Engine:
         config.num_return_sequences = 1  # requests have `n`
         num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_context_tokens = min(max_context_tokens, num_positions or max_context_tokens)
-        self._special = ChatTokenizer(processor).pattern
+        self._word = processor.tokenizer("a", add_special_tokens=False).input_ids
         self._tokenizing = threading.Lock()  # a tokenizer changes its padding in each call
         self._thread, self._waiting, self._queueing = ThreadPoolExecutor(1), [], threading.Lock()
 
@@ -246,7 +247,6 @@ class Engine:
         if images:  # which have no tokens
             for part in (part for message in chat for part in message["content"]):
                 part["text"], _ = processing.remove_image_markers(part["text"])
-        chat[0]["content"] += [{"type": "image", "image": image} for image in images]  # only their order matters
         try:
             with self._tokenizing:
                 return self._encode(chat, images)
@@ -259,13 +259,11 @@ class Engine:
 
     def _encode(self, chat: list[dict], images: list[Image.Image]) -> dict[str, torch.Tensor]:
         """The inputs of the model. Special tokens in a message are encoded as ordinary text, as in training."""
+        chats = ChatTokenizer(self.processor)  # a new one, since it keeps the special tokens that it has seen
         parts = [part for message in chat for part in message["content"] if part["type"] == "text"]
-        if not (num_special := sum(len(self._special.findall(part["text"])) for part in parts)):
-            options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-            return self.processor.apply_chat_template(chat, add_generation_prompt=True, **options)
+        num_special = sum(len(chats.pattern.findall(part["text"])) for part in parts)
         if num_special > self.max_context_tokens:
             raise too_long(f"The messages have {num_special} special tokens", self.max_context_tokens)
-        chats = ChatTokenizer(self.processor)  # a new one, since it keeps the special tokens that it has seen
         for part in parts:
             part["text"] = chats.protect(part["text"])
         input_ids = torch.tensor(
@@ -280,14 +278,18 @@ class Engine:
         seed = request.seed if options.get("do_sample", config.do_sample) else None
         end_tokens = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         stop = [*request.stop, *self.stop]
-        job = Job(request, inputs, max_new_tokens, options, seed, self.processor.tokenizer, end_tokens, stop)
+        tokenizer = self.processor.tokenizer
+        job = Job(request, inputs, max_new_tokens, options, seed, tokenizer, end_tokens, stop, self._word)
         with self._queueing:
             self._waiting.append(job)
         self._thread.submit(self._answer_next)
         return job
 
     def _sampling(self, request: Request) -> dict:
-        """The arguments of `generate`: the model's own where a request has neither `temperature` nor `top_p`."""
+        """
+        The arguments of `generate`; none, so that the generation config applies, if a request has neither
+        `temperature` nor `top_p`.
+        """
         config = self.model.generation_config
         if request.temperature is not None and request.temperature < MIN_TEMPERATURE:
             return {"do_sample": False} if config.do_sample else {}

@@ -14,6 +14,7 @@ import hashlib
 import sys
 import threading
 import uuid
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def remember_images(model, num_images: int = 64):
         if kwargs or not rows or not is_reusable or torch.is_grad_enabled():
             return encode(self, adapter, pixel_values, image_mask, instruction, **kwargs)
         pixels = pixel_values.float().cpu().numpy()
-        keys = {row: (adapter, hashlib.sha256(pixels[row].tobytes()).digest()) for row in rows}
+        keys = {row: (weakref.ref(adapter), hashlib.sha256(pixels[row].tobytes()).digest()) for row in rows}
         with lock:
             memories = {key: cache[key] for key in keys.values() if key in cache}
         new = {key: row for row, key in keys.items() if key not in memories}

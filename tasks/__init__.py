@@ -84,10 +84,15 @@ def score_folder(folder: str | Path) -> dict:
         chosen = [{**record, "prediction": task.options(record)[record["choice"]]} for record in records]
         scores["scores_by_likelihood"] = task.score(chosen, facts["size"])
     others = {name: fact for name, fact in facts.items() if name not in ("scores", "scores_by_likelihood")}
-    unfinished = results.with_name("results.json.tmp")  # if the process is killed here, the old file is kept
-    unfinished.write_text(json.dumps(scores | others, indent=2), encoding="utf-8")
-    os.replace(unfinished, results)
+    write_json(results, scores | others)
     return scores | others
+
+
+def write_json(file: Path, content: dict):
+    """Writes the file atomically: if the process is killed, the old file is kept."""
+    unfinished = file.with_name(f"{file.name}.tmp")
+    unfinished.write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
+    os.replace(unfinished, file)
 
 
 def read_json(text: str, place) -> dict:

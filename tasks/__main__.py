@@ -24,7 +24,6 @@ PUBLISHED = (easy_vqa, nlvr2, vqav2)  # tasks that read the files of a published
 TASK_OF_COLUMN = {"messages": "chat", "conversations": "chat", "left_image": "nlvr2"}
 TASK_OF_COLUMN |= {"multiple_choice_answer": "vqav2"}
 
-PROMPT = ("question", "choices", "messages")  # columns with the texts of a prompt that are never shortened
 LONG = 2000  # characters: about 500 tokens of English
 # Control tokens of language models. In the texts of data they are read as ordinary text.
 CONTROL_TOKENS = re.compile(
@@ -38,7 +37,8 @@ def check(path: str, task: str | None = None, columns: str | None = None) -> boo
     Reads all rows of your own data in the same way as training, and opens their images. Prints each fault, the number
     of rows, and notes about possible mistakes. Returns whether there is no fault.
     """
-    if published := {file: module for module in PUBLISHED for file in module.find_files(Path(path))}:
+    published = {file: module for module in PUBLISHED for file in module.find_files(Path(path))}
+    if published and not (task or columns):
         num_faults = sum(check_file(module, file) for file, module in published.items())
     else:
         task = task or guess_task(path)
@@ -108,11 +108,11 @@ def check_split(source: Source, name: str, split: str, trained: Trained) -> int:
             longest[column] = max(longest.get(column, 0), len(text))
             for token in set(CONTROL_TOKENS.findall(text)):
                 note(f"`{token}` in `{column}`, which is read as letters and controls nothing", where)
-        num_characters = sum(len(text) for column, text in find_texts(row) if column in PROMPT)
-        if num_characters > LONG:
+        prompt = {name: row.get(name) for name in ("question", "choices")} | {"messages": row.get("messages", [])[:-1]}
+        if sum(len(text) for _, text in find_texts(prompt)) > LONG:
             note(
-                f"a prompt of more than {LONG:,} characters without `context`. `train.py` refuses more tokens than "
-                "`--max_prompt_length` (512)",
+                f"a prompt of more than {LONG:,} characters besides `context`, which may exceed `--max_prompt_length` "
+                "(512 tokens by default)",
                 where,
             )
         most_images = max(most_images, len(images))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, IterableDataset, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, Features, IterableDataset, load_dataset, load_from_disk
 from datasets.data_files import SPLIT_KEYWORDS, sanitize_patterns
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import metadata_load
@@ -149,23 +149,30 @@ def find_saved(folder: Path) -> dict[str, Path]:
     return {place.name: place for place in places}
 
 
-def join_features(splits: dict[str, list[Path]]) -> Features:
+def join_features(splits: dict[str, list[Path]]) -> tuple[Features, dict[str, list[str]]]:
     """
     The columns of all Parquet files. A file in which a column is null throughout has no type for it.
 
+    Returns:
+        The types of all columns, and the names of the columns of each split.
+
     Raises:
-        ValueError: if files of a split have different columns.
+        ValueError: if files of a split have different columns, or a column has other class labels in another file.
     """
-    features = {}
-    for files in splits.values():
-        first = None
+    features, names = {}, {}
+    for split, files in splits.items():
         for file in files:
             own = Features.from_arrow_schema(pq.read_schema(file))
-            first = first or own
-            if differing := first.keys() ^ own.keys():
+            names.setdefault(split, list(own))
+            if differing := {*names[split]} ^ own.keys():
                 raise ValueError(f"only one of {files[0]} and {file} has the columns {', '.join(sorted(differing))}")
-            features |= {name: own[name] for name in own if name not in features or "null" in repr(features[name])}
-    return Features(features)
+            for name, feature in own.items():
+                other = features.get(name)
+                if isinstance(feature, ClassLabel) and isinstance(other, ClassLabel) and feature.names != other.names:
+                    raise ValueError(f"the class labels of `{name}` in {file} differ from those in another file")
+                if other is None or "null" in repr(other):
+                    features[name] = feature
+    return Features(features), names
 
 
 def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
@@ -194,8 +201,9 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
         # These are patterns, in which a folder's name may have a special character such as `[`
         names = {split: [glob.escape(str(file)) for file in paths] for split, paths in files.items()}
         try:
-            features = join_features(files)
-            return load_dataset("parquet", data_files=names, features=features, streaming=streaming)
+            features, columns = join_features(files)
+            splits = load_dataset("parquet", data_files=names, features=features, streaming=streaming)
+            return {split: rows.select_columns(columns[split]) for split, rows in splits.items()}
         except (DatasetGenerationError, ValueError) as error:
             raise ValueError(
                 f"{path} cannot be read as Parquet: {error.__cause__ or error}. Each split needs at least one row, "

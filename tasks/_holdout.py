@@ -12,8 +12,8 @@ from tasks._values import IMAGE_FEATURES, list_images
 
 
 KEPT_TOGETHER = (
-    "Rows that share an image, or with the same texts and no image, are kept in one split; if there are too few "
-    "images for that, only equal rows are"
+    "Rows that share an image are kept in one split, as are rows without an image that have the same texts. If there "
+    "are too few images for this, only equal rows are kept together"
 )
 
 
@@ -69,10 +69,12 @@ def find_groups(rows: Dataset, by_images: bool) -> list[list[int]]:
 def keys_of(row: dict, index: int, by_images: bool) -> dict:
     """Rows that have one of these keys in common are in one group."""
     images = [image["bytes"] or image["path"].encode() for image in list_images(row)]
-    texts = {name: value for name, value in row.items() if name not in IMAGE_FEATURES}
     if images and by_images:
-        return {"keys": [Hasher.hash_bytes([image]) for image in images]}
-    return {"keys": [Hasher.hash_bytes([*images, repr(texts).encode()])]}
+        parts = [[image] for image in images]
+    else:
+        texts = {name: value for name, value in row.items() if name not in IMAGE_FEATURES}
+        parts = [[*images, repr(texts).encode()]]
+    return {"keys": [Hasher.hash_bytes(part) for part in parts]}
 
 
 def take_groups(groups: list[list[int]], sizes: list[int]) -> Iterator[list[int]]:

@@ -198,13 +198,15 @@ class Reader:
 
     def _find_unread(self, record: dict, row: dict) -> list[str]:
         """Faults for fields that a row does not have, but its record has under a similar name."""
-        faults, fields = [], self.fields_of(record) if self.similar else {}
-        for column in self.similar and record:
+        if not self.similar:
+            return []
+        faults, fields = [], self.fields_of(record)
+        read = {column for columns in self.fields.values() for column in columns}
+        for column, value in record.items():
             name, own = self.similar.get(column.lower(), (None, None))
-            is_read = any(column in columns for columns in self.fields.values())
-            is_empty = record[column] in (None, "", [])
-            # Some fields are read into others, such as `system` into `messages`
-            if name is not None and not is_read and not is_empty and row.get(name, fields[name]) is None:
+            if name is None or column in read or value in (None, "", []):
+                continue
+            if row.get(name, fields[name]) is None:  # some are read into others, such as `system` into `messages`
                 faults.append(
                     f"there is no `{name}`, but `{column}` has a value and is not read. Rename it to `{own}`, which "
                     f"other rows use, or give `--columns {name}={own}` to ignore it."

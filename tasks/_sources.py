@@ -486,8 +486,8 @@ def load(
 
     Args:
         holdout: fraction of the train split that becomes the test split if there is none; another part of this size
-            becomes the validation split if there is none. The rows are always the same, and those about the same
-            images are in one split.
+            becomes the validation split if there is none. The rows are always the same, and those that share an
+            image are in one split.
 
     Raises:
         OSError: if there is no such folder, and no such data set on the Hub or no network.

@@ -39,7 +39,7 @@ KEYS = ("role", "from"), ("content", "value")
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 # Keys of a message that may have its images, in the formats of Ollama and others
 IMAGE_KEYS = ("images", "image", "videos", "video", "audios", "audio", "attachments", "files")
-# Whether a message is learned, in the formats of OpenAI, ms-swift and Axolotl
+# Whether a message is trained on, in the formats of OpenAI, ms-swift and Axolotl
 WEIGHTS = ("weight", "loss", "train")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
@@ -93,14 +93,14 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
             faults.append(f"message {number} ({role}) has `{ignored[0]}`, which is not read. Remove it or the row.")
         if misplaced := [key for key in IMAGE_KEYS if turn.get(key)]:
             faults.append(
-                f"message {number} ({role}) has `{misplaced[0]}`, which is not read. Move the images to the column "
-                "`images` of the row."
+                f"message {number} ({role}) has `{misplaced[0]}`, which is not read. Give images in the column "
+                "`images` of the row; video, audio and other files are not supported."
             )
-        is_learned = ROLES.get(role) == "assistant"
-        if key := next((key for key in WEIGHTS if turn.get(key) not in (None, is_learned)), None):
+        is_answer = ROLES.get(role) == "assistant"
+        if key := next((key for key in WEIGHTS if turn.get(key) not in (None, is_answer)), None):
             faults.append(
-                f"message {number} ({role}) has the {key} {turn[key]}, but all messages of the assistant are learned, "
-                "and no others. Remove the row, or split it."
+                f"message {number} ({role}) has the {key} {turn[key]}, but the model is trained on all messages of "
+                "the assistant and on no others. Remove the row, or split it."
             )
         if unknown:
             faults.append(
@@ -112,7 +112,7 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
         if markers and ROLES.get(role) != "user":
             faults.append(f"message {number} ({role}) has `<image>`, which only a user's message may have. Remove it.")
         num_markers += markers
-        if ROLES.get(role) == "assistant" and isinstance(text, str):
+        if is_answer and isinstance(text, str):
             text = text.strip()  # the tokens of an answer begin after the generation prompt
         messages.append({"role": ROLES.get(role), "content": text})
     roles = [message["role"] for message in messages]

@@ -76,6 +76,17 @@ def test_each_adapter_keeps_its_generation_config(folders, tmp_path):
     assert (saved.eos_token_id, saved.max_new_tokens) == ([2, 7], 3)
     model.set_adapter("default")
     assert model.generation_config.to_dict() == before
+    model.generation_config.max_new_tokens = 9
+    model.set_adapter("default")
+    assert model.generation_config.max_new_tokens == 9
+    (tmp_path / "short" / "generation_config.json").unlink()
+    model.load_adapter(tmp_path / "short", "plain")
+    for name in ("short", "plain"):
+        model.set_adapter(name)
+    assert model.generation_config.eos_token_id != [2, 7], "that of the language model"
+    model.set_adapter("default")
+    with pytest.raises(ValueError, match="'default' is active"):
+        model.delete_adapter(["short", "default"])
     model.delete_adapter("short")
     assert "short" not in model.generation_configs
 

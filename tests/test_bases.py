@@ -253,7 +253,7 @@ def test_layers_of_other_layouts_are_traced_in_one_graph(text_type, vision_type)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("text_type", ["gpt2", "gpt_neo", "llama"])
+@pytest.mark.parametrize("text_type", ["gpt2", "gpt_neo", "ctrl", "llama"])
 def test_padding_does_not_change_the_logits(text_type):
     model, inputs = model_on(text_type, "vit"), tiny_inputs(1)
     ids, labels = inputs["input_ids"], inputs["input_ids"].clone()

@@ -368,7 +368,7 @@ def test_a_run_on_other_rows_is_not_gone_on_with(interrupted, monkeypatch):
         train.main(flags(output))
 
 
-def test_rows_with_other_images_are_other_rows(scienceqa):  # noqa: F811
+def test_rows_with_other_images_are_other_rows(scienceqa, tmp_path, monkeypatch):  # noqa: F811
     split = make_split(scienceqa[0])
     digest, content = split.digest(), split.images[:]["image"]
     place = next(index for index, image in enumerate(content) if image is not None)
@@ -384,6 +384,13 @@ def test_rows_with_other_images_are_other_rows(scienceqa):  # noqa: F811
         split.images = datasets.Dataset.from_dict({"image": images}, features=split.images.features)
         digests.append(split.digest())
     assert digests[0] == digests[1]
+    for image in ({"path": "image.png", "bytes": b"1"}, {"path": "https://host/a.png", "bytes": None}):
+        images, digests = [*content[:place], image, *content[place + 1 :]], set()
+        split.images = datasets.Dataset.from_dict({"image": images}, features=split.images.features)
+        for folder in (tmp_path, tmp_path.parent):
+            monkeypatch.chdir(folder)
+            digests.add(split.digest())
+        assert len(digests) == 1
     split.images = datasets.Dataset.from_dict({"image": content}, features=split.images.features)
     assert digest_rows({"train": split, "validation": split}) != digest, "which decides on the best checkpoint"
 

@@ -393,7 +393,7 @@ CHAT_FAULTS = [
     ({"messages": MESSAGES, "images": ["lost.png"]}, "lost.png cannot be read"),
     (
         {"messages": [{**USER, "images": ["a.png"]}, ASSISTANT]},
-        "message 1 (user) has `images`, which is not read. Move",
+        "message 1 (user) has `images`, which is not read. Give",
     ),
     ({"messages": [{**USER, "attachments": ["a.png"]}, ASSISTANT]}, "message 1 (user) has `attachments`"),
     ([MESSAGES], "is not a row"),
@@ -1027,6 +1027,24 @@ def test_parquet_files_that_do_not_fit_are_named(columns, message, tmp_path):
         Dataset.from_dict(own).to_parquet(tmp_path / f"train-{number}.parquet")
     with pytest.raises(ValueError, match=f"(?s)cannot be read as Parquet: .*{message}.*the same types"):
         vqa.load("train", str(tmp_path))
+
+
+def test_class_labels_that_differ_between_parquet_files_are_named(tmp_path):
+    for split, names in (("train", ["cat", "dog", "hen"]), ("test", ["cat", "hen"])):
+        rows = Dataset.from_dict({"question": ["?"], "answer": [1]}).cast_column("answer", ClassLabel(names=names))
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(ValueError, match="the class labels of `answer` in .*test.parquet differ"):
+        vqa.load("test", str(tmp_path), columns="image=none")
+
+
+def test_a_split_whose_images_are_in_another_column_is_an_error(tmp_path):
+    write_image(tmp_path / "a.png")
+    image = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
+    for split, column in (("train", "image"), ("test", "screenshot")):
+        row = {"question": "?", "answer": "x", column: image}
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"{split}.parquet")
+    with pytest.raises(ValueError, match="no row has an `image`. The columns are question, answer, screenshot"):
+        vqa.load("test", str(tmp_path))
 
 
 @pytest.mark.parametrize("streaming", [False, True])

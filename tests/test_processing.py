@@ -127,7 +127,7 @@ def test_an_image_marker_of_llava_is_removed(text, expected):
     assert processor(text=text)["input_ids"] == without_image, "`<image>` may be what the question is about"
     both = processor(images=[[image(), image()]], text="<image><image>\nwho?")
     assert both["input_ids"] == processor(text="who?")["input_ids"]
-    with pytest.raises(ValueError, match="A text has 1 `<image>` and 2 images.*leave `<image>` out, or write it once"):
+    with pytest.raises(ValueError, match="in a text is 1, and that of its images is 2. .*leave the markers out"):
         processor(images=[[image(), image()]], text="<image>\nwho?")
 
 
@@ -164,6 +164,13 @@ def test_a_chat_template_given_at_loading_gets_the_text_of_a_message(tmp_path):
         assert loaded.chat_template.count(processing.KEEP_TEXT) == 1
 
 
+def test_a_chat_template_given_in_a_call_gets_the_text_of_a_message():
+    chat = [{"role": "user", "content": [{"type": "image", "image": image()}, {"type": "text", "text": "who?"}]}]
+    template = "{{ messages[0]['content'] + '!' }}"
+    assert tiny_processor().apply_chat_template(chat, chat_template=template) == "who?!"
+    assert tiny_processor().apply_chat_template(chat, template) == "who?!"
+
+
 def test_all_chat_templates_of_a_tokenizer_are_kept(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {name: "{{ messages[0]['content'] }} " + name for name in ("default", "tool_use")}
@@ -193,7 +200,7 @@ def test_image_markers_are_removed_from_messages(as_parts):
     processor, options = tiny_processor(), {"tokenize": True, "return_dict": True}
     with_marker = processor.apply_chat_template(turns("who?", "<image> is"), **options)
     assert with_marker["input_ids"] == processor.apply_chat_template(turns("who?", "is"), **options)["input_ids"]
-    with pytest.raises(ValueError, match="A text has 2 `<image>` and 1 images"):
+    with pytest.raises(ValueError, match="markers in a text is 2, and that of its images is 1"):
         processor.apply_chat_template(turns("<image>", "<image> is"), **options)
     text = [{"role": "user", "content": "<image> is"}]
     assert (

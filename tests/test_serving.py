@@ -19,7 +19,6 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -643,17 +642,19 @@ def test_an_openai_client_is_answered_about_its_image(server):
 def test_special_tokens_and_image_markers_in_a_question_are_text(server):
     engine = Engine(server.model, server.processor, ImageReader(), max_context_tokens=128, max_batch_size=4)
     tokenizer = server.processor.tokenizer
-    for question in ("who</s>\n<s>what", "who\U00100000what"):
+    for question in ("who</s>\n<s>what", "who\U00100000what", "x</<ima<image>ge>s>"):
         chat = [{"role": "user", "content": [{"type": "text", "text": question}]}]
         inputs = engine._process(chat, [PICTURE])
         ids = inputs["input_ids"][0].tolist()
         assert ids[0] == tokenizer.bos_token_id
         assert not {*ids[1:]} & {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-        assert ids[1:] == tokenizer(f"{question}\nResponse:", split_special_tokens=True).input_ids[1:]
+        text = question.replace("<image>", "")
+        assert ids[1:] == tokenizer(f"{text}\nResponse:", split_special_tokens=True).input_ids[1:]
         expected = server.processor(images=PICTURE, text="", return_tensors="pt")
         assert torch.equal(inputs["pixel_values"], expected["pixel_values"]) and inputs["image_mask"].all()
-    answers = [server.ask(PICTURE, text).choices[0].message.content for text in (f"<image>\n{QUESTION}", QUESTION)]
-    assert answers[0] == answers[1]
+    texts = (f"<image>\n{QUESTION}", f"{QUESTION}<ima<image>ge><ima<image>ge>", QUESTION)
+    answers = [server.ask(PICTURE, text).choices[0].message.content for text in texts]
+    assert answers[0] == answers[2]
 
 
 def test_many_special_tokens_are_refused_before_they_are_encoded(server):
@@ -1071,15 +1072,12 @@ def test_parts_of_a_character_are_told_together():
     """Here a token is a byte, and the character has two."""
 
     class Bytes:
-        def __call__(self, text, **kwargs):
-            return SimpleNamespace(input_ids=list(text.encode()))
-
         def decode(self, ids, **kwargs):
             return bytes(ids).decode(errors="replace")
 
     async def pieces():
         request = ChatRequest(messages=[{"role": "user", "content": "a"}], logprobs=True, top_logprobs=1)
-        job = Job(request, {"input_ids": torch.zeros(1, 1)}, 4, {}, None, Bytes(), [0])
+        job = Job(request, {"input_ids": torch.zeros(1, 1)}, 4, {}, None, Bytes(), [0], word=b"a")
         for token in "aéb".encode():
             job.answers[0].add(token, torch.zeros(256).log_softmax(-1))
         job.put(None)
@@ -1095,15 +1093,12 @@ def test_tokens_keep_the_spaces_that_sentencepiece_removes_from_decoded_texts():
     class Words:
         words = ["a", " red", " he", "n"]
 
-        def __call__(self, text, **kwargs):
-            return SimpleNamespace(input_ids=[0])
-
         def decode(self, ids, **kwargs):
             return "".join(self.words[token] for token in ids).removeprefix(" ")
 
     async def answer():
         request = ChatRequest(messages=[{"role": "user", "content": "a"}], logprobs=True, top_logprobs=4)
-        job = Job(request, {"input_ids": torch.zeros(1, 1)}, 3, {}, None, Words(), [])
+        job = Job(request, {"input_ids": torch.zeros(1, 1)}, 3, {}, None, Words(), [], word=[0])
         for token in (1, 2, 3):
             job.answers[0].add(token, torch.zeros(4).log_softmax(-1))
         return job.answers[0]

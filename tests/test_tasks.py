@@ -461,6 +461,20 @@ def test_the_check_command_notes_that_there_is_no_train_split(command, tmp_path)
     assert code == 0 and "note: there is no train split" in output
 
 
+def test_the_check_command_notes_prompts_that_may_be_too_long(command, tmp_path):
+    note = "1 times a prompt of more than 2,000 characters besides `context`, which may exceed"
+    for long, noted in (("question", True), ("answer", False), ("context", False)):
+        row = {"question": "Why?", "answer": "so", long: "word " * 500}
+        (tmp_path / "questions.json").write_text(json.dumps([row]))  # which is also the name of easy-VQA's file
+        code, output = command("check", tmp_path / "questions.json", "--columns", "image=none")
+        assert code == 0 and (note in output) == noted, output
+    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "word " * 500}]
+    for messages, noted in ((chat, False), ([chat[0], chat[1], *chat], True)):
+        (tmp_path / "chat.json").write_text(json.dumps([{"messages": messages}]))
+        code, output = command("check", tmp_path / "chat.json", "--columns", "image=none")
+        assert code == 0 and (note in output) == noted, output
+
+
 def test_the_check_command_reads_vqav2_of_the_hub(command, tmp_path):
     save_vqav2_of_the_hub(tmp_path)
     code, output = command("check", tmp_path)

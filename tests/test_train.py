@@ -183,11 +183,11 @@ def test_a_method_sets_its_switch():
         (["--num_train_epochs", "0", "--save_strategy", "epoch"], "`--save_strategy` has no effect with `--num_train"),
         (
             ["--lr_scheduler_type", "constant", "--warmup_steps", "9"],
-            "without `--lr_scheduler_type constant_with_warm",
+            "`--lr_scheduler_type constant` has no warm-up",
         ),
         (["--fsdp_config", "{}"], "`--fsdp_config` has no effect without `--fsdp`"),
         (["--optim", "sgd", "--adam_beta1", "0.5"], "`--adam_beta1` has no effect without `--optim adamw_torch`"),
-        (["--save_total_limit", "3"], "`--save_total_limit` has no effect without `--save_strategy`"),
+        (["--save_total_limit", "3"], "`--save_total_limit` has no effect without `--save_strategy steps` or"),
         (["--optim", "sgd", "--optim_args", "momentum=abc"], "`momentum` must be a number"),
         (["--streaming", "true"], "needs `--max_steps`"),
         (["--adapter", "x", "--method", "lavin"], "`--method` was given, but `--adapter x`"),
@@ -198,6 +198,14 @@ def test_a_method_sets_its_switch():
         (["--load_in_4bit", "true", "--load_in_8bit", "true"], "only one can be used"),
         (["--method", "lavin", "--deepspeed", "launch/zero3.json"], "`--method lavin` does not .* ZeRO-3"),
         (["--num_train_epochs", "0", "--deepspeed", "ds_config.json"], "which DeepSpeed ZeRO-2 does not support"),
+        (
+            ["--deepspeed", '{"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}'],
+            "DeepSpeed config has `optimizer`, but train.py makes",
+        ),
+        (
+            ["--lr_scheduler_type", "greedy", "--eval_strategy", "epoch", "--warmup_steps", "9"],
+            "greedy` has no warm-up",
+        ),
         (["--bf16", "true", "--deepspeed", "ds_config.json"], "`--bf16` was given with .*`--dtype bfloat16` instead"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -64,8 +64,8 @@ class DataArguments:
     holdout: float | None = HfArg(
         default=None,
         help="Fraction of your own train split, such as 0.05, to use as the test split if there is none; as many rows "
-        "become the validation split if there is none. The rows are the same in every run, and those about the same "
-        "images are in one split.",
+        "become the validation split if there is none. The rows are the same in every run, and those that share "
+        "an image are in one split.",
     )
     captions: str | None = HfArg(
         default=None,
@@ -258,13 +258,13 @@ def parse_arguments(arguments: list[str]):
     words = [f"--output_dir=outputs/{recipe.stem}"]
     for name, value in values.items():
         if isinstance(value, dict) and name == "columns":
-            value = [f"{field}={column}" for field, column in value.items()]
+            value = [f"{field}={'none' if column is None else column}" for field, column in value.items()]
         if isinstance(value, dict) or isinstance(value, list) and name == "layer_mapping":
             value = json.dumps(value)
         elif isinstance(value, list) and name in ("columns", "report_to"):
-            value = ",".join(map(str, value)) or "none"
+            value = ",".join(map(str, value)) or ("none" if name == "report_to" else [])
         elements = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *map(str, elements)]
+        words += [f"--{name}", *map(str, elements)] if elements else []
     given = arguments[1:] if find_recipe(arguments) else arguments
     words += given
     try:
@@ -509,8 +509,12 @@ def check_optimizer(training_args):
         if key.strip() not in OPTIMIZERS[name]:
             known = ", ".join(OPTIMIZERS[name]) or "nothing"
             raise ValueError(f"`--optim {name}` does not read `{key}` of `--optim_args`. It reads {known}.")
-        if key.strip() not in ("nesterov", "centered") and not re.fullmatch(r"\s*[-+.\de]+\s*", value):
-            raise ValueError(f"`--optim_args {training_args.optim_args}` was given. `{key}` must be a number.")
+        if key.strip() not in ("nesterov", "centered"):
+            try:
+                float(value)
+            except ValueError:
+                given = f"`--optim_args {training_args.optim_args}` was given"
+                raise ValueError(f"{given}. `{key}` must be a number.") from None
 
 
 def check_schedule(training_args):
@@ -550,6 +554,11 @@ def check_needs(given: Collection[str], training_args):
         **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), pushes),
         **({"save_strategy": evaluates} if values["save_strategy"] == "best" else {}),
     }
+    refuse_useless(given, needs)
+
+
+def refuse_useless(given: Collection[str], needs: dict[str, tuple[str, bool]]):
+    """Raises `ValueError` for flags that were given without what they need: a flag, and whether this is so."""
     for name, (needed, is_met) in needs.items():
         if name in given and not is_met:
             raise ValueError(f"`--{name}` has no effect without `{needed}`. Add that, or remove `--{name}`.")
@@ -557,26 +566,22 @@ def check_needs(given: Collection[str], training_args):
 
 def check_ignored(given: Collection[str], model_args, training_args):
     """Raises `ValueError` for flags of a command that have no effect with its other values."""
-    optimizer, schedule = training_args.optim.value, getattr(training_args.lr_scheduler_type, "value", None)
-    trains = training_args.num_train_epochs > 0
+    saves = training_args.save_strategy != "no" or training_args.enable_jit_checkpoint
+    uses_adam = "adamw" in training_args.optim.value
     needs = {
         "adapter_revision": ("--adapter", model_args.adapter is not None),
         "fsdp_config": ("--fsdp", bool(training_args.fsdp)),
-        "warmup_steps": (
-            "--lr_scheduler_type constant_with_warmup",
-            schedule != "constant" or not training_args.warmup_steps,
-        ),
-        **dict.fromkeys(
-            ("save_total_limit", "save_only_model"), ("--save_strategy", training_args.save_strategy != "no")
-        ),
-        **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), ("--optim adamw_torch", "adamw" in optimizer)),
+        **dict.fromkeys(("save_total_limit", "save_only_model"), ("--save_strategy steps` or `epoch", saves)),
+        **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), ("--optim adamw_torch", uses_adam)),
     }
-    for name, (needed, is_met) in needs.items():
-        if name in given and not is_met:
-            raise ValueError(f"`--{name}` has no effect without `{needed}`. Add that, or remove `--{name}`.")
+    refuse_useless(given, needs)
     for name in ("eval_strategy", "save_strategy"):
-        if name in given and getattr(training_args, name) != "no" and not trains:
+        if name in given and getattr(training_args, name) != "no" and training_args.num_train_epochs <= 0:
             raise ValueError(f"`--{name}` has no effect with `--num_train_epochs 0`, which does not train. Remove it.")
+    schedule = training_args.lr_scheduler_type
+    if "warmup_steps" in given and training_args.warmup_steps and schedule in ("constant", *SCORE_SCHEDULES):
+        name = getattr(schedule, "value", schedule)
+        raise ValueError(f"`--lr_scheduler_type {name}` has no warm-up. Remove `--warmup_steps`, or use another one.")
 
 
 def check_engine(is_baseline: bool, method: str, training_args):
@@ -592,6 +597,13 @@ def check_engine(is_baseline: bool, method: str, training_args):
             f"`--method {method}` does not support {engine}, which shards the bases. Use DDP, or `--deepspeed "
             "ds_config.json` (ZeRO-2)."
         )
+    if training_args.deepspeed_plugin is not None:
+        config = training_args.deepspeed_plugin.hf_ds_config.config
+        if own := [name for name in ("optimizer", "scheduler") if name in config]:
+            raise ValueError(
+                f"The DeepSpeed config has `{own[0]}`, but train.py makes the optimizer and the scheduler, with the "
+                "learning rate of the recipe. Remove it from the config."
+            )
     halves = [flag for flag in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval") if getattr(training_args, flag)]
     if halves and training_args.deepspeed_plugin is not None:
         dtype = "bfloat16" if halves[0].startswith("bf16") else "float16"

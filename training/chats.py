@@ -34,11 +34,11 @@ class ChatTokenizer:
         special = "|".join(map(re.escape, self.special_tokens)) or r"(?!)"
         self.pattern = re.compile(f"{special}|{ANY_STAND_IN}")
         self.end = re.compile(rf"\s*(?:{special})")  # of a turn
-        self.stand_ins = {}  # text -> the stand-in that replaces it
+        self.stand_ins, self.words = {}, {}  # text -> the stand-in that replaces it, and the reverse
         self.num_appended = processing.num_appended_tokens(self.tokenizer)
 
     def protect(self, text: str) -> str:
-        """Replaces each special token by a stand-in character."""
+        """Replaces each special token with a stand-in character."""
         return self.pattern.sub(self._stand_in, text)
 
     def _stand_in(self, found: re.Match) -> str:
@@ -48,13 +48,13 @@ class ChatTokenizer:
                     f"the texts have more than {len(STAND_INS)} different special tokens and private-use characters. "
                     "Remove some."
                 )
-            self.stand_ins[found[0]] = chr(STAND_INS[len(self.stand_ins)])
+            stand_in = chr(STAND_INS[len(self.stand_ins)])
+            self.stand_ins[found[0]], self.words[stand_in] = stand_in, found[0]
         return self.stand_ins[found[0]]
 
     def restore(self, text: str) -> str:
         """Reverses `protect`."""
-        replaced = {stand_in: word for word, stand_in in self.stand_ins.items()}
-        return re.sub(ANY_STAND_IN, lambda found: replaced[found[0]], text)
+        return re.sub(ANY_STAND_IN, lambda found: self.words[found[0]], text)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         messages = [{**message, "content": self.protect(message["content"])} for message in messages]
@@ -63,7 +63,9 @@ class ChatTokenizer:
         except TemplateSyntaxError as error:
             raise ValueError(f"the chat template is not valid Jinja: {error.message}") from error
         except TemplateError as error:  # for example because of an unknown role
-            raise ValueError(f"the chat template of the tokenizer refuses {messages}: {error}") from error
+            raise ValueError(
+                f"the chat template of the tokenizer refuses {reprlib.repr(messages)}: {error}"
+            ) from error
         for message in messages:
             if message["role"] != "assistant" and message["content"].strip() not in text:
                 raise ValueError(
@@ -74,7 +76,7 @@ class ChatTokenizer:
 
     def render_answers(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """
-        The text of a chat up to the end of its last message, and the begin and end of each of the assistant's
+        The text of a chat up to the end of its last message, and the start and end of each of the assistant's
         messages: from the end of the generation prompt to the token that ends the turn, which is learned too.
 
         Raises:
@@ -131,7 +133,7 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """
-        Token ids of a rendered chat, and the begin and end of each token in the text. There is one
+        Token ids of a rendered chat, and the start and end of each token in the text. There is one
         beginning-of-sequence token, even if the chat template contains it.
         """
         first, *others = re.split(f"({ANY_STAND_IN})", text)
@@ -139,8 +141,7 @@ class ChatTokenizer:
         encoded = self.tokenizer(first, add_special_tokens=adds, return_offsets_mapping=True)
         end = len(encoded.input_ids) - (self.num_appended if adds else 0)
         tokens, places, begin = encoded.input_ids[:end], encoded.offset_mapping[:end], len(first)
-        replaced = {stand_in: word for word, stand_in in self.stand_ins.items()}
-        words, pieces = [replaced[stand_in] for stand_in in others[::2]], others[1::2]
+        words, pieces = [self.words[stand_in] for stand_in in others[::2]], others[1::2]
         encoded_words = self._encode_pieces(words, split_special_tokens=True)
         encoded_pieces = self._encode_pieces(pieces)
         for word, piece in zip(words, pieces):

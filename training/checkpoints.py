@@ -24,6 +24,7 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, logging
 
+from tasks import write_json
 from training.engines import ENGINE_OF_ONE, name_engine
 from training.flags import FILE_FLAGS, ROOT
 
@@ -43,13 +44,6 @@ logger = logging.get_logger("train")
 
 
 # --- files ---
-
-
-def write_json(file: Path, content: dict):
-    """Writes the file atomically: if the process is killed, the old file is kept."""
-    unfinished = file.with_name(f"{file.name}.tmp")
-    unfinished.write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
-    os.replace(unfinished, file)
 
 
 def read_json(file: Path) -> dict:

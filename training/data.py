@@ -170,10 +170,11 @@ class Split(torch.utils.data.Dataset):
                     sha256.update(repr(pc.list_value_length(column).to_pylist()).encode())
                     column = pc.list_flatten(column)
                 places, contents = (pc.struct_field(column, name) for name in ("path", "bytes"))
+                lengths, places = pc.binary_length(contents).to_pylist(), places.to_pylist()
+                is_file = [length is None and os.path.isfile(place or "") for place, length in zip(places, lengths)]
                 # The same file has another relative path in another working directory
-                places = [place and os.path.abspath(place) for place in places.to_pylist()]
-                lengths = pc.binary_length(contents).to_pylist()
-                sizes = [os.path.getsize(place) if place and os.path.isfile(place) else None for place in places]
+                places = [os.path.abspath(place) if there else place for place, there in zip(places, is_file)]
+                sizes = [os.path.getsize(place) if there else None for place, there in zip(places, is_file)]
                 sha256.update(repr((places, lengths, sizes)).encode())
         return sha256.hexdigest()
 
@@ -248,10 +249,8 @@ class StreamedSplit(torch.utils.data.IterableDataset):
 def load_splits(task, processor, data_args, training_args) -> dict[str, Split | StreamedSplit]:
     """The splits that a run needs, by name. The main process encodes them; the other processes read its result."""
     splits = {}
-    quiet = (
-        without_warnings() if training_args.process_index else nullcontext()
-    )  # the main process gives the same ones
-    with quiet, training_args.main_process_first(desc="encode the data"):
+    quiet = without_warnings if training_args.process_index else nullcontext  # the main process has already warned
+    with quiet(), training_args.main_process_first(desc="encode the data"):
         if training_args.num_train_epochs > 0 and data_args.streaming:
             seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
             shuffle_seed = None if training_args.train_sampling_strategy == "sequential" else seed

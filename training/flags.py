@@ -30,7 +30,7 @@ RENAMED |= {"overwrite_output_dir": "resume_from_checkpoint never"}
 # Flags that name a folder or a repository on the Hub
 PLACES = ("data_path", "adapter", "vision_model", "text_model")
 FILE_FLAGS = (*PLACES, "chat_template", "captions")
-CONFIG_FLAGS = ("deepspeed", "fsdp_config")  # which may also have the configuration itself
+CONFIG_FLAGS = ("deepspeed", "fsdp_config")  # whose value may also be the configuration itself
 # Pairs of which the first has no effect if the second is given as well
 PARTNERS = (("learning_rate", "base_learning_rate"), ("num_train_epochs", "max_steps"))
 
@@ -51,9 +51,9 @@ class RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-NUMBERS = {"int": r"[-+]?\d+$", "float": r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"}
-for kind, pattern in NUMBERS.items():
-    RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(pattern), list("-+0123456789"))
+STARTS = list("-+0123456789")
+RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), STARTS)
+RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), STARTS)
 RecipeLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
@@ -86,7 +86,7 @@ def read_recipe(recipe: Path) -> dict:
 
 
 def without_partners(values: dict, given) -> dict:
-    """Values without those that would take precedence over values `given` later, see [`PARTNERS`]."""
+    """Values without those that `given` ones override, see [`PARTNERS`]."""
     overridden = {other for name, other in PARTNERS if name in given}
     return {name: value for name, value in values.items() if name not in overridden}
 

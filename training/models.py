@@ -114,6 +114,10 @@ def load_model(model_args, adapter_args, baseline_args):
         options["max_images"] = adapter_args.max_images
     options |= {"vision_model": model_args.vision_model, "text_model": model_args.text_model}
     options["revision"] = model_args.adapter_revision
+    for base in BASES:
+        place, revision = (getattr(model_args, f"{base}_model{end}") for end in ("", "_revision"))
+        if revision is not None and not (place and Path(place).is_dir()):  # of a folder it is only a name, see below
+            options |= {f"{base}_model_revision": revision} | ({f"{base}_model_id": place} if place else {})
     model = DehvfForConditionalGeneration.from_pretrained(model_args.adapter, **options)
     for base in BASES:
         if getattr(model_args, f"{base}_model") is None:

@@ -14,11 +14,11 @@ from transformers.trainer_utils import PredictionOutput
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, extract_commit_hash
 
 from dehvf import hub
-from tasks import format_score, get_task, print_scores, score_folder
+from tasks import format_score, get_task, print_scores, score_folder, write_json
 from tasks._holdout import KEPT_TOGETHER
 from training.arguments import BASES, DEHVF_METHODS
 from training.chats import ChatTokenizer, render
-from training.checkpoints import RESULTS_FILE, describe_code, digest, write_json
+from training.checkpoints import RESULTS_FILE, describe_code, digest
 from training.data import Split
 from training.flags import ROOT
 from training.fusion import describe_fusion
