@@ -171,9 +171,9 @@ class AdapterMixin:
 
         Raises:
             OSError: if there is no adapter, its file is damaged, or a base model cannot be found.
-            ValueError: if the adapter or a base model does not fit the config, a tensor of the adapter is of another
-                dtype than float32, bfloat16 or float16, or not finite, the config is not a DEHVF config, or there is
-                an adapter of `peft`.
+            ValueError: if the adapter or a base model does not fit the config, a tensor of the adapter is not finite,
+                or of a dtype other than float32, bfloat16 or float16, the config is not a DEHVF config, or there is an
+                adapter of `peft`.
         """
         location = pretrained_model_name_or_path
         if location is None:

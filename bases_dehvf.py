@@ -135,8 +135,8 @@ def warn_of_other_values(found, expected, location):
     if differing:
         values = ", ".join(f"`{name}={given[name]}` (there {own[name]})" for name in sorted(differing))
         logger.warning(
-            f"The config has other values than the base model in {location}, which have no effect: {values}. To use "
-            "them, save the base model with these values in its config, and pass its folder."
+            f"Some values of the config differ from those of the base model in {location} and have no effect: "
+            f"{values}. To use them, save the base model with these values in its config, and pass its folder."
         )
 
 

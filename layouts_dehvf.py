@@ -102,7 +102,7 @@ def _explained(key: str, requirement: str):
     return decorate
 
 
-@_explained("text", "Supported are decoders in which each layer has one FFN module with one activation.")
+@_explained("text", "DEHVF supports decoders whose layers each have one FFN module with one activation.")
 def find_text_layout(text_config: PreTrainedConfig) -> TextLayout:
     """Finds the modules of a language model. Raises `ValueError` that says why if it cannot be extended."""
     if reason := TEXT_REFUSALS.get(text_config.model_type):
@@ -139,7 +139,7 @@ def find_text_layout(text_config: PreTrainedConfig) -> TextLayout:
     return layout
 
 
-@_explained("vision", "Supported are stacks of layers, each with an FFN, whose only input is square images.")
+@_explained("vision", "DEHVF supports stacks of layers with an FFN each, whose only input is square images.")
 def find_vision_layout(vision_config: PreTrainedConfig, image_size: int | None = None) -> VisionLayout:
     """
     Finds the modules of a vision encoder.

@@ -483,8 +483,8 @@ class DehvfProcessor(ProcessorMixin):
         super().validate_inputs(images=images, text=text, **kwargs)
         if images is not None and text is not None and len(images) != len(text):
             raise ValueError(
-                f"Got {len(images)} images and {len(text)} texts. Pass one entry per text, with `None` for a text "
-                "without an image and a list for one with several: images=[image, None, [first, second]], "
+                f"`images` has {len(images)} entries and `text` has {len(text)}. Pass one entry per text, with `None` "
+                "for a text without an image and a list for one with several: images=[image, None, [first, second]], "
                 "text=[question, question, question]."
             )
 

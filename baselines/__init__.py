@@ -81,7 +81,9 @@ class BaselineArguments:
     adaption_projector_size: int = HfArg(
         default=64, help="llama-adapter: hidden width of the projector (ours, matches the paper's count)."
     )
-    adapter_v2_prompts: int = HfArg(default=20, help="llama-adapter-v2: prompts made of an image (arXiv 2304.15010).")
+    adapter_v2_prompts: int = HfArg(
+        default=20, help="llama-adapter-v2: prompts made from an image (arXiv 2304.15010)."
+    )
     adapter_v2_size: int = HfArg(
         default=288, help="llama-adapter-v2: width of the blocks that make them (ours, matches the paper's count)."
     )
@@ -105,8 +107,8 @@ class BaselineArguments:
     )
     adem_pool_sizes: list[int] = HfArg(
         default_factory=lambda: [1, 2],
-        help="adem-vl: for each scale the side of the squares of patches that are averaged. 1 and 2 make of 16 x 16 "
-        "patches 16 x 16 and 8 x 8 (down_sample_num 256 64 in their README).",
+        help="adem-vl: for each scale the side of the squares of patches that are averaged. 1 and 2 turn 16 x 16 "
+        "patches into 16 x 16 and 8 x 8 (down_sample_num 256 64 in their README).",
     )
     adem_image_scale: float = HfArg(
         default=0.01, help="adem-vl: scale of the projected patches (README there, --beta)."
@@ -115,7 +117,8 @@ class BaselineArguments:
         default=0.1, help="adem-vl: scale of what the language FFNs read (README there, --alpha)."
     )
     adem_drop_ratio: float = HfArg(
-        default=0.1, help="adem-vl: share of a token's scores, the lowest, set to zero (README there, --drop_ratio)."
+        default=0.1,
+        help="adem-vl: fraction of each token's scores, the lowest ones, set to zero (README there, --drop_ratio).",
     )
     igva_num_groups: int = HfArg(default=4, help="igva: groups of vision layers (scripts/v1_5/finetune_balance.sh).")
     igva_hidden_size: int = HfArg(

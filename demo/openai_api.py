@@ -4,7 +4,7 @@ The part of OpenAI's API that `serve.py` supports: the fields of requests, the f
 errors.
 
 A field that would change the answer is either supported or refused with status 400, so that no client gets an answer
-to another request than it has sent.
+to a request other than the one it sent.
 """
 
 import json

@@ -338,8 +338,8 @@ def test_saved_and_loaded_processors_agree(tmp_path):
 @pytest.mark.parametrize(
     "images, text, message",
     [
-        ([image()], ["a", "b"], "Got 1 images and 2 texts"),
-        ([image(), None, None], "a", "Got 3 images and 1 texts"),
+        ([image()], ["a", "b"], "`images` has 1 entries and `text` has 2"),
+        ([image(), None, None], "a", "`images` has 3 entries and `text` has 1"),
         ([[image(), image()]], "a", "2 images, but this adapter reads at most 1 per text"),
     ],
 )

@@ -251,7 +251,7 @@ def test_samples_have_the_images_of_their_lists_and_the_model_reads_them():
     assert tiny_model(max_images=2)(**inputs).logits.shape[0] == 5
     with pytest.raises(ValueError, match="A sample has 3 images, but this adapter reads at most 2 per text"):
         processor(images=[[first, second, third]], text="a")
-    with pytest.raises(ValueError, match=r"Got 2 images and 1 texts. .* a list for one with several"):
+    with pytest.raises(ValueError, match=r"`images` has 2 entries and `text` has 1. .* a list for one with several"):
         processor(images=[first, second], text="a")
 
 

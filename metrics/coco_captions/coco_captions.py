@@ -11,11 +11,11 @@ class CocoCaptions(evaluate.Metric):
     """
     predictions: one caption per image.
     references: all captions that people gave to the image, one list per image.
-    size: the number of images in the split, if another number of predictions is to be refused.
+    size: the number of images in the split, if any other number of predictions is an error.
 
-    Returns BLEU-1 to BLEU-4 and CIDEr after PTB tokenization, all times 100 as papers print them: `scale` says so.
-    BLEU ends at 100, CIDEr at 1000; the latter weighs n-grams by how rare they are in the references given. `count` is
-    the number of images scored. Needs Java.
+    Returns BLEU-1 to BLEU-4 and CIDEr after PTB tokenization, all multiplied by 100, as in papers (`scale`). The
+    maximum of BLEU is 100, that of CIDEr 1000; the latter weighs n-grams by how rare they are in the given references.
+    `count` is the number of images scored. Needs Java.
     """
 
     def _info(self):
@@ -51,7 +51,7 @@ def tokenize(groups):
     tokens = PTBTokenizer().tokenize(captions)
     if [len(group) for group in tokens.values()] != [len(group) for group in groups]:
         raise RuntimeError(
-            f"The PTB tokenizer gave back {sum(map(len, tokens.values()))} of {sum(map(len, groups))} captions. It is "
-            "a Java program: what it printed above says why. See whether `java -version` works."
+            f"The PTB tokenizer returned {sum(map(len, tokens.values()))} of {sum(map(len, groups))} captions. It is "
+            "a Java program: see its output above, and check that `java -version` works."
         )
     return tokens

@@ -8,10 +8,10 @@ class NLVR2(evaluate.Metric):
     """
     predictions: what the model said, one text per statement and pair of images; "True" or "False" at its start.
     references: the label, "True" or "False", and the identifier, "split-set-pair-sentence".
-    size: the number of rows in the split, if another number of predictions is to be refused.
+    size: the number of rows in the split, if any other number of predictions is an error.
 
-    Returns, in per cent: `accuracy`; `consistency`, the share of statements that are judged right with each of their
-    pairs; and `unparsed`, the share of predictions that are neither, which count as wrong. `count` is the number
+    Returns, in per cent: `accuracy`; `consistency`, the share of statements that are judged correctly for all of
+    their pairs; and `unparsed`, the share of predictions that are neither, which count as wrong. `count` is the number
     scored.
     """
 

@@ -14,7 +14,7 @@ class ScienceQA(evaluate.Metric):
     """
     predictions: what the model said after "The answer is", one text per question.
     references: the question's facts, see `_info`.
-    size: the number of questions in the split, if another number of predictions is to be refused.
+    size: the number of questions in the split, if any other number of predictions is an error.
 
     Returns accuracies in per cent, `None` where the split has no such question: NAT, SOC, LAN by subject; TXT with a
     hint, IMG with an image, NO with neither; G1-6 and G7-12 by grade; `average` over all questions, also those of

@@ -29,7 +29,7 @@ class VQAv2(evaluate.Metric):
     """
     predictions: what the model said, one text per question.
     references: the answers that people gave, ten per question, and the type of the answer.
-    size: the number of questions in the split, if another number of predictions is to be refused.
+    size: the number of questions in the split, if any other number of predictions is an error.
 
     Returns accuracies in per cent: of each type of answer ("yes/no", "number", "other"), `None` where the split has
     none, and `average` over all questions. `count` is the number scored.
