@@ -185,7 +185,8 @@ def read_chats(conversation) -> list[list[dict]]:
 
 def remove_markers_of_chat(chat: list[dict]) -> list[dict]:
     """
-    A chat that [`read_chats`] returned, if it has images without the `<image>` markers in its texts, as in training.
+    Removes the `<image>` markers from the texts of a chat with images, as in training. `chat` is one that
+    [`read_chats`] returned.
 
     Raises:
         ValueError: as in [`check_markers`].

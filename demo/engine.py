@@ -221,6 +221,7 @@ class Engine:
         config.num_return_sequences = 1  # requests have `n`
         num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_context_tokens = min(max_context_tokens, num_positions or max_context_tokens)
+        self._chats = ChatTokenizer(processor)
         self._word = processor.tokenizer("a", add_special_tokens=False).input_ids
         self._tokenizing = threading.Lock()  # a tokenizer changes its padding in each call
         self._thread, self._waiting, self._queueing = ThreadPoolExecutor(1), [], threading.Lock()
@@ -259,16 +260,16 @@ class Engine:
 
     def _encode(self, chat: list[dict], images: list[Image.Image]) -> dict[str, torch.Tensor]:
         """The inputs of the model. Special tokens in a message are encoded as ordinary text, as in training."""
-        chats = ChatTokenizer(self.processor)  # a new one, since it keeps the special tokens that it has seen
+        chats = self._chats
+        chats.forget()  # the special tokens of other clients
         parts = [part for message in chat for part in message["content"] if part["type"] == "text"]
         num_special = sum(len(chats.pattern.findall(part["text"])) for part in parts)
         if num_special > self.max_context_tokens:
             raise too_long(f"The messages have {num_special} special tokens", self.max_context_tokens)
         for part in parts:
             part["text"] = chats.protect(part["text"])
-        input_ids = torch.tensor(
-            [chats.encode(self.processor.apply_chat_template(chat, add_generation_prompt=True))[0]]
-        )
+        ids, _ = chats.encode(self.processor.apply_chat_template(chat, add_generation_prompt=True))
+        input_ids = torch.tensor([ids])
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         return {**inputs, **(self.processor(images=[images], return_tensors="pt") if images else {})}
 

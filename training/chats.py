@@ -34,8 +34,12 @@ class ChatTokenizer:
         special = "|".join(map(re.escape, self.special_tokens)) or r"(?!)"
         self.pattern = re.compile(f"{special}|{ANY_STAND_IN}")
         self.end = re.compile(rf"\s*(?:{special})")  # of a turn
-        self.stand_ins, self.words = {}, {}  # text -> the stand-in that replaces it, and the reverse
         self.num_appended = processing.num_appended_tokens(self.tokenizer)
+        self.forget()
+
+    def forget(self):
+        """Forgets which texts stand-ins have replaced."""
+        self.stand_ins, self.words = {}, {}  # text -> its stand-in, and the reverse
 
     def protect(self, text: str) -> str:
         """Replaces each special token with a stand-in character."""
