@@ -434,9 +434,10 @@ class DehvfProcessor(ProcessorMixin):
                 inputs[name] = [row[:-appended] for row in rows] if isinstance(rows, list) else rows[:, :-appended]
         return inputs
 
-    def apply_chat_template(self, conversation, chat_template=None, *, tokenize: bool = False, **kwargs):
+    def apply_chat_template(self, conversation, *args, tokenize: bool = False, **kwargs):
         """
-        As in `transformers`. In a `chat_template` that is given, the `content` of each message is a string.
+        As in `transformers`. A `chat_template` that is given here gets the parts of each message, unlike the
+        processor's own, which gets a string.
 
         Raises:
             ValueError: with `tokenize=True`, if a chat, message or part has another form, such as an image part
@@ -446,10 +447,7 @@ class DehvfProcessor(ProcessorMixin):
         if tokenize:
             chats = [remove_markers_of_chat(chat) for chat in read_chats(conversation)]
             conversation = chats if is_batch_of_chats(conversation) else chats[0]
-        names = self.chat_template if isinstance(self.chat_template, dict) else {}
-        if chat_template is not None and chat_template not in names:
-            chat_template = keep_text(chat_template)
-        return super().apply_chat_template(conversation, chat_template, tokenize=tokenize, **kwargs)
+        return super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         _, text, videos, audio = super().prepare_inputs_layout(text=text, **kwargs)

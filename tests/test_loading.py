@@ -248,7 +248,7 @@ def test_values_for_a_base_model_that_have_no_effect_are_named(saved, monkeypatc
     config.text_config.rms_norm_eps = 1.0
     DehvfForConditionalGeneration.from_pretrained(saved / "adapter", config=config)
     (message,) = messages
-    assert "which have no effect: `rms_norm_eps=1.0` (there 1e-06)" in message
+    assert "have no effect: `rms_norm_eps=1.0` (there 1e-06)" in message
 
 
 def test_bases_can_be_taken_from_elsewhere(saved, tmp_path):

@@ -164,13 +164,6 @@ def test_a_chat_template_given_at_loading_gets_the_text_of_a_message(tmp_path):
         assert loaded.chat_template.count(processing.KEEP_TEXT) == 1
 
 
-def test_a_chat_template_given_in_a_call_gets_the_text_of_a_message():
-    chat = [{"role": "user", "content": [{"type": "image", "image": image()}, {"type": "text", "text": "who?"}]}]
-    template = "{{ messages[0]['content'] + '!' }}"
-    assert tiny_processor().apply_chat_template(chat, chat_template=template) == "who?!"
-    assert tiny_processor().apply_chat_template(chat, template) == "who?!"
-
-
 def test_all_chat_templates_of_a_tokenizer_are_kept(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {name: "{{ messages[0]['content'] }} " + name for name in ("default", "tool_use")}
