@@ -17,6 +17,8 @@ from test_start import SIZES, check_start
 from test_train import FEW_LAYERS, make_rows, read_predictions, tiny_flags
 from tiny import ROOT, save_tiny_bases
 
+from baselines import METHODS
+
 
 ENGINES = {
     "DDP": None,
@@ -30,9 +32,15 @@ ENGINES = {
 # feel a bias of its keys) becomes a step of a whole rate in Adam, so `adam_epsilon` is not that small.
 FLAGS = {
     **{"max_steps": 3, "learning_rate": 0.02, "adam_epsilon": 1e-4, "lr_scheduler_type": "constant"},
-    **{"warmup_steps": 0, "memory_dropout": 0.0, "vision_adapter_dropout": 0.0, "fuser_lr_ratio": 0.5},
-    **{"logging_steps": 1, "save_strategy": "no", "disable_tqdm": "true", "train_sampling_strategy": "sequential"},
+    **{
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": "true",
+        "train_sampling_strategy": "sequential",
+    },
 }
+OF_DEHVF = {"memory_dropout": 0.0, "vision_adapter_dropout": 0.0, "fuser_lr_ratio": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +76,8 @@ def train_on(folder):
         if engine == "FSDP2":
             launched = accelerate_launch("fsdp2", "--num_processes", num_processes)
             environments = [settings | own for settings, own in zip(launched, environments, strict=True)]
-        flags = tiny_flags(folder, folder / "data", output, **{**FLAGS, **flags})
+        own = {} if flags.get("method") in METHODS else OF_DEHVF
+        flags = tiny_flags(folder, folder / "data", output, **{**FLAGS, **own, **flags})
         seen = run_in_processes(train_and_look, environments, flags, engine == "FSDP2")
         return seen, load_file(output / "model.safetensors"), read_predictions(output)
 
