@@ -72,20 +72,24 @@ class Setting:
 # --- servers ---
 
 
-class ImageTokenProcessor:
-    """Adds LLaVA's placeholders to the prompts of a processor: one for each patch, after the first token."""
+def make_engine_class(model) -> type:
+    """The engine of the server; for LLaVA, one that adds its placeholders after the first token of a prompt."""
+    from demo.engine import Engine
 
-    def __init__(self, processor: DehvfProcessor, image_tokens: list[int]):
-        self.processor, self.tokenizer = processor, processor.tokenizer
-        self.image_tokens, self.max_images = torch.tensor([image_tokens]), processor.max_images
+    if not hasattr(model, "image_tokens"):
+        return Engine
+    image_tokens = torch.tensor([model.image_tokens])
 
-    def apply_chat_template(self, chat, **kwargs):
-        inputs = self.processor.apply_chat_template(chat, **kwargs)
-        if "pixel_values" in inputs:
-            added = {"input_ids": self.image_tokens, "attention_mask": torch.ones_like(self.image_tokens)}
-            for name, tokens in added.items():
-                inputs[name] = torch.cat((inputs[name][:, :1], tokens, inputs[name][:, 1:]), dim=1)
-        return inputs
+    class ImageTokenEngine(Engine):
+        def _encode(self, chat, images):
+            inputs = super()._encode(chat, images)
+            if images:
+                added = {"input_ids": image_tokens, "attention_mask": torch.ones_like(image_tokens)}
+                for name, tokens in added.items():
+                    inputs[name] = torch.cat((inputs[name][:, :1], tokens, inputs[name][:, 1:]), dim=1)
+            return inputs
+
+    return ImageTokenEngine
 
 
 class SingleModelManager:
@@ -124,7 +128,6 @@ def build(method: str, setting: Setting):
         vision = AutoModel.from_pretrained(setting.vision_model)
         model = assemble("llava-lora", vision, model, BaselineArguments(), setting.image_size)
         model.model.language_model = model.model.language_model.merge_and_unload()
-        processor = ImageTokenProcessor(processor, model.image_tokens)
     model.generation_config.eos_token_id = None
     model.generation_config.suppress_tokens = processor.tokenizer.all_special_ids
     return model.eval(), processor
@@ -138,8 +141,12 @@ def serve(method: str, setting: Setting, port: int, threads: int):
     from demo.serve import build as build_app
 
     torch.set_num_threads(threads)
+    model, processor = build(method, setting)
     app = build_app(
-        SingleModelManager(method, *build(method, setting)), ImageReader(), max_requests=2 * max(setting.clients)
+        SingleModelManager(method, model, processor),
+        ImageReader(),
+        max_requests=2 * max(setting.clients),
+        engine_class=make_engine_class(model),
     )
     uvicorn.run(app, port=port, log_level="warning")
 

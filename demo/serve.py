@@ -200,6 +200,7 @@ def build(
     max_context_tokens: int = 4096,
     max_requests: int = 32,
     max_batch_size: int = 16,
+    engine_class: type[Engine] = Engine,
 ) -> FastAPI:
     """
     The application of `transformers serve` for the model that `manager` was started with.
@@ -212,13 +213,14 @@ def build(
         max_context_tokens: maximum number of tokens of messages and answer.
         max_requests: number of requests that are answered or wait at the same time.
         max_batch_size: maximum number of answers in one call of `generate`.
+        engine_class: `Engine` or a subclass of it.
 
     Raises:
         ValueError: if the generation config of the model has a setting that is not supported.
     """
     name = manager.force_model
     model, processor = manager.load_model_and_processor(manager.process_model_name(name))
-    engine = Engine(model, processor, reader, max_context_tokens, max_batch_size)
+    engine = engine_class(model, processor, reader, max_context_tokens, max_batch_size)
     app = build_server(
         manager,
         chat_handler=Handler(engine, name, ChatRequest, UNSUPPORTED_IN_CHATS, ChatWriter),
