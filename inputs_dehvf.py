@@ -22,7 +22,7 @@ def check_pixel_values(config: DehvfConfig, pixel_values: torch.Tensor):
 
 
 def check_visual_memory(config: DehvfConfig, visual_memory: torch.Tensor, batch_size: int | None = None):
-    """Raises `ValueError` if the memory does not have this adapter's shape, or not one row per text."""
+    """Raises `ValueError` if the memory does not have this adapter's shape, or does not have one row per text."""
     if config.visual_prompts == "none":
         raise ValueError('There is no visual memory with `visual_prompts="none"`: no image enters the memory slots.')
     check_tensor("visual_memory", visual_memory)

@@ -411,16 +411,13 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         Raises:
             ValueError: if the config has `visual_prompts="none"`; or as in `get_image_features`.
         """
-        adapter = self.active  # another thread may activate another one meanwhile
+        adapter = self.active  # another thread may activate another one in the meantime
         if adapter.config.visual_prompts == "none":
             raise ValueError('There are no fusion weights with `visual_prompts="none"`: no image enters the memory.')
         check_pixel_values(adapter.config, pixel_values)
         check_instruction(adapter.config, instruction, pixel_values.shape[0])
         class_features = adapter.hierarchical_features(self.vision_tower, pixel_values)[0]
         return adapter.fusion_weights(class_features, instruction)
-
-    def _hierarchical_features(self, pixel_values: torch.Tensor):
-        return self.active.hierarchical_features(self.vision_tower, pixel_values)
 
     @property
     def candidates(self) -> torch.Tensor:
@@ -602,7 +599,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         self.model = DehvfModel(config, vision_tower, causal_lm.base_model)
         self.lm_head = causal_lm.get_output_embeddings()
         self.generation_config = causal_lm.generation_config
-        # Of adapters that were saved without one
+        # For adapters that were saved without one
         self.text_generation_config = copy.deepcopy(causal_lm.generation_config)
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)

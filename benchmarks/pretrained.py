@@ -48,6 +48,7 @@ from dehvf import ROOT, DehvfConfig, DehvfForConditionalGeneration, DehvfProcess
 from examples import emoji
 from tasks import easy_vqa, write_json
 from training.arguments import DEHVF_METHODS
+from training.checkpoints import read_json
 from training.data import read_image
 from training.encoding import RowEncoder
 from training.fusion import fusion_figures
@@ -525,13 +526,9 @@ def file_of(name: str, seed: int) -> Path:
     return RUNS / re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") / f"seed-{seed}.json"
 
 
-def read_json(file: Path) -> dict | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
 def read_run(name: str, row: Row, seed: int) -> dict | None:
     """The results of a run with the current values of its row, finished or not, or `None`."""
-    if (run := read_json(file_of(name, seed))) is None:
+    if not (run := read_json(file_of(name, seed))):
         return None
     # Runs of earlier versions lack later fields, and had their default values
     return run if {**dataclasses.asdict(Row()), **run["row"]} == dataclasses.asdict(row) else None
@@ -557,7 +554,7 @@ def train_missing(rows: dict[str, Row], seeds: list[int], at_once: int, only_sco
         while missing and len(active) < at_once:
             name, row, seed = missing.pop(0)
             file_of(name, seed).parent.mkdir(parents=True, exist_ok=True)
-            if "scores" in (read_json(file_of(name, seed)) or {}):
+            if "scores" in read_json(file_of(name, seed)):
                 sys.exit(f"{file_of(name, seed)} is a finished run of {name} with other values. Move it away first.")
             run = Run(row, seed, benches[row.task, row.image_size])
             active[name, seed] = run.train(file_of(name, seed), only_scores)

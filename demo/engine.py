@@ -245,7 +245,7 @@ class Engine:
         num_characters = sum(len(part["text"]) for message in chat for part in message["content"])
         if num_characters > MAX_CHARACTERS_PER_TOKEN * self.max_context_tokens:
             raise too_long(f"The messages have {num_characters} characters", self.max_context_tokens)
-        if images:  # which have no tokens
+        if images:  # there are no image tokens
             for part in (part for message in chat for part in message["content"]):
                 part["text"], _ = processing.remove_image_markers(part["text"])
         try:

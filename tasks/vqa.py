@@ -74,10 +74,11 @@ def read_answers(answer, answers) -> tuple[object, object, list[str]]:
         answer: value of the column `answer`, or that of `answers` if there is no such column.
         answers: value of the column `answers`.
     """
-    given = {"answers": answers} if answer == answers else {"answer": answer, "answers": answers}
-    if "answer" not in given:
+    if answer == answers:  # there is one column
+        given = {"answers": answers}
         answer, answers = _values.as_list(answers), None
     else:
+        given = {"answer": answer, "answers": answers}
         if is_list_of_texts(decoded := _values.as_list(answer)):  # another list may be an answer, such as [0.5, 1]
             answer = decoded
         answers = _values.as_list(answers)

@@ -420,7 +420,9 @@ def test_fusion_weights_sum_to_one_and_stay_in_their_group(values):
 @torch.no_grad()
 def test_a_language_layer_does_not_see_another_groups_layers():
     model = tiny_model()
-    class_features, *_ = model.model._hierarchical_features(tiny_inputs()["pixel_values"])
+    class_features, *_ = model.model.active.hierarchical_features(
+        model.model.vision_tower, tiny_inputs()["pixel_values"]
+    )
     changed = class_features.clone()
     changed[:, 0] += 1  # the first vision layer belongs to the first of two groups
     before, after = (model.model.active.fusion_weights(features, None) for features in (class_features, changed))

@@ -558,7 +558,7 @@ def check_needs(given: Collection[str], training_args):
 
 
 def refuse_useless(given: Collection[str], needs: dict[str, tuple[str, bool]]):
-    """Raises `ValueError` for flags that were given without what they need: a flag, and whether this is so."""
+    """Raises `ValueError` for given flags without effect. `needs`: flag -> what it needs, and whether that is met."""
     for name, (needed, is_met) in needs.items():
         if name in given and not is_met:
             raise ValueError(f"`--{name}` has no effect without `{needed}`. Add that, or remove `--{name}`.")
