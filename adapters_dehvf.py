@@ -37,7 +37,7 @@ from .bases_dehvf import (
     save_base,
     share_placement,
 )
-from .configuration_dehvf import DehvfConfig
+from .configuration_dehvf import DehvfConfig, read_tiles
 from .files_dehvf import check_before_writing, digest, read_tensors, write_tensors
 from .inputs_dehvf import check_visual_memory
 from .layouts_dehvf import check_layouts
@@ -334,7 +334,7 @@ class AdapterMixin:
         model_class = next(cls for cls in type(self).__mro__ if not cls.__module__.startswith("torch."))
         config.architectures = [model_class.__name__]
         config.dtype = str(self.base_model.memory_slots.key.dtype).removeprefix("torch.")
-        # Before the config, so that an interrupted save into an existing folder does not leave one for other tensors
+        # Before the config, so that an interrupted save does not leave a config that does not match the tensors
         write_tensors(tensors, os.path.join(save_directory, SAFE_WEIGHTS_NAME))
         custom_object_save(model_class, save_directory)
         config.save_pretrained(save_directory)
@@ -352,6 +352,13 @@ class AdapterMixin:
                 f"`merge_base` also saves the head of the language model, which {type(self).__name__} does not have. "
                 "Load the adapter as DehvfForConditionalGeneration and save that."
             )
+        if self.config is not self.base_model.config:
+            raise ValueError(
+                "The adapter was switched with `model.base_model.set_adapter`, so this model still has the config of "
+                f"another one. Call `model.set_adapter({self.base_model.active_adapter!r})` before saving."
+            )
+        if self.can_generate():
+            self.generation_config.validate(strict=True)
         for name, value in self.base_model.active.built_in_values.items():
             if str(changed := getattr(self.config, name)) != value:
                 raise ValueError(
@@ -392,11 +399,11 @@ class AdapterMixin:
     def _warn_of_changed_bases(self, has_bases: bool):
         """Warns if the base models differ from those that are loaded next time; `has_bases` as in the folder."""
         before, now = self._base_samples, self._sample_bases()
-        if before is None and self is not self.base_model and self.config.text_model_id is not None:
+        if before is None and self is not self.base_model:
             logger.warning(
-                "The base models of this model were not loaded from the repositories in its config "
-                f"({self.config.text_model_id} and {self.config.vision_model_id}). Only the adapter is saved. If "
-                "their weights differ, save with `model.save_pretrained(folder, merge_base=True)` to keep them."
+                "The base models of this model were given to its constructor, or made at random. Only the adapter is "
+                f"saved, for the {self.config.text_model_id} and {self.config.vision_model_id} of its config. If their "
+                "weights differ, save with `model.save_pretrained(folder, merge_base=True)` to keep them."
             )
         if before is not None and (changed := find_changes(before, now)):
             resized = [name for name in changed if name in before and name in now and before[name][0] != now[name][0]]
@@ -521,7 +528,14 @@ class AdapterMixin:
                 f"The memories have the shapes {[tuple(memory.shape) for memory in memories]}. Give at least one, and "
                 "each as a batch of one: `visual_memory[[row]]` takes a row of several."
             )
-        joined = [torch.cat(sample, dim=3) if sample else memories[0][:, :, :, :0] for sample in samples]
+        # A tile always has the same index, also after an image that is too small for tiles
+        rows, columns = read_tiles(self.config.image_tiles)
+        length = (1 + rows * columns) * self.config.num_patches
+        joined = [memories[0][:, :, :, :0] for _ in samples]
+        for row, sample in enumerate(samples):
+            for memory in sample:
+                padded = F.pad(joined[row], (0, 0, 0, -joined[row].shape[3] % length))
+                joined[row] = torch.cat((padded, memory), dim=3)
         size = max(memory.shape[3] for memory in joined)
         visual_memory = torch.cat([F.pad(memory, (0, 0, 0, size - memory.shape[3])) for memory in joined])
         check_visual_memory(self.config, visual_memory)

@@ -3,7 +3,8 @@
 
 from transformers import GenerationMixin
 
-from .inputs_dehvf import IMAGE_ARGUMENTS, check_instruction_is_whole
+from .injection_dehvf import MixedLayerMemory
+from .inputs_dehvf import IMAGE_ARGUMENTS
 
 
 class DehvfGenerationMixin(GenerationMixin):
@@ -20,8 +21,9 @@ class DehvfGenerationMixin(GenerationMixin):
             embeds = self.get_input_embeddings()(input_ids) if embeds is None else embeds
             mask = model_kwargs.get("attention_mask") if mask is None else mask
             cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))  # depending on the release
-            check_instruction_is_whole(self.config, images["pixel_values"], cache)
-            model_kwargs["layer_memories"], _ = self.model.read_images(embeds, mask, **images, copies=expand_size)
+            model_kwargs["layer_memories"], _ = self.model.read_images(
+                embeds, mask, **images, copies=expand_size, cache=cache
+            )
         return super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -31,8 +33,26 @@ class DehvfGenerationMixin(GenerationMixin):
         model_kwargs = {name: value for name, value in model_kwargs.items() if name != "layer_memories"}
         return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
+    def _get_logits_processor(self, generation_config, *args, model_kwargs=None, **kwargs):
+        """Raises `ValueError` for guidance with `adapter_names`, which its calls without the prompt would ignore."""
+        memories, scale = (model_kwargs or {}).get("layer_memories"), generation_config.guidance_scale
+        if scale not in (None, 1) and memories and isinstance(memories[0], MixedLayerMemory):
+            raise ValueError(
+                f"`guidance_scale={scale}` runs the model a second time, with the active "
+                "adapter for all samples. Call `set_adapter` (or `disable_adapter`) instead of giving `adapter_names`."
+            )
+        return super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
+
     def generate_batch(self, inputs, *args, **kwargs):
-        """Continuous batching. Raises `ValueError` for images, which all requests of a row would read."""
+        """
+        Continuous batching. Raises `ValueError` for images, which all requests of a row would read, and inside
+        `disable_adapter`, which applies to one thread, while the requests are answered in another.
+        """
+        if self.model.is_disabled:
+            raise ValueError(
+                "`generate_batch` answers in another thread, in which the adapter is not disabled. Call `generate` "
+                "inside `disable_adapter`."
+            )
         if given := [name for name in IMAGE_ARGUMENTS if kwargs.get(name) is not None]:
             raise ValueError(
                 f"`generate_batch` was called with `{given[0]}`, but it packs several requests into one row, in which "

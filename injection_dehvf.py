@@ -96,7 +96,8 @@ class ExtendedLayer(_Extended):
                 raise RuntimeError(
                     f"Layer {self.extension_index} of the base model has an FFN that DEHVF has not extended: it was "
                     "replaced after the model was built. Set the whole base model again, as in "
-                    "`model.model.language_model = model.model.language_model`, which extends the new FFN."
+                    "`model.model.language_model = model.model.language_model`, which extends the new FFN. If "
+                    "`accelerate` compiles regions of the model, compile the whole model instead."
                 )
             return output
         finally:
@@ -309,6 +310,7 @@ def extend_layers(layers: Iterable[nn.Module], ffn: str | tuple[str, str], ffn_c
 
 
 def _extend(module: nn.Module, behaviour: type, **attributes):
+    module = getattr(module, "_orig_mod", module)  # of a layer that `torch.compile` wraps
     if isinstance(module, behaviour):  # the base model is shared with another model that has extended it
         return
     module.__class__ = _extended_class(behaviour, type(module))

@@ -59,7 +59,6 @@ class MemorySlots(nn.Module):
 
     def __init__(self, config: DehvfConfig):
         super().__init__()
-        self.num_patches = config.num_patches
         shape = (config.num_memory_slots, config.text_config.hidden_size)
         self.key = nn.Parameter(torch.empty(shape))
         self.value = nn.Parameter(torch.empty(shape))
@@ -69,18 +68,22 @@ class MemorySlots(nn.Module):
             self.image_key = nn.Parameter(torch.empty(shape))
             self.image_value = nn.Parameter(torch.empty(shape))
 
-    def forward(self, dtype: torch.dtype, num_images: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots of keys and values for samples with `num_images` images: those of their patches, then the others."""
+    def forward(self, dtype: torch.dtype, num_patches: int, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Slots of keys and values for samples with `num_images` images of `num_patches` patches: those of the patches,
+        then the others.
+        """
         if self.image_key is None:
             # Copies, since under ZeRO-3 a parameter is only available while its own module runs
             return self.key.to(dtype, copy=True), self.value.to(dtype, copy=True)
         pairs = (self.key, self.image_key), (self.value, self.image_value)
-        return tuple(self._repeat(slots, images, num_images).to(dtype) for slots, images in pairs)
+        return tuple(self._repeat(slots, images, num_patches, num_images).to(dtype) for slots, images in pairs)
 
-    def _repeat(self, slots: torch.Tensor, images: torch.Tensor, num_images: int) -> torch.Tensor:
+    @staticmethod
+    def _repeat(slots: torch.Tensor, images: torch.Tensor, num_patches: int, num_images: int) -> torch.Tensor:
         # Also with one image, so that all parameters get a gradient in every batch, as DDP requires
         images = F.pad(images, (0, 0, 1, 0))[:num_images]  # I h
-        patch_slots, other_slots = slots.split((self.num_patches, len(slots) - self.num_patches))
+        patch_slots, other_slots = slots.split((num_patches, len(slots) - num_patches))
         return torch.cat(((patch_slots + images[:, None]).flatten(0, 1), other_slots))
 
 

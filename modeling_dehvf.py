@@ -164,12 +164,15 @@ class Adapter:
         """The memories of the FFNs of all language layers (method step 7), computed once per call of `generate`."""
         config = self.config
         key_features = value_features = [None] * config.text_config.num_hidden_layers
-        keys, values = self.memory_slots(dtype, count_images(config, visual_memory))  # S h, S of all images
+        if visual_memory is not None:  # it may have been encoded by a model in another dtype
+            visual_memory = visual_memory.to(dtype)
+        num_images = count_images(config, visual_memory)
+        keys, values = self.memory_slots(dtype, config.num_patches, num_images)  # S h, S of all images
         slot_mask = find_slot_mask(config, visual_memory, len(keys))
         if visual_memory is not None:
             basis = (config.visual_scale * self.projector.up()).to(dtype).T  # c+1 h
             # `unbind`, since the backward of an index per layer would fill a whole memory with zeros each time
-            positions = visual_memory.to(dtype).unbind(2)  # P times B D n c+1
+            positions = visual_memory.unbind(2)  # P times B D n c+1
             if config.visual_prompts != "values":
                 key_features, keys = positions[0].unbind(1), torch.cat((keys, basis))
             if config.visual_prompts != "keys":
@@ -377,7 +380,8 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         rows = slice(None)
         if not keeps_all:
             rows = image_mask.to(pixel_values.device).nonzero().flatten()
-        if image_mask is not None and (keeps_all or not len(rows)):  # encodes pixels of no image, which may be NaN
+        if image_mask is not None and (keeps_all or not len(rows)):
+            # Rows without an image are encoded, and their pixels may be NaN
             pixel_values = pixel_values.masked_fill(~image_mask.to(pixel_values.device).view(-1, 1, 1, 1), 0)
         if not keeps_all and not len(rows):
             rows = rows.new_zeros(1)  # see `_needs_images`
@@ -473,13 +477,12 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             if self.has_position_embeddings and kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = find_positions(attention_mask, inputs_embeds.shape[1], cache)
             if layer_memories is None:
-                check_instruction_is_whole(self.config, pixel_values, cache)
                 mask = attention_mask if instruction_mask is None else instruction_mask
                 states = {
                     name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs
                 }
                 layer_memories, image_outputs = self.read_images(
-                    inputs_embeds, mask, pixel_values, image_mask, visual_memory, adapter_names, **states
+                    inputs_embeds, mask, pixel_values, image_mask, visual_memory, adapter_names, cache=cache, **states
                 )
         outputs = run_extended(
             self.language_model, layer_memories, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
@@ -495,29 +498,31 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         visual_memory,
         adapter_names,
         copies: int = 1,
+        cache=None,
         **kwargs,
     ) -> tuple[tuple[LayerMemory | MixedLayerMemory, ...], BaseModelOutputWithPooling | None]:
         """
         The memory that the FFNs read in a batch, with each row repeated `copies` times, and the result of
-        `get_image_features`. The arguments are those of `forward`.
+        `get_image_features`. The arguments are those of `forward`; `cache` contains the beginning of the texts.
         """
         check_one_of(pixel_values=pixel_values, visual_memory=visual_memory)
         check_one_of(visual_memory=visual_memory, adapter_names=adapter_names)
         if adapter_names is not None:
             parts = inputs_embeds, instruction_mask, pixel_values, image_mask
-            return self._mix_layer_memories(adapter_names, parts, copies), None
+            return self._mix_layer_memories(adapter_names, parts, copies, cache), None
         adapter = self.active
         parts = inputs_embeds, instruction_mask, pixel_values, image_mask, as_visual_memory(visual_memory)
-        image_outputs = self._image_outputs(adapter, *parts, **kwargs)
+        image_outputs = self._image_outputs(adapter, *parts, cache, **kwargs)
         visual_memory = as_visual_memory(image_outputs)
         if visual_memory is not None and copies > 1 and visual_memory.shape[0] > 1:
             visual_memory = visual_memory.repeat_interleave(copies, dim=0)
         return adapter.layer_memories(visual_memory, inputs_embeds.dtype), image_outputs
 
     def _image_outputs(
-        self, adapter: Adapter, inputs_embeds, instruction_mask, pixel_values, image_mask, visual_memory, **kwargs
+        self, adapter, inputs_embeds, instruction_mask, pixel_values, image_mask, visual_memory, cache, **kwargs
     ) -> BaseModelOutputWithPooling | None:
         """The result of `get_image_features` for a batch, for a given visual memory or for pixels."""
+        check_instruction_is_whole(adapter.config, pixel_values, cache)
         if pixel_values is None and visual_memory is None:
             check_no_image(image_mask)
             if not self._needs_images:
@@ -551,7 +556,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         is_divided = isinstance(next(self.vision_tower.parameters(), None), DTensor)  # none in `nn.DataParallel`
         return self.training or is_deepspeed_zero3_enabled() or is_divided
 
-    def _mix_layer_memories(self, adapter_names: list[str], parts, copies: int) -> tuple[MixedLayerMemory, ...]:
+    def _mix_layer_memories(self, adapter_names: list[str], parts, copies: int, cache) -> tuple[MixedLayerMemory, ...]:
         """The memory that the FFNs read if each sample has its own adapter, which also encodes its image."""
         if self.training:
             raise ValueError("`adapter_names` is for inference. To train, make one adapter active with `set_adapter`.")
@@ -570,7 +575,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             rows = torch.tensor(own, device=parts[0].device)
             own_parts = [None if part is None else part[rows.to(part.device)] for part in parts]
             own_parts[2:] = drop_absent_images(*own_parts[2:])  # this adapter may read fewer images than the others
-            visual_memory = as_visual_memory(self._image_outputs(adapter, *own_parts, None))
+            visual_memory = as_visual_memory(self._image_outputs(adapter, *own_parts, None, cache))
             if visual_memory is not None:
                 visual_memory = visual_memory.repeat_interleave(copies, dim=0)
             memories.append(adapter.layer_memories(visual_memory, parts[0].dtype))
@@ -656,7 +661,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         All others as in [`DehvfModel.forward`]. With `labels`, the default `instruction_mask` is the tokens without a
         loss.
         """
-        reads_instruction = self.config.reads_instruction or adapter_names is not None  # one of them may
+        reads_instruction = self.model.config.reads_instruction or adapter_names is not None  # one of them may
         if reads_instruction and instruction_mask is None and labels is not None:
             instruction_mask = find_instruction(labels, attention_mask)
         outputs = self.model(

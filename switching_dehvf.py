@@ -69,7 +69,7 @@ class AdapterSet:
         """Adds an adapter, in the dtype of the active adapter or else in float32."""
         dtype = torch.float32 if self.active is None else self.active.memory_slots.key.dtype
         for module in adapter.modules().values():
-            module.to(dtype).eval()
+            module.to(dtype).train(self.training)
         with CHANGES:
             if adapter_name in self.adapters:
                 raise ValueError(f"An adapter {adapter_name!r} was loaded in the meantime. Choose another name.")
@@ -84,9 +84,6 @@ class AdapterSet:
         """See [`SwitchingMixin.set_adapter`]."""
         with CHANGES:
             adapter = self.get_adapter(adapter_name)
-            for other in self.adapters.values():
-                for module in other.modules().values():
-                    module.train(self.training and other is adapter)
             # Replaced in one step, so that another thread that iterates over the modules sees one adapter only
             others = {name: module for name, module in self._modules.items() if name not in ADAPTER_FIELDS}
             self._modules = {**others, **adapter.modules()}
@@ -107,6 +104,13 @@ class AdapterSet:
 
     def add_module(self, name, module):
         setattr(self, name, module)  # `nn.Module` would bypass `__setattr__`
+
+    def train(self, mode: bool = True):
+        """Also sets the mode of inactive adapters, so that switching changes none in place."""
+        for adapter in self.adapters.values():
+            for module in adapter.modules().values():
+                module.train(mode)
+        return super().train(mode)
 
     def _apply(self, fn, recurse=True):
         """Moves or converts inactive adapters together with the model."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from inspect import signature
 
 import pytest
 import torch
@@ -209,6 +210,42 @@ def test_adapters_that_cannot_be_loaded_are_refused_and_nothing_changes(model, f
     with pytest.raises(ValueError, match="vocab_size=70"):
         model.load_adapter(tmp_path / "other", "other")
     assert model.model.adapter_names == ["default", "second", "blind", "asking"]
+
+
+def test_an_adapter_may_be_switched_between_forward_and_backward(model):
+    model.set_adapter("second")
+    model.model.config.vision_adapter_dropout = 0.5
+    model.train().activation_checkpointing_enable()
+    loss = model(**tiny_inputs(), labels=tiny_inputs()["input_ids"]).loss
+    model.set_adapter("default")
+    loss.backward()  # recomputes the layers with `second`, in training mode
+    assert all(module.training for adapter in model.model.adapters.values() for module in adapter.modules().values())
+    model.eval()
+    assert not any(m.training for adapter in model.model.adapters.values() for m in adapter.modules().values())
+
+
+def test_an_adapter_that_was_switched_in_the_inner_model_is_not_saved_with_the_config_of_another(model, tmp_path):
+    model.base_model.set_adapter("second")
+    with pytest.raises(ValueError, match=r"base_model.set_adapter.*Call `model.set_adapter\('second'\)`"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_call_that_continues_from_a_cache_needs_the_instruction_of_the_adapters_that_are_named(model):
+    inputs = tiny_inputs(2)
+    parameters = signature(type(model.model.language_model).forward).parameters
+    cache_name = "cache" if "cache" in parameters else "past_key_values"  # depending on the release
+    for active, named in (("asking", "second"), ("second", "asking")):
+        model.set_adapter(active)
+        first = {**inputs, "input_ids": inputs["input_ids"][:, :5], "attention_mask": inputs["attention_mask"][:, :5]}
+        cache = model(**first, adapter_names=[named] * 2, use_cache=True).past_key_values
+        rest = {**inputs, "input_ids": inputs["input_ids"][:, 5:], cache_name: cache}
+        if named == "second":
+            expected = model(**inputs, adapter_names=[named] * 2).logits[:, 5:]
+            torch.testing.assert_close(model(**rest, adapter_names=[named] * 2).logits, expected, atol=1e-4, rtol=1e-4)
+        else:
+            with pytest.raises(ValueError, match="reads the user's text, but a call with a filled cache"):
+                model(**rest, adapter_names=[named] * 2)
 
 
 def test_wrong_names_in_a_batch_are_refused_and_the_active_adapters_stay(model):

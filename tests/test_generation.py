@@ -256,6 +256,14 @@ def test_a_typo_in_a_generate_argument_is_refused():
         tiny_model().generate(**tiny_inputs(1), pixel_valeus=torch.zeros(1))
 
 
+def test_calls_that_would_use_another_adapter_than_the_given_one_are_refused():
+    model, inputs = tiny_model(), tiny_inputs(2)
+    with pytest.raises(ValueError, match="`guidance_scale=2.0` runs the model a second time.*set_adapter"):
+        model.generate(**inputs, guidance_scale=2.0, adapter_names=["__base__", "default"])
+    with model.disable_adapter(), pytest.raises(ValueError, match="in another thread.*Call `generate` inside"):
+        model.generate_batch(inputs["input_ids"].tolist())
+
+
 def test_disabled_adapters_generate_without_looking():
     model = tiny_model()
     batch, _ = mixed_batch()

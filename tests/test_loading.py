@@ -540,6 +540,17 @@ def test_a_value_that_a_model_does_not_use_is_not_saved_with_it(name, value, tmp
     assert not (tmp_path / "saved").exists()
 
 
+def test_an_invalid_generation_config_is_found_before_anything_is_replaced(tmp_path):
+    model = model_on_new_bases(tmp_path)
+    model.save_pretrained(tmp_path / "saved")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir() if file.is_file()}
+    model.generation_config.temperature = 0.7  # without `do_sample`
+    model.config.memory_scale = 3.0
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        model.save_pretrained(tmp_path / "saved")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir() if file.is_file()} == before
+
+
 @pytest.mark.parametrize(
     "name, value", [("visual_scale", 0.3), ("memory_scale", 2.0), ("memory_form", "materialised")]
 )
@@ -733,8 +744,13 @@ def test_base_models_that_were_not_loaded_are_named_when_only_the_adapter_is_sav
     loaded, messages = model_on_new_bases(tmp_path), []
     monkeypatch.setattr(dehvf.adapters.logger, "warning", messages.append)
     model = DehvfForConditionalGeneration(loaded.config)
-    model.save_pretrained(tmp_path / "saved")
-    assert [f"not loaded from the repositories in its config ({tmp_path}" in message for message in messages] == [True]
+    for place in (loaded.config.text_model_id, None):
+        model.config.text_model_id = place
+        model.save_pretrained(tmp_path / "saved")
+        assert (
+            f"given to its constructor, or made at random. Only the adapter is saved, for the {place}" in messages[0]
+        )
+        messages.clear()
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft

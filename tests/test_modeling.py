@@ -7,6 +7,7 @@ from types import MethodType
 
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from tiny import (
     ABLATIONS,
     DEHVF_SIZES,
@@ -495,6 +496,15 @@ def test_an_explicit_mapping_mixes_the_layers_that_it_lists_and_no_others():
 def test_an_impossible_mapping_is_refused(values, message):
     with pytest.raises(Exception, match=message):
         tiny_config(**values)
+
+
+@torch.no_grad()
+def test_layers_that_accelerate_wraps_are_extended_once():
+    """`compile_regions` sets new base models whose layers are wrapped by `torch.compile`."""
+    model, inputs = tiny_model(), tiny_inputs()
+    expected = model(**inputs).logits
+    with torch._dynamo.config.patch(disable=True):
+        assert torch.equal(compile_regions(model, backend="eager")(**inputs).logits, expected)
 
 
 def test_a_filled_cache_needs_the_memory_if_the_fuser_reads_the_instruction():

@@ -16,6 +16,7 @@ from tiny import (
     NUM_PATCHES,
     DehvfForConditionalGeneration,
     DehvfProcessor,
+    relative_error,
     save_tiny_bases,
     tiny_config,
     tiny_image_processor,
@@ -123,6 +124,39 @@ def test_a_sample_gives_in_a_batch_what_it_gives_alone_and_from_joined_memories(
     torch.testing.assert_close(together, mode(model, {**text, "visual_memory": joined}), atol=1e-5, rtol=1e-5)
     masked = {**text, "visual_memory": joined, "image_mask": inputs["image_mask"]}
     torch.testing.assert_close(together, mode(model, masked), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_joined_memories_of_images_with_fewer_tiles_keep_the_index_of_each_tile():
+    model = tiny_model(max_images=2, image_tiles="2x2")
+    inputs = several_inputs([[1, 0, 0, 0, 0, 1, 1]])  # the first image is too small for tiles
+    images = inputs["pixel_values"]
+    memories = [model.get_image_features(images[:, :1]), model.get_image_features(images[:, 5:])]
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    joined = model(**text, visual_memory=model.join_visual_memories([memories])).logits
+    torch.testing.assert_close(joined, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_memory_of_several_images_may_have_another_dtype_than_the_model():
+    model = tiny_model(max_images=2)
+    inputs = several_inputs([[1, 1], [1, 0]])
+    memory = model.get_image_features(inputs.pop("pixel_values"), inputs.pop("image_mask")).pooler_output
+    expected = model(**inputs, visual_memory=memory).logits
+    logits = model.bfloat16()(**inputs, visual_memory=memory).logits
+    assert logits.dtype == torch.bfloat16 and relative_error(logits, expected) < 0.05
+
+
+@torch.no_grad()
+def test_the_image_size_may_be_changed_before_saving(tmp_path):
+    model = tiny_model(max_images=2, image_size=12)
+    model.config.image_size = 8
+    inputs = several_inputs([[1, 1]])
+    inputs["pixel_values"] = inputs["pixel_values"][..., :8, :8]
+    logits = model(**inputs).logits
+    model.save_pretrained(tmp_path, merge_base=True)
+    loaded = DehvfForConditionalGeneration.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(**inputs).logits, logits)
 
 
 @torch.no_grad()
