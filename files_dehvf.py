@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import threading
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +24,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def check_before_writing(tensors: dict[str, torch.Tensor]):
-    """Raises `ValueError` if a tensor could not be read again from a file, which may replace a good one."""
+    """Raises `ValueError` if a tensor could not be loaded again, before it replaces a valid file."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FILE_DTYPES:
             raise ValueError(f"`{name}` has the dtype {tensor.dtype}. Convert it to one of {FILE_DTYPES}.")
@@ -46,10 +47,14 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: str | os.PathLike, met
     header = json.dumps(header, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     unfinished = f"{file}.{os.getpid()}.{threading.get_ident()}.tmp"
-    with open(unfinished, "wb") as opened:  # creates the file with the default mode; safetensors uses 0600
-        opened.write(len(header).to_bytes(8, "little") + header)
-        opened.write(memoryview(content)[start:])
-    os.replace(unfinished, file)
+    try:
+        with open(unfinished, "wb") as opened:  # creates the file with the default mode; safetensors uses 0600
+            opened.write(len(header).to_bytes(8, "little") + header)
+            opened.write(memoryview(content)[start:])
+        os.replace(unfinished, file)
+    except BaseException:  # such as a full disk
+        Path(unfinished).unlink(missing_ok=True)
+        raise
 
 
 def read_tensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

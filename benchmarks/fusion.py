@@ -140,9 +140,8 @@ def main():
     results = Path(options.adapter) / RESULTS_FILE
     require_files([results], "Give the `--output_dir` of a finished run of train.py.")
     results = json.loads(results.read_text(encoding="utf-8"))
-    data = ["--task", results["task"]]
-    if results["data_path"] is not None:
-        data += ["--data_path", results["data_path"]]
+    names = ("task", "data_path", "columns", "holdout", "captions")
+    data = [word for name in names if results[name] is not None for word in (f"--{name}", str(results[name]))]
     with TemporaryDirectory() as folder:
         fixed = ["--adapter", options.adapter, "--num_train_epochs", "0", "--output_dir", folder]
         report = measure([*data, *fixed, *flags])

@@ -144,10 +144,14 @@ def train(row: dict, seed: int, cores: SimpleQueue) -> str | None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "train.py", *words_of(flags)]
     command += ["--output_dir", str(folder)]
     core, start = cores.get(), time.time()
-    pin = partial(os.sched_setaffinity, 0, {core}) if hasattr(os, "sched_setaffinity") else None
     try:
-        with open(folder / "log.txt", "w") as log:
-            code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, preexec_fn=pin).returncode
+        with (
+            open(folder / "log.txt", "w") as log,
+            subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as process,
+        ):
+            if hasattr(os, "sched_setaffinity"):
+                os.sched_setaffinity(process.pid, {core})
+            code = process.wait()
     finally:
         cores.put(core)
     print(

@@ -231,7 +231,7 @@ def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | No
     """
     if os.path.lexists(output_dir) and not output_dir.is_dir():
         raise ValueError(f"`--output_dir {output_dir}` is not a folder. Give another name, or remove what is there.")
-    foreign = [name for name in ("README.md", CONFIG_NAME) if (output_dir / name).exists()]
+    foreign = [name for name in ("README.md", CONFIG_NAME, RESULTS_FILE) if (output_dir / name).exists()]
     if foreign and not (output_dir / RUN_FILE).exists():
         raise ValueError(
             f"`--output_dir {output_dir}` has a {foreign[0]} that no run of train.py has written, and this run would "
@@ -242,7 +242,7 @@ def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | No
         return new, None
     if asked.lower() in ("auto", "true"):
         earlier, results = read_json(output_dir / RUN_FILE), read_json(output_dir / RESULTS_FILE)
-        finished = "scores" in results and results.get("run") == earlier.get("run")
+        finished = earlier and "scores" in results and results.get("run") == earlier.get("run")
         if finished and find_differing(run["arguments"], earlier["arguments"]):
             move_finished_run(output_dir, earlier["run"], run["arguments"])
         if not earlier and (left := list_checkpoints(output_dir)):

@@ -95,14 +95,16 @@ class Split(torch.utils.data.Dataset):
     """
     An encoded split of a task. In a split for evaluation, an image that cannot be read is an error; in training it is
     counted in `unreadable_images`, and the next row is used instead. For a loss in evaluation, `with_loss` adds each
-    row in the form for training, as `answered`.
+    row in the form for training, as `answered`. Without `check_images`, images are first read when a batch needs them.
 
     Raises:
         ValueError: as [`load_rows`] and [`RowEncoder`]; if a row has more images than the processor reads; or if, in a
             split for evaluation, an image cannot be read or an answer could exceed the length of the language model.
     """
 
-    def __init__(self, task, name: str, processor, arguments, training: bool, with_loss: bool = False):
+    def __init__(
+        self, task, name: str, processor, arguments, training: bool, with_loss: bool = False, check_images: bool = True
+    ):
         self.name, self.training, self.unreadable_images = name, training, Counter()
         self.rows = load_rows(task, name, arguments)
         if arguments.streaming:  # splits for evaluation are small
@@ -110,7 +112,7 @@ class Split(torch.utils.data.Dataset):
         columns = [column for column in IMAGE_FEATURES if column in self.rows.column_names]
         self.images = self.rows.select_columns(columns)
         self._check_numbers(processor.max_images)
-        if not training:
+        if not training and check_images:
             self._check_images()
         texts, limit = self.rows.remove_columns(columns), arguments.max_prompt_length
         self.encoded = RowEncoder(task, name, processor, limit, training).encode(texts)
@@ -136,12 +138,18 @@ class Split(torch.utils.data.Dataset):
             )
 
     def _check_images(self):
-        faults = []
+        faults, read = [], set()
         for index, row in enumerate(self.images):
-            try:
-                read_images(row)
-            except Exception as error:  # Pillow raises many kinds
-                faults.append(f"row {index}: {str(error).rstrip('.')}")
+            for image in list_images(row):
+                is_file = image["bytes"] is None
+                if is_file and image["path"] in read:  # several questions refer to the same picture
+                    continue
+                try:
+                    read_image(image)
+                except Exception as error:  # Pillow raises many kinds
+                    faults.append(f"row {index}: {str(error).rstrip('.')}")
+                if is_file:
+                    read.add(image["path"])
         if faults:
             raise ValueError(
                 f"{len(faults)} images of the {self.name} split cannot be read: {'; '.join(faults[:10])}. Replace "
@@ -247,9 +255,12 @@ class StreamedSplit(torch.utils.data.IterableDataset):
 
 
 def load_splits(task, processor, data_args, training_args) -> dict[str, Split | StreamedSplit]:
-    """The splits that a run needs, by name. The main process encodes them; the other processes read its result."""
-    splits = {}
-    quiet = without_warnings if training_args.process_index else nullcontext  # the main process has already warned
+    """
+    The splits that a run needs, by name. The main process encodes the texts and checks the images; the other processes
+    read its result.
+    """
+    splits, is_main = {}, training_args.process_index == 0
+    quiet = nullcontext if is_main else without_warnings  # the main process has already warned
     with quiet(), training_args.main_process_first(desc="encode the data"):
         if training_args.num_train_epochs > 0 and data_args.streaming:
             seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
@@ -259,8 +270,10 @@ def load_splits(task, processor, data_args, training_args) -> dict[str, Split | 
             splits["train"] = Split(task, "train", processor, data_args, training=True)
         if training_args.eval_strategy != "no":
             with_loss = training_args.metric_for_best_model in LOSS
-            splits["validation"] = Split(task, "validation", processor, data_args, training=False, with_loss=with_loss)
-        splits["test"] = Split(task, "test", processor, data_args, training=False)
+            splits["validation"] = Split(
+                task, "validation", processor, data_args, training=False, with_loss=with_loss, check_images=is_main
+            )
+        splits["test"] = Split(task, "test", processor, data_args, training=False, check_images=is_main)
     return splits
 
 

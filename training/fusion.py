@@ -4,8 +4,6 @@ Statistics of the fusion weights (method step 4): their entropy, and how much th
 between keys and values, and between images. If they do not differ, a constant vector would work as well.
 """
 
-from collections import deque
-
 import torch
 
 
@@ -21,32 +19,74 @@ def layers_of_groups(rows: list[list[int]]) -> list[list[int]]:
     return list(groups.values())
 
 
-def fusion_figures(weights: torch.Tensor, rows: list[list[int]]) -> dict[str, float]:
+class FusionStatistics:
     """
+    Statistics of the fusion weights of any number of images, from sums over the images seen so far.
+
     Args:
-        weights: `(num_images, num_language_layers, num_positions, num_candidates)`, as the fuser returns them.
         rows: the candidates of each language layer, see [`LayerHierarchy`]. Layers with the same candidates are
             compared with each other.
-
-    Returns:
-        `entropy`, in nats, of a weight vector (equal weights of M candidates have log M), and `std_over_layers`,
-        `std_over_positions`, `std_over_images`: the standard deviation of a weight over the language layers of a
-        group, over key and value, and over images. Each is averaged over all other dimensions.
     """
-    weights = weights.float().cpu()
-    groups = layers_of_groups(rows)
-    parts = [weights[:, layers, :, : len(rows[layers[0]])] for layers in groups]  # without fillers
 
-    def std(dimension: int, parts: list[torch.Tensor]) -> float:
-        deviations = [part.std(dimension, correction=0).flatten() for part in parts]
-        return round(torch.cat(deviations).mean().item(), 5) if deviations else 0.0
+    def __init__(self, rows: list[list[int]]):
+        self.groups = [(layers, len(rows[layers[0]])) for layers in layers_of_groups(rows)]
+        self.reset()
 
-    return {
-        "entropy": round(torch.special.entr(weights).sum(-1).mean().item(), 4),
-        "std_over_layers": std(1, [part for part in parts if part.shape[1] > 1]),
-        "std_over_positions": std(2, parts),
-        "std_over_images": std(0, parts),
-    }
+    def reset(self):
+        self.num_images, self.first, self.sums = 0, None, {}
+
+    def add(self, weights: torch.Tensor):
+        """
+        Args:
+            weights: `(num_images, num_language_layers, num_positions, num_candidates)`, as the fuser returns them.
+        """
+        weights = weights.detach().float()
+        if self.first is None:
+            self.first = weights[:1]
+        shifted = weights - self.first  # for the variance over images, without cancellation
+        parts = [weights[:, layers, :, :length] for layers, length in self.groups]  # without fillers
+        sums = {
+            "entropy": torch.special.entr(weights).sum(-1).mean((1, 2)).sum(),
+            "layers": self._sum_deviations([part for part in parts if part.shape[1] > 1], 1),
+            "positions": self._sum_deviations(parts, 2),
+            "shifted": shifted.sum(0),
+            "squares": shifted.square().sum(0),
+        }
+        self.num_images += len(weights)
+        self.sums = {name: value + self.sums.get(name, 0) for name, value in sums.items()}
+
+    @staticmethod
+    def _sum_deviations(parts: list[torch.Tensor], dimension: int) -> torch.Tensor | float:
+        """The standard deviation over a dimension, the sum over images and mean over all others."""
+        deviations = [part.std(dimension, correction=0).flatten(1) for part in parts]
+        return torch.cat(deviations, dim=1).mean(1).sum() if deviations else 0.0
+
+    def figures(self) -> dict[str, float]:
+        """
+        Returns:
+            `entropy`, in nats, of a weight vector (equal weights of M candidates have log M), and `std_over_layers`,
+            `std_over_positions`, `std_over_images`: the standard deviation of a weight over the language layers of a
+            group, over key and value, and over images. Each is averaged over all other dimensions. Empty if there
+            were no images.
+        """
+        if not self.num_images:
+            return {}
+        means = {name: value / self.num_images for name, value in self.sums.items()}
+        over_images = (means["squares"] - means["shifted"].square()).clamp(min=0).sqrt()
+        parts = [over_images[layers, :, :length].flatten() for layers, length in self.groups]
+        return {
+            "entropy": round(float(means["entropy"]), 4),
+            "std_over_layers": round(float(means["layers"]), 5),
+            "std_over_positions": round(float(means["positions"]), 5),
+            "std_over_images": round(float(torch.cat(parts).mean()), 5),
+        }
+
+
+def fusion_figures(weights: torch.Tensor, rows: list[list[int]]) -> dict[str, float]:
+    """The figures of [`FusionStatistics`] for weights in one tensor."""
+    statistics = FusionStatistics(rows)
+    statistics.add(weights)
+    return statistics.figures()
 
 
 def describe_fusion(figures: dict[str, float]) -> str:
@@ -65,20 +105,22 @@ def describe_fusion(figures: dict[str, float]) -> str:
 
 
 class FusionRecorder:
-    """Forward hook that keeps the fuser's weights of the last batches until their statistics are requested."""
+    """Forward hook with the statistics of the fuser's weights until they are requested."""
 
     def __init__(self, model):
-        self.weights = deque(maxlen=256)
+        self.statistics = None
         fuser = getattr(model.base_model, "fuser", None)  # baselines and constant weights have none
         if fuser is not None:
-            self.rows = model.base_model.hierarchy.rows
+            self.statistics = FusionStatistics(model.base_model.hierarchy.rows)
             fuser.register_forward_hook(self)
 
     def __call__(self, module, arguments, weights: torch.Tensor):
-        self.weights.append(weights.detach())
+        self.statistics.add(weights)
 
     def figures(self) -> dict[str, float]:
         """The statistics of the images in this process since the last call; empty if there were none."""
-        weights = list(self.weights)
-        self.weights.clear()
-        return fusion_figures(torch.cat(weights), self.rows) if weights else {}
+        if self.statistics is None:
+            return {}
+        figures = self.statistics.figures()
+        self.statistics.reset()
+        return figures

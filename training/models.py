@@ -62,8 +62,13 @@ def check_tokenizer(tokenizer, config):
         config: the config of the language model.
 
     Raises:
-        ValueError: if the tokenizer has no end-of-sequence token, or a token beyond the embeddings.
+        ValueError: if the tokenizer has no fast version, no end-of-sequence token, or a token beyond the embeddings.
     """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) is not a fast one, and training needs "
+            "the position of each token in the text. Use a language model whose tokenizer has a tokenizer.json."
+        )
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -116,7 +121,9 @@ def load_model(model_args, adapter_args, baseline_args):
     options["revision"] = model_args.adapter_revision
     for base in BASES:
         place, revision = (getattr(model_args, f"{base}_model{end}") for end in ("", "_revision"))
-        if revision is not None and not (place and Path(place).is_dir()):  # of a folder it is only a name, see below
+        if revision is not None and not (
+            place and Path(place).is_dir()
+        ):  # for a folder it is only recorded, see below
             options |= {f"{base}_model_revision": revision} | ({f"{base}_model_id": place} if place else {})
     model = DehvfForConditionalGeneration.from_pretrained(model_args.adapter, **options)
     for base in BASES:
