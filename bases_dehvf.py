@@ -257,8 +257,8 @@ def check_base_names(base: PreTrainedModel, key: str):
 
 def has_same_tensors(own: dict[str, torch.Tensor], folder) -> bool:
     """
-    Whether the first rows of a base model's tensors, as far as this process has them, are those of its copy in a
-    folder, up to rounding.
+    Whether the first rows of the tensors of a base model that this process holds equal those of the copy in a folder,
+    up to rounding.
     """
     for file in Path(folder).glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:

@@ -18,8 +18,8 @@ from transformers.activations import ACT2FN
 
 
 if TYPE_CHECKING:
-    # Never runs. It makes `transformers` copy the other files beside this one when it loads a config, so that `shared`
-    # does not take the class of an adapter with other code
+    # Not executed. Because of this import, `transformers` also copies the other `*_dehvf.py` files when it loads a
+    # config, so that `shared` can compare them
     from .modeling_dehvf import DehvfForConditionalGeneration as DehvfForConditionalGeneration
 
 # Written to every config.json, so that a saved folder is loaded with its own code and not with the code of the
@@ -124,8 +124,8 @@ class DehvfConfig(PreTrainedConfig):
             computes the weights for each image; `"mean"`: equal weights; `"penultimate"`: only the penultimate vision
             layer, which is MemVP.
         layer_mapping (`str` or `list[list[int]]`): which group a language layer reads. `"hierarchical"`: shallow
-            layers read shallow groups, deep layers read deep groups; `"random"`: each group is read by as many layers,
-            but by randomly chosen ones. Alternatively, a list of vision layers, counted from 0, for each language
+            layers read shallow groups, deep layers read deep groups; `"random"`: each group is read by the same number
+            of layers, chosen at random. Alternatively, a list of vision layers, counted from 0, for each language
             layer, which replaces the groups and to which the penultimate layer is not added.
         layer_mapping_seed (`int`): random seed of `layer_mapping="random"`.
         fuser_query (`str`): query of the fuser. `"network"`: the input embedding network, for each language layer and

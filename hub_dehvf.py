@@ -234,7 +234,7 @@ class HubMixin:
         self._check_before_saving(repo_id, merge_base=merge_base)
         repo_id = open_repository(repo_id, private, token, kwargs.get("revision"))
         with TemporaryDirectory() as folder:
-            # By these files `save_pretrained` sees a processor or bases that are there, and keeps them
+            # From these files `save_pretrained` sees whether the repository has a processor or bases, which it keeps
             source = {"revision": kwargs.get("revision"), "token": token}
             for name in (CONFIG_NAME, PROCESSOR_NAME):
                 if place := _find_file(repo_id, name, **source):

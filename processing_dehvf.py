@@ -102,7 +102,7 @@ def fit_image(image: Image.Image, image_fit: str, image_processor, rows: int = 1
         return image.resize(size, image_processor.resample)
     if image_fit == "crop":
         return ImageOps.fit(image, size, image_processor.resample)
-    colour = tuple(round(255 * mean) for mean in image_processor.image_mean)
+    colour = tuple(round(255 * mean) for mean in image_processor.image_mean or (0.5, 0.5, 0.5))
     # `ImageOps.pad` would make the shorter side of a long image zero
     scale = min(size[0] / image.width, size[1] / image.height)
     inner = max(1, round(image.width * scale)), max(1, round(image.height * scale))
@@ -405,7 +405,7 @@ class DehvfProcessor(ProcessorMixin):
 
     def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs):
         if text is not None:
-            # Of a dict the keys would be read, and of a set the elements in any order
+            # Iterating over a dict gives its keys, and over a set its elements in arbitrary order
             is_list_of_texts = isinstance(text, Iterable) and not isinstance(text, (str, Mapping, Set))
             texts, bos = list(text) if is_list_of_texts else [text], self.tokenizer.bos_token
             if not texts or not all(isinstance(sample, str) for sample in texts):

@@ -336,7 +336,7 @@ def make_optimizer(model, row: Row) -> torch.optim.Optimizer:
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Factor of the learning rate: linear warm-up for 3 % of the steps, then cosine decay."""
+    """Factor of the learning rate: linear warm-up for 3 % of the steps, then cosine decay almost to 0."""
     warmup = math.ceil(0.03 * steps)
     return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / steps)))
 

@@ -27,8 +27,8 @@ USUAL_SCANS = 20  # at most; cameras write about 10
 MAX_REDIRECTS = 3
 # IPv6 addresses that represent an IPv4 address behind a translator
 TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
-# All that is given to hosts of the public internet. Of the rest `is_global` takes some for public, which old systems
-# and translators may lead elsewhere.
+# The only range in which addresses of the public internet are assigned. `is_global` also accepts some addresses
+# outside it, which old systems and translators may route elsewhere.
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 
 

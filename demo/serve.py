@@ -165,7 +165,7 @@ class Handler:
             async for _ in job.pieces():
                 pass
         finally:
-            job.is_cancelled = True  # where the client left
+            job.is_cancelled = True  # in case the client has disconnected
         return JSONResponse(writer.whole(job))
 
     async def _stream(self, writer, request: Request, inputs, max_new_tokens: int):
@@ -181,7 +181,7 @@ class Handler:
         except Exception as error:
             yield event(server_error(error))  # the status has already been sent
         finally:
-            job.is_cancelled = True  # where the client left
+            job.is_cancelled = True  # in case the client has disconnected
 
 
 # --- the application ---

@@ -107,7 +107,7 @@ def check_split(source: Source, name: str, split: str, trained: Trained) -> int:
         for column, text in find_texts(row):
             longest[column] = max(longest.get(column, 0), len(text))
             for token in set(CONTROL_TOKENS.findall(text)):
-                note(f"`{token}` in `{column}`, which is read as letters and controls nothing", where)
+                note(f"`{token}` in `{column}`, which is treated as ordinary text", where)
         prompt = {name: row.get(name) for name in ("question", "choices")} | {"messages": row.get("messages", [])[:-1]}
         if sum(len(text) for _, text in find_texts(prompt)) > LONG:
             note(

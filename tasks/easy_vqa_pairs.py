@@ -29,7 +29,7 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
     pairs = zip(rows["image"][:], rows["answer"][:])
     shapes = {image["path"]: answer for image, answer in pairs if easy_vqa.TYPES[answer] == "shape"}
     if len(set(shapes.values())) < 2:
-        raise ValueError(f"The {split} split shows {len(set(shapes.values()))} shapes. Pairs need two at least.")
+        raise ValueError(f"The {split} split shows fewer than two shapes, which pairs need.")
     partners = {
         (shape, answer): [picture for picture in shapes if (shapes[picture] == shape) == (answer == "yes")]
         for shape in set(shapes.values())

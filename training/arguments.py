@@ -168,7 +168,9 @@ class DehvfTrainingArguments(TrainingArguments):
     )
     logging_nan_inf_filter: bool = HfArg(default=False, help="Keep false: a NaN loss stops a run.")
     remove_unused_columns: bool = HfArg(default=False, help="Keep false: all columns are needed.")
-    ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Not used.")
+    ddp_find_unused_parameters: bool | None = HfArg(
+        default=False, help="Keep false: every trained parameter gets a gradient at every step."
+    )
     hub_strategy: str = HfArg(default="end", help="Keep: adapters are pushed once, with their results.")
     report_to: None | str | list[str] = HfArg(
         default="none", help="tensorboard, trackio, ..., or several, separated by commas."
@@ -336,8 +338,8 @@ OPTIMIZERS = {
 }
 # Fields of `TrainingArguments` that must keep a value, and why
 KEPT = {
-    "accelerator_config": (AcceleratorConfig(), "the learning rate and resuming depend on how rows are dealt out"),
-    "auto_find_batch_size": (False, "the learning rate and the checkpoints are those of one batch size"),
+    "accelerator_config": (AcceleratorConfig(), "the learning rate and resuming depend on how rows are distributed"),
+    "auto_find_batch_size": (False, "the learning rate and the checkpoints depend on the batch size"),
     "batch_eval_metrics": (False, "the task scores the whole split at once"),
     "bf16_full_eval": (False, "it would cast the adapters too; `--dtype bfloat16` casts the frozen bases alone"),
     "dataloader_in_order": (True, "a run whose rows are in another order each time cannot be resumed"),

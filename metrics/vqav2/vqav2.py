@@ -66,8 +66,8 @@ class VQAv2(evaluate.Metric):
 
 def accuracy(prediction, answers):
     """
-    How far a prediction agrees with the answers that people gave: a third of how many of them gave it, at most 1, on
-    average over the subsets that leave one of them out.
+    How far a prediction agrees with the answers that people gave: min(1, matching answers / 3), averaged over all
+    subsets that leave out one answer.
     """
     prediction, *answers = (re.sub(r"[\n\t]", " ", text).strip() for text in (prediction, *answers))
     if len(set(answers)) > 1:  # where all agree, the official script compares texts as they are
@@ -84,6 +84,6 @@ def normalise(text):
     for sign in PUNCTUATION:
         stands_beside_space = f"{sign} " in text or f" {sign}" in text
         kept = kept.replace(sign, "" if stands_beside_space or has_comma_in_number else " ")
-    kept = re.sub(r"\.(?!\d)", "", kept, count=32)  # a flag that the official script gives as a count
+    kept = re.sub(r"\.(?!\d)", "", kept, count=32)  # the official script passes a flag as `count`
     words = [str(NUMBERS.get(word, word)) for word in kept.lower().split()]
     return " ".join(SPELLINGS.get(word, word) for word in words if word not in ARTICLES)
