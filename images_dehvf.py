@@ -8,7 +8,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 
 # Image processors resize the shorter side to a fixed length, which is at most about this. The longer side is scaled
@@ -118,11 +118,16 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     _check_size(*image.size)
+    has_16_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file, where a value may also have 12 bits
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # `convert` would clip them to 0..255
         values, transparent = np.asarray(image), image.info.get("transparency")
-        has_16_bits = image.mode.startswith("I;16")  # even if all values are small
-        image = Image.fromarray((values // 257).astype(np.uint8) if has_16_bits else _to_8_bits(values))
+        bits, *_ = tags.get(ExifTags.Base.BitsPerSample, (16,))
+        # All values may be small, so they are scaled by the number of bits
+        shades = (values * np.uint32(255) // (2**bits - 1)).astype(np.uint8) if has_16_bits else _to_8_bits(values)
+        white_is_zero = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+        image = Image.fromarray(255 - shades if white_is_zero else shades)
         if transparent is not None:
             image.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:

@@ -8,13 +8,16 @@ import json
 import os
 import re
 import reprlib
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, Features, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, Features, IterableDataset, load_dataset, load_from_disk
 from datasets.data_files import SPLIT_KEYWORDS, sanitize_patterns
 from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
 from huggingface_hub import metadata_load
 
 
@@ -149,17 +152,28 @@ def find_saved(folder: Path) -> dict[str, Path]:
     return {place.name: place for place in places}
 
 
+def identify_by_files(rows: Dataset) -> Dataset:
+    """
+    Rows that `save_to_disk` wrote, with a fingerprint that changes with their files: the one that was saved with them
+    may belong to other rows, since `Dataset.from_generator` makes it from the code of its function. They are returned
+    without the format that was saved with them, such as tensors.
+    """
+    files = [Path(file["filename"]) for file in rows.cache_files]
+    stamps = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    return Dataset(rows.data, rows.info, rows.split, fingerprint=Hasher.hash([rows._fingerprint, stamps]))
+
+
 def join_features(splits: dict[str, list[Path]]) -> tuple[Features, dict[str, list[str]]]:
     """
-    The columns of all Parquet files. A file in which a column is null throughout has no type for it.
+    The columns of all Parquet files.
 
     Returns:
         The types of all columns, and the names of the columns of each split.
 
     Raises:
-        ValueError: if files of a split have different columns, or a column has other class labels in another file.
+        ValueError: if files of a split have different columns, or a column has types that [`join_types`] refuses.
     """
-    features, names = {}, {}
+    features, names, sources = {}, {}, {}
     for split, files in splits.items():
         for file in files:
             own = Features.from_arrow_schema(pq.read_schema(file))
@@ -167,12 +181,36 @@ def join_features(splits: dict[str, list[Path]]) -> tuple[Features, dict[str, li
             if differing := {*names[split]} ^ own.keys():
                 raise ValueError(f"only one of {files[0]} and {file} has the columns {', '.join(sorted(differing))}")
             for name, feature in own.items():
-                other = features.get(name)
-                if isinstance(feature, ClassLabel) and isinstance(other, ClassLabel) and feature.names != other.names:
-                    raise ValueError(f"the class labels of `{name}` in {file} differ from those in another file")
-                if other is None or "null" in repr(other):
-                    features[name] = feature
+                other = features.setdefault(name, feature)
+                features[name] = join_types(other, feature)
+                if features[name] is None:
+                    first, second = (textwrap.shorten(repr(part), 200) for part in (other, feature))
+                    raise ValueError(f"`{name}` has the type {first} in {sources[name]} and {second} in {file}")
+                if features[name] == feature:
+                    sources[name] = file
     return Features(features), names
+
+
+def join_types(one, other):
+    """
+    The type for a column that has these types in two files, such as the wider of two integers. A column that is null
+    throughout a file has no type there.
+
+    Returns:
+        The type, or `None` if the values of one file would be read as others, such as the text "007" as the number 7.
+    """
+    if one == other:
+        return one
+    # Arrow knows neither images nor class labels, and would join bytes and texts
+    has_bytes = {"binary" in repr(part) for part in (one, other)}
+    if len(has_bytes) > 1 or re.search(r"ClassLabel\(|Image\(", repr((one, other))):
+        pairs = (one, other), (other, one)
+        return next((a for a, b in pairs if "Image(" in repr(a) or "Value('null')" in repr(b)), None)
+    schemas = [pa.schema(Features({"": feature}).type) for feature in (one, other)]
+    try:
+        return Features.from_arrow_schema(pa.unify_schemas(schemas, promote_options="permissive"))[""]
+    except pa.ArrowException:
+        return None
 
 
 def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
@@ -192,7 +230,7 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
         except IndexError as error:  # of `datasets`, for which there are no files to read
             raise ValueError(f"{path} has a split without rows. Remove it, and save the others again.") from error
         splits = {"train": saved} if isinstance(saved, Dataset) else saved
-        splits = {name: rows.with_format(None) for name, rows in splits.items()}  # it may have been saved with tensors
+        splits = {name: identify_by_files(rows) for name, rows in splits.items()}
         return {name: rows.to_iterable_dataset() if streaming else rows for name, rows in splits.items()}
     if files := find_files(folder, "*.parquet"):
         if has_configs(folder):
@@ -206,8 +244,8 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
             return {split: rows.select_columns(columns[split]) for split, rows in splits.items()}
         except (DatasetGenerationError, ValueError) as error:
             raise ValueError(
-                f"{path} cannot be read as Parquet: {error.__cause__ or error}. Each split needs at least one row, "
-                "and its files the same columns of the same types."
+                f"{path} cannot be read as Parquet: {error.__cause__ or error}. Each split needs at least one row. "
+                "All files need the same types, and the files of a split the same columns."
             ) from error
     if folder.exists():
         names = sorted(file.name for file in (folder.iterdir() if folder.is_dir() else [folder]))
@@ -337,7 +375,7 @@ def read_csv(file: Path) -> Iterator[Record]:
             yield f"{file}:1", None, [f"the columns seem to be separated by {found[0]!r}. Save it with commas."]
             return
         if len({*names}) < len(names):
-            yield f"{file}:1", None, [f"it names a column twice: {', '.join(names)}. Give each a name of its own."]
+            yield f"{file}:1", None, [f"the header has a column name twice: {', '.join(names)}. Use unique names."]
             return
         for cells in reader:
             if None in cells or None in cells.values():

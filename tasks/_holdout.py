@@ -1,5 +1,6 @@
 """Takes test and validation splits from the train rows of your own data (`--holdout`)."""
 
+import os
 from collections.abc import Iterator
 from functools import partial
 
@@ -45,7 +46,7 @@ def split_rows(rows: Dataset, names: list[str], fraction: float, place: str) -> 
 def find_groups(rows: Dataset, by_images: bool) -> list[list[int]]:
     """
     The indices of rows that must be in the same split: equal rows or, with `by_images`, also all that share an image,
-    directly or through other rows. Images are the same if their paths or their bytes are.
+    directly or through other rows. Images are the same if their files or their bytes are.
     """
     rows = rows.cast_column("image", Image(decode=False))
     features, fingerprint = Features({"keys": List(Value("string"))}), Hasher.hash([rows._fingerprint, by_images])
@@ -66,9 +67,14 @@ def find_groups(rows: Dataset, by_images: bool) -> list[list[int]]:
     return list(groups.values())
 
 
+def real_path(path: str) -> str:
+    """The same text for every path of a file. URLs are returned unchanged."""
+    return path if "://" in path else os.path.realpath(path)
+
+
 def keys_of(row: dict, index: int, by_images: bool) -> dict:
     """Rows that have one of these keys in common are in one group."""
-    images = [image["bytes"] or image["path"].encode() for image in list_images(row)]
+    images = [image["bytes"] or real_path(image["path"]).encode() for image in list_images(row)]
     if images and by_images:
         parts = [[image] for image in images]
     else:
@@ -78,7 +84,7 @@ def keys_of(row: dict, index: int, by_images: bool) -> dict:
 
 
 def take_groups(groups: list[list[int]], sizes: list[int]) -> Iterator[list[int]]:
-    """Yields a part of each size from random groups, always the same ones, or one group if all are too large."""
+    """Yields, for each size, random groups that fit into it (the same in every run), or one group if none fits."""
     left = [groups[number] for number in np.random.default_rng(0).permutation(len(groups))]
     for size in sizes:
         part, candidates, left = [], left, []

@@ -91,8 +91,8 @@ class Reader:
 
     def _find_second_images(self, record: dict) -> list[str]:
         """
-        A fault if a column has other images than the one before it, which is read. It may have its first ones. A
-        `file_name` beside them is ignored, since it may only be metadata.
+        Reports a fault if several columns have different images. Only the first of them is read; a later one may
+        repeat its first images. `file_name` is ignored beside other columns, since it may be metadata.
         """
         values = {column: image_values(record.get(column)) for column in self.fields["image"]}
         read, *others = [column for column, images in values.items() if not is_no_image(images)] or [None]

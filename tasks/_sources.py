@@ -13,6 +13,7 @@ A task that reads such data (`tasks/vqa.py`, `tasks/chat.py`) has, in addition t
 """
 
 import difflib
+import json
 import logging
 import os
 import re
@@ -56,7 +57,7 @@ from tasks._formats import (
 )
 from tasks._holdout import KEPT_TOGETHER, split_rows
 from tasks._reader import Reader, generate_rows, map_rows, without_decoding
-from tasks._values import IMAGE_FEATURES
+from tasks._values import IMAGE_FEATURES, is_no_image
 
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ SYNONYMS = {
     "image_file_name file_names images_file_names",
     "question": "prompt query instruction problem input text",
     "answer": "label labels caption captions response output target solution completion",
-    "choices": "options candidates alternatives",
+    "choices": "options candidates alternatives answer_choices answer_options multiple_choices",
     "context": "hint hints passage paragraph background input",
     "system": "system_prompt system_message",
     "messages": "conversation dialog dialogue chat turns",
@@ -102,11 +103,16 @@ def has_only_texts(messages) -> bool:
 
 
 def find_filled(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Whether each value of an Arrow column of images is not null, an object of nulls, or a list of these."""
+    """Whether each value of an Arrow column of images has an image, as [`is_no_image`] for values of Python."""
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         is_filled = np.zeros(len(column), dtype=bool)
         is_filled[pc.list_parent_indices(column).filter(find_filled(pc.list_flatten(column)))] = True
         return pa.chunked_array([is_filled])
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):  # a list may be stored as JSON
+        return pa.chunked_array([[not is_no_image(value.as_py()) for value in column]], pa.bool_())
+    if isinstance(column.type, pa.JsonType):
+        values = (json.loads(value.as_py() or "null") for value in column)
+        return pa.chunked_array([[not is_no_image(value) for value in values]], pa.bool_())
     if pa.types.is_struct(column.type):
         parts = [pc.struct_field(column, [number]).is_valid() for number in range(column.type.num_fields)]
         return reduce(pc.or_, parts)

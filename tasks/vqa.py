@@ -210,9 +210,12 @@ def normalise(text: str) -> str:
     """Lower case, without punctuation and articles (" The red car." -> "red car"), unless nothing is left."""
     text = unicodedata.normalize("NFC", text).lower().strip()
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.removesuffix(".") or text)  # as in VQAv2's script
-    # A sign before a digit is part of the number: -5, 3.5, 10:30, 1/2
-    is_part = [bool(re.match(r"[-.,:/]\d", text[place:])) for place in range(len(text))]
-    is_part = [part or sign in "#%" for sign, part in zip(text, is_part)]  # C#, 50%
-    kept = [sign for sign, part in zip(text, is_part) if part or not unicodedata.category(sign).startswith("P")]
+    text = re.sub(r"(?<=\d) +([-–+*/:=^×÷]) +(?=\d)", r"\1", text)  # "1 - 2" -> "1-2"
+    # A sign is kept before a digit (-5, 3.5, 10:30, 1/2), between digits (2*3), in 5!, in C# and in 50%
+    kept_signs = re.finditer(r"[-.,:/](?=\d)|(?<=\d)[\W_](?=\d)|(?<=\d)!|[#%]", text)
+    places = {sign.start() for sign in kept_signs}
+    kept = [
+        sign for place, sign in enumerate(text) if place in places or not unicodedata.category(sign).startswith("P")
+    ]
     words = "".join(kept).split() or text.split()
     return " ".join([word for word in words if word not in ("a", "an", "the")] or words)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import tempfile
 import time
 from functools import partial
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from tiny import NUM_PATCHES, ROOT, save_tiny_bases, tiny_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import train
+from dehvf import adapters as adapters_dehvf
 from tasks import get_task
 from training.arguments import DataArguments
 from training.checkpoints import (
@@ -755,6 +757,27 @@ def test_a_disk_that_is_really_full_leaves_the_earlier_checkpoints(six_steps, tm
         assert all(parameter.isfinite().all() for parameter in model.parameters())
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)  # also where an error holds a file open
+
+
+def test_a_disk_that_is_full_at_the_end_loses_no_adapters(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+    write, output = adapters_dehvf.write_tensors, tmp_path / "output"
+
+    def fail(tensors, file, *args, **kwargs):
+        if Path(file).parent == output:
+            raise OSError(28, "No space left on device")
+        write(tensors, file, *args, **kwargs)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    flags = partial(tiny_flags, tmp_path, scienceqa[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters_dehvf, "write_tensors", fail)
+        with pytest.raises(OSError, match="output could not be written: .*No space left") as error:
+            train.main(flags(output))
+    saved = re.search(r"`--adapter (\S+)` and `--num_train_epochs 0`", str(error.value))[1]
+    train.main(flags(tmp_path / "whole"))
+    assert_same_adapters(tmp_path / "whole", Path(saved))
+    train.main(flags(output, adapter=saved, num_train_epochs=0))
+    assert_same_adapters(tmp_path / "whole", output)
 
 
 # --- a loss that is no number ---

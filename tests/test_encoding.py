@@ -42,24 +42,31 @@ IM_END = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>
 
 
 def train(kind: str) -> Tokenizer:
-    """A tokenizer with 400 tokens, split into words as GPT-2, Qwen or LLaMA do."""
+    """A tokenizer with 400 tokens, split into words as GPT-2, Qwen or LLaMA do, or of the kind that XGLM has."""
     tokenizer, letters = Tokenizer(models.BPE()), ["\n", *map(chr, range(32, 127))]
-    if kind == "llama":
+    if kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+    if kind in ("llama", "unigram"):
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     else:
         words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "gpt2")
         digits = pre_tokenizers.Split(Regex(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
         tokenizer.pre_tokenizer = words if kind == "gpt2" else pre_tokenizers.Sequence([digits, words])
         tokenizer.decoder, letters = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=letters)
+    options = {"vocab_size": 400, "special_tokens": ["<s>", "</s>"], "initial_alphabet": letters}
+    trainer = trainers.UnigramTrainer(**options) if kind == "unigram" else trainers.BpeTrainer(**options)
     tokenizer.train_from_iterator(TEXTS, trainer)
     return tokenizer
 
 
-def make_processor(kind: str, bos=False, appends_eos=False, template=None, **special) -> DehvfProcessor:
+def make_processor(
+    kind: str, bos=False, appends_eos=False, trims_offsets=False, template=None, **special
+) -> DehvfProcessor:
     tokenizer, added = train(kind), [("<s>", 0), ("</s>", 1)]
     single = f"{'<s> ' if bos else ''}$A{' </s>' if appends_eos else ''}"
     tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=added)
+    if trims_offsets:  # the place of a token does not include its space
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     special = {"eos_token": "</s>", **({"bos_token": "<s>"} if bos else {}), **special}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     tokenizer.chat_template = template
@@ -68,9 +75,11 @@ def make_processor(kind: str, bos=False, appends_eos=False, template=None, **spe
 
 KINDS = {
     "LLaMA, plain template": {"kind": "llama", "bos": True},
+    "Unigram, plain template": {"kind": "unigram", "bos": True},  # control tokens are also pieces of its vocabulary
     "LLaMA-2 chat": {"kind": "llama", "bos": True, "template": STRICT},
     "GPT-2, without BOS and pad": {"kind": "gpt2"},
     "Qwen, ChatML": {"kind": "qwen", "template": CHATML, **IM_END},
+    "GPT-2, trimmed offsets": {"kind": "gpt2", "trims_offsets": True, "template": STRICT.replace("bos_token", "''")},
     "appends EOS": {"kind": "llama", "bos": True, "appends_eos": True},
     "appends EOS, no BOS": {"kind": "gpt2", "appends_eos": True},
 }
@@ -177,10 +186,11 @@ def test_private_characters_in_data_are_text():
     assert processor.tokenizer.decode(encoded["input_ids"]).count(text) == 2
 
 
-def test_a_token_of_both_prompt_and_answer_is_refused():
+@pytest.mark.parametrize("trims_offsets", [False, True])
+def test_a_token_of_both_prompt_and_answer_is_refused(trims_offsets):
     """Its answer would begin with a token that is not learned, after a prompt that is not trained on."""
     template = CHATML.replace("assistant\\n", "assistant: ").replace("+ '\\n' + m", "+ ': ' + m")
-    processor = make_processor("qwen", template=template, **IM_END)
+    processor = make_processor("qwen", trims_offsets=trims_offsets, template=template, **IM_END)
     with pytest.raises(ValueError, match="Row 0 .* joins the end of the generation prompt with the beginning of the"):
         encode(processor, {"question": "?", "answer": "red"})
 

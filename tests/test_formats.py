@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Json, List, Value, load_from_disk
 from PIL import Image as PILImage
 from pyarrow import parquet as pq
 from test_tasks import write_image, write_lines
@@ -26,6 +26,7 @@ from tasks import _formats, chat, digits, get_task, vqa
 from tasks.__main__ import check, main
 from training.arguments import DataArguments, DehvfTrainingArguments
 from training.data import load_rows, load_splits, read_image
+from training.encoding import RowEncoder
 
 
 @pytest.fixture(autouse=True)
@@ -485,22 +486,30 @@ def test_images_in_parquet_may_be_paths_nothing_or_in_messages(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "empty, filled",
+    "empty, filled, feature",
     [
-        ({"images": []}, {"images": ["a.png"]}),
-        ({"images": [None, None]}, {"images": [None, "a.png"]}),
-        ({"image": {"path": None}}, {"image": {"path": "a.png"}}),
+        ({"images": []}, {"images": ["a.png"]}, None),
+        ({"images": [None, None]}, {"images": [None, "a.png"]}, None),
+        ({"image": {"path": None}}, {"image": {"path": "a.png"}}, None),
+        ({"images": "[]"}, {"images": '["a.png"]'}, None),
+        ({"images": "[null]"}, {"images": '["a.png"]'}, None),
+        ({"images": []}, {"images": ["a.png"]}, Json()),
+        ({"image": {"path": None}}, {"image": {"path": "a.png"}}, Json()),
     ],
-    ids=["list", "nulls", "object"],
+    ids=["list", "nulls", "object", "text of a list", "text of null", "list in Json", "object in Json"],
 )
-def test_an_empty_column_of_images_is_none_beside_images_in_messages(empty, filled, tmp_path):
+def test_an_empty_column_of_images_is_none_beside_images_in_messages(empty, filled, feature, tmp_path):
+    def make_rows(rows):
+        rows = Dataset.from_list(rows)
+        return rows if feature is None else rows.cast_column(*empty, feature)
+
     write_image(tmp_path / "a.png")
     rows = [{"messages": in_parts({"type": "image", "image": "a.png"}), **empty}]
-    Dataset.from_list(rows).save_to_disk(tmp_path / "one")
+    make_rows(rows).save_to_disk(tmp_path / "one")
     write_image(tmp_path / "one" / "a.png")
     assert [row["image"] for row in read(chat, tmp_path / "one")] == ["red"]
     rows += [{"messages": in_parts({"type": "image", "image": None}), **filled}]
-    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    make_rows(rows).to_parquet(tmp_path / "train.parquet")
     assert [row["image"] for row in read(chat, tmp_path)] == ["red", "red"]
 
 
@@ -749,6 +758,12 @@ UNREAD = [
     (vqa, {"question": "?", "answer": "x", "imgae": "a.png"}, "image=imgae"),
     (vqa, {"question": "?", "answer": "x", "image": "a.png", "options": ["x", "y"]}, "choices=options"),
     (vqa, {"question": "?", "answer": "x", "image": "a.png", "CHOICES": ["x", "y"]}, "choices=CHOICES"),
+    (vqa, {"question": "?", "answer": "x", "image": "a.png", "answer_choices": ["x", "y"]}, "choices=answer_choices"),
+    (
+        vqa,
+        {"question": "?", "answer": "x", "image": "a.png", "multiple_choices": ["x", "y"]},
+        "choices=multiple_choices",
+    ),
     (vqa, {"question": "?", "answer": "x", "image": "a.png", "Context": "c"}, "context=Context"),
     (vqa, {"question": "?", "label": "x", "image": "a.png"}, "answer=label"),
     (vqa, {"question": "?", "caption": "x", "image": "a.png"}, "answer=caption"),
@@ -939,6 +954,20 @@ def test_rows_that_share_an_image_through_other_rows_stay_together(tmp_path):
     assert [len(part) for part in parts] == [24, 3, 3], "all rows are connected, so only equal rows stay together"
 
 
+def test_rows_that_name_an_image_differently_stay_together(tmp_path, monkeypatch):
+    for number in range(4):
+        write_image(tmp_path / "a" / f"{number}.png")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    folders = ("a", "./a", "b", tmp_path / "a")
+    rows = [{"question": str(n), "answer": "so", "image": f"{folders[n // 4]}/{n % 4}.png"} for n in range(16)]
+    write_lines(tmp_path / "x.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    for place in (".", str(tmp_path)):
+        parts = [vqa.load(split, place, holdout=0.25)["question"] for split in ("train", "validation", "test")]
+        assert [len(part) for part in parts] == [8, 4, 4]
+        assert [len({int(question) % 4 for question in part}) for part in parts] == [2, 1, 1]
+
+
 def test_a_run_records_what_it_took_from_the_train_split(tmp_path):
     turns = [{"from": "human", "value": "<image>ab?"}, {"from": "gpt", "value": "cd"}]
     for number in range(6):
@@ -987,7 +1016,7 @@ FILES = [
     (
         "train.csv",
         b"answer,question,answer\n?,x,y\n",
-        "train.csv:1: it names a column twice: answer,",
+        "train.csv:1: the header has a column name twice: answer,",
     ),
     ("train.csv", b"", "train.csv: no rows"),
     ("train.txt", b"question", "has no data that this task reads"),
@@ -1029,12 +1058,47 @@ def test_parquet_files_that_do_not_fit_are_named(columns, message, tmp_path):
         vqa.load("train", str(tmp_path))
 
 
-def test_class_labels_that_differ_between_parquet_files_are_named(tmp_path):
-    for split, names in (("train", ["cat", "dog", "hen"]), ("test", ["cat", "hen"])):
-        rows = Dataset.from_dict({"question": ["?"], "answer": [1]}).cast_column("answer", ClassLabel(names=names))
+PETS, OTHERS = ClassLabel(names=["cat", "dog", "hen"]), ClassLabel(names=["cat", "hen"])
+NOTHING, NUMBER, TEXT = Value("null"), Value("int64"), Value("string")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "first, second, joined",
+    [
+        ((NUMBER, 101), (TEXT, "007"), None),
+        ((TEXT, "007"), (NUMBER, 101), None),
+        ((NUMBER, 101), (Value("bool"), True), None),
+        ((List(NUMBER), [1]), (List(TEXT), ["01"]), None),
+        ((PETS, 1), (OTHERS, 1), None),
+        ((List(PETS), [1]), (List(OTHERS), [1]), None),
+        ((PETS, 1), (NUMBER, 1), None),
+        ((TEXT, "007"), (Value("binary"), b"007"), None),
+        ((NOTHING, None), (PETS, 1), PETS),
+        ((List(PETS), [1]), (List(NOTHING), []), List(PETS)),
+        ((List({"a": NUMBER}), [{"a": 1}]), (List({"a": NOTHING}), [{"a": None}]), List({"a": NUMBER})),
+        ((Value("int64"), 2**40), (Value("int32"), 1), NUMBER),
+        ((NUMBER, 2), (Value("float64"), 0.1), Value("float64")),
+        ((Value("float32"), 1.5), (Value("float64"), 16777217.0), Value("float64")),
+        ((TEXT, "007"), (Value("large_string"), "42"), Value("large_string")),
+        ((TEXT, "a.png"), (Image(decode=False), {"bytes": b"", "path": None}), Image(decode=False)),
+    ],
+)
+def test_no_parquet_file_changes_the_values_of_another(first, second, joined, streaming, tmp_path):
+    given = {"train": first, "test": second}
+    for split, (feature, value) in given.items():
+        rows = Dataset.from_dict({"answer": [value]}, Features({"answer": feature}))
         rows.to_parquet(tmp_path / f"{split}.parquet")
-    with pytest.raises(ValueError, match="the class labels of `answer` in .*test.parquet differ"):
-        vqa.load("test", str(tmp_path), columns="image=none")
+    if joined is None:
+        places = " and ".join(f".* in .*{split}.parquet" for split in given)
+        with pytest.raises(ValueError, match=f"`answer` has the type {places}.*All files need the same types"):
+            _formats.open_dataset(str(tmp_path), streaming)
+        return
+    for split, rows in _formats.open_dataset(str(tmp_path), streaming).items():
+        (row,) = rows
+        value = given[split][1]
+        assert rows.features["answer"] == joined
+        assert row["answer"] == ({"bytes": None, "path": value} if value == "a.png" else value)
 
 
 def test_a_split_whose_images_are_in_another_column_is_an_error(tmp_path):
@@ -1074,6 +1138,21 @@ def test_data_that_were_changed_are_read_again_and_images_that_were_moved_are_fo
     assert vqa.load("train", str(tmp_path))["answer"][:] == ["no"]
 
 
+def test_a_data_set_is_read_again_if_other_rows_were_saved_with_the_same_fingerprint(tmp_path):
+    """As `Dataset.from_generator` saves them: it makes the fingerprint from the function alone."""
+    for number, answer in enumerate(("no", "so")):
+        row = {"question": ["Why?"], "choices": [["no", "so"]], "answer": [answer]}
+        Dataset(pa.table(row), fingerprint="same").save_to_disk(tmp_path / "vqa" / "train")
+        rows = vqa.load("train", str(tmp_path / "vqa"), columns="image=none")
+        assert rows["answer"][:] == [answer]
+        row |= {"answer": [number], "hint": [""]}
+        Dataset(pa.table(row), fingerprint="same").save_to_disk(tmp_path / "scienceqa" / "train")
+        task = get_task("scienceqa")  # it returns the rows as they were saved
+        rows = task.load("train", str(tmp_path / "scienceqa"))
+        (tokens,) = RowEncoder(task, "train", tiny_processor(), 200, training=True).encode(rows)["input_ids"]
+        assert tiny_processor().tokenizer.decode(tokens).endswith(f"The answer is {'AB'[number]}.</s>")
+
+
 def undecoded(rows):
     return [row["image"] for row in rows.cast_column("image", Image(decode=False))]
 
@@ -1104,7 +1183,7 @@ def test_the_check_command_notes_what_may_be_a_mistake(tmp_path, capsys):
     for note in (
         f"note: {unread}",
         f"read from 2 files, {tmp_path / 'train.jsonl'} to {tmp_path / 'train_old.jsonl'}",
-        f"note: 2 times `</s>` in `answer`, which is read as letters and controls nothing, the first at {tmp_path}",
+        f"note: 2 times `</s>` in `answer`, which is treated as ordinary text, the first at {tmp_path}",
         f"note: 1 times a row that is repeated, the first at {tmp_path / 'train.jsonl'}:2",
         f"note: 1 times a row that is also in the train split, the first at {tmp_path / 'test.jsonl'}:1",
         "longest texts in characters: question 5, answer 7",

@@ -403,6 +403,18 @@ def file_of(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
+def tiff_of(values: np.ndarray, bits: int, photometric: int) -> bytes:
+    """A TIFF file of 12 or 16 bits, in which 0 is white (`photometric` 0) or black (1)."""
+    data = values.astype("<u2").tobytes()
+    if bits == 12:  # two values in three bytes
+        data = b"".join((int(a) << 12 | int(b)).to_bytes(3, "big") for a, b in values.reshape(-1, 2))
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 122, 277: 1, 278: height}
+    tags[279] = len(data)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+
+
 ARRAY, GREY = np.asarray(shades("RGB")), np.asarray(shades())
 TENSOR = torch.from_numpy(ARRAY.copy()).permute(2, 0, 1)
 PNG = file_of(shades())
@@ -430,6 +442,10 @@ IMAGES = {
     "F up to 1": (Image.fromarray(GREY.astype(np.float32) / 255), 0),
     "F up to 255": (Image.fromarray(GREY.astype(np.float32)), 0),
     "16-bit PNG": (file_of(Image.fromarray(GREY.astype(np.uint16) * 257)), 0),
+    "16-bit PGM": (b"P5 32 24 65535\n" + (GREY.astype(">u2") * 257).tobytes(), 0),
+    "12-bit TIFF": (tiff_of(GREY.astype(int) * 4095 // 255, 12, 1), 1),
+    "16-bit TIFF": (tiff_of(GREY.astype(int) * 257, 16, 1), 0),
+    "16-bit TIFF in which 0 is white": (tiff_of(65535 - GREY.astype(int) * 257, 16, 0), 0),
     "float TIFF": (file_of(Image.fromarray(GREY.astype(np.float32)), "TIFF"), 0),
     "JPEG in CMYK": (file_of(shades("RGB", "CMYK"), "JPEG"), 8),
     "AVIF": (file_of(shades(), "AVIF"), 8),
@@ -481,7 +497,8 @@ def test_columns_of_datasets_are_lists_of_images_and_texts():
 
 
 def test_a_dark_image_of_16_bits_stays_dark():
-    for entry in (file_of(Image.fromarray(GREY.astype(np.uint16))), ARRAY.astype(np.uint16)):
+    png, pgm = file_of(Image.fromarray(GREY.astype(np.uint16))), b"P5 32 24 65535\n" + GREY.astype(">u2").tobytes()
+    for entry in (png, pgm, ARRAY.astype(np.uint16)):
         assert np.array_equal(read_image(entry), np.zeros_like(ARRAY))
 
 

@@ -667,6 +667,17 @@ def test_own_questions_need_a_path_the_split_and_good_rows(tmp_path):
         (" 3.5", "35", False),
         (" -5.", "5", False),
         (" -5.", "-5", True),
+        (" 23.", "2*3", False),
+        (" 1020.", "10\u201320", False),
+        (" 5", "5!", False),
+        (" 5!", "5!", True),
+        (" 1 - 2.", "1-2", True),
+        (" 2 * 3", "2*3", True),
+        (" 3+4", "3 + 4", True),
+        (" 3 : 00", "3:00", True),
+        (" 5 -3", "5-3", False),
+        (" 3, 4", "34", False),
+        (' "5" (or 6)?', "5 or 6", True),
         (" A.", "A", True),  # an article is kept where there is nothing else
         (" the", "A", False),
         (" +.", "+", True),
@@ -811,7 +822,7 @@ def test_pairs_of_easy_vqa_show_the_same_shape_half_of_the_time(tmp_path):
 
 def test_pairs_of_easy_vqa_need_two_shapes(tmp_path):
     save_easy_vqa(tmp_path, [("test", 1)])
-    with pytest.raises(ValueError, match="test split shows 1 shapes"):
+    with pytest.raises(ValueError, match="test split shows fewer than two shapes"):
         easy_vqa_pairs.load("test", str(tmp_path))
 
 

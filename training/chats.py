@@ -152,6 +152,9 @@ class ChatTokenizer:
             of_word, _ = encoded_words[word]
             if not begin:  # the text begins with it
                 of_word = self.tokenizer(word, add_special_tokens=False, split_special_tokens=True).input_ids
+            if {*of_word} & self.special_ids - {self.tokenizer.unk_token_id}:  # Unigram models have it as a piece
+                of_letters = self._encode_pieces([*word])
+                of_word = [token for letter in word for token in of_letters[letter][0]]
             of_piece, offsets = encoded_pieces[piece]
             tokens += of_word + of_piece
             places += [(begin, begin + 1)] * len(of_word)

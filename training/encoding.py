@@ -76,11 +76,12 @@ class RowEncoder:
             text, spans = self._render(row, self.chat.restore(context), answer)
             tokens, places = self.chat.encode(text)
             is_answer = [any(begin <= start < end for begin, end in spans) for start, _ in places]
-            if self.training and any(start < begin < stop for start, stop in places for begin, _ in spans):
+            if self.training and any(self._joins(text, tokens, places, begin) for begin, _ in spans):
                 raise ValueError(
                     "the tokenizer joins the end of the generation prompt with the beginning of the answer into one "
-                    "token, which generation could not produce. Give a chat template whose generation prompt does not "
-                    "end with a space, such as `--chat_template plain`."
+                    "token, which generation could not produce, or encodes it differently than without an answer. "
+                    "Give a chat template whose generation prompt does not end with a space or an empty line, such as "
+                    "`--chat_template plain`."
                 )
             if self.training and tokens[-1] not in self.chat.special_ids:
                 # The template does not end a turn with a token
@@ -99,6 +100,15 @@ class RowEncoder:
             # A cut can split a word into more tokens than it had, so this may take several rounds
             offsets, shortened = offsets[:-excess], True
             context = context[: offsets[-1][1]] if offsets else ""
+
+    def _joins(self, text: str, tokens: list[int], places: list[tuple[int, int]], begin: int) -> bool:
+        """Whether an answer that begins at a place shares a token with the text before it, or changes its tokens."""
+        if any(start < begin < stop for start, stop in places):
+            return True
+        if not text[begin - 1 : begin].isspace():
+            return False
+        prompt, _ = self.chat.encode(text[:begin])  # some tokenizers leave a space before a word out of its place
+        return tokens[: len(prompt)] != prompt
 
     def _render(self, row: dict, context: str, answer: str) -> tuple[str, list[tuple[int, int]]]:
         if hasattr(self.task, "messages"):

@@ -8,6 +8,7 @@ signature changes.
 """
 
 import os
+import tempfile
 import time
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -110,11 +111,31 @@ class AdapterTrainer(Trainer):
             return bool(torch.stack(finite).all())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            return super().save_model(output_dir, _internal_call)
-        with self.gathered():
-            tensors = {name: whole(value.detach()).cpu().clone() for name, value in self.trained_parameters.items()}
-        self._save(output_dir, state_dict=tensors)
+        """
+        Saves the adapters to `output_dir`, or at the end of training to a temporary folder if that fails.
+
+        Raises:
+            OSError: if they were saved to the temporary folder, whose name is in the message.
+        """
+        output_dir, tensors = output_dir or self.args.output_dir, None
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            with self.gathered():
+                tensors = {
+                    name: whole(value.detach()).cpu().clone() for name, value in self.trained_parameters.items()
+                }
+        try:
+            self._save(output_dir, state_dict=tensors)
+        except ValueError:  # the tensors cannot be saved to any folder
+            raise
+        except Exception as error:  # `tokenizers` raises this class if the disk is full
+            if _internal_call:  # for a checkpoint, before the end of training
+                raise
+            folder = tempfile.mkdtemp(prefix="dehvf-")
+            self._save(folder, state_dict=tensors)
+            raise OSError(
+                f"{output_dir} could not be written: {error}. The trained adapters were saved to {folder} instead. "
+                f"Free some space, then use `--adapter {folder}` and `--num_train_epochs 0` to evaluate them."
+            ) from error
 
     def load_adapters(self, checkpoint: str | Path):
         """Raises `ValueError` if the checkpoint belongs to another method."""
