@@ -402,7 +402,7 @@ class AdapterMixin:
         if before is None and self is not self.base_model:
             logger.warning(
                 "The base models of this model were given to its constructor, or made at random. Only the adapter is "
-                f"saved, for the {self.config.text_model_id} and {self.config.vision_model_id} of its config. If their "
+                f"saved, for {self.config.text_model_id} and {self.config.vision_model_id} of its config. If their "
                 "weights differ, save with `model.save_pretrained(folder, merge_base=True)` to keep them."
             )
         if before is not None and (changed := find_changes(before, now)):

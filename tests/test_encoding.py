@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import ROOT, tiny_image_processor, tiny_inputs, tiny_model, tiny_processor, tiny_text_config
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, CTRLTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.trainer_utils import PredictionOutput
 
 from dehvf import DehvfProcessor
@@ -364,3 +364,11 @@ def test_an_appended_eos_is_removed_from_all_that_a_tokenizer_returns():
     assert len(lengths) > 3 and len({tuple(sizes) for sizes in lengths.values()}) == 1
     with pytest.raises(ValueError, match="appends 1 special tokens.*Leave out `padding_side`"):
         processor(text=texts, padding_side="right")
+
+
+def test_a_tokenizer_without_a_fast_version_is_refused(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"<unk>": 0, "a</w>": 1}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CTRLTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    with pytest.raises(ValueError, match=r"\(CTRLTokenizer\) is not a fast one"):
+        check_tokenizer(tokenizer, tiny_text_config())

@@ -747,9 +747,7 @@ def test_base_models_that_were_not_loaded_are_named_when_only_the_adapter_is_sav
     for place in (loaded.config.text_model_id, None):
         model.config.text_model_id = place
         model.save_pretrained(tmp_path / "saved")
-        assert (
-            f"given to its constructor, or made at random. Only the adapter is saved, for the {place}" in messages[0]
-        )
+        assert f"given to its constructor, or made at random. Only the adapter is saved, for {place}" in messages[0]
         messages.clear()
 
 

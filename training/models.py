@@ -66,8 +66,8 @@ def check_tokenizer(tokenizer, config):
     """
     if not tokenizer.is_fast:
         raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) is not a fast one, and training needs "
-            "the position of each token in the text. Use a language model whose tokenizer has a tokenizer.json."
+            f"The tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) is not a fast one, and training "
+            "needs the position of each token in the text. Use a language model whose tokenizer has a tokenizer.json."
         )
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     if tokenizer.eos_token_id is None:
