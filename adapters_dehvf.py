@@ -37,7 +37,7 @@ from .bases_dehvf import (
     save_base,
     share_placement,
 )
-from .configuration_dehvf import DehvfConfig, read_tiles
+from .configuration_dehvf import DehvfConfig
 from .files_dehvf import check_before_writing, digest, read_tensors, write_tensors
 from .inputs_dehvf import check_visual_memory
 from .layouts_dehvf import check_layouts
@@ -529,8 +529,7 @@ class AdapterMixin:
                 "each as a batch of one: `visual_memory[[row]]` takes a row of several."
             )
         # A tile always has the same index, also after an image that is too small for tiles
-        rows, columns = read_tiles(self.config.image_tiles)
-        length = (1 + rows * columns) * self.config.num_patches
+        length = self.config.max_encoded_images // self.config.max_images * self.config.num_patches
         joined = [memories[0][:, :, :, :0] for _ in samples]
         for row, sample in enumerate(samples):
             for memory in sample:

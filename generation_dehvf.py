@@ -38,8 +38,8 @@ class DehvfGenerationMixin(GenerationMixin):
         memories, scale = (model_kwargs or {}).get("layer_memories"), generation_config.guidance_scale
         if scale not in (None, 1) and memories and isinstance(memories[0], MixedLayerMemory):
             raise ValueError(
-                f"`guidance_scale={scale}` runs the model a second time, with the active "
-                "adapter for all samples. Call `set_adapter` (or `disable_adapter`) instead of giving `adapter_names`."
+                f"`guidance_scale={scale}` runs the model a second time, with the active adapter for all samples. "
+                "Call `set_adapter` (or `disable_adapter`) instead of giving `adapter_names`."
             )
         return super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
 

@@ -26,7 +26,7 @@ from training.checkpoints import RESULTS_FILE
 from training.data import Collator, load_splits
 from training.fusion import describe_fusion, fusion_figures, layers_of_groups
 from training.models import load_model, load_processor
-from training.results import make_records
+from training.results import SOURCE_OF_ROWS, make_records
 from training.trainer import AnswerTrainer
 
 
@@ -140,8 +140,8 @@ def main():
     results = Path(options.adapter) / RESULTS_FILE
     require_files([results], "Give the `--output_dir` of a finished run of train.py.")
     results = json.loads(results.read_text(encoding="utf-8"))
-    names = ("task", "data_path", "columns", "holdout", "captions")
-    data = [word for name in names if results[name] is not None for word in (f"--{name}", str(results[name]))]
+    given = {name: results[name] for name in SOURCE_OF_ROWS if results.get(name) is not None}
+    data = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     with TemporaryDirectory() as folder:
         fixed = ["--adapter", options.adapter, "--num_train_epochs", "0", "--output_dir", folder]
         report = measure([*data, *fixed, *flags])

@@ -9,7 +9,7 @@ import os
 import re
 import reprlib
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -152,14 +152,18 @@ def find_saved(folder: Path) -> dict[str, Path]:
     return {place.name: place for place in places}
 
 
+def stamp_files(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """What changes if one of the files or folders is written again: path, time of modification and size."""
+    return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists()]
+
+
 def identify_by_files(rows: Dataset) -> Dataset:
     """
     Rows that `save_to_disk` wrote, with a fingerprint that changes with their files: the one that was saved with them
     may belong to other rows, since `Dataset.from_generator` makes it from the code of its function. They are returned
     without the format that was saved with them, such as tensors.
     """
-    files = [Path(file["filename"]) for file in rows.cache_files]
-    stamps = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    stamps = stamp_files(Path(file["filename"]) for file in rows.cache_files)
     return Dataset(rows.data, rows.info, rows.split, fingerprint=Hasher.hash([rows._fingerprint, stamps]))
 
 

@@ -53,6 +53,7 @@ from tasks._formats import (
     read_records,
     split_of,
     split_of_file,
+    stamp_files,
     walk,
 )
 from tasks._holdout import KEPT_TOGETHER, split_rows
@@ -472,11 +473,10 @@ class Source:
         """Fingerprint of the files in `places`, of `facts`, and of the code of the tasks."""
         paths = list(dict.fromkeys(places))
         paths += map(Path, sorted({path for place in paths if place.is_dir() for path in find_subfolders(place, 4)}))
-        stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists()]
         folder = Path(__file__).parent
         sources = [folder.parent / "processing_dehvf.py", *sorted(folder.glob("*.py"))]  # the first removes `<image>`
         code = [file.read_text(encoding="utf-8") for file in sources]
-        return Hasher.hash([stamps, *facts, self.task.__name__, self.fields, *code])
+        return Hasher.hash([stamp_files(paths), *facts, self.task.__name__, self.fields, *code])
 
 
 def load(

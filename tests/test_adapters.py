@@ -2,11 +2,10 @@
 
 import json
 import shutil
-from inspect import signature
 
 import pytest
 import torch
-from tiny import DehvfForConditionalGeneration, DehvfProcessor, save_tiny_bases, tiny_inputs
+from tiny import DehvfForConditionalGeneration, DehvfProcessor, cache_name, save_tiny_bases, tiny_inputs
 
 
 # Different in size, switches and numbers, so that nothing of one can pass for the other's
@@ -233,13 +232,11 @@ def test_an_adapter_that_was_switched_in_the_inner_model_is_not_saved_with_the_c
 
 def test_a_call_that_continues_from_a_cache_needs_the_instruction_of_the_adapters_that_are_named(model):
     inputs = tiny_inputs(2)
-    parameters = signature(type(model.model.language_model).forward).parameters
-    cache_name = "cache" if "cache" in parameters else "past_key_values"  # depending on the release
     for active, named in (("asking", "second"), ("second", "asking")):
         model.set_adapter(active)
         first = {**inputs, "input_ids": inputs["input_ids"][:, :5], "attention_mask": inputs["attention_mask"][:, :5]}
         cache = model(**first, adapter_names=[named] * 2, use_cache=True).past_key_values
-        rest = {**inputs, "input_ids": inputs["input_ids"][:, 5:], cache_name: cache}
+        rest = {**inputs, "input_ids": inputs["input_ids"][:, 5:], cache_name(model): cache}
         if named == "second":
             expected = model(**inputs, adapter_names=[named] * 2).logits[:, 5:]
             torch.testing.assert_close(model(**rest, adapter_names=[named] * 2).logits, expected, atol=1e-4, rtol=1e-4)

@@ -32,13 +32,8 @@ ENGINES = {
 # feel a bias of its keys) becomes a step of a whole rate in Adam, so `adam_epsilon` is not that small.
 FLAGS = {
     **{"max_steps": 3, "learning_rate": 0.02, "adam_epsilon": 1e-4, "lr_scheduler_type": "constant"},
-    **{
-        "warmup_steps": 0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": "true",
-        "train_sampling_strategy": "sequential",
-    },
+    **{"warmup_steps": 0, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": "true"},
+    "train_sampling_strategy": "sequential",
 }
 OF_DEHVF = {"memory_dropout": 0.0, "vision_adapter_dropout": 0.0, "fuser_lr_ratio": 0.5}
 

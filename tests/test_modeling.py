@@ -2,7 +2,6 @@
 
 import random
 from functools import partial
-from inspect import signature
 from types import MethodType
 
 import pytest
@@ -21,6 +20,7 @@ from tiny import (
     VOCAB_SIZE,
     DehvfConfig,
     DehvfForConditionalGeneration,
+    cache_name,
     relative_error,
     save_tiny_bases,
     tiny_config,
@@ -510,9 +510,7 @@ def test_layers_that_accelerate_wraps_are_extended_once():
 def test_a_filled_cache_needs_the_memory_if_the_fuser_reads_the_instruction():
     model, inputs = tiny_model(fuser_query="layer+instruction").eval(), tiny_inputs()
     outputs = model(**inputs, use_cache=True)
-    parameters = signature(type(model.model.language_model).forward).parameters
-    name = "cache" if "cache" in parameters else "past_key_values"  # depending on the release
-    step = {"input_ids": inputs["input_ids"][:, -1:], name: outputs.past_key_values}
+    step = {"input_ids": inputs["input_ids"][:, -1:], cache_name(model): outputs.past_key_values}
     with pytest.raises(ValueError, match="Give `visual_memory=outputs.image_outputs` of the first call"):
         model(**step, pixel_values=inputs["pixel_values"])
     model(**step, visual_memory=outputs.image_outputs)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -143,6 +144,12 @@ def tiny_inputs(
         "attention_mask": torch.ones(batch_size, length, dtype=torch.long),
         "pixel_values": torch.randn(batch_size, 3, image_size, image_size, generator=generator),
     }
+
+
+def cache_name(model) -> str:
+    """The argument of the language model for its cache, which depends on the release of transformers."""
+    parameters = signature(type(model.model.language_model).forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def relative_error(tensor: torch.Tensor, expected: torch.Tensor) -> float:

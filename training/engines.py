@@ -125,10 +125,9 @@ class AdapterTrainer(Trainer):
                 }
         try:
             self._save(output_dir, state_dict=tensors)
-        except ValueError:  # the tensors cannot be saved to any folder
-            raise
         except Exception as error:  # `tokenizers` raises this class if the disk is full
-            if _internal_call:  # for a checkpoint, before the end of training
+            # A checkpoint is not the end of training, and with a ValueError the tensors cannot be saved anywhere
+            if _internal_call or isinstance(error, ValueError):
                 raise
             folder = tempfile.mkdtemp(prefix="dehvf-")
             self._save(folder, state_dict=tensors)

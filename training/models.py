@@ -121,9 +121,8 @@ def load_model(model_args, adapter_args, baseline_args):
     options["revision"] = model_args.adapter_revision
     for base in BASES:
         place, revision = (getattr(model_args, f"{base}_model{end}") for end in ("", "_revision"))
-        if revision is not None and not (
-            place and Path(place).is_dir()
-        ):  # for a folder it is only recorded, see below
+        # The revision of a folder is only recorded, see below
+        if revision is not None and not (place and Path(place).is_dir()):
             options |= {f"{base}_model_revision": revision} | ({f"{base}_model_id": place} if place else {})
     model = DehvfForConditionalGeneration.from_pretrained(model_args.adapter, **options)
     for base in BASES:

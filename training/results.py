@@ -31,6 +31,8 @@ PUSHED_FILES += ["model.safetensors", "*config.json", "chat_template.jinja"]
 PUSHED_FILES += ["tokenizer*.json", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
 PUSHED_FILES += ["normalizer.json", "source.spm", "target.spm"]
 KEPT_FILES = ["[!.]*/*"]  # in folders whose names do not begin with a dot
+# Arguments that determine the rows of a split, in results.json
+SOURCE_OF_ROWS = ("task", "data_path", "columns", "holdout", "captions")
 # Values in the scores of a task for which higher is not better
 NO_SCORES = ("count", "scale", "unparsed")
 
@@ -107,7 +109,7 @@ def describe_run(task, processor, model, split: Split, data_args, model_args, tr
     bases = {f"{base}_model": getattr(model_args, f"{base}_model") for base in BASES}
     revisions = {f"{base}_model_revision": base_revision(model.config, base, bases[f"{base}_model"]) for base in BASES}
     return {
-        **{name: getattr(data_args, name) for name in ("task", "data_path", "columns", "holdout", "captions")},
+        **{name: getattr(data_args, name) for name in SOURCE_OF_ROWS},
         "holdout_groups": KEPT_TOGETHER if data_args.holdout else None,
         "split": split.name,
         "size": len(split),
