@@ -6,7 +6,8 @@ weights and with replaced ones.
     python -m benchmarks.fusion outputs/digits                   # --max_samples and other flags of train.py may follow
     python -m benchmarks.fusion outputs/digits --output_file fusion-digits.json
 
-If no replacement lowers the accuracy, adaptive fusion contributes nothing.
+If no replacement lowers the accuracy, adaptive fusion contributes nothing. The report also says how much the fuser's
+input, the class features of each vision layer, differs between the images.
 """
 
 import argparse
@@ -68,6 +69,19 @@ def replacements(weights: torch.Tensor, rows: list[list[int]]) -> dict[str, torc
     }
 
 
+def spread_over_images(features: torch.Tensor) -> dict[str, list[float]]:
+    """
+    For each vision layer, the root mean square of the class features' mean over images, and of their deviations from
+    it. The fuser can only tell images apart by the latter.
+
+    Args:
+        features: `(num_images, num_vision_layers, vision_hidden_size)`, as the fuser gets them.
+    """
+    mean = features.double().mean(0)
+    sizes = {"mean": mean.square().mean(-1), "deviation": (features - mean).square().mean((0, 2))}
+    return {name: [round(value, 3) for value in squares.sqrt().tolist()] for name, squares in sizes.items()}
+
+
 class Evaluation:
     """Answers the test split with given fusion weights. `arguments` are flags of train.py, including `--adapter`."""
 
@@ -94,20 +108,22 @@ class Evaluation:
             run={},
         )
 
-    def answer(self, replacement: torch.Tensor | None) -> tuple[dict, torch.Tensor]:
+    def answer(self, replacement: torch.Tensor | None) -> tuple[dict, torch.Tensor, torch.Tensor]:
         """
         Args:
             replacement: weights to use instead of the fuser's own, for each row with an image.
 
         Returns:
-            The scores, and the fuser's own weights, `(num_rows_with_image, num_language_layers, num_positions,
-            num_candidates)`, in the order of the split.
+            The scores, the fuser's own weights, `(num_rows_with_image, num_language_layers, num_positions,
+            num_candidates)`, and the class features, `(num_rows_with_image, num_vision_layers, vision_hidden_size)`,
+            in the order of the split.
         """
-        own, position = [], 0
+        own, features, position = [], [], 0
 
         def replace(module, arguments, weights):
             nonlocal position
             own.append(weights)
+            features.append(arguments[1])
             position += len(weights)
             if replacement is not None:
                 return replacement[position - len(weights) : position].to(weights)
@@ -118,18 +134,23 @@ class Evaluation:
         finally:
             handle.remove()
         records = make_records(self.task, self.trainer.processing_class, self.split, output)
-        return self.task.score(records, len(self.split)), torch.cat(own)
+        return self.task.score(records, len(self.split)), torch.cat(own), torch.cat(features)
 
 
 def measure(arguments: list[str]) -> dict:
     evaluation = Evaluation(arguments)
     rows = evaluation.model.model.hierarchy.rows
     score = evaluation.task.CARD["score"]
-    scores, weights = evaluation.answer(None)
+    scores, weights, features = evaluation.answer(None)
     accuracy = {"the adapter's own": round(scores[score], 2)}
     for name, replacement in replacements(weights, rows).items():
         accuracy[name] = round(evaluation.answer(replacement)[0][score], 2)
-    return {"figures": fusion_figures(weights, rows), "score": score, "accuracy": accuracy}
+    return {
+        "figures": fusion_figures(weights, rows),
+        "class_features": spread_over_images(features),
+        "score": score,
+        "accuracy": accuracy,
+    }
 
 
 def main():
@@ -155,6 +176,9 @@ def main():
     print(f"\n| fusion weights | {report['score']} |\n|---|---|")
     for name, accuracy in report["accuracy"].items():
         print(f"| {name} | {accuracy:.2f} |")
+    print("\n| vision layer | class features: mean over images | deviation |\n|---|---|---|")
+    for layer, sizes in enumerate(zip(*report["class_features"].values())):
+        print(f"| {layer} | {sizes[0]:.3f} | {sizes[1]:.3f} |")
     if options.output_file:
         options.output_file.write_text(json.dumps(report, indent=1), encoding="utf-8")
 

@@ -146,6 +146,15 @@ def test_replacements_keep_what_their_names_say():
     assert replaced["another layer's of the group"][:, [1, 0, 2]].equal(weights)
 
 
+def test_class_features_are_split_into_what_images_share_and_what_differs():
+    torch.manual_seed(0)
+    shared, own = torch.randn(3, 8), torch.randn(2, 3, 8)
+    features = shared + torch.cat((own, -own))
+    sizes = fusion.spread_over_images(features)
+    assert sizes["mean"] == pytest.approx(shared.square().mean(-1).sqrt().tolist(), abs=1e-3)
+    assert sizes["deviation"] == pytest.approx(own.square().mean((0, 2)).sqrt().tolist(), abs=1e-3)
+
+
 def test_the_benchmark_scores_an_adapter_with_its_own_and_with_other_weights(tmp_path):
     DatasetDict(train=make_rows(4), test=make_rows(6)).save_to_disk(str(tmp_path / "data"))
     output = tmp_path / "output"
@@ -157,6 +166,7 @@ def test_the_benchmark_scores_an_adapter_with_its_own_and_with_other_weights(tmp
     assert report["figures"] == results["fusion"]
     assert report["accuracy"]["the adapter's own"] == pytest.approx(results["scores"]["average"], abs=0.01)
     assert len(report["accuracy"]) == 7
+    assert {name: len(sizes) for name, sizes in report["class_features"].items()} == {"mean": 6, "deviation": 6}
     train.main(tiny_flags(tmp_path, tmp_path / "data", output, layer_fusion="mean", max_steps=1))
     with pytest.raises(ValueError, match="it has no fuser"):
         fusion.measure([*data, *fixed])
