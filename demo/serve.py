@@ -245,7 +245,9 @@ def build(
     max_body_bytes = reader.max_bytes * 4 // 3 + 2**20
     app.add_middleware(Guard, hosts=hosts, origins=origins, max_requests=max_requests, max_body_bytes=max_body_bytes)
     if origins:
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+        allowed = {"allow_origins": origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+        # Chromium asks for the latter before a public page may call a server on this machine or in its network
+        app.add_middleware(CORSMiddleware, **allowed, allow_private_network=True)
     return app
 
 

@@ -781,7 +781,9 @@ def test_clients_at_the_same_time_get_their_own_answers(server):
 def test_a_client_can_load_and_unload_nothing(path, server, tmp_path):
     other = str(tmp_path)
     response = httpx.post(server.url + path, json={"model": other, "prompt": "a"})
-    assert response.status_code == 403 and "is not served" in response.json()["error"]["message"]
+    message = response.json()["error"]["message"]
+    assert response.status_code == 403 and "is not served. Available: GET /health, GET /v1/models, " in message
+    assert "GET /v1/models/{model}, POST /v1/chat/completions" in message
     with pytest.raises(openai.NotFoundError, match="This server has no model") as refused:
         server.client.chat.completions.create(model=other, messages=[{"role": "user", "content": "a"}])
     assert refused.value.code == "model_not_found"
@@ -821,6 +823,7 @@ def test_web_pages_of_named_origins_may_ask(server, reader):
     origins = ["https://chat.example.org"]
     client = TestClient(serve.build(server.manager, reader, origins=origins), base_url="http://localhost")
     asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    asks |= {"Access-Control-Request-Private-Network": "true"}
     for origin, allowed in ((origins[0], True), ("https://attacker.example", False)):
         answers = (
             client.options("/v1/chat/completions", headers={"Origin": origin, **asks}),
@@ -879,6 +882,34 @@ def test_requests_beyond_the_limit_are_told_to_come_later():
         assert (await call(guard))[0] == 200
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize("arrives", [True, False], ids=["whole body", "part of the body"])
+@pytest.mark.parametrize(
+    "path, headers, status",
+    [
+        ("/v1/embeddings", {b"host": b"localhost"}, 403),
+        ("/v1/responses", {b"host": b"attacker.example"}, 403),
+        ("/v1/responses", {b"host": b"localhost", b"origin": b"https://attacker.example"}, 403),
+        ("/v1/responses", {b"host": b"localhost"}, 429),
+    ],
+)
+def test_a_refusal_is_sent_after_the_body_for_clients_that_read_late(path, headers, status, arrives, monkeypatch):
+    messages = [{"type": "http.request", "body": b"0", "more_body": more or not arrives} for more in (True, False)]
+    sent = []
+
+    async def receive():
+        return messages.pop(0) if messages else await asyncio.sleep(600)
+
+    async def send(message):
+        assert not messages
+        sent.append(message)
+
+    monkeypatch.setattr("demo.guard.UPLOAD_SECONDS", 60 if arrives else 0.1)
+    guard = Guard(None, ["localhost"], [], max_requests=0, max_body_bytes=100)
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [*headers.items()]}
+    asyncio.run(guard(scope, receive, send))
+    assert sent[0]["status"] == status
 
 
 def test_a_body_beyond_the_limit_is_not_kept():
