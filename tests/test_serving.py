@@ -9,6 +9,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -278,6 +279,9 @@ def test_the_command_serves_with_its_flags(adapter, registered, monkeypatch, tmp
     assert guard["max_requests"] == 3
 
 
+ADAPTER, DAMAGED = "an adapter", "a damaged adapter"
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -290,9 +294,23 @@ def test_the_command_serves_with_its_flags(adapter, registered, monkeypatch, tmp
         (["nothing", "--allow-host", "https://a.org"], "not a name alone"),
         ([ROOT / "assets" / "language_model", "--device", "cpu"], "model of the type 'llama', not a DEHVF adapter"),
         (["/nothing"], "`adapter /nothing`: there is no such folder"),
+        (["nothing", "--port", "99999"], "should be less than or equal to 65535"),
+        ([ADAPTER], "pass the argument `--trust-remote-code`"),
+        ([ADAPTER, "--trust-remote-code", "--dtype", "nonsense"], "Unsupported dtype: 'nonsense'"),
+        ([ADAPTER, "--trust-remote-code", "--device", "nonsense"], "but found nonsense"),
+        ([ADAPTER, "--trust-remote-code", "--device", "cuda:99"], "Invalid value: "),
+        ([ADAPTER, "--trust-remote-code", "--quantization", "nonsense"], "quantization method: 'nonsense'"),
+        ([ADAPTER, "--trust-remote-code", "--attn-implementation", "nonsense"], "implementation: 'nonsense'"),
+        ([ROOT / "examples" / "vqa"], "Unrecognized processing class"),
+        ([DAMAGED, "--trust-remote-code"], "is damaged and cannot be read"),
     ],
 )
-def test_the_command_refuses_flags_that_allow_nothing_or_all(flags, words, monkeypatch, capsys):
+def test_the_command_refuses_wrong_flags_without_a_traceback(flags, words, adapter, monkeypatch, tmp_path, capsys):
+    if DAMAGED in flags:
+        shutil.copytree(adapter, tmp_path / "damaged")
+        (tmp_path / "damaged" / "model.safetensors").write_text("a")
+    places = {ADAPTER: adapter, DAMAGED: tmp_path / "damaged"}
+    flags = [places.get(flag, flag) for flag in flags]
     code, served = command(monkeypatch, *flags)
     assert code == 2 and not served
     assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
