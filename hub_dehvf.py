@@ -92,7 +92,14 @@ def check_hub_ids(**bases: str | None):
 
 
 def check_upload(options: dict):
-    """Raises `ValueError` for an argument of `upload_folder` that would upload files after they are deleted."""
+    """Raises `ValueError` for an argument of `push_to_hub` with which nothing useful would be on the Hub."""
+    if isinstance(tags := options.get("tags"), str):
+        raise ValueError(f"`tags` is {tags!r}, but must be a list of texts. Give `tags=[{tags!r}]`.")
+    if path := options.get("path_in_repo"):
+        raise ValueError(
+            f"`path_in_repo` is {path!r}, but adapters and processors are loaded from the root of a repository. Leave "
+            "it out, or push to a repository or a branch (`revision=`) of its own."
+        )
     if options.get("run_as_future"):
         raise ValueError(
             "`run_as_future` is not supported, since the files are written to a temporary folder. Run "
@@ -223,12 +230,12 @@ class HubMixin:
 
         Raises:
             TypeError: if `upload_folder` does not have such an argument.
-            ValueError: if the config has a local folder instead of a Hub id for a base model, `run_as_future` is
-                given, or the adapter cannot be saved. Then nothing is on the Hub.
+            ValueError: if the config has a local folder instead of a Hub id for a base model, `run_as_future` or
+                `path_in_repo` is given, `tags` is a text, or the adapter cannot be saved. Then nothing is on the Hub.
         """
         config = self.config
         check_hub_ids(vision=config.vision_model_id, text=config.text_model_id)
-        check_upload(kwargs)
+        check_upload({"tags": tags, **kwargs})
         options = {"commit_message": "Upload DEHVF adapter", "token": token, **kwargs}
         signature(upload_folder).bind(repo_id=repo_id, folder_path=".", **options)
         self._check_before_saving(repo_id, merge_base=merge_base)

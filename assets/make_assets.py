@@ -11,6 +11,7 @@
 Scans of the validation and test splits are only used for the figures at the end.
 """
 
+import argparse
 import json
 import re
 import time
@@ -366,6 +367,7 @@ def train_vision_model(tokenizer, processor, steps=4500, batch=64):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     start = time.time()
     rng = np.random.default_rng(0)
     corpus = draw_rows(rng, 20000, shown=0.5)

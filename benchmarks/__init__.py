@@ -7,6 +7,7 @@ import platform
 import re
 import statistics
 import subprocess
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,13 @@ import torch
 
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def positive(text: str) -> int:
+    """Reads an argument that is at least 1."""
+    if (number := int(text)) < 1:
+        raise ArgumentTypeError(f"it is {number}, but must be at least 1")
+    return number
 
 
 def describe_machine() -> dict:

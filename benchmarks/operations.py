@@ -13,6 +13,7 @@ matrix products are counted, not norms, activations and softmax. The causal mask
 attention, and logits are computed for the last token only.
 """
 
+import argparse
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -325,6 +326,7 @@ def draw(report: dict, file: Path):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     report = {
         "command": "python -m benchmarks.operations",
         "text_tokens": NUM_TEXT_TOKENS,

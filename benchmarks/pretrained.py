@@ -41,7 +41,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from baselines import METHODS as BASELINES
 from baselines import BaselineArguments, assemble
-from benchmarks import RESULTS, fusers, heading, machine_in_words, save_report, spread, table
+from benchmarks import RESULTS, fusers, heading, machine_in_words, positive, save_report, spread, table
 from benchmarks.fusion import replacements
 from benchmarks.speed import forward_on_device, with_same_weights
 from dehvf import ROOT, DehvfConfig, DehvfForConditionalGeneration, DehvfProcessor
@@ -701,7 +701,7 @@ def main():
     )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--at-once", type=int, default=1, help="runs that train at the same time")
+    parser.add_argument("--at-once", type=positive, default=1, help="runs that train at the same time")
     arguments = parser.parse_args()
     if not arguments.report:
         require_bases()

@@ -32,6 +32,7 @@ from benchmarks import (
     machine_in_words,
     memory,
     operations,
+    positive,
     pretrained,
     save_report,
     speed,
@@ -265,7 +266,7 @@ def main():
         "--sizes", nargs="+", type=int, choices=IMAGE_SIZES, default=IMAGE_SIZES, help="sizes to train"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(pretrained.SEEDS))
-    parser.add_argument("--at-once", type=int, default=1, help="runs that train at the same time")
+    parser.add_argument("--at-once", type=positive, default=1, help="runs that train at the same time")
     parser.add_argument(
         "--report",
         action="store_true",

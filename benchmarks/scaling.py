@@ -11,6 +11,7 @@ The estimate uses the operations in closed form (`benchmarks.operations`), the b
 written to `benchmarks/results`: `scaling.json`, `.md` and `.png`.
 """
 
+import argparse
 import io
 import json
 import statistics
@@ -172,6 +173,7 @@ def draw(report: dict, file: Path):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     report = {"command": "python -m benchmarks.scaling", **measure()}
     facts = report["facts"]
     report["note"] = (

@@ -37,7 +37,7 @@ from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM
 
 from baselines import BaselineArguments, assemble
-from benchmarks import RESULTS, heading, machine_in_words, save_report, table, verdict
+from benchmarks import RESULTS, heading, machine_in_words, positive, save_report, table, verdict
 from benchmarks.pretrained import TEXT_MODEL, VISION_MODEL
 from benchmarks.speed import DEHVF, MERGED, TEXT_ONLY
 from dehvf import DehvfForConditionalGeneration, DehvfProcessor
@@ -351,8 +351,8 @@ def note(setting: Setting, rounds: int, threads: int, load_average: float) -> st
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds under each load")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of each server")
+    parser.add_argument("--rounds", type=positive, default=ROUNDS, help="rounds under each load")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="threads of each server")
     arguments, setting = parser.parse_args(), Setting()
     for folder in (setting.vision_model, setting.text_model):
         if not Path(folder).is_dir():

@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from baselines import BaselineArguments, ImageTokensForConditionalGeneration, assemble
-from benchmarks import RESULTS, heading, machine_in_words, operations, save_report, table
+from benchmarks import RESULTS, heading, machine_in_words, operations, positive, save_report, table
 from dehvf import DehvfConfig, DehvfForConditionalGeneration
 
 
@@ -612,7 +612,7 @@ def measure(name: str, preset: Preset, clock: str) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="small")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="number of CPU threads")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU time of this process, summed over its cores"
     )

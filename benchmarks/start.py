@@ -30,7 +30,7 @@ from pathlib import Path
 import psutil
 from PIL import Image
 
-from benchmarks import RESULTS, heading, machine_in_words, save_report, table, verdict
+from benchmarks import RESULTS, heading, machine_in_words, positive, save_report, table, verdict
 from benchmarks.memory import resident_set
 from dehvf import ROOT, DehvfForConditionalGeneration, DehvfProcessor
 from tasks import coco_captions
@@ -212,7 +212,7 @@ def captions_markdown(report: dict) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument(
         "--captions", type=int, default=566_000, help="number of training captions in the layout of COCO"
     )

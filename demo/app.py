@@ -7,8 +7,7 @@ layers are mixed into the visual memory. Needs `pip install -r requirements-app.
     python demo/app.py --adapter org/dehvf-llama7b --revision <40 hex digits>
 
 By default it uses an adapter in examples/ whose base models are on this machine, or else the adapter of the default
-training run. The example images and questions belong to the task after which the adapter's folder is named, or to
-digits.
+training run. The example images and questions are in the adapter's folder, or those of digits if it has this name.
 
 Loading an adapter runs the code in its repository: read it and pass the commit that you read. A Gradio Space takes
 both values from the variables DEHVF_ADAPTER and DEHVF_REVISION of its settings.
@@ -45,7 +44,8 @@ from demo.pictures import (  # noqa: E402
     slot_activations,
 )
 from demo.serve import remember_images  # noqa: E402
-from tasks import NAMES, get_task  # noqa: E402
+from tasks import get_task  # noqa: E402
+from training.chats import render  # noqa: E402
 from training.data import read_image  # noqa: E402
 
 
@@ -102,16 +102,16 @@ def read_upload(upload) -> Image.Image | None:
     """
     if upload is None:
         return None
+    is_data = bool(upload.url) and upload.url.startswith("data:")
+    if not is_data and not upload.path:
+        raise gr.Error("No image was uploaded. Upload a file.")
     try:
-        if upload.url and upload.url.startswith("data:"):
-            return read_image(upload.url)
-        if not upload.path:
-            raise gr.Error("No image was uploaded. Upload a file.")
-        return read_image(Path(upload.path))  # a path is never taken for a URL
+        return read_image(upload.url if is_data else Path(upload.path))  # a path is never taken for a URL
     except ValueError as error:
         fault = error.__cause__
         reason = "it is not an image file" if isinstance(fault, UnidentifiedImageError) else str(fault)
-        raise gr.Error(f"The image {upload.orig_name or ''} cannot be read: {reason}. Upload another file.") from error
+        name = f"image {upload.orig_name}" if upload.orig_name else "image"
+        raise gr.Error(f"The {name} cannot be read: {reason}. Upload another file.") from error
 
 
 def make_inputs(model, processor, image, message: str) -> dict[str, torch.Tensor]:
@@ -201,13 +201,27 @@ def draw_mixture(model, processor, image, message: str):
     return draw_fusion_weights(weights, model, "for this image")
 
 
-def make_examples(task_name: str) -> list[list]:
-    """Examples from the test split of a task: images and messages, each with another skill or else another answer."""
-    task = get_task(task_name)
-    rows = task.load("test", **({"max_samples": NUM_ROWS_READ} if task_name == "digits" else {}))
-    rows = rows.select(range(min(NUM_ROWS_READ, len(rows))))
+def find_examples(adapter: str, processor) -> list[list]:
+    """
+    Images and messages for an adapter, without a data set, which may be large or missing: from the rows in its folder,
+    from the task digits, which draws its rows, or the example that its run has written. The page does without them.
+    """
+    try:
+        folder, name = Path(adapter), Path(adapter).name.replace("-", "_")
+        if (folder / "test.jsonl").is_file():
+            return choose_examples(get_task(name), get_task("vqa").load("test", str(folder)))
+        if name == "digits":
+            return choose_examples(get_task(name), get_task(name).load("test", max_samples=NUM_ROWS_READ))
+        return [read_example(folder, processor)] if (folder / "example.png").is_file() else []
+    except Exception as error:  # whatever it is, questions can be asked without examples
+        print(f"The page has no examples: {error}", file=sys.stderr)
+        return []
+
+
+def choose_examples(task, rows) -> list[list]:
+    """Images and messages of rows, each with another skill or else another answer."""
     examples, seen = [], set()
-    for row in rows:
+    for row in rows.select(range(min(NUM_ROWS_READ, len(rows)))):
         if (image := read_image(row["image"])) is None:
             continue
         kind = row.get("skill", row.get("answer"))
@@ -217,14 +231,15 @@ def make_examples(task_name: str) -> list[list]:
     return examples[:NUM_EXAMPLES]
 
 
-def task_of(adapter: str) -> str:
-    """The task after which the folder of an adapter is named."""
-    name = Path(adapter).name.replace("-", "_")
-    return name if name in NAMES else "digits"
+def read_example(folder: Path, processor) -> list:
+    """The image and the message of `train.py`, which has written the latter as the chat template renders it."""
+    before, after = render(processor, "{message}").split("{message}")
+    message = (folder / "example.txt").read_text(encoding="utf-8").removeprefix(before).removesuffix(after)
+    return [read_image(folder / "example.png"), message]
 
 
-def build(model, processor, task_name: str) -> gr.Blocks:
-    """The page, with examples of a task."""
+def build(model, processor, examples: list[list]) -> gr.Blocks:
+    """The page, with examples: images and messages."""
     with gr.Blocks(title="DEHVF") as page:
         gr.Markdown("# DEHVF\nA frozen language model that reads images as visual memory in its FFNs.")
         message = gr.Textbox(label="Question, with its options if any", lines=4, max_length=2000, render=False)
@@ -232,16 +247,18 @@ def build(model, processor, task_name: str) -> gr.Blocks:
             with gr.Column():
                 image = gr.Image(label="Image", type="pil", height=300, elem_id="image")
                 image.preprocess = read_upload  # reads images like training, and explains why one cannot be read
-                hint = f"Examples from the test split of the {task_name} task"
-                gr.Examples(make_examples(task_name), [image, message], label=hint, visible_columns=[0])
+                if examples:
+                    hint = "Examples from the test split"
+                    gr.Examples(examples, [image, message], label=hint, visible_columns=[0])
             with gr.Column():
                 message.render()
                 button = gr.Button("Ask", variant="primary")
                 answer = gr.Textbox(label="Answer", interactive=False)
                 token = gr.Radio(label="Show what was read for this token of the answer", visible=False)
-        gr.Markdown("## The patches that the language model read")
+        part = " (of the whole image, without the tiles that are read too)" if model.config.image_tiles else ""
+        gr.Markdown(f"## The patches that the language model read{part}")
         patches = gr.Plot(show_label=False)
-        gr.Markdown("## The vision layers that the visual memory is mixed from")
+        gr.Markdown(f"## The vision layers that the visual memory is mixed from{part}")
         mixture = gr.Plot(show_label=False)
         asked = gr.State()  # the inputs of the shown answer, even if the user has changed them since
 
@@ -270,7 +287,8 @@ def main(arguments=None):
     # System fonts, so that the page loads without a network
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     css = "#image img {width: 100%; height: 100%; object-fit: contain}"  # enlarges small images
-    return build(model, processor, task_of(options.adapter)).launch(theme=theme, css=css, show_error=True)
+    page = build(model, processor, find_examples(options.adapter, processor))
+    return page.launch(theme=theme, css=css, show_error=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import base64
 import binascii
 import io
 import ipaddress
+import re
 import socket
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,8 +24,14 @@ from demo.openai_api import RequestError, shorten
 
 # The formats that OpenAI reads. Pillow supports others too, some of which start programs (EPS) or are rarely tested.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+START_OF_JPEG = b"\xff\xd8"
 START_OF_SCAN = b"\xff\xda"  # of a JPEG. Each scan of a progressive one is decoded over the whole image
 USUAL_SCANS = 20  # at most; cameras write about 10
+EXIF_OF_JPEG = re.compile(rb"\xff\xe1(..)Exif\0\0", re.DOTALL)  # a part, with its number of bytes
+EXIF_NAMES = ("exif", "Raw profile type exif")  # where Pillow puts that of other formats
+MAX_EXIF_BYTES = 2**16  # the most that one part of a JPEG has. Pillow's memory for them may grow with their square
+DECODE_SECONDS = 20  # small files may take long too, for example if a comment has a million parts
+MAX_ASPECT_RATIO = 300  # less than `read_image` allows, whose message would be for the server's operator
 MAX_REDIRECTS = 3
 # IPv6 addresses that represent an IPv4 address behind a translator
 TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
@@ -61,6 +69,19 @@ def parse_host(entry: str) -> tuple[str, int | None]:
     return url.host, url.port
 
 
+class TimedFile(io.BytesIO):
+    """A file in memory that raises `TimeoutError` if it is still read after `DECODE_SECONDS`."""
+
+    def __init__(self, data: bytes):
+        super().__init__(data)
+        self.end = time.monotonic() + DECODE_SECONDS
+
+    def read(self, *args) -> bytes:
+        if time.monotonic() > self.end:
+            raise TimeoutError(f"it takes more than {DECODE_SECONDS} seconds to decode")
+        return super().read(*args)
+
+
 class ImageReader:
     """
     Reads images from data URLs, and from allowed hosts and folders.
@@ -70,7 +91,8 @@ class ImageReader:
             scheme. Addresses that are not public must be listed themselves.
         folders: folders from which `file:` URLs may be read, including subfolders.
         max_bytes: maximum size of an image file.
-        max_pixels: maximum width times height of an image, checked before it is decoded.
+        max_pixels: maximum width times height of an image, checked before it is decoded. Pillow's own limit,
+            `PIL.Image.MAX_IMAGE_PIXELS`, is raised to it if it is lower.
         max_seconds: maximum time to fetch an image, including redirects.
 
     Raises:
@@ -91,6 +113,7 @@ class ImageReader:
             if not folder.is_dir():
                 raise ValueError(f"The image folder {given} does not exist. Give an existing folder.")
         self.max_bytes, self.max_pixels, self.max_seconds = max_bytes, max_pixels, max_seconds
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
         # Threads of their own, so that slow images and name servers do not delay requests without them
         self._threads, self._look_ups = ThreadPoolExecutor(4), ThreadPoolExecutor(8)
 
@@ -123,17 +146,35 @@ class ImageReader:
         )
 
     def decode(self, data: bytes) -> Image.Image:
-        """The RGB image in a file. Raises `RequestError` for other formats, too many pixels or scans, and damage."""
+        """The RGB image in a file. Raises `RequestError` for other formats, damage, and what exceeds a limit."""
         try:
+            if data.startswith(START_OF_JPEG):  # Pillow reads it while it opens the file
+                check_exif(sum(map(int.from_bytes, EXIF_OF_JPEG.findall(data))))
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's own limits, which are larger or raise exceptions too
-                image = Image.open(io.BytesIO(data), formats=FORMATS)
+                warnings.simplefilter("ignore")  # Pillow's own limits, which are not lower or raise exceptions too
+                image = Image.open(TimedFile(data), formats=FORMATS)
+            self._check_image(image, data)
+            image.load()  # of a PNG file, EXIF data may be after the pixels
+            check_exif(max(len(image.info.get(name, b"")) for name in EXIF_NAMES))
+            return images.read_image(image)
+        except RequestError:
+            raise
         except Image.UnidentifiedImageError as error:
             raise refuse(
                 f"The image cannot be read: its {len(data)} bytes are not a {', '.join(FORMATS)} file. Send one."
             ) from error
+        except Image.DecompressionBombError as error:
+            raise refuse(
+                f"The image has more pixels than the {self.max_pixels} that this server reads. Send a smaller one.",
+                code="image_too_large",
+            ) from error
         except Exception as error:  # Pillow raises many kinds
-            raise refuse(f"The image cannot be read: {error}. Save it again and send the new file.") from error
+            raise refuse(
+                f"The image cannot be read: {error.__cause__ or error}. Save it again and send the new file."
+            ) from error
+
+    def _check_image(self, image: Image.Image, data: bytes):
+        """Raises `RequestError` for an image that would take long to decode, or much memory."""
         width, height = image.size
         if width * height > self.max_pixels:
             raise refuse(
@@ -141,19 +182,20 @@ class ImageReader:
                 f"{self.max_pixels}. Send a smaller one.",
                 code="image_too_large",
             )
-        num_scans = data.count(START_OF_SCAN) if image.format == "JPEG" else 1
+        if max(width, height) > MAX_ASPECT_RATIO * max(1, min(width, height)):
+            raise refuse(
+                f"The image has {width} x {height} pixels. This server reads images whose longer side is up to "
+                f"{MAX_ASPECT_RATIO} times the shorter one. Crop it and send the new file.",
+                code="image_too_large",
+            )
+        # Not by Pillow's name of the format, which is MPO if the file also refers to another image
+        num_scans = data.count(START_OF_SCAN) if data.startswith(START_OF_JPEG) else 1
         if num_scans * width * height > USUAL_SCANS * self.max_pixels:
             raise refuse(
                 f"The image is a JPEG with {num_scans} scans of {width} x {height} pixels, which would take long to "
                 "decode. Save it again as a baseline JPEG and send the new file.",
                 code="image_too_large",
             )
-        try:
-            return images.read_image(image)
-        except ValueError as error:
-            raise refuse(
-                f"The image cannot be read: {error.__cause__}. Save it again and send the new file."
-            ) from error
 
     def _read_data_url(self, url: str) -> bytes:
         head, comma, encoded = url.partition(",")
@@ -161,9 +203,10 @@ class ImageReader:
             raise refuse(
                 f"The image address {shorten(url)} is not a base64 data URL. Send `data:image/png;base64,...`."
             )
+        encoded = "".join(unquote(encoded).split())
         self._check_size(len(encoded) * 3 // 4 - 2)  # before decoding, without the padding
         try:
-            return base64.b64decode("".join(unquote(encoded).split()), validate=True)
+            return base64.b64decode(encoded, validate=True)
         except (binascii.Error, ValueError) as error:
             raise refuse(
                 f"The image's data URL is not valid base64: {error}. Encode the bytes of the image file with the "
@@ -273,6 +316,15 @@ class ImageReader:
                 "smaller one.",
                 code="image_too_large",
             )
+
+
+def check_exif(num_bytes: int):
+    if num_bytes > MAX_EXIF_BYTES:
+        raise refuse(
+            f"The image has at least {num_bytes} bytes of EXIF data. This server reads up to {MAX_EXIF_BYTES}. Save "
+            "it again without them and send the new file.",
+            code="image_too_large",
+        )
 
 
 def refuse(message: str, code: str = "invalid_image") -> RequestError:

@@ -8,6 +8,7 @@ import asyncio
 import ipaddress
 import logging
 import uuid
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
@@ -20,6 +21,7 @@ logger = logging.getLogger("uvicorn.error")  # uvicorn's log, without accesses
 # The endpoints. All others are refused, including those that later releases of `transformers serve` add.
 ENDPOINTS = {("POST", "/v1/chat/completions"), ("POST", "/v1/responses"), ("GET", "/v1/models"), ("GET", "/health")}
 ONE_MODEL = "/v1/models/"  # followed by the name of a model
+AVAILABLE = sorted(" ".join(endpoint) for endpoint in {*ENDPOINTS, ("GET", ONE_MODEL + "{model}")})
 # Time limits for the body of a request and for reading a piece of an answer, so that slow clients do not block others
 UPLOAD_SECONDS = READ_SECONDS = 60
 
@@ -59,7 +61,11 @@ class Guard:
             await send(message)
 
         try:
-            self._check(scope)
+            try:
+                self._check(scope)
+            except RequestError:
+                await self._discard_body(receive)
+                raise
             if scope["method"] == "POST":
                 await self._answer(scope, receive, send_and_note)
             else:
@@ -94,10 +100,15 @@ class Guard:
         asks_for_model = scope["method"] == "GET" and scope["path"].startswith(ONE_MODEL)
         if not asks_for_model and (scope["method"], scope["path"]) not in ENDPOINTS:
             raise RequestError(
-                f"{scope['method']} {shorten(scope['path'])} is not served. Available: "
-                f"{', '.join(' '.join(endpoint) for endpoint in sorted(ENDPOINTS))}.",
+                f"{scope['method']} {shorten(scope['path'])} is not served. Available: {', '.join(AVAILABLE)}.",
                 status=403,
                 code="endpoint_not_allowed",
+            )
+        if scope["method"] == "POST" and self.num_requests >= self.max_requests:
+            raise RequestError(
+                f"The server already has {self.max_requests} requests, its maximum. Try again later.",
+                status=429,
+                code="too_many_requests",
             )
 
     def _is_own_name(self, host: str) -> bool:
@@ -112,12 +123,6 @@ class Guard:
             return False
 
     async def _answer(self, scope, receive, send):
-        if self.num_requests >= self.max_requests:
-            raise RequestError(
-                f"The server already has {self.max_requests} requests, its maximum. Try again later.",
-                status=429,
-                code="too_many_requests",
-            )
         self.num_requests += 1
         try:
             await self._run(scope, await self._read_body(receive), receive, send)
@@ -151,6 +156,13 @@ class Guard:
                 task.cancel()
             await asyncio.wait({leaving, answering})
 
+    async def _discard_body(self, receive):
+        """Many clients do not read the answer before they have sent everything."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(UPLOAD_SECONDS):
+                while (await receive()).get("more_body", False):
+                    pass
+
     async def _read_body(self, receive) -> bytes:
         body, num_bytes, more = bytearray(), 0, True
         try:
@@ -158,9 +170,7 @@ class Guard:
                 while more:
                     message = await receive()
                     num_bytes += len(message.get("body", b""))
-                    # The rest is read and discarded: many clients do not read the answer before they have sent
-                    # everything
-                    if num_bytes <= self.max_body_bytes:
+                    if num_bytes <= self.max_body_bytes:  # the rest is read too, see `_discard_body`
                         body += message.get("body", b"")
                     more = message.get("more_body", False)
         except TimeoutError as error:

@@ -10,7 +10,8 @@ Draws figures of a trained adapter as PNG files: its fusion weights and slot act
     fusion_groups.png       the same for each group, mean over its language layers as well
     slot_activations.png    how much each language layer read each patch of one image for one token of the answer
 
-Layers, rows and tokens are counted from 0. `fusion_weights` and `slot_activations` return the arrays that are drawn.
+Layers, rows and tokens are counted from 0. If a row has several images or tiles, all of them are read, but the figures
+show its first image as a whole. `fusion_weights` and `slot_activations` return the arrays that are drawn.
 """
 
 import argparse
@@ -60,13 +61,16 @@ def load_adapter(adapter: str, revision: str | None = None):
     return model, AutoProcessor.from_pretrained(adapter, **source)
 
 
-def check_images(model, inputs):
+def first_images(model, inputs) -> torch.Tensor:
+    """The pixels of each row's first image, without its tiles. Raises `ValueError` if there is nothing to draw."""
     check_config(model.config)
-    mask = inputs.get("image_mask")
-    if inputs.get("pixel_values") is None or (mask is not None and not mask.all()):
+    pixel_values, mask = inputs.get("pixel_values"), inputs.get("image_mask")
+    has_several = pixel_values is not None and pixel_values.ndim == 5
+    if has_several and mask is not None:
+        mask = mask[:, 0]
+    if pixel_values is None or (mask is not None and not mask.all()):
         raise ValueError("A row of the inputs has no image, so nothing can be drawn for it. Remove such rows.")
-    if inputs["pixel_values"].ndim == 5:
-        raise ValueError("A row of the inputs has several images or tiles, but a picture is of one. Leave it out.")
+    return pixel_values[:, 0] if has_several else pixel_values
 
 
 def instruction_of(model, inputs) -> torch.Tensor | None:
@@ -88,13 +92,14 @@ def fusion_weights(model, inputs) -> np.ndarray:
             reads them.
 
     Returns:
-        Array of shape `(num_images, num_language_layers, num_positions, num_vision_layers)`. Rows sum to one.
+        Array of shape `(batch_size, num_language_layers, num_positions, num_vision_layers)`, for the first image of
+        each row of the inputs. Its rows sum to one.
 
     Raises:
         ValueError: if the model has no visual prompts, or a row has no image.
     """
-    check_images(model, inputs)
-    return model.model.get_fusion_weights(inputs["pixel_values"], instruction_of(model, inputs)).float().cpu().numpy()
+    pixel_values = first_images(model, inputs)
+    return model.model.get_fusion_weights(pixel_values, instruction_of(model, inputs)).float().cpu().numpy()
 
 
 @torch.no_grad()
@@ -108,14 +113,14 @@ def slot_activations(model, inputs, position: int = -1) -> np.ndarray:
         position: position in `input_ids` of the token that reads. It predicts the next token.
 
     Returns:
-        Array of shape `(batch_size, num_language_layers, num_patches)`, patches row by row, without a unit. A
-        negative activation subtracts the slot's value; SiLU, for example, goes down to -0.28. With
+        Array of shape `(batch_size, num_language_layers, num_patches)`, patches of the first image row by row, without
+        a unit. A negative activation subtracts the slot's value; SiLU, for example, goes down to -0.28. With
         `visual_prompts="values"` the keys do not depend on the image.
 
     Raises:
         ValueError: if the model has no visual prompts, or a row has no image.
     """
-    check_images(model, inputs)
+    first_images(model, inputs)
     num_patches, activations, thread = model.config.num_patches, [], threading.get_ident()
 
     def keep(ffn, args):
@@ -147,8 +152,9 @@ def position_names(model) -> list[str]:
 
 
 def encoder_view(processor, image) -> np.ndarray:
-    """The input image of the vision encoder, without normalisation: `(height, width, 3)` from 0 to 1."""
+    """The whole image as the vision encoder gets it, without normalisation: `(height, width, 3)` from 0 to 1."""
     pixels = processor(images=image, do_normalize=False, return_tensors="np")["pixel_values"][0]
+    pixels = pixels[0] if pixels.ndim == 4 else pixels  # before its tiles
     return pixels.transpose(1, 2, 0).clip(0, 1)
 
 

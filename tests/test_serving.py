@@ -9,6 +9,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,6 +27,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tiny import (
     DEHVF_SIZES,
     ROOT,
@@ -276,6 +279,9 @@ def test_the_command_serves_with_its_flags(adapter, registered, monkeypatch, tmp
     assert guard["max_requests"] == 3
 
 
+ADAPTER, DAMAGED = "an adapter", "a damaged adapter"
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -288,9 +294,23 @@ def test_the_command_serves_with_its_flags(adapter, registered, monkeypatch, tmp
         (["nothing", "--allow-host", "https://a.org"], "not a name alone"),
         ([ROOT / "assets" / "language_model", "--device", "cpu"], "model of the type 'llama', not a DEHVF adapter"),
         (["/nothing"], "`adapter /nothing`: there is no such folder"),
+        (["nothing", "--port", "99999"], "should be less than or equal to 65535"),
+        ([ADAPTER], "pass the argument `--trust-remote-code`"),
+        ([ADAPTER, "--trust-remote-code", "--dtype", "nonsense"], "Unsupported dtype: 'nonsense'"),
+        ([ADAPTER, "--trust-remote-code", "--device", "nonsense"], "but found nonsense"),
+        ([ADAPTER, "--trust-remote-code", "--device", "cuda:99"], "Invalid value: "),
+        ([ADAPTER, "--trust-remote-code", "--quantization", "nonsense"], "quantization method: 'nonsense'"),
+        ([ADAPTER, "--trust-remote-code", "--attn-implementation", "nonsense"], "implementation: 'nonsense'"),
+        ([ROOT / "examples" / "vqa"], "Unrecognized processing class"),
+        ([DAMAGED, "--trust-remote-code"], "is damaged and cannot be read"),
     ],
 )
-def test_the_command_refuses_flags_that_allow_nothing_or_all(flags, words, monkeypatch, capsys):
+def test_the_command_refuses_wrong_flags_without_a_traceback(flags, words, adapter, monkeypatch, tmp_path, capsys):
+    if DAMAGED in flags:
+        shutil.copytree(adapter, tmp_path / "damaged")
+        (tmp_path / "damaged" / "model.safetensors").write_text("a")
+    places = {ADAPTER: adapter, DAMAGED: tmp_path / "damaged"}
+    flags = [places.get(flag, flag) for flag in flags]
     code, served = command(monkeypatch, *flags)
     assert code == 2 and not served
     assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
@@ -537,6 +557,24 @@ def test_a_fault_without_words_is_named(reader, image_host, monkeypatch):
         read(reader, f"https://{image_host.name}/image")
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda text: text,
+        lambda text: "\r\n".join(text[start : start + 76] for start in range(0, len(text), 76)),
+        lambda text: "".join(f"%{ord(character):02X}" for character in text),
+    ],
+    ids=["plain", "in lines", "percent-encoded"],
+)
+def test_the_size_of_an_image_in_a_data_url_is_that_of_its_file(write):
+    data = 3 * bytes(range(256)) + b"a"
+    head, encoded = data_url(data).split(",")
+    url = f"{head},{write(encoded)}"
+    assert asyncio.run(ImageReader(max_bytes=len(data)).read(url)) == data
+    with pytest.raises(RequestError, match=f"at least {len(data)} bytes. This server reads up to {len(data) - 3}"):
+        asyncio.run(ImageReader(max_bytes=len(data) - 3).read(url))
+
+
 def noisy(*size: int) -> bytes:
     return png(Image.fromarray(np.zeros((*size, 3), np.uint8)))
 
@@ -555,20 +593,82 @@ def test_what_is_no_image_of_allowed_size_is_refused(data, words, reader):
         reader.decode(data)
 
 
-def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(reader, monkeypatch):
-    file = io.BytesIO()
-    image(1).resize((100, 90)).save(file, "JPEG", progressive=True)
-    assert reader.decode(file.getvalue()).size == (100, 90)
+@pytest.mark.parametrize("with_second_image", [False, True], ids=["JPEG", "MPO"])
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(with_second_image, reader, monkeypatch):
+    picture, file = image(1).resize((100, 90)), io.BytesIO()
+    # Pillow names the format of a JPEG that refers to a second image MPO
+    others = {"format": "MPO", "save_all": True, "append_images": [image(2)]} if with_second_image else {}
+    picture.save(file, **{"format": "JPEG", "progressive": True, **others})
+    data = file.getvalue()
+    assert reader.decode(data).size == (100, 90)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
-    start = file.getvalue().rindex(START_OF_SCAN)
+    end = data.index(b"\xff\xd9")  # of the first image
+    start = data.rindex(START_OF_SCAN, 0, end)
     with pytest.raises(RequestError, match="is a JPEG with .* scans of 100 x 90 pixels.* as a baseline JPEG"):
-        reader.decode(file.getvalue()[:-2] + file.getvalue()[start:-2] * 50 + file.getvalue()[-2:])
+        reader.decode(data[:end] + data[start:end] * 50 + data[end:])
+
+
+def test_a_file_that_takes_long_to_decode_is_refused(reader, monkeypatch):
+    file = io.BytesIO()
+    image(1).save(file, "GIF")
+    start = file.getvalue().index(b",", 13 + 3 * 256)  # of the first frame
+    comment = b"!\xfe" + 300_000 * b"\1a" + b"\0"  # in parts of one byte, which Pillow joins one by one
+    monkeypatch.setattr("demo.client_images.DECODE_SECONDS", 0.05)
+    assert reader.decode(file.getvalue()).size == image(1).size
+    with pytest.raises(RequestError, match="cannot be read: it takes more than 0.05 seconds to decode. Save it again"):
+        reader.decode(file.getvalue()[:start] + comment + file.getvalue()[start:])
+
+
+@pytest.mark.parametrize("place", ["JPEG", "PNG", "after the pixels of a PNG", "text of a PNG", "WEBP"])
+def test_long_exif_data_are_refused_before_they_are_read(place, reader, monkeypatch):
+    """Of a megabyte, Pillow can make gigabytes: each entry is a copy of what it points to, which may be everything."""
+    exif, file = b"Exif\0\0" + bytes(50_000), io.BytesIO()
+    if place == "JPEG":  # in several parts
+        image(1).save(file, "JPEG", exif=exif)
+        data = file.getvalue()
+        part = data[data.index(b"\xff\xe1") :][: len(exif) + 4]
+        data = data[:2] + 3 * part + data[2:]
+    elif place == "WEBP":
+        image(1).save(file, "WEBP", exif=exif + bytes(100_000))
+        data = file.getvalue()
+    else:
+        text = PngInfo()
+        text.add_text("Raw profile type exif", "exif\n150000\n" + (exif + bytes(100_000)).hex(), zip=True)
+        image(1).save(file, "PNG", **({"pnginfo": text} if place.startswith("text") else {}))
+        data = file.getvalue()
+        chunk = b"eXIf" + bytes(150_000)
+        chunk = len(chunk[4:]).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4)
+        end = data.index(b"IDAT" if place == "PNG" else b"IEND") - 4
+        data = data if place.startswith("text") else data[:end] + chunk + data[end:]
+    monkeypatch.setattr("PIL.Image.Exif.load", lambda *args: pytest.fail("read"))
+    with pytest.raises(RequestError, match=r"has at least \d+ bytes of EXIF data. This server reads up to 65536"):
+        reader.decode(data)
 
 
 def test_pixels_are_counted_before_they_are_decoded(reader, monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     with pytest.raises(RequestError, match="20000 pixels"):
         reader.decode(noisy(200, 100))
+
+
+@pytest.mark.parametrize(
+    "size, max_pixels, pillows_limit, words",
+    [
+        ((1000, 1000), 2_000_000, 500_000, None),
+        ((1000, 1000), 100_000, 500_000, "has 1000 x 1000 = 1000000 pixels. This server reads up to 100000"),
+        ((3000, 1000), 100_000, 500_000, "The image has more pixels than the 100000 that this server reads"),
+        ((300, 1), 100_000, Image.MAX_IMAGE_PIXELS, None),
+        ((400, 1), 100_000, Image.MAX_IMAGE_PIXELS, "whose longer side is up to 300 times the shorter one"),
+    ],
+)
+def test_the_limits_of_an_image_are_those_of_the_server(size, max_pixels, pillows_limit, words, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows_limit)
+    reader, data = ImageReader(max_pixels=max_pixels), noisy(*reversed(size))
+    if words is None:
+        assert reader.decode(data).size == size
+    else:
+        with pytest.raises(RequestError, match=words):
+            reader.decode(data)
 
 
 # --- the server ---
@@ -699,7 +799,9 @@ def test_clients_at_the_same_time_get_their_own_answers(server):
 def test_a_client_can_load_and_unload_nothing(path, server, tmp_path):
     other = str(tmp_path)
     response = httpx.post(server.url + path, json={"model": other, "prompt": "a"})
-    assert response.status_code == 403 and "is not served" in response.json()["error"]["message"]
+    message = response.json()["error"]["message"]
+    assert response.status_code == 403 and "is not served. Available: GET /health, GET /v1/models, " in message
+    assert "GET /v1/models/{model}, POST /v1/chat/completions" in message
     with pytest.raises(openai.NotFoundError, match="This server has no model") as refused:
         server.client.chat.completions.create(model=other, messages=[{"role": "user", "content": "a"}])
     assert refused.value.code == "model_not_found"
@@ -739,6 +841,7 @@ def test_web_pages_of_named_origins_may_ask(server, reader):
     origins = ["https://chat.example.org"]
     client = TestClient(serve.build(server.manager, reader, origins=origins), base_url="http://localhost")
     asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    asks |= {"Access-Control-Request-Private-Network": "true"}
     for origin, allowed in ((origins[0], True), ("https://attacker.example", False)):
         answers = (
             client.options("/v1/chat/completions", headers={"Origin": origin, **asks}),
@@ -797,6 +900,34 @@ def test_requests_beyond_the_limit_are_told_to_come_later():
         assert (await call(guard))[0] == 200
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize("arrives", [True, False], ids=["whole body", "part of the body"])
+@pytest.mark.parametrize(
+    "path, headers, status",
+    [
+        ("/v1/embeddings", {b"host": b"localhost"}, 403),
+        ("/v1/responses", {b"host": b"attacker.example"}, 403),
+        ("/v1/responses", {b"host": b"localhost", b"origin": b"https://attacker.example"}, 403),
+        ("/v1/responses", {b"host": b"localhost"}, 429),
+    ],
+)
+def test_a_refusal_is_sent_after_the_body_for_clients_that_read_late(path, headers, status, arrives, monkeypatch):
+    messages = [{"type": "http.request", "body": b"0", "more_body": more or not arrives} for more in (True, False)]
+    sent = []
+
+    async def receive():
+        return messages.pop(0) if messages else await asyncio.sleep(600)
+
+    async def send(message):
+        assert not messages
+        sent.append(message)
+
+    monkeypatch.setattr("demo.guard.UPLOAD_SECONDS", 60 if arrives else 0.1)
+    guard = Guard(None, ["localhost"], [], max_requests=0, max_body_bytes=100)
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [*headers.items()]}
+    asyncio.run(guard(scope, receive, send))
+    assert sent[0]["status"] == status
 
 
 def test_a_body_beyond_the_limit_is_not_kept():
