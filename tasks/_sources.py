@@ -48,13 +48,12 @@ from tasks._formats import (
     find_files,
     has_format,
     is_saved,
-    may_have_format,
     open_dataset,
     read_records,
     split_of,
     split_of_file,
     stamp_files,
-    walk,
+    survey,
 )
 from tasks._holdout import KEPT_TOGETHER, split_rows
 from tasks._reader import Reader, generate_rows, map_rows, without_decoding
@@ -337,7 +336,7 @@ class Source:
         return [*self.task.FIELDS[name], *SYNONYMS.get(name, "").split()]
 
     def find_unread(self, split: str | None = None) -> list[str]:
-        """Notes about data files that are not read. With `split`, only about those that may be this split."""
+        """Notes about data files and folders that are not read. With `split`, about files that may be this split."""
         folder, read = Path(self.path), {file for files in self.files.values() for file in files}
         if not read or not folder.is_dir():
             return []
@@ -354,10 +353,12 @@ class Source:
                 return f"{folder} itself contains data. Move it there"
             return "its name has no split, unlike those of others. Add the split, as in `train-2`"
 
-        unread = [file for file in walk(folder, may_have_format) if file not in read]
-        unread = [file for file in unread if split in (None, split_of_file(file, folder))]
-        notes = [f"{file} is not read, since {reason(file)}." for file in unread[:MOST_NOTES]]
-        return notes + [f"{len(unread) - MOST_NOTES} more files are not read."] * (len(unread) > MOST_NOTES)
+        files, notes = survey(folder)
+        unread = [file for file in files if file not in read and split in (None, split_of_file(file, folder))]
+        notes = [] if split else notes
+        notes += [f"{file} is not read, since {reason(file)}." for file in unread]
+        more = [f"{len(notes) - MOST_NOTES} more files are not read."] if len(notes) > MOST_NOTES else []
+        return notes[:MOST_NOTES] + more
 
     def _needs_image(self, split: str) -> bool:
         """Whether a split without images is a fault. A stream with a column for them may have some in later rows."""

@@ -688,6 +688,82 @@ def test_data_files_that_are_not_read_are_named(tmp_path, capsys, caplog):
     assert "holdout" not in str(error.value)
 
 
+def write_run(folder):
+    """Files like those that `train.py` writes."""
+    write_lines(folder / "predictions.jsonl", [{"question": "of a run", "answer": "y", "prediction": "y"}])
+    for name in ("run", "results", "config", "tokenizer", "tokenizer_config", "checkpoint-2/trainer_state"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text('{"run": "1a2b",\n "scores": {}}')
+
+
+def write_declared(file, rows):
+    write_lines(file, rows)
+    (file.parent / "README.md").write_text("---\nconfigs:\n- data_files: '**/*.jsonl'\n---\n")
+
+
+def save_split(file, rows):
+    Dataset.from_list(rows).save_to_disk(file)
+
+
+INSIDE = "{} is not read, since a run of train.py wrote it. Move data of your own out of it."
+BESIDE = "What a run of train.py wrote into {}, such as predictions.jsonl, is not read."
+
+
+@pytest.mark.parametrize(
+    "write, name, run, note",
+    [
+        (write_lines, "data/train.jsonl", "train-run", INSIDE),
+        (write_lines, "data/train.jsonl", "outputs/digits", INSIDE),
+        (write_list, "annotations/train.json", "run", INSIDE),
+        (write_list, "annotations/train.json", ".", BESIDE),
+        (write_list, "data.json", ".", BESIDE),
+        (write_lines, "data.jsonl", ".", BESIDE),
+        (write_declared, "data.jsonl", "run", INSIDE),
+        (save_split, "train", ".", None),
+    ],
+    ids=["train-run", "deeper", "another format", "around it", "around one", "same folder", "declared", "saved"],
+)
+def test_what_a_run_wrote_among_the_data_is_not_read(write, name, run, note, tmp_path, capsys, caplog):
+    """The predictions of a run would be trained on, which are the rows of its test split."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    write(tmp_path / name, [{"question": "?", "answer": "x"}])
+    write_run(tmp_path / run)
+    assert [row["question"] for row in read(vqa, tmp_path, columns="image=none")] == ["?"]
+    assert check(str(tmp_path), columns="image=none")
+    printed, note = capsys.readouterr().out, note and note.format(tmp_path / run)
+    assert not note or f"note: {note}" in printed and note in caplog.text
+    assert "note: there is no test split" in printed
+    assert printed.count("is not read") == bool(note), "one note for all files of a run"
+
+
+def test_a_folder_that_has_nothing_but_a_run_is_no_data(tmp_path):
+    write_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="has no data that this task reads.*run is not read, since a run of train.py"):
+        vqa.load("train", str(tmp_path))
+    with pytest.raises(ValueError, match=r"has no data that this task reads.*Found: \['a.txt'\].$"):
+        (tmp_path / "a.txt").touch()
+        vqa.load("train", str(tmp_path / "a.txt"))
+    (tmp_path / "run" / "run.json").unlink()
+    assert [row["question"] for row in read(vqa, tmp_path, columns="image=none")] == ["of a run"], "a file as others"
+
+
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path, monkeypatch, capsys, caplog):
+    scandir, closed = os.scandir, tmp_path / "part2"
+    for name in ("part1", "part2"):
+        write_lines(tmp_path / name / "train.jsonl", [{"question": name, "answer": "x"}])
+
+    def refuse(place="."):  # also for root, who may open every folder
+        if str(place) == str(closed):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [row["question"] for row in read(vqa, tmp_path, columns="image=none")] == ["part1"]
+    assert check(str(tmp_path), columns="image=none")
+    note = f"{closed} is not read, since it cannot be opened: Permission denied."
+    assert f"note: {note}" in capsys.readouterr().out and note in caplog.text
+
+
 def test_only_the_main_process_warns(tmp_path, caplog):
     for name in ("train", "test", "more"):
         write_lines(tmp_path / f"{name}.jsonl", [{"question": "a" * 99, "answer": "x", "context": "b" * 99}])

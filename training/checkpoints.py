@@ -24,12 +24,12 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, logging
 
-from tasks import write_json
+from tasks import RESULTS_FILE, RUN_FILE, write_json
 from training.engines import ENGINE_OF_ONE, name_engine
 from training.flags import FILE_FLAGS, ROOT
 
 
-MANIFEST, RUN_FILE, RESULTS_FILE = "manifest.json", "run.json", "results.json"
+MANIFEST = "manifest.json"
 # Prefixes of `TrainingArguments` that do not change the result: paths, logs, speed, memory and devices. The batch size
 # per device, the accumulated batches and the number of processes may change if their product does not.
 FREE_ARGUMENTS = (

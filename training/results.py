@@ -14,11 +14,11 @@ from transformers.trainer_utils import PredictionOutput
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, extract_commit_hash
 
 from dehvf import hub
-from tasks import format_score, get_task, print_scores, score_folder, write_json
+from tasks import PREDICTIONS_FILE, RESULTS_FILE, format_score, get_task, print_scores, score_folder, write_json
 from tasks._holdout import KEPT_TOGETHER
 from training.arguments import BASES, DEHVF_METHODS
 from training.chats import ChatTokenizer, render
-from training.checkpoints import RESULTS_FILE, describe_code, digest
+from training.checkpoints import describe_code, digest
 from training.data import Split
 from training.flags import ROOT
 from training.fusion import describe_fusion
@@ -50,7 +50,7 @@ def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, mo
         # Before scoring, so that an error in it loses no answers: `python -m tasks score` repeats the scoring
         records = make_records(task, processor, split, output)
         lines = [json.dumps(record, default=str) + "\n" for record in records]
-        (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+        (folder / PREDICTIONS_FILE).write_text("".join(lines), encoding="utf-8")
         facts |= {"shortened_prompts": {name: split.num_shortened for name, split in splits.items()}}
         if data_args.max_new_tokens > 1:
             facts["cut_answers"] = sum(record["cut"] for record in records)
