@@ -56,7 +56,7 @@ from tasks._formats import (
     survey,
 )
 from tasks._holdout import KEPT_TOGETHER, split_rows
-from tasks._reader import Reader, generate_rows, map_rows, without_decoding
+from tasks._reader import Reader, generate_rows, map_rows, undecoded
 from tasks._values import IMAGE_FEATURES, is_no_image
 
 
@@ -460,11 +460,8 @@ class Source:
         """The columns that a reader needs, with undecoded images."""
         names = list(rows.features or next(iter(rows)))
         read = {column for columns in self.fields.values() for column in columns}
-        rows = rows.select_columns([name for name in names if name in read or name.lower() in reader.similar])
-        for column, feature in (rows.features or {}).items():
-            if (undecoded := without_decoding(feature)) != feature:
-                rows = rows.cast_column(column, undecoded)
-        return rows
+        kept = [name for name in names if name in read or name.lower() in reader.similar]
+        return undecoded(rows.select_columns(kept))
 
     def _map(self, rows: Dataset, function, features: Features) -> Dataset:
         fingerprint = self._fingerprint(function.__self__.folders, rows._fingerprint, function.__name__)

@@ -1244,6 +1244,25 @@ def test_images_inside_the_data_are_not_copied_into_the_cache(tmp_path, cache):
     assert not list((tmp_path / "saved").rglob("cache-*")), "the data may be in a folder that cannot be written to"
 
 
+@pytest.mark.parametrize("feature", [Image(), List(Image())], ids=["one image", "several"])
+def test_nothing_is_written_into_the_folder_of_the_data(feature, tmp_path):
+    """It may be read-only, and is not the user's place for copies."""
+    write_image(tmp_path / "a.png")
+    images = [PILImage.open(tmp_path / "a.png") if feature == Image() else [PILImage.open(tmp_path / "a.png")] * 2]
+    columns = {"question": ["?", "Why?"], "answer": ["x", "y"], "image": [*images, None]}
+    features = Features({"question": Value("string"), "answer": Value("string"), "image": feature})
+    rows = Dataset.from_dict(columns, features)
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "saved")
+    files = sorted((tmp_path / "saved").rglob("*"))
+    for streaming in (False, True):
+        arguments = DataArguments(
+            task="vqa", data_path=str(tmp_path / "saved"), only_images=True, streaming=streaming, max_prompt_length=99
+        )
+        assert [row["question"] for row in load_rows(vqa, "train", arguments)] == ["?"]
+    assert check(str(tmp_path / "saved"))
+    assert sorted((tmp_path / "saved").rglob("*")) == files
+
+
 def test_the_check_command_notes_what_may_be_a_mistake(tmp_path, capsys):
     write_image(tmp_path / "a.png")
     row = {"question": "<image>\nWhat?", "answer": "red</s>", "image": "a.png"}

@@ -24,6 +24,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from tasks import NAMES, get_task
+from tasks._reader import filter_rows
 from tasks._values import IMAGE_FEATURES, list_images, read_image
 from training.encoding import RowEncoder
 
@@ -54,7 +55,7 @@ def load_rows(task, name: str, arguments):
         )
     rows = rows.cast_column("image", ImageFeature(decode=False))
     if arguments.only_images and name == "train":
-        rows = rows.filter(lambda row: row["image"] is not None)
+        rows = filter_rows(rows, lambda row: row["image"] is not None)
     if limit is not None and not makes_any_size:
         rows = rows.take(limit if arguments.streaming else min(limit, len(rows)))
     if next(iter(rows), None) is None:
