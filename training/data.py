@@ -187,6 +187,14 @@ class Split(torch.utils.data.Dataset):
                 sha256.update(repr((places, lengths, sizes)).encode())
         return sha256.hexdigest()
 
+    def digest_scored(self) -> str:
+        """SHA-256 of what decides on the scores and the loss of a split for evaluation, such as its answers."""
+        sha256, texts = hashlib.sha256(), self.rows.remove_columns(self.images.column_names)
+        for part in (texts, self.encoded, self.answered):
+            for batch in part.with_format("arrow").iter(1000) if part is not None else ():
+                sha256.update(repr(batch.to_pylist()).encode())
+        return sha256.hexdigest()
+
     def __len__(self) -> int:
         return len(self.encoded)
 
@@ -290,7 +298,10 @@ def without_warnings():
 
 def digest_rows(splits: dict[str, Split | StreamedSplit]) -> str:
     """The digests of the rows that a run learns from or chooses its best checkpoint by, except those of a stream."""
-    return " ".join(split.digest() for name, split in splits.items() if name != "test" and isinstance(split, Split))
+    digests = [split.digest() for name, split in splits.items() if name != "test" and isinstance(split, Split)]
+    if "validation" in splits:  # last, as checkpoints of earlier versions lack it
+        digests.append(splits["validation"].digest_scored())
+    return " ".join(digests)
 
 
 # --- batches ---
