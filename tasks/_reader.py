@@ -83,6 +83,10 @@ class Reader:
         row, faults = {**images, **row}, second + self._find_second_chats(record) + faults + more
         return row, faults or self._find_unread(record, row)
 
+    def finds_images(self, record: dict, index: int) -> dict:
+        """Whether a record has images in its messages."""
+        return {"found": bool(import_module(self.task_name).find_images(self.fields_of(record)))}
+
     def row(self, record: dict, index: int) -> dict:
         return self.check(f"{self.place}, row {index}", *self.read(record))
 

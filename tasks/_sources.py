@@ -31,8 +31,6 @@ from datasets import (
     Features,
     Image,
     IterableDataset,
-    LargeList,
-    List,
     Value,
     concatenate_datasets,
 )
@@ -94,12 +92,6 @@ def find_subfolders(folder: str | Path, depth: int) -> Iterator[str]:
                 yield entry.path
                 if depth > 1:
                     yield from find_subfolders(entry.path, depth - 1)
-
-
-def has_only_texts(messages) -> bool:
-    """Whether the feature of a column with messages allows no parts in them, and so no images."""
-    turn = messages.feature if isinstance(messages, List | LargeList) else None
-    return isinstance(turn, dict) and all(isinstance(part, Value) for part in turn.values())
 
 
 def find_filled(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -429,7 +421,7 @@ class Source:
             return rows.map(reader.row, with_indices=True, remove_columns=names, features=features)
         present = [column for column in self.fields["image"] if column in rows.column_names]
         filled = [column for column in present if pc.any(find_filled(rows.data.column(column))).as_py()]
-        if not filled or self._has_images_in_messages(rows, filled, reader):
+        if not filled or self._has_images_in_messages(rows.remove_columns(present), reader):
             return self._map(rows, reader.row, features)
         images, texts = rows.select_columns(filled), rows.remove_columns(present)
         if len(filled) == 1 and has_all_bytes(images, filled[0]):
@@ -447,14 +439,12 @@ class Source:
             concatenate_datasets([images, texts], axis=1).cast_column("image", Image()).select_columns(list(features))
         )
 
-    def _has_images_in_messages(self, rows: Dataset, columns: list[str], reader: Reader) -> bool:
-        """Whether a row without an image in these columns has one in its messages."""
-        messages = [rows.features[name] for name in self.fields.get("messages", ()) if name in rows.column_names]
-        if not hasattr(self.task, "find_images") or all(map(has_only_texts, messages)):
+    def _has_images_in_messages(self, rows: Dataset, reader: Reader) -> bool:
+        """Whether a row has images in its messages, which must be compared with those in its columns."""
+        if not hasattr(self.task, "find_images"):
             return False
-        is_filled = reduce(pc.or_, [find_filled(rows.data.column(column)) for column in columns])
-        others = rows.remove_columns(columns).select(np.flatnonzero(~is_filled.to_numpy()))
-        return any(self.task.find_images(reader.fields_of(record)) for record in others)
+        found = self._map(rows, reader.finds_images, Features({"found": Value("bool")}))
+        return pc.any(found.data.column("found")).as_py()
 
     def _undecoded(self, rows: Rows, reader: Reader) -> Rows:
         """The columns that a reader needs, with undecoded images."""

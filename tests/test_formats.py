@@ -513,6 +513,27 @@ def test_an_empty_column_of_images_is_none_beside_images_in_messages(empty, fill
     assert [row["image"] for row in read(chat, tmp_path)] == ["red", "red"]
 
 
+@pytest.mark.parametrize("is_text", [False, True], ids=["parts", "parts as text"])
+@pytest.mark.parametrize("colour", ["red", "blue"])
+def test_images_in_messages_are_compared_with_the_column_in_whatever_way_rows_are_read(
+    colour, is_text, tmp_path, capsys
+):
+    for name in ("red", "blue"):
+        write_image(tmp_path / f"{name}.png", name)
+    messages = in_parts({"type": "image", "image": "red.png", "text": None})
+    if is_text:
+        messages = [{**turn, "content": json.dumps(turn["content"])} for turn in messages]
+    Dataset.from_list([{"messages": messages, "image": f"{colour}.png"}]).to_parquet(tmp_path / "train.parquet")
+    if colour == "red":
+        assert [row["image"] for row in read(chat, tmp_path)] == ["red"] and check(str(tmp_path))
+        return
+    message = "there are images in the messages and in a column"
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=message):
+            list(chat.load("train", str(tmp_path), streaming=streaming))
+    assert not check(str(tmp_path)) and message in capsys.readouterr().out
+
+
 def test_images_belong_to_their_own_folder(tmp_path, capsys):
     """A folder's name is no pattern, and a file's name that two folders have is refused."""
     row = {"question": "?", "answer": "x", "file_name": "1.png"}
@@ -1242,6 +1263,21 @@ def test_images_inside_the_data_are_not_copied_into_the_cache(tmp_path, cache):
     assert undecoded(loaded) == undecoded(load_from_disk(tmp_path / "saved"))
     assert 0 < sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) < 10_000
     assert not list((tmp_path / "saved").rglob("cache-*")), "the data may be in a folder that cannot be written to"
+
+
+@pytest.mark.parametrize("feature", [Image(), Value("binary")], ids=["image", "binary"])
+def test_an_image_without_bytes_is_a_fault_of_its_row(feature, tmp_path, capsys):
+    """As after a download that failed."""
+    write_image(tmp_path / "a.png")
+    contents = [(tmp_path / "a.png").read_bytes(), b""] * 4
+    images = contents if feature != Image() else [{"bytes": content, "path": None} for content in contents]
+    columns = {"question": [f"{number}?" for number in range(8)], "answer": ["x"] * 8, "image": images}
+    features = Features({"question": Value("string"), "answer": Value("string"), "image": feature})
+    Dataset.from_dict(columns, features).to_parquet(tmp_path / "train.parquet")
+    assert not check(str(tmp_path))
+    printed = capsys.readouterr().out
+    assert re.search(r"train.parquet, row 1: The image .* cannot be read", printed) and "4 faults" in printed
+    assert len(vqa.load("test", str(tmp_path), holdout=0.2)) == 2
 
 
 @pytest.mark.parametrize("feature", [Image(), List(Image())], ids=["one image", "several"])
