@@ -143,6 +143,8 @@ def check_split(source: Source, name: str, split: str, trained: Trained) -> int:
     read = {column for columns in source.fields.values() for column in columns}
     if unread := [column for column in source.names(name) if column not in read]:
         print(f"note: columns that are not read: {', '.join(unread)}")
+    if unread := source.find_unread_keys(name):
+        print(f"note: keys of messages that are not read: {', '.join(unread)}")
     for kind, (count, first) in notes.items():
         print(f"note: {count} times {kind}, the first at {first}")
     return num_faults

@@ -9,6 +9,7 @@ A task that reads such data (`tasks/vqa.py`, `tasks/chat.py`) has, in addition t
     parse(record, num_images) -> the row without its images, and what is wrong with it. The record has all fields;
                               missing values are None.
     find_images(record)       optional: the images of a row that has none in a column
+    find_unread_keys(record)  optional: the keys inside of a field that are not read
     PARTS                     optional: each split with the names that it may have in the data, in this order
 """
 
@@ -20,6 +21,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache, reduce
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -190,17 +192,28 @@ class Source:
 
     def records(self, split: str) -> Iterator[Record]:
         """Yields the place of each record, its row, and what is wrong with it."""
+        for reader, (where, record, faults) in self._raw_records(split):
+            yield where, *((record, faults) if faults else reader.read(record))
+
+    def find_unread_keys(self, split: str) -> list[str]:
+        """The keys inside of the fields of records, such as those of messages, that are not read."""
+        if not hasattr(self.task, "find_unread_keys"):
+            return []
+        records = ((reader, record) for reader, (_, record, faults) in self._raw_records(split) if not faults)
+        keys = (self.task.find_unread_keys(reader.fields_of(record)) for reader, record in records)
+        return list(dict.fromkeys(chain.from_iterable(keys)))
+
+    def _raw_records(self, split: str) -> Iterator[tuple[Reader, Record]]:
+        """Yields each record with its reader."""
         part = self._part(split)
         if self.has_files:
             for file in part:
                 reader = self._reader(split, file.parent)
-                for where, record, faults in read_records(file):
-                    yield where, *((record, faults) if faults else reader.read(record))
+                yield from ((reader, record) for record in read_records(file))
             return
         reader = self._reader(split)
-        rows = self._undecoded(part, reader)
-        for index, record in enumerate(rows):
-            yield f"{reader.place}, row {index}", *reader.read(record)
+        for index, record in enumerate(self._undecoded(part, reader)):
+            yield reader, (f"{reader.place}, row {index}", record, [])
 
     def rows(self, split: str) -> Rows:
         """

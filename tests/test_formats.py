@@ -375,6 +375,11 @@ CHAT_FAULTS = [
     ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "message 2 (assistant) has the weight 0"),
     ({"messages": [USER, {**ASSISTANT, "loss": False}]}, "message 2 (assistant) has the loss False"),
     ({"messages": [{**USER, "train": True}, ASSISTANT]}, "message 1 (user) has the train True"),
+    *(
+        ({"messages": [USER, {**ASSISTANT, key: value}]}, f"message 2 (assistant) has the {key} {value}")
+        for key, value in [("loss_weight", 0.0), ("loss_mask", 0), ("weights", 0), ("trainable", False)]
+        + [("training", False), ("mask", True), ("masked", 1)]
+    ),
     ({"messages": [USER, {**ASSISTANT, "reasoning_content": "so"}]}, "(assistant) has `reasoning_content`, which"),
     ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"id": 1}]}]}, "(assistant) has `tool_calls`, which"),
     (
@@ -418,6 +423,20 @@ def test_every_fault_of_a_chat_is_named_with_its_row(tmp_path, capsys):
                 ValueError, match="x.json: row 1: .*\n`python -m tasks check .* --task chat` lists all"
             ):
                 chat.load("train", str(tmp_path))
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "parquet", "text"])
+def test_keys_of_messages_that_are_not_read_are_noted(layout, tmp_path, capsys):
+    user = {**USER, "weight": 0, "mask": None, "name": "", "id": 7}
+    messages = [user, {**ASSISTANT, "weight": 1, "mask": False, "name": None, "id": 8}]
+    if layout == "jsonl":
+        write_lines(tmp_path / "train.jsonl", [{"messages": messages}])
+    else:
+        rows = [{"messages": messages if layout == "parquet" else json.dumps(messages)}]
+        Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    assert check(str(tmp_path), columns="image=none", task="chat")
+    notes = [line for line in capsys.readouterr().out.splitlines() if "keys of messages" in line]
+    assert notes == ["note: keys of messages that are not read: id, mask"]
 
 
 def test_the_last_answers_of_chats_are_scored():
