@@ -534,6 +534,25 @@ def test_values_of_yaml_are_read_as_they_are_meant(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name, text, value",
+    [
+        *((name, text, text) for name in ("output_dir", "text_model_revision") for text in ("007", "1e5", "12e4567")),
+        *(("run_name", text, text) for text in ("1.10", "on", "2024-01-01", "1:30.5", "1_000", "'1.10'")),
+        ("run_name", "~", None),
+        ("columns", "{question: 007, answer: yes}", "question=007,answer=yes"),
+        ("columns", "{question: 1.0, image: null}", "question=1.0,image=none"),
+        ("report_to", "[on, 010]", ["on", "010"]),
+    ],
+)
+def test_texts_in_a_recipe_that_look_like_other_values_are_read_as_written(name, text, value, tmp_path):
+    (tmp_path / "row.yaml").write_text(f"{name}: {text}\nseed: 010\ntask: vqa\n")
+    _, *parsed = parse_arguments([str(tmp_path / "row.yaml")])
+    found = next(getattr(own, name) for own in parsed if hasattr(own, name))
+    assert found == (value if value is None or isinstance(value, list) else value.strip("'"))
+    assert parsed[-1].seed == 10, "a number, as before"
+
+
+@pytest.mark.parametrize(
     ("recipe", "flags", "message"),
     [
         ("learning_rate: 1\nbase_learning_rate: 1\n", [], "has both `learning_rate` and `base_learning_rate`"),
@@ -541,7 +560,12 @@ def test_values_of_yaml_are_read_as_they_are_meant(tmp_path):
         ("seed: [1\n", [], "(?s)row.yaml is not valid YAML: .*Write a flag on each line"),
         ("base: row.yaml\n", [], "row.yaml is its own `base`"),
         ("base: none.yaml\n", [], "There is no recipe .*none.yaml, which .*row.yaml names as its `base`"),
-        ("data_path: 2024\n", [], "row.yaml: `data_path` is 2024. Give one text"),
+        ("data_path: [2024]\n", [], r"row.yaml: `data_path` is \['2024'\]. Give one text"),
+        ("no_dataloader_pin_memory: true\n", [], "`no_.*`. Did you mean `dataloader_pin_memory: false`"),
+        ("seed: 1\n", ["--no_only_images"], "The command: unknown argument `--no_only_images`"),
+        ("seed: 1\n", ["-seed", "2"], "The command: unknown argument `-seed`"),
+        ("seed: 1\n", ["--no_dataloader_pin_memory", "true"], "`--no_data.*` takes no value. Remove 'true'"),
+        ("seed: 1\n", ["--no-dataloader-pin-memory", "yes", "1"], "`--no-data.*` takes no value. Remove 'yes' '1'"),
         ("on: 1\n", [], "row.yaml: True is not the name of a flag"),
         ("task: vqa\n", ["--output_dir="], "`--output_dir` is empty"),
         ("base: [row.yaml]\n", [], r"`base` is \['row.yaml'\]. Give the name of one recipe"),

@@ -278,11 +278,16 @@ def parse_arguments(arguments: list[str]):
             f"{error.doc!r} is not valid JSON ({error.msg}). Write names and texts in double quotes, such as "
             "'{\"min_lr\": 1e-5}'."
         ) from error
+    if unused and re.match("--?[a-z]", unused[0]):  # such as `--no_name` of a flag that is false by default
+        raise ValueError(f"The command: unknown argument `{unused[0]}`. `train.py --help` lists all arguments.")
     if unused:
-        follows_value = (not before.startswith("--") or "=" in before for before in words)
+        takes_none = re.compile("--no[_-]").match
+        follows_value = (not before.startswith("--") or "=" in before or takes_none(before) for before in words)
         end = next(number for number, is_free in enumerate(follows_value, 1) if is_free and words[number] == unused[0])
         flag = next(word for word in reversed(words[:end]) if word.startswith("--")).partition("=")[0]
         extra = " ".join(map(repr, unused))
+        if takes_none(flag):
+            raise ValueError(f"`{flag}` takes no value. Remove {extra}.")
         raise ValueError(f"`{flag}` takes one value. Remove {extra}, or put a value with spaces in quotes.")
     _, model_args, adapter_args, _, _ = parsed
     if model_args.adapter is not None:
