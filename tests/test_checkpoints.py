@@ -364,6 +364,29 @@ def test_a_run_with_other_arguments_is_not_gone_on_with(interrupted, other):
             train.main(flags(output, resume_from_checkpoint=place, **other))
 
 
+def test_a_run_in_another_mixed_precision_of_accelerate_is_not_gone_on_with(interrupted, monkeypatch):
+    flags, output = interrupted
+    assert json.loads((output / "run.json").read_text())["arguments"]["mixed_precision"] == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="other arguments: `mixed_precision` was no and is bf16"):
+        train.main(flags(output))
+
+
+def test_a_run_that_recorded_no_mixed_precision_goes_on(interrupted, capsys):
+    """As those of earlier versions."""
+    flags, output = interrupted
+    run = json.loads((output / "run.json").read_text())
+    del run["arguments"]["mixed_precision"]
+    (output / "run.json").write_text(json.dumps(run))
+    manifest = read_manifest(output / "checkpoint-4")
+    del manifest["arguments"]["mixed_precision"], manifest["files"]
+    (output / "checkpoint-4" / "manifest.json").unlink()
+    write_manifest(output / "checkpoint-4", manifest)
+    train.main(flags(output))
+    assert f"resuming from {output / 'checkpoint-4'}" in capsys.readouterr().out
+    assert json.loads((output / "results.json").read_text())["mixed_precision"] == "no"
+
+
 def test_a_run_on_other_rows_is_not_gone_on_with(interrupted, monkeypatch):
     flags, output = interrupted
     monkeypatch.setattr(get_task("scienceqa"), "load", lambda *_, **__: make_rows(hint="cba"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import datasets
@@ -16,6 +17,7 @@ from transformers.trainer_utils import SchedulerType
 import train
 from tasks import get_task
 from training.arguments import KEPT, OPTIMIZERS, SCORE_SCHEDULES, check_arguments, complete_arguments, parse_arguments
+from training.engines import name_precision
 from training.trainer import AnswerTrainer
 
 
@@ -441,6 +443,31 @@ def test_what_would_have_no_effect_or_a_wrong_one_is_refused(flags, message, mon
     monkeypatch.setattr(train, "load_processor", lambda *_: pytest.fail("too late"))
     with pytest.raises(ValueError, match=message):
         train.main(["--max_samples", "2", *flags.split()])
+
+
+NO_MODES = '--deepspeed={"zero_optimization":{"stage":2}}'
+ITS_OWN = '--deepspeed={"zero_optimization":{"stage":2},"bf16":{"enabled":true}}'
+
+
+@pytest.mark.parametrize(
+    "flags, environment, message",
+    [
+        ([], {"MIXED_PRECISION": "fp16"}, "`mixed_precision: fp16` of accelerate has no effect on a CPU"),
+        ([], {"MIXED_PRECISION": "bf16", "USE_DEEPSPEED": "true"}, "`mixed_precision: bf16` was .*`--dtype bfloat16`"),
+        ([NO_MODES], {"MIXED_PRECISION": "bf16"}, "`mixed_precision: bf16` was given with DeepSpeed"),
+        ([ITS_OWN], {}, "`mixed_precision: bf16` was given with DeepSpeed"),
+        (["--deepspeed=ds_config.json"], {"MIXED_PRECISION": "bf16"}, None),  # in which it has no effect
+        ([], {"MIXED_PRECISION": "bf16"}, None),
+    ],
+)
+def test_the_mixed_precision_of_accelerate_is_checked_as_that_of_a_flag(flags, environment, message, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    parsed = parse_arguments([*flags, "--use_cpu", "true"])
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        check_arguments(flags, *parsed[1:4], parsed[-1])
+    if not message:
+        assert name_precision(parsed[-1]) == ("no" if flags else "bf16")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, logging
 
 from tasks import RESULTS_FILE, RUN_FILE, write_json
-from training.engines import ENGINE_OF_ONE, name_engine
+from training.engines import ENGINE_OF_ONE, name_engine, name_precision
 from training.flags import FILE_FLAGS, ROOT
 
 
@@ -176,6 +176,7 @@ def describe_arguments(training_args, *others) -> dict:
     values = {name: value for arguments in others for name, value in vars(arguments).items()}
     training = training_args.to_dict().items()
     values |= {name: value for name, value in training if not name.startswith(FREE_ARGUMENTS)}
+    values["mixed_precision"] = name_precision(training_args)  # which may be that of accelerate's config
     del values["text_model_id"], values["vision_model_id"]  # they only matter for the Hub
     for name in FILE_FLAGS:  # the same file has another relative path in another working directory
         if values[name] is not None and Path(values[name]).exists():

@@ -20,6 +20,7 @@ from training.arguments import BASES, DEHVF_METHODS
 from training.chats import ChatTokenizer, render
 from training.checkpoints import describe_code, digest
 from training.data import Split
+from training.engines import name_precision
 from training.flags import ROOT
 from training.fusion import describe_fusion
 
@@ -116,6 +117,7 @@ def describe_run(task, processor, model, split: Split, data_args, model_args, tr
         "template": render(processor, "{prompt}") + task.ANSWER_PREFIX,
         "decoding": f"greedy, max_new_tokens={data_args.max_new_tokens}",
         **{name: getattr(training_args, name) for name in ("seed", "data_seed", "learning_rate")},
+        "mixed_precision": name_precision(training_args),
         "adapter": model_args.adapter,
         "adapter_revision": commit_of(model_args.adapter, model_args.adapter_revision),
         "adapter_sha256": {file.name: digest(file) for file in weights},
