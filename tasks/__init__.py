@@ -43,6 +43,8 @@ from pathlib import Path
 from types import ModuleType
 
 
+# Files in the folder of a run of `train.py`
+RUN_FILE, RESULTS_FILE, PREDICTIONS_FILE = "run.json", "results.json", "predictions.jsonl"
 NAMES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py")))
 
 
@@ -65,7 +67,7 @@ def score_folder(folder: str | Path) -> dict:
         FileNotFoundError: if one of the two files is missing.
         ValueError: if one of them is damaged, or there is not one answer for each row of the split.
     """
-    predictions, results = Path(folder) / "predictions.jsonl", Path(folder) / "results.json"
+    predictions, results = Path(folder) / PREDICTIONS_FILE, Path(folder) / RESULTS_FILE
     require_files([predictions, results], "`train.py` writes both files into its `--output_dir`.")
     records = [
         read_json(line, f"{predictions}, line {number}")

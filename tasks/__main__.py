@@ -95,7 +95,8 @@ def check_split(source: Source, name: str, split: str, trained: Trained) -> int:
     for where, row, faults in source.records(name):
         images = list_images(row) if row else []
         for image in images:
-            faults = [*faults, *(find_reading_faults(image) if image["bytes"] else read_once(image["path"]))]
+            is_file = image["bytes"] is None
+            faults = [*faults, *(read_once(image["path"]) if is_file else find_reading_faults(image))]
         for fault in faults:
             print(f"{where}: {fault}")
         num_faults += len(faults)
@@ -117,7 +118,8 @@ def check_split(source: Source, name: str, split: str, trained: Trained) -> int:
             )
         most_images = max(most_images, len(images))
         texts = {column: value for column, value in row.items() if column not in IMAGE_FEATURES}
-        row_hash = hash(repr((texts, [hash(image["bytes"]) if image["bytes"] else image["path"] for image in images])))
+        pictures = [image["path"] if image["bytes"] is None else hash(image["bytes"]) for image in images]
+        row_hash = hash(repr((texts, pictures)))
         if row_hash in trained.rows:
             note("a row that is also in the train split" if split != "train" else "a row that is repeated", where)
         if split == "train":
@@ -141,6 +143,8 @@ def check_split(source: Source, name: str, split: str, trained: Trained) -> int:
     read = {column for columns in source.fields.values() for column in columns}
     if unread := [column for column in source.names(name) if column not in read]:
         print(f"note: columns that are not read: {', '.join(unread)}")
+    if unread := source.find_unread_keys(name):
+        print(f"note: keys of messages that are not read: {', '.join(unread)}")
     for kind, (count, first) in notes.items():
         print(f"note: {count} times {kind}, the first at {first}")
     return num_faults

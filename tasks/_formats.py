@@ -9,7 +9,8 @@ import os
 import re
 import reprlib
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +21,8 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from huggingface_hub import metadata_load
 
+from tasks import PREDICTIONS_FILE, RESULTS_FILE, RUN_FILE
+
 
 Rows = Dataset | IterableDataset
 
@@ -28,6 +31,9 @@ FORMATS = {"*.jsonl": "JSON Lines", "*.csv": "CSV", "*.parquet": "Parquet", "*.j
 KEYS_OF_ROWS = ("data", "rows", "examples", "instances", "samples")
 # JSON files about a data set, which `datasets` writes beside its rows
 DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+# What a run of `train.py` writes into its folder, which may be that of the data
+WRITTEN_BY_RUNS = (RUN_FILE, RESULTS_FILE, PREDICTIONS_FILE, "*config.json", "*token*.json", "vocab.json")
+WRITTEN_BY_RUNS += ("checkpoint-*",)
 
 
 # --- splits ---
@@ -79,7 +85,7 @@ def find_declared(folder: Path) -> dict[str, list[Path]]:
     root, found = folder / config.get("data_dir", ""), {}
     for split, patterns in sanitize_patterns(config.get("data_files") or {}).items():
         names = {name for pattern in patterns for name in glob.glob(pattern, root_dir=root, recursive=True)}
-        found[split] = [root / name for name in sorted(names) if has_format(name)]
+        found[split] = [root / name for name in sorted(names) if is_data(root / name, root)]
     return {split: files for split, files in found.items() if files}
 
 
@@ -92,16 +98,53 @@ def may_have_format(name: str) -> bool:
     return has_format(re.sub(r"\.(gz|zip|bz2|xz|zst)$", "", name.lower()))
 
 
-def walk(folder: Path, accepts=has_format) -> Iterator[Path]:
-    """The data files in a folder and its subfolders, which may have many images too. Hidden ones are left out."""
+def find_run(file: Path, folder: Path) -> Path | None:
+    """
+    The folder of a run of `train.py` to which a file in `folder` belongs, or `None`. If that is `folder` itself, the
+    run has written beside the data, and only the files with its names belong to it.
+    """
+    for place in file.parents:
+        if place.is_relative_to(folder) and (place / RUN_FILE).is_file():
+            name = file.relative_to(place).parts[0]
+            if place != folder or any(fnmatch(name, pattern) for pattern in WRITTEN_BY_RUNS):
+                return place
+    return None
+
+
+def is_data(file: Path, folder: Path) -> bool:
+    """Whether a file in a folder may have rows to learn. The rows in the folder of a run are those of a test split."""
+    return has_format(file.name) and find_run(file, folder) is None
+
+
+def walk(folder: Path, accepts=has_format, onerror: Callable[[OSError], None] | None = None) -> Iterator[Path]:
+    """
+    The data files in a folder and its subfolders, which may have many images too. Hidden ones are left out, and so are
+    folders that cannot be opened, for each of which `onerror` is called.
+    """
     seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=onerror, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if (own := os.path.realpath(place)) in seen:  # a link to a folder above it
             folders.clear()
             continue
         seen.add(own)
         yield from (Path(place, name) for name in sorted(filter(accepts, names)) if not name.startswith("."))
+
+
+def survey(folder: Path) -> tuple[list[Path], list[str]]:
+    """The files in a folder that may have data, and notes about the folders in it that are left out."""
+    closed = []
+    runs = {file: find_run(file, folder) for file in walk(folder, may_have_format, closed.append)}
+    notes = [
+        f"{error.filename} is not read, since it cannot be opened: {error.strerror}. Change its permissions."
+        for error in closed
+    ]
+    for run in dict.fromkeys(filter(None, runs.values())):
+        if run == folder:
+            notes.append(f"What a run of train.py wrote into {folder}, such as {PREDICTIONS_FILE}, is not read.")
+        else:
+            notes.append(f"{run} is not read, since a run of train.py wrote it. Move data of your own out of it.")
+    return [file for file, run in runs.items() if run is None], notes
 
 
 def has_configs(folder: Path) -> bool:
@@ -127,8 +170,8 @@ def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
     if declared := find_declared(path):
         found = {split: [file for file in files if file.match(pattern)] for split, files in declared.items()}
         return {split: files for split, files in found.items() if files}
-    files = [file for file in path.glob(pattern) if has_format(file.name)]
-    files = files or [file for file in walk(path) if file.match(pattern)]
+    files = [file for file in path.glob(pattern) if is_data(file, path)]
+    files = files or [file for file in walk(path) if file.match(pattern) and is_data(file, path)]
     splits = {}
     for file in sorted(files):
         if not file.name.startswith("."):
@@ -147,7 +190,7 @@ def is_saved(folder: Path) -> bool:
 def find_saved(folder: Path) -> dict[str, Path]:
     """The subfolders for splits that `save_to_disk` of a `Dataset` wrote, if the folder has no data files."""
     places = [file.parent for file in sorted(folder.glob("*/state.json")) if split_of(file.parent.name)]
-    if places and any(has_format(file.name) for file in folder.iterdir()):
+    if places and any(is_data(file, folder) for file in folder.iterdir()):
         return {}
     return {place.name: place for place in places}
 
@@ -253,10 +296,12 @@ def open_dataset(path: str, streaming: bool) -> dict[str, Rows]:
             ) from error
     if folder.exists():
         names = sorted(file.name for file in (folder.iterdir() if folder.is_dir() else [folder]))
-        raise ValueError(
+        notes = survey(folder)[1] if folder.is_dir() else []
+        found = (
             f"{path} has no data that this task reads. Give files that match {', '.join(FORMATS)}, unpacked and with "
             f"names in lower case, or a folder that `save_to_disk` has written. Found: {reprlib.repr(names)}."
         )
+        raise ValueError(" ".join([found, *notes]))
     name, _, config = path.partition(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or has_format(folder.name):
         raise FileNotFoundError(f"There is no file or folder {path}, and no data set on the Hub can have this name.")

@@ -74,7 +74,9 @@ def real_path(path: str) -> str:
 
 def keys_of(row: dict, index: int, by_images: bool) -> dict:
     """Rows that have one of these keys in common are in one group."""
-    images = [image["bytes"] or real_path(image["path"]).encode() for image in list_images(row)]
+    images = [
+        real_path(image["path"]).encode() if image["bytes"] is None else image["bytes"] for image in list_images(row)
+    ]
     if images and by_images:
         parts = [[image] for image in images]
     else:

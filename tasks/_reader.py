@@ -13,8 +13,9 @@ import datasets
 import numpy as np
 import PIL.Image
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, LargeList, List, Value
+from datasets.fingerprint import Hasher
 
-from tasks._formats import read_records
+from tasks._formats import Rows, read_records
 from tasks._values import (
     BASE64_IMAGE,
     ENCODED_IMAGE,
@@ -81,6 +82,10 @@ class Reader:
         row, more = task.parse(fields, len(list_images(images)) + len(faults) if has_images else None)
         row, faults = {**images, **row}, second + self._find_second_chats(record) + faults + more
         return row, faults or self._find_unread(record, row)
+
+    def finds_images(self, record: dict, index: int) -> dict:
+        """Whether a record has images in its messages."""
+        return {"found": bool(import_module(self.task_name).find_images(self.fields_of(record)))}
 
     def row(self, record: dict, index: int) -> dict:
         return self.check(f"{self.place}, row {index}", *self.read(record))
@@ -226,22 +231,50 @@ def raise_first(faults: list[str], place: str | Path):
         raise ValueError(f"{faults[0]}\nThis is the first of {len(faults)} faults: {lists_all}")
 
 
-def map_rows(rows: Dataset, function, features: Features, fingerprint: str, desc: str | None = None) -> Dataset:
+def cache_file(fingerprint: str) -> str:
     """
-    `Dataset.map` row by row. The result is written to the cache, even if the folder of the data is read-only, and read
-    from there if an earlier run has written it with the same fingerprint.
+    The file in the cache for a result with a fingerprint. By default `datasets` writes the results for data that
+    `save_to_disk` wrote into their folder, which may be read-only or shared.
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "dehvf"
     folder.mkdir(parents=True, exist_ok=True)
+    return str(folder / f"{fingerprint}.arrow")
+
+
+def map_rows(rows: Dataset, function, features: Features, fingerprint: str, desc: str | None = None) -> Dataset:
+    """
+    `Dataset.map` row by row. The result is written to the cache, and read from there if an earlier run has written it
+    with the same fingerprint.
+    """
     return rows.map(
         function,
         with_indices=True,
         remove_columns=rows.column_names,
         features=features,
-        cache_file_name=str(folder / f"{fingerprint}.arrow"),
+        cache_file_name=cache_file(fingerprint),
         new_fingerprint=fingerprint,
         desc=desc,
     )
+
+
+def filter_rows(rows: Rows, function) -> Rows:
+    """The rows for which a function is true. The result is written to the cache as in [`map_rows`]."""
+    if isinstance(rows, IterableDataset):
+        return rows.filter(function)
+    fingerprint = Hasher.hash([rows._fingerprint, function])
+    return rows.filter(function, cache_file_name=cache_file(fingerprint), new_fingerprint=fingerprint)
+
+
+def undecoded(rows: Rows) -> Rows:
+    """Rows with undecoded images. `Dataset.cast` would write lists of images once more, beside the data."""
+    features = rows.features and Features({name: without_decoding(part) for name, part in rows.features.items()})
+    if features == rows.features:
+        return rows
+    if isinstance(rows, IterableDataset):
+        return rows.cast(features)
+    info, fingerprint = rows.info.copy(), Hasher.hash([rows._fingerprint, "undecoded"])
+    info.features = features
+    return Dataset(rows.data, info, rows.split, indices_table=rows._indices, fingerprint=fingerprint)
 
 
 def generate_rows(files: list[Path], reader: Reader) -> Iterator[dict]:

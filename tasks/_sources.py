@@ -9,6 +9,7 @@ A task that reads such data (`tasks/vqa.py`, `tasks/chat.py`) has, in addition t
     parse(record, num_images) -> the row without its images, and what is wrong with it. The record has all fields;
                               missing values are None.
     find_images(record)       optional: the images of a row that has none in a column
+    find_unread_keys(record)  optional: the keys inside of a field that are not read
     PARTS                     optional: each split with the names that it may have in the data, in this order
 """
 
@@ -20,6 +21,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache, reduce
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -31,8 +33,6 @@ from datasets import (
     Features,
     Image,
     IterableDataset,
-    LargeList,
-    List,
     Value,
     concatenate_datasets,
 )
@@ -48,16 +48,15 @@ from tasks._formats import (
     find_files,
     has_format,
     is_saved,
-    may_have_format,
     open_dataset,
     read_records,
     split_of,
     split_of_file,
     stamp_files,
-    walk,
+    survey,
 )
 from tasks._holdout import KEPT_TOGETHER, split_rows
-from tasks._reader import Reader, generate_rows, map_rows, without_decoding
+from tasks._reader import Reader, generate_rows, map_rows, undecoded
 from tasks._values import IMAGE_FEATURES, is_no_image
 
 
@@ -95,12 +94,6 @@ def find_subfolders(folder: str | Path, depth: int) -> Iterator[str]:
                 yield entry.path
                 if depth > 1:
                     yield from find_subfolders(entry.path, depth - 1)
-
-
-def has_only_texts(messages) -> bool:
-    """Whether the feature of a column with messages allows no parts in them, and so no images."""
-    turn = messages.feature if isinstance(messages, List | LargeList) else None
-    return isinstance(turn, dict) and all(isinstance(part, Value) for part in turn.values())
 
 
 def find_filled(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -199,17 +192,28 @@ class Source:
 
     def records(self, split: str) -> Iterator[Record]:
         """Yields the place of each record, its row, and what is wrong with it."""
+        for reader, (where, record, faults) in self._raw_records(split):
+            yield where, *((record, faults) if faults else reader.read(record))
+
+    def find_unread_keys(self, split: str) -> list[str]:
+        """The keys inside of the fields of records, such as those of messages, that are not read."""
+        if not hasattr(self.task, "find_unread_keys"):
+            return []
+        records = ((reader, record) for reader, (_, record, faults) in self._raw_records(split) if not faults)
+        keys = (self.task.find_unread_keys(reader.fields_of(record)) for reader, record in records)
+        return list(dict.fromkeys(chain.from_iterable(keys)))
+
+    def _raw_records(self, split: str) -> Iterator[tuple[Reader, Record]]:
+        """Yields each record with its reader."""
         part = self._part(split)
         if self.has_files:
             for file in part:
                 reader = self._reader(split, file.parent)
-                for where, record, faults in read_records(file):
-                    yield where, *((record, faults) if faults else reader.read(record))
+                yield from ((reader, record) for record in read_records(file))
             return
         reader = self._reader(split)
-        rows = self._undecoded(part, reader)
-        for index, record in enumerate(rows):
-            yield f"{reader.place}, row {index}", *reader.read(record)
+        for index, record in enumerate(self._undecoded(part, reader)):
+            yield reader, (f"{reader.place}, row {index}", record, [])
 
     def rows(self, split: str) -> Rows:
         """
@@ -337,7 +341,7 @@ class Source:
         return [*self.task.FIELDS[name], *SYNONYMS.get(name, "").split()]
 
     def find_unread(self, split: str | None = None) -> list[str]:
-        """Notes about data files that are not read. With `split`, only about those that may be this split."""
+        """Notes about data files and folders that are not read. With `split`, about files that may be this split."""
         folder, read = Path(self.path), {file for files in self.files.values() for file in files}
         if not read or not folder.is_dir():
             return []
@@ -354,10 +358,12 @@ class Source:
                 return f"{folder} itself contains data. Move it there"
             return "its name has no split, unlike those of others. Add the split, as in `train-2`"
 
-        unread = [file for file in walk(folder, may_have_format) if file not in read]
-        unread = [file for file in unread if split in (None, split_of_file(file, folder))]
-        notes = [f"{file} is not read, since {reason(file)}." for file in unread[:MOST_NOTES]]
-        return notes + [f"{len(unread) - MOST_NOTES} more files are not read."] * (len(unread) > MOST_NOTES)
+        files, notes = survey(folder)
+        unread = [file for file in files if file not in read and split in (None, split_of_file(file, folder))]
+        notes = [] if split else notes
+        notes += [f"{file} is not read, since {reason(file)}." for file in unread]
+        more = [f"{len(notes) - MOST_NOTES} more files are not read."] if len(notes) > MOST_NOTES else []
+        return notes[:MOST_NOTES] + more
 
     def _needs_image(self, split: str) -> bool:
         """Whether a split without images is a fault. A stream with a column for them may have some in later rows."""
@@ -428,7 +434,7 @@ class Source:
             return rows.map(reader.row, with_indices=True, remove_columns=names, features=features)
         present = [column for column in self.fields["image"] if column in rows.column_names]
         filled = [column for column in present if pc.any(find_filled(rows.data.column(column))).as_py()]
-        if not filled or self._has_images_in_messages(rows, filled, reader):
+        if not filled or self._has_images_in_messages(rows.remove_columns(present), reader):
             return self._map(rows, reader.row, features)
         images, texts = rows.select_columns(filled), rows.remove_columns(present)
         if len(filled) == 1 and has_all_bytes(images, filled[0]):
@@ -446,24 +452,19 @@ class Source:
             concatenate_datasets([images, texts], axis=1).cast_column("image", Image()).select_columns(list(features))
         )
 
-    def _has_images_in_messages(self, rows: Dataset, columns: list[str], reader: Reader) -> bool:
-        """Whether a row without an image in these columns has one in its messages."""
-        messages = [rows.features[name] for name in self.fields.get("messages", ()) if name in rows.column_names]
-        if not hasattr(self.task, "find_images") or all(map(has_only_texts, messages)):
+    def _has_images_in_messages(self, rows: Dataset, reader: Reader) -> bool:
+        """Whether a row has images in its messages, which must be compared with those in its columns."""
+        if not hasattr(self.task, "find_images"):
             return False
-        is_filled = reduce(pc.or_, [find_filled(rows.data.column(column)) for column in columns])
-        others = rows.remove_columns(columns).select(np.flatnonzero(~is_filled.to_numpy()))
-        return any(self.task.find_images(reader.fields_of(record)) for record in others)
+        found = self._map(rows, reader.finds_images, Features({"found": Value("bool")}))
+        return pc.any(found.data.column("found")).as_py()
 
     def _undecoded(self, rows: Rows, reader: Reader) -> Rows:
         """The columns that a reader needs, with undecoded images."""
         names = list(rows.features or next(iter(rows)))
         read = {column for columns in self.fields.values() for column in columns}
-        rows = rows.select_columns([name for name in names if name in read or name.lower() in reader.similar])
-        for column, feature in (rows.features or {}).items():
-            if (undecoded := without_decoding(feature)) != feature:
-                rows = rows.cast_column(column, undecoded)
-        return rows
+        kept = [name for name in names if name in read or name.lower() in reader.similar]
+        return undecoded(rows.select_columns(kept))
 
     def _map(self, rows: Dataset, function, features: Features) -> Dataset:
         fingerprint = self._fingerprint(function.__self__.folders, rows._fingerprint, function.__name__)

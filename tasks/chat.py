@@ -18,6 +18,7 @@ check FOLDER --task chat` lists invalid rows.
 import reprlib
 import sys
 from functools import partial
+from itertools import chain
 
 from datasets import Features, List, Value
 
@@ -39,8 +40,9 @@ KEYS = ("role", "from"), ("content", "value")
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 # Keys of a message that may have its images, in the formats of Ollama and others
 IMAGE_KEYS = ("images", "image", "videos", "video", "audios", "audio", "attachments", "files")
-# Whether a message is trained on, in the formats of OpenAI, ms-swift and Axolotl
-WEIGHTS = ("weight", "loss", "train")
+# Whether a message is trained on, in the formats of OpenAI, ms-swift, Axolotl and others
+WEIGHTS = ("weight", "weights", "loss", "loss_weight", "loss_mask", "train", "training", "trainable")
+MASKS = ("mask", "masked")  # whether it is not
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
@@ -97,7 +99,8 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
                 "`images` of the row; video, audio and other files are not supported."
             )
         is_answer = ROLES.get(role) == "assistant"
-        if key := next((key for key in WEIGHTS if turn.get(key) not in (None, is_answer)), None):
+        weights = [key for key in WEIGHTS if turn.get(key) not in (None, is_answer)]
+        if key := next(iter(weights + [key for key in MASKS if is_answer and turn.get(key)]), None):
             faults.append(
                 f"message {number} ({role}) has the {key} {turn[key]}, but the model is trained on all messages of "
                 "the assistant and on no others. Remove the row, or split it."
@@ -124,6 +127,14 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
         )
     faults += _values.find_marker_faults("the messages have", num_markers, num_images, " (or parts of type 'image')")
     return {"messages": messages}, faults
+
+
+def find_unread_keys(record: dict) -> list[str]:
+    """The keys of messages that have a value and are neither read nor a fault."""
+    turns, known = _values.as_list(record["messages"]), {*chain(*KEYS), *UNREAD, *IMAGE_KEYS, *WEIGHTS}
+    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    filled = (key for turn in turns for key, value in turn.items() if value not in (None, "", [], {}))
+    return [key for key in filled if key not in known]
 
 
 def read_turn(turn: dict) -> tuple:

@@ -43,6 +43,7 @@ FIELDS = {
     "context": ("context",),
 }
 REQUIRED = ("question", "answer")
+NUMBER = r"(?:[$€£¥₹₩₽] *)?\.?\d"  # how one begins: 5, .5, $5
 
 
 load = partial(_sources.load, sys.modules[__name__])
@@ -210,9 +211,10 @@ def normalise(text: str) -> str:
     """Lower case, without punctuation and articles (" The red car." -> "red car"), unless nothing is left."""
     text = unicodedata.normalize("NFC", text).lower().strip()
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.removesuffix(".") or text)  # as in VQAv2's script
-    text = re.sub(r"(?<=\d) +([-–+*/:=^×÷]) +(?=\d)", r"\1", text)  # "1 - 2" -> "1-2"
-    # A sign is kept before a digit (-5, 3.5, 10:30, 1/2), between digits (2*3), in 5!, in C# and in 50%
-    kept_signs = re.finditer(r"[-.,:/](?=\d)|(?<=\d)[\W_](?=\d)|(?<=\d)!|[#%]", text)
+    text = re.sub(rf"(?<=\d) +([-–+*/:=^×÷]) +(?={NUMBER})", r"\1", text)  # "1 - 2" -> "1-2"
+    text = re.sub(rf"(?<!\w)([-–−+]) +(?={NUMBER})", r"\1", text)  # "- 5" -> "-5"
+    # A sign is kept before a number (-5, -.5, -$5, 3.5, 10:30, 1/2), between digits (2*3), in 5!, in C# and in 50%
+    kept_signs = re.finditer(rf"[-–](?={NUMBER})|[.,:/](?=\d)|(?<=\d)[\W_](?=\d)|(?<=\d)!|[#%‰]", text)
     places = {sign.start() for sign in kept_signs}
     kept = [
         sign for place, sign in enumerate(text) if place in places or not unicodedata.category(sign).startswith("P")

@@ -21,6 +21,7 @@ import pytest
 import torch
 from processes import let_accelerate_take_fsdp_on_the_cpu, start
 from safetensors.torch import load_file
+from test_tasks import write_lines
 from test_train import FEW_LAYERS, make_rows, make_split, scienceqa, tiny_flags  # noqa: F401  `scienceqa` is a fixture
 from tiny import NUM_PATCHES, ROOT, save_tiny_bases, tiny_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -30,6 +31,7 @@ from dehvf import adapters as adapters_dehvf
 from tasks import get_task
 from training.arguments import DataArguments
 from training.checkpoints import (
+    check_same_rows,
     commit_of_this_code,
     describe_code,
     find_last_checkpoint,
@@ -37,6 +39,7 @@ from training.checkpoints import (
     list_checkpoints,
     move_finished_run,
     read_manifest,
+    write_manifest,
 )
 from training.data import Split, digest_rows
 from training.engines import ENGINE_OF_ONE
@@ -361,6 +364,29 @@ def test_a_run_with_other_arguments_is_not_gone_on_with(interrupted, other):
             train.main(flags(output, resume_from_checkpoint=place, **other))
 
 
+def test_a_run_in_another_mixed_precision_of_accelerate_is_not_gone_on_with(interrupted, monkeypatch):
+    flags, output = interrupted
+    assert json.loads((output / "run.json").read_text())["arguments"]["mixed_precision"] == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="other arguments: `mixed_precision` was no and is bf16"):
+        train.main(flags(output))
+
+
+def test_a_run_that_recorded_no_mixed_precision_goes_on(interrupted, capsys):
+    """As those of earlier versions."""
+    flags, output = interrupted
+    run = json.loads((output / "run.json").read_text())
+    del run["arguments"]["mixed_precision"]
+    (output / "run.json").write_text(json.dumps(run))
+    manifest = read_manifest(output / "checkpoint-4")
+    del manifest["arguments"]["mixed_precision"], manifest["files"]
+    (output / "checkpoint-4" / "manifest.json").unlink()
+    write_manifest(output / "checkpoint-4", manifest)
+    train.main(flags(output))
+    assert f"resuming from {output / 'checkpoint-4'}" in capsys.readouterr().out
+    assert json.loads((output / "results.json").read_text())["mixed_precision"] == "no"
+
+
 def test_a_run_on_other_rows_is_not_gone_on_with(interrupted, monkeypatch):
     flags, output = interrupted
     monkeypatch.setattr(get_task("scienceqa"), "load", lambda *_, **__: make_rows(hint="cba"))
@@ -395,6 +421,44 @@ def test_rows_with_other_images_are_other_rows(scienceqa, tmp_path, monkeypatch)
         assert len(digests) == 1
     split.images = datasets.Dataset.from_dict({"image": content}, features=split.images.features)
     assert digest_rows({"train": split, "validation": split}) != digest, "which decides on the best checkpoint"
+
+
+ASKED = {"question": "Which?", "choices": ["a", "b"], "answer": "a"}
+FREE = {"question": "Which?", "answer": "a"}
+
+
+@pytest.mark.parametrize(
+    "row, changed",
+    [
+        (FREE, {"answer": "b"}),
+        (FREE, {"answer": ["a", "b"]}),
+        (ASKED, {"answer": "b"}),
+        (ASKED, {"answers": ["a", "b"]}),
+    ],
+    ids=["free", "free, several", "option", "options, several"],
+)
+def test_rows_of_a_validation_split_with_other_answers_are_other_rows(row, changed, tmp_path, monkeypatch):
+    """The prompts are the same, but the best checkpoint is another one."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    digests = []
+    for number, values in enumerate(({}, {}, changed)):
+        folder = tmp_path / str(number)
+        write_lines(folder / "validation.jsonl", [{**row, **values}])
+        split = make_split(folder, "validation", training=False, task="vqa", columns="image=none")
+        digests.append((split.digest(), digest_rows({"validation": split})))
+    assert digests[0] == digests[1]
+    assert digests[0][0] == digests[2][0] and digests[0][1] != digests[2][1]
+
+
+def test_fewer_digests_of_rows_that_an_earlier_version_wrote_are_compared(tmp_path):
+    write_manifest(tmp_path, {"rows": "train validation"})
+    check_same_rows("train validation answers", tmp_path)
+    for rows in ("train others answers", "others validation"):
+        with pytest.raises(ValueError, match="belongs to a run on another train or validation split"):
+            check_same_rows(rows, tmp_path)
+    write_manifest(tmp_path, {"rows": "train validation answers"})
+    with pytest.raises(ValueError, match="belongs to a run on another"):
+        check_same_rows("train validation others", tmp_path)
 
 
 def test_other_code_is_told_when_a_run_goes_on(interrupted, monkeypatch, caplog):

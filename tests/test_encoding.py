@@ -3,6 +3,7 @@
 import types
 from unittest.mock import MagicMock
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, CTRLTokenizer, GenerationConfig, PreTrai
 from transformers.trainer_utils import PredictionOutput
 
 from dehvf import DehvfProcessor
+from tasks import vqa
 from training.arguments import DehvfTrainingArguments
 from training.data import Collator
 from training.encoding import RowEncoder
@@ -193,6 +195,20 @@ def test_a_token_of_both_prompt_and_answer_is_refused(trims_offsets):
     processor = make_processor("qwen", trims_offsets=trims_offsets, template=template, **IM_END)
     with pytest.raises(ValueError, match="Row 0 .* joins the end of the generation prompt with the beginning of the"):
         encode(processor, {"question": "?", "answer": "red"})
+
+
+@pytest.mark.parametrize("name", ["bos_token", "unk_token", "sep_token"])
+def test_rows_are_encoded_again_if_a_token_that_the_template_prints_has_changed(name, tmp_path, monkeypatch):
+    """As in an edited tokenizer_config.json: the tokens of the vocabulary are the same."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    template = f"{{{{ {name} or 'none' }}}}: {CHATML}"
+    rows, encoded = datasets.Dataset.from_list([{"question": "Why?", "answer": "so"}]), []
+    for token in ("<s>", None, "</s>", "<s>"):
+        processor = make_processor("gpt2", template=template, **({name: token} if token else {}))
+        encoder = RowEncoder(vqa, "train", processor, 512, training=True)
+        encoded.append(encoder.encode(rows)[0]["input_ids"])
+        assert encoded[-1] == encoder(rows[0], 0)["input_ids"]
+    assert encoded[0] == encoded[3] and len(set(map(tuple, encoded))) == 3
 
 
 def test_generation_ends_where_the_chat_template_ends_an_answer(tmp_path):

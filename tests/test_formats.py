@@ -375,6 +375,11 @@ CHAT_FAULTS = [
     ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "message 2 (assistant) has the weight 0"),
     ({"messages": [USER, {**ASSISTANT, "loss": False}]}, "message 2 (assistant) has the loss False"),
     ({"messages": [{**USER, "train": True}, ASSISTANT]}, "message 1 (user) has the train True"),
+    *(
+        ({"messages": [USER, {**ASSISTANT, key: value}]}, f"message 2 (assistant) has the {key} {value}")
+        for key, value in [("loss_weight", 0.0), ("loss_mask", 0), ("weights", 0), ("trainable", False)]
+        + [("training", False), ("mask", True), ("masked", 1)]
+    ),
     ({"messages": [USER, {**ASSISTANT, "reasoning_content": "so"}]}, "(assistant) has `reasoning_content`, which"),
     ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"id": 1}]}]}, "(assistant) has `tool_calls`, which"),
     (
@@ -418,6 +423,20 @@ def test_every_fault_of_a_chat_is_named_with_its_row(tmp_path, capsys):
                 ValueError, match="x.json: row 1: .*\n`python -m tasks check .* --task chat` lists all"
             ):
                 chat.load("train", str(tmp_path))
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "parquet", "text"])
+def test_keys_of_messages_that_are_not_read_are_noted(layout, tmp_path, capsys):
+    user = {**USER, "weight": 0, "mask": None, "name": "", "id": 7}
+    messages = [user, {**ASSISTANT, "weight": 1, "mask": False, "name": None, "id": 8}]
+    if layout == "jsonl":
+        write_lines(tmp_path / "train.jsonl", [{"messages": messages}])
+    else:
+        rows = [{"messages": messages if layout == "parquet" else json.dumps(messages)}]
+        Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    assert check(str(tmp_path), columns="image=none", task="chat")
+    notes = [line for line in capsys.readouterr().out.splitlines() if "keys of messages" in line]
+    assert notes == ["note: keys of messages that are not read: id, mask"]
 
 
 def test_the_last_answers_of_chats_are_scored():
@@ -511,6 +530,27 @@ def test_an_empty_column_of_images_is_none_beside_images_in_messages(empty, fill
     rows += [{"messages": in_parts({"type": "image", "image": None}), **filled}]
     make_rows(rows).to_parquet(tmp_path / "train.parquet")
     assert [row["image"] for row in read(chat, tmp_path)] == ["red", "red"]
+
+
+@pytest.mark.parametrize("is_text", [False, True], ids=["parts", "parts as text"])
+@pytest.mark.parametrize("colour", ["red", "blue"])
+def test_images_in_messages_are_compared_with_the_column_in_whatever_way_rows_are_read(
+    colour, is_text, tmp_path, capsys
+):
+    for name in ("red", "blue"):
+        write_image(tmp_path / f"{name}.png", name)
+    messages = in_parts({"type": "image", "image": "red.png", "text": None})
+    if is_text:
+        messages = [{**turn, "content": json.dumps(turn["content"])} for turn in messages]
+    Dataset.from_list([{"messages": messages, "image": f"{colour}.png"}]).to_parquet(tmp_path / "train.parquet")
+    if colour == "red":
+        assert [row["image"] for row in read(chat, tmp_path)] == ["red"] and check(str(tmp_path))
+        return
+    message = "there are images in the messages and in a column"
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=message):
+            list(chat.load("train", str(tmp_path), streaming=streaming))
+    assert not check(str(tmp_path)) and message in capsys.readouterr().out
 
 
 def test_images_belong_to_their_own_folder(tmp_path, capsys):
@@ -686,6 +726,82 @@ def test_data_files_that_are_not_read_are_named(tmp_path, capsys, caplog):
     with pytest.raises(ValueError, match="no split `test`. It has: train. .*test/test.jsonl is not read") as error:
         vqa.load("test", str(tmp_path))
     assert "holdout" not in str(error.value)
+
+
+def write_run(folder):
+    """Files like those that `train.py` writes."""
+    write_lines(folder / "predictions.jsonl", [{"question": "of a run", "answer": "y", "prediction": "y"}])
+    for name in ("run", "results", "config", "tokenizer", "tokenizer_config", "checkpoint-2/trainer_state"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text('{"run": "1a2b",\n "scores": {}}')
+
+
+def write_declared(file, rows):
+    write_lines(file, rows)
+    (file.parent / "README.md").write_text("---\nconfigs:\n- data_files: '**/*.jsonl'\n---\n")
+
+
+def save_split(file, rows):
+    Dataset.from_list(rows).save_to_disk(file)
+
+
+INSIDE = "{} is not read, since a run of train.py wrote it. Move data of your own out of it."
+BESIDE = "What a run of train.py wrote into {}, such as predictions.jsonl, is not read."
+
+
+@pytest.mark.parametrize(
+    "write, name, run, note",
+    [
+        (write_lines, "data/train.jsonl", "train-run", INSIDE),
+        (write_lines, "data/train.jsonl", "outputs/digits", INSIDE),
+        (write_list, "annotations/train.json", "run", INSIDE),
+        (write_list, "annotations/train.json", ".", BESIDE),
+        (write_list, "data.json", ".", BESIDE),
+        (write_lines, "data.jsonl", ".", BESIDE),
+        (write_declared, "data.jsonl", "run", INSIDE),
+        (save_split, "train", ".", None),
+    ],
+    ids=["train-run", "deeper", "another format", "around it", "around one", "same folder", "declared", "saved"],
+)
+def test_what_a_run_wrote_among_the_data_is_not_read(write, name, run, note, tmp_path, capsys, caplog):
+    """The predictions of a run would be trained on, which are the rows of its test split."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    write(tmp_path / name, [{"question": "?", "answer": "x"}])
+    write_run(tmp_path / run)
+    assert [row["question"] for row in read(vqa, tmp_path, columns="image=none")] == ["?"]
+    assert check(str(tmp_path), columns="image=none")
+    printed, note = capsys.readouterr().out, note and note.format(tmp_path / run)
+    assert not note or f"note: {note}" in printed and note in caplog.text
+    assert "note: there is no test split" in printed
+    assert printed.count("is not read") == bool(note), "one note for all files of a run"
+
+
+def test_a_folder_that_has_nothing_but_a_run_is_no_data(tmp_path):
+    write_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="has no data that this task reads.*run is not read, since a run of train.py"):
+        vqa.load("train", str(tmp_path))
+    with pytest.raises(ValueError, match=r"has no data that this task reads.*Found: \['a.txt'\].$"):
+        (tmp_path / "a.txt").touch()
+        vqa.load("train", str(tmp_path / "a.txt"))
+    (tmp_path / "run" / "run.json").unlink()
+    assert [row["question"] for row in read(vqa, tmp_path, columns="image=none")] == ["of a run"], "a file as others"
+
+
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path, monkeypatch, capsys, caplog):
+    scandir, closed = os.scandir, tmp_path / "part2"
+    for name in ("part1", "part2"):
+        write_lines(tmp_path / name / "train.jsonl", [{"question": name, "answer": "x"}])
+
+    def refuse(place="."):  # also for root, who may open every folder
+        if str(place) == str(closed):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [row["question"] for row in read(vqa, tmp_path, columns="image=none")] == ["part1"]
+    assert check(str(tmp_path), columns="image=none")
+    note = f"{closed} is not read, since it cannot be opened: Permission denied."
+    assert f"note: {note}" in capsys.readouterr().out and note in caplog.text
 
 
 def test_only_the_main_process_warns(tmp_path, caplog):
@@ -1166,6 +1282,40 @@ def test_images_inside_the_data_are_not_copied_into_the_cache(tmp_path, cache):
     assert undecoded(loaded) == undecoded(load_from_disk(tmp_path / "saved"))
     assert 0 < sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) < 10_000
     assert not list((tmp_path / "saved").rglob("cache-*")), "the data may be in a folder that cannot be written to"
+
+
+@pytest.mark.parametrize("feature", [Image(), Value("binary")], ids=["image", "binary"])
+def test_an_image_without_bytes_is_a_fault_of_its_row(feature, tmp_path, capsys):
+    """As after a download that failed."""
+    write_image(tmp_path / "a.png")
+    contents = [(tmp_path / "a.png").read_bytes(), b""] * 4
+    images = contents if feature != Image() else [{"bytes": content, "path": None} for content in contents]
+    columns = {"question": [f"{number}?" for number in range(8)], "answer": ["x"] * 8, "image": images}
+    features = Features({"question": Value("string"), "answer": Value("string"), "image": feature})
+    Dataset.from_dict(columns, features).to_parquet(tmp_path / "train.parquet")
+    assert not check(str(tmp_path))
+    printed = capsys.readouterr().out
+    assert re.search(r"train.parquet, row 1: The image .* cannot be read", printed) and "4 faults" in printed
+    assert len(vqa.load("test", str(tmp_path), holdout=0.2)) == 2
+
+
+@pytest.mark.parametrize("feature", [Image(), List(Image())], ids=["one image", "several"])
+def test_nothing_is_written_into_the_folder_of_the_data(feature, tmp_path):
+    """It may be read-only, and is not the user's place for copies."""
+    write_image(tmp_path / "a.png")
+    images = [PILImage.open(tmp_path / "a.png") if feature == Image() else [PILImage.open(tmp_path / "a.png")] * 2]
+    columns = {"question": ["?", "Why?"], "answer": ["x", "y"], "image": [*images, None]}
+    features = Features({"question": Value("string"), "answer": Value("string"), "image": feature})
+    rows = Dataset.from_dict(columns, features)
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "saved")
+    files = sorted((tmp_path / "saved").rglob("*"))
+    for streaming in (False, True):
+        arguments = DataArguments(
+            task="vqa", data_path=str(tmp_path / "saved"), only_images=True, streaming=streaming, max_prompt_length=99
+        )
+        assert [row["question"] for row in load_rows(vqa, "train", arguments)] == ["?"]
+    assert check(str(tmp_path / "saved"))
+    assert sorted((tmp_path / "saved").rglob("*")) == files
 
 
 def test_the_check_command_notes_what_may_be_a_mistake(tmp_path, capsys):

@@ -44,7 +44,7 @@ from training.arguments import DataArguments, DehvfTrainingArguments, parse_argu
 from training.chats import ChatTokenizer, render
 from training.data import Collator, Split, StreamedSplit, read_image
 from training.encoding import RowEncoder
-from training.flags import DEFAULT_RECIPE, HELP_FILE, argument_names, read_recipe, recipes, show_help
+from training.flags import DEFAULT_RECIPE, HELP_FILE, argument_names, argument_types, read_recipe, recipes, show_help
 from training.models import load_processor
 from training.trainer import AnswerTrainer
 
@@ -245,7 +245,7 @@ def test_a_wrong_command_is_reported_before_the_libraries_are_imported(flags):
 
 def test_a_python_without_the_requirements_is_named(monkeypatch):
     monkeypatch.setattr("training.flags.find_spec", lambda name: None)
-    argument_names.cache_clear()
+    argument_types.cache_clear()
     with pytest.raises(ModuleNotFoundError, match=f"not installed for {re.escape(sys.executable)}.*requirements.txt"):
         argument_names()
 

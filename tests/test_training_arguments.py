@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import datasets
@@ -16,6 +17,7 @@ from transformers.trainer_utils import SchedulerType
 import train
 from tasks import get_task
 from training.arguments import KEPT, OPTIMIZERS, SCORE_SCHEDULES, check_arguments, complete_arguments, parse_arguments
+from training.engines import name_precision
 from training.trainer import AnswerTrainer
 
 
@@ -443,6 +445,31 @@ def test_what_would_have_no_effect_or_a_wrong_one_is_refused(flags, message, mon
         train.main(["--max_samples", "2", *flags.split()])
 
 
+NO_MODES = '--deepspeed={"zero_optimization":{"stage":2}}'
+ITS_OWN = '--deepspeed={"zero_optimization":{"stage":2},"bf16":{"enabled":true}}'
+
+
+@pytest.mark.parametrize(
+    "flags, environment, message",
+    [
+        ([], {"MIXED_PRECISION": "fp16"}, "`mixed_precision: fp16` of accelerate has no effect on a CPU"),
+        ([], {"MIXED_PRECISION": "bf16", "USE_DEEPSPEED": "true"}, "`mixed_precision: bf16` was .*`--dtype bfloat16`"),
+        ([NO_MODES], {"MIXED_PRECISION": "bf16"}, "`mixed_precision: bf16` was given with DeepSpeed"),
+        ([ITS_OWN], {}, "`mixed_precision: bf16` was given with DeepSpeed"),
+        (["--deepspeed=ds_config.json"], {"MIXED_PRECISION": "bf16"}, None),  # in which it has no effect
+        ([], {"MIXED_PRECISION": "bf16"}, None),
+    ],
+)
+def test_the_mixed_precision_of_accelerate_is_checked_as_that_of_a_flag(flags, environment, message, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    parsed = parse_arguments([*flags, "--use_cpu", "true"])
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        check_arguments(flags, *parsed[1:4], parsed[-1])
+    if not message:
+        assert name_precision(parsed[-1]) == ("no" if flags else "bf16")
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -534,6 +561,25 @@ def test_values_of_yaml_are_read_as_they_are_meant(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name, text, value",
+    [
+        *((name, text, text) for name in ("output_dir", "text_model_revision") for text in ("007", "1e5", "12e4567")),
+        *(("run_name", text, text) for text in ("1.10", "on", "2024-01-01", "1:30.5", "1_000", "'1.10'")),
+        ("run_name", "~", None),
+        ("columns", "{question: 007, answer: yes}", "question=007,answer=yes"),
+        ("columns", "{question: 1.0, image: null}", "question=1.0,image=none"),
+        ("report_to", "[on, 010]", ["on", "010"]),
+    ],
+)
+def test_texts_in_a_recipe_that_look_like_other_values_are_read_as_written(name, text, value, tmp_path):
+    (tmp_path / "row.yaml").write_text(f"{name}: {text}\nseed: 010\ntask: vqa\n")
+    _, *parsed = parse_arguments([str(tmp_path / "row.yaml")])
+    found = next(getattr(own, name) for own in parsed if hasattr(own, name))
+    assert found == (value if value is None or isinstance(value, list) else value.strip("'"))
+    assert parsed[-1].seed == 10, "a number, as before"
+
+
+@pytest.mark.parametrize(
     ("recipe", "flags", "message"),
     [
         ("learning_rate: 1\nbase_learning_rate: 1\n", [], "has both `learning_rate` and `base_learning_rate`"),
@@ -541,7 +587,12 @@ def test_values_of_yaml_are_read_as_they_are_meant(tmp_path):
         ("seed: [1\n", [], "(?s)row.yaml is not valid YAML: .*Write a flag on each line"),
         ("base: row.yaml\n", [], "row.yaml is its own `base`"),
         ("base: none.yaml\n", [], "There is no recipe .*none.yaml, which .*row.yaml names as its `base`"),
-        ("data_path: 2024\n", [], "row.yaml: `data_path` is 2024. Give one text"),
+        ("data_path: [2024]\n", [], r"row.yaml: `data_path` is \['2024'\]. Give one text"),
+        ("no_dataloader_pin_memory: true\n", [], "`no_.*`. Did you mean `dataloader_pin_memory: false`"),
+        ("seed: 1\n", ["--no_only_images"], "The command: unknown argument `--no_only_images`"),
+        ("seed: 1\n", ["-seed", "2"], "The command: unknown argument `-seed`"),
+        ("seed: 1\n", ["--no_dataloader_pin_memory", "true"], "`--no_data.*` takes no value. Remove 'true'"),
+        ("seed: 1\n", ["--no-dataloader-pin-memory", "yes", "1"], "`--no-data.*` takes no value. Remove 'yes' '1'"),
         ("on: 1\n", [], "row.yaml: True is not the name of a flag"),
         ("task: vqa\n", ["--output_dir="], "`--output_dir` is empty"),
         ("base: [row.yaml]\n", [], r"`base` is \['row.yaml'\]. Give the name of one recipe"),

@@ -26,7 +26,7 @@ from baselines import METHODS as BASELINES
 from baselines import BaselineArguments
 from dehvf import DehvfConfig, hub
 from tasks import NAMES
-from training.engines import ENGINE_OF_ONE, name_engine
+from training.engines import ENGINE_OF_ONE, name_engine, name_precision
 from training.flags import HELP_FILE, find_recipe, read_command, read_yaml, without_partners
 
 
@@ -278,11 +278,16 @@ def parse_arguments(arguments: list[str]):
             f"{error.doc!r} is not valid JSON ({error.msg}). Write names and texts in double quotes, such as "
             "'{\"min_lr\": 1e-5}'."
         ) from error
+    if unused and re.match("--?[a-z]", unused[0]):  # such as `--no_name` of a flag that is false by default
+        raise ValueError(f"The command: unknown argument `{unused[0]}`. `train.py --help` lists all arguments.")
     if unused:
-        follows_value = (not before.startswith("--") or "=" in before for before in words)
+        takes_none = re.compile("--no[_-]").match
+        follows_value = (not before.startswith("--") or "=" in before or takes_none(before) for before in words)
         end = next(number for number, is_free in enumerate(follows_value, 1) if is_free and words[number] == unused[0])
         flag = next(word for word in reversed(words[:end]) if word.startswith("--")).partition("=")[0]
         extra = " ".join(map(repr, unused))
+        if takes_none(flag):
+            raise ValueError(f"`{flag}` takes no value. Remove {extra}.")
         raise ValueError(f"`{flag}` takes one value. Remove {extra}, or put a value with spaces in quotes.")
     _, model_args, adapter_args, _, _ = parsed
     if model_args.adapter is not None:
@@ -488,8 +493,9 @@ def check_training_arguments(given: Collection[str], training_args):
             "`--do_eval` is not supported: the validation split is evaluated if `--eval_strategy` is `steps` or "
             "`epoch`. Remove it."
         )
-    if values["fp16"] and training_args.device.type == "cpu":
-        raise ValueError("`--fp16` has no effect on a CPU. Remove it, or use `--bf16 true`.")
+    if name_precision(training_args) == "fp16" and training_args.device.type == "cpu":
+        what = "`--fp16`" if values["fp16"] else "`mixed_precision: fp16` of accelerate"
+        raise ValueError(f"{what} has no effect on a CPU. Remove it, or use `--bf16 true`.")
     check_optimizer(training_args)
     check_needs(given, training_args)
 
@@ -606,12 +612,15 @@ def check_engine(is_baseline: bool, method: str, training_args):
                 f"The DeepSpeed config has `{own[0]}`, but train.py makes the optimizer and the scheduler, with the "
                 "learning rate of the recipe. Remove it from the config."
             )
-    halves = [flag for flag in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval") if getattr(training_args, flag)]
+    flags = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval")
+    halves = [f"--{flag}" for flag in flags if getattr(training_args, flag)]
+    if (precision := name_precision(training_args)) != "no":
+        halves.append(f"mixed_precision: {precision}")  # of accelerate or DeepSpeed
     if halves and training_args.deepspeed_plugin is not None:
-        dtype = "bfloat16" if halves[0].startswith("bf16") else "float16"
+        dtype = "bfloat16" if "bf16" in halves[0] else "float16"
         raise ValueError(
-            f"`--{halves[0]}` was given with `--deepspeed`, which would cast the adapters to {dtype} and lose their "
-            f"small updates. Use `--dtype {dtype}` instead: it casts the frozen bases, and adapters stay float32."
+            f"`{halves[0]}` was given with DeepSpeed, which would cast the adapters to {dtype} and lose their small "
+            f"updates. Use `--dtype {dtype}` instead: it casts the frozen bases, and adapters stay float32."
         )
 
 

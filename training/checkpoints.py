@@ -24,12 +24,12 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, logging
 
-from tasks import write_json
-from training.engines import ENGINE_OF_ONE, name_engine
+from tasks import RESULTS_FILE, RUN_FILE, write_json
+from training.engines import ENGINE_OF_ONE, name_engine, name_precision
 from training.flags import FILE_FLAGS, ROOT
 
 
-MANIFEST, RUN_FILE, RESULTS_FILE = "manifest.json", "run.json", "results.json"
+MANIFEST = "manifest.json"
 # Prefixes of `TrainingArguments` that do not change the result: paths, logs, speed, memory and devices. The batch size
 # per device, the accumulated batches and the number of processes may change if their product does not.
 FREE_ARGUMENTS = (
@@ -176,6 +176,7 @@ def describe_arguments(training_args, *others) -> dict:
     values = {name: value for arguments in others for name, value in vars(arguments).items()}
     training = training_args.to_dict().items()
     values |= {name: value for name, value in training if not name.startswith(FREE_ARGUMENTS)}
+    values["mixed_precision"] = name_precision(training_args)  # which may be that of accelerate's config
     del values["text_model_id"], values["vision_model_id"]  # they only matter for the Hub
     for name in FILE_FLAGS:  # the same file has another relative path in another working directory
         if values[name] is not None and Path(values[name]).exists():
@@ -322,7 +323,9 @@ def check_same_arguments(now: dict, earlier: dict, checkpoint: Path):
 
 def check_same_rows(rows: str, checkpoint: Path):
     """Raises `ValueError` if a checkpoint belongs to a run on other rows. `rows` is the digest of the current rows."""
-    if read_manifest(checkpoint, check_files=False).get("rows", rows) != rows:
+    earlier = read_manifest(checkpoint, check_files=False).get("rows", "")
+    # Earlier versions wrote fewer digests
+    if any(one != other for one, other in zip(rows.split(), earlier.split())):
         raise ValueError(
             f"{checkpoint} belongs to a run on another train or validation split: rows were changed, added or "
             "removed, or are encoded in another way. To resume that run, restore its data. For a new run, use another "

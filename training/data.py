@@ -24,6 +24,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from tasks import NAMES, get_task
+from tasks._reader import filter_rows
 from tasks._values import IMAGE_FEATURES, list_images, read_image
 from training.encoding import RowEncoder
 
@@ -54,7 +55,7 @@ def load_rows(task, name: str, arguments):
         )
     rows = rows.cast_column("image", ImageFeature(decode=False))
     if arguments.only_images and name == "train":
-        rows = rows.filter(lambda row: row["image"] is not None)
+        rows = filter_rows(rows, lambda row: row["image"] is not None)
     if limit is not None and not makes_any_size:
         rows = rows.take(limit if arguments.streaming else min(limit, len(rows)))
     if next(iter(rows), None) is None:
@@ -186,6 +187,14 @@ class Split(torch.utils.data.Dataset):
                 sha256.update(repr((places, lengths, sizes)).encode())
         return sha256.hexdigest()
 
+    def digest_scored(self) -> str:
+        """SHA-256 of what decides on the scores and the loss of a split for evaluation, such as its answers."""
+        sha256, texts = hashlib.sha256(), self.rows.remove_columns(self.images.column_names)
+        for part in (texts, self.encoded, self.answered):
+            for batch in part.with_format("arrow").iter(1000) if part is not None else ():
+                sha256.update(repr(batch.to_pylist()).encode())
+        return sha256.hexdigest()
+
     def __len__(self) -> int:
         return len(self.encoded)
 
@@ -289,7 +298,10 @@ def without_warnings():
 
 def digest_rows(splits: dict[str, Split | StreamedSplit]) -> str:
     """The digests of the rows that a run learns from or chooses its best checkpoint by, except those of a stream."""
-    return " ".join(split.digest() for name, split in splits.items() if name != "test" and isinstance(split, Split))
+    digests = [split.digest() for name, split in splits.items() if name != "test" and isinstance(split, Split)]
+    if "validation" in splits:  # last, as checkpoints of earlier versions lack it
+        digests.append(splits["validation"].digest_scored())
+    return " ".join(digests)
 
 
 # --- batches ---

@@ -138,13 +138,15 @@ class RowEncoder:
 
     def fingerprint(self, rows: Dataset) -> str:
         """Fingerprint of everything that the encoded rows depend on."""
-        tokenizer = json.loads(self.processor.tokenizer.backend_tokenizer.to_str())
-        limits = (self.processor.tokenizer.eos_token_id, self.processor.tokenizer.model_max_length)
-        tokenizer |= {"padding": None, "truncation": None, "limits": limits}
-        sources = [Path(__file__), ROOT / "training" / "chats.py", *sorted((ROOT / "tasks").glob("*.py"))]
+        tokenizer = self.processor.tokenizer
+        backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+        special = tokenizer.special_tokens_map, tokenizer.all_special_tokens  # which a chat template may print
+        sources = [Path(__file__), ROOT / "training" / "chats.py", ROOT / "processing_dehvf.py"]
+        sources += sorted((ROOT / "tasks").glob("*.py"))
         facts = (self.task_name, self.split, self.training, self.max_prompt_length, self.processor.chat_template)
+        facts += (special, tokenizer.model_max_length)
         code = [file.read_text(encoding="utf-8") for file in sources]
-        return Hasher.hash([rows._fingerprint, *facts, json.dumps(tokenizer), *code])
+        return Hasher.hash([rows._fingerprint, *facts, json.dumps(backend), *code])
 
     def encode(self, rows: Dataset) -> Dataset:
         """Encodes all rows into a file in the cache of `datasets`, or reads what an earlier run has written there."""

@@ -38,6 +38,18 @@ def name_engine(training_args) -> str:
     return "FSDP" if training_args.fsdp or "ACCELERATE_USE_FSDP" in os.environ else ENGINE_OF_ONE
 
 
+def name_precision(training_args) -> str:
+    """
+    The mixed precision of a run: that of `--bf16` or `--fp16`, or else of accelerate's launcher or config. With
+    DeepSpeed it is that of its config, into which accelerate only writes its own if there is none.
+    """
+    asked, plugin = training_args.mixed_precision, training_args.deepspeed_plugin
+    if plugin is None:
+        return asked
+    modes = {mode: plugin.deepspeed_config.get(mode, {"enabled": mode == asked}) for mode in ("bf16", "fp16")}
+    return next((mode for mode, config in modes.items() if config.get("enabled") is True), "no")
+
+
 def start_engine(training_args):
     """Starts DeepSpeed, if requested, and sets the number of CPU threads."""
     if training_args.deepspeed_plugin is not None:

@@ -36,12 +36,22 @@ PARTNERS = (("learning_rate", "base_learning_rate"), ("num_train_epochs", "max_s
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Reads numbers as YAML 1.2 does (`1e-5`, `010`), and refuses keys that are given twice."""
+    """
+    Reads numbers as YAML 1.2 does (`1e-5`, `010`) and the values of text fields as they are written (`run_name:
+    1.10`), and refuses keys that are given twice.
+    """
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:int"]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_document(self, node):
+        texts = text_names()
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.value in texts:
+                keep_texts(value)
+        return super().construct_document(node)
 
     def construct_mapping(self, node, deep=False):
         keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -49,6 +59,15 @@ class RecipeLoader(yaml.SafeLoader):
         if twice := [name for name in names if names.count(name) > 1]:
             raise yaml.MarkedYAMLError(problem=f"`{twice[0]}` is given twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def keep_texts(node: yaml.Node):
+    """Lets all values in a node, except null, be read as texts."""
+    if isinstance(node, yaml.ScalarNode):
+        node.tag = node.tag if node.tag == "tag:yaml.org,2002:null" else "tag:yaml.org,2002:str"
+        return
+    for part in node.value:
+        keep_texts(part[1] if isinstance(node, yaml.MappingNode) else part)
 
 
 STARTS = list("-+0123456789")
@@ -174,8 +193,10 @@ def read_command(arguments: list[str]) -> tuple[Path, dict, dict[str, str | None
     known = argument_names()
     for place, names in ((recipe, values), ("The command", flags)):
         for name in names:
-            if not {name, name.removeprefix("no_")} & known:
+            positive = name.removeprefix("no_")  # of a flag without a value, which only a command can have
+            if name not in known and (positive not in known or names is values):
                 close = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, known, n=1)
+                close = [f"{positive}: false"] if positive in known else close
                 hint = f"Did you mean `{close[0]}`?" if close else "`train.py --help` lists all arguments."
                 raise ValueError(f"{place}: unknown argument `{name}`. {hint}")
     values = keep_values(values, flags.get("task"))
@@ -200,8 +221,8 @@ def show_help(arguments: list[str]):
 
 
 @cache
-def argument_names() -> set[str]:
-    """The names of all arguments, read from the source of their dataclasses."""
+def argument_types() -> dict[str, str]:
+    """The types of all arguments by name, read from the source of their dataclasses."""
     if (found := find_spec("transformers")) is None:
         raise ModuleNotFoundError(
             f"transformers is not installed for {sys.executable}. Activate the environment in which it is, or run "
@@ -210,8 +231,17 @@ def argument_names() -> set[str]:
     transformers = Path(found.origin).parent / "training_args.py"
     own = ("training/arguments.py", "baselines/__init__.py", "configuration_dehvf.py")
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (transformers, *(ROOT / name for name in own))]
-    fields = [node.target for tree in trees for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
-    return {"help", *(field.id for field in fields if isinstance(field, ast.Name))}
+    fields = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
+    return {field.target.id: ast.unparse(field.annotation) for field in fields if isinstance(field.target, ast.Name)}
+
+
+def argument_names() -> set[str]:
+    return {"help", *argument_types()}
+
+
+def text_names() -> set[str]:
+    """The names of the arguments that are texts or lists of texts."""
+    return {name for name, kind in argument_types().items() if {*kind.split(" | ")} <= {"str", "list[str]", "None"}}
 
 
 def check_place(argument: str, place: str | None):

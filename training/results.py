@@ -14,12 +14,13 @@ from transformers.trainer_utils import PredictionOutput
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, extract_commit_hash
 
 from dehvf import hub
-from tasks import format_score, get_task, print_scores, score_folder, write_json
+from tasks import PREDICTIONS_FILE, RESULTS_FILE, format_score, get_task, print_scores, score_folder, write_json
 from tasks._holdout import KEPT_TOGETHER
 from training.arguments import BASES, DEHVF_METHODS
 from training.chats import ChatTokenizer, render
-from training.checkpoints import RESULTS_FILE, describe_code, digest
+from training.checkpoints import describe_code, digest
 from training.data import Split
+from training.engines import name_precision
 from training.flags import ROOT
 from training.fusion import describe_fusion
 
@@ -50,7 +51,7 @@ def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, mo
         # Before scoring, so that an error in it loses no answers: `python -m tasks score` repeats the scoring
         records = make_records(task, processor, split, output)
         lines = [json.dumps(record, default=str) + "\n" for record in records]
-        (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+        (folder / PREDICTIONS_FILE).write_text("".join(lines), encoding="utf-8")
         facts |= {"shortened_prompts": {name: split.num_shortened for name, split in splits.items()}}
         if data_args.max_new_tokens > 1:
             facts["cut_answers"] = sum(record["cut"] for record in records)
@@ -116,6 +117,7 @@ def describe_run(task, processor, model, split: Split, data_args, model_args, tr
         "template": render(processor, "{prompt}") + task.ANSWER_PREFIX,
         "decoding": f"greedy, max_new_tokens={data_args.max_new_tokens}",
         **{name: getattr(training_args, name) for name in ("seed", "data_seed", "learning_rate")},
+        "mixed_precision": name_precision(training_args),
         "adapter": model_args.adapter,
         "adapter_revision": commit_of(model_args.adapter, model_args.adapter_revision),
         "adapter_sha256": {file.name: digest(file) for file in weights},
