@@ -603,6 +603,9 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         causal_lm = causal_lm or AutoModelForCausalLM.from_config(config.text_config)
         self.model = DehvfModel(config, vision_tower, causal_lm.base_model)
         self.lm_head = causal_lm.get_output_embeddings()
+        self.causal_lm_class = type(causal_lm)
+        for name in ("_is_stateful", "_can_compile_fullgraph"):  # what its cache and its code allow in `generate`
+            setattr(self, name, getattr(causal_lm, name))
         self.generation_config = causal_lm.generation_config
         # For adapters that were saved without one
         self.text_generation_config = copy.deepcopy(causal_lm.generation_config)

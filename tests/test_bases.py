@@ -127,6 +127,12 @@ def test_a_language_model_is_extended(model_type, vision_folder, tmp_path):
     assert relative_error(outputs.logits, expected) <= 1e-5
 
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    for cache in ("dynamic", "static"):
+        expected = base.generate(**text, **options, cache_implementation=cache)
+        with model.disable_adapter():
+            found = model.generate(**inputs, **options, cache_implementation=cache)
+        assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
     cached, uncached = (model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached.sequences, uncached.sequences)
     assert relative_error(torch.stack(cached.logits), torch.stack(uncached.logits)) <= 1e-5
