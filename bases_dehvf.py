@@ -20,7 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
-from .configuration_dehvf import DehvfConfig, disable_dropout
+from .configuration_dehvf import DehvfConfig, disable_noise
 
 
 logger = logging.get_logger(__name__)
@@ -52,10 +52,10 @@ def has_file(location, name: str, **source) -> bool:
 
 
 def load_base_config(location, key: str, revision, **hub_kwargs):
-    """The config of a base model (`"vision"` or `"text"`) without dropout; of a two-tower model, that of the tower."""
+    """The config of a base model (`"vision"` or `"text"`) without noise; of a two-tower model, that of the tower."""
     with _explain_base_errors(location, key):
         config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False, **hub_kwargs)
-    return disable_dropout(getattr(config, f"{key}_config", config))
+    return disable_noise(getattr(config, f"{key}_config", config))
 
 
 def find_commit(location, revision: str | None, **source) -> str | None:

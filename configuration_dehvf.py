@@ -42,6 +42,8 @@ BASE_SIZES = {
     "vision_config": ("hidden_size", "num_hidden_layers", "image_size", "patch_size", "num_channels"),
     "text_config": ("hidden_size", "num_hidden_layers", "vocab_size"),
 }
+# In training, the rotary embeddings of DINOv3 and Sapiens 2 are those of positions that these values change at random
+AUGMENTATIONS = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
 # Far more than any model has. A larger number means a damaged config, and building so many layers would never end.
 MAX_LAYERS = 1000
 
@@ -64,14 +66,16 @@ def _check_sizes(base_config: PreTrainedConfig, key: str):
             )
 
 
-def disable_dropout(base_config: PreTrainedConfig) -> PreTrainedConfig:
+def disable_noise(base_config: PreTrainedConfig) -> PreTrainedConfig:
     """
-    Sets the dropout of a frozen base to zero, since it would only add noise to the input of the adapters. The base
-    must still be switched by `train()`, because layers in eval mode are never checkpointed.
+    Removes dropout and the augmentation of positions from a frozen base, since they would only add noise to the input
+    of the adapters. The base must still be switched by `train()`, because layers in eval mode are never checkpointed.
     """
     for name, value in vars(base_config).items():
         if "drop" in name and isinstance(value, float):
             setattr(base_config, name, 0.0)
+        elif name in AUGMENTATIONS:
+            setattr(base_config, name, None)
     return base_config
 
 
@@ -224,8 +228,8 @@ class DehvfConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        disable_dropout(self.vision_config)
-        disable_dropout(self.text_config)
+        disable_noise(self.vision_config)
+        disable_noise(self.text_config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):

@@ -203,6 +203,18 @@ def test_a_vision_encoder_is_extended(model_type):
     assert_tokens_are_patches(tower, layers, prefix, pixel_values)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("vision_type", WORKING_VISION)
+def test_a_frozen_encoder_adds_no_noise_in_training(vision_type):
+    config = vision_config(vision_type)
+    for name in vars(config):
+        if "dropout" in name or name.startswith("pos_embed_"):
+            setattr(config, name, 0.5)
+    config = DehvfConfig(vision_config=config, text_config=text_config("llama"), num_memory_slots=40)
+    tower, pixel_values = AutoModel.from_config(config.vision_config).train(), tiny_inputs()["pixel_values"]
+    assert torch.equal(*(tower(pixel_values).last_hidden_state for _ in range(2)))
+
+
 def states_with_adapters(layers, layout, adapters, tower, pixel_values) -> list[torch.Tensor]:
     """What each layer of a stock encoder gives where hooks add the adapters to its FFNs."""
     states, hooks = [], []
