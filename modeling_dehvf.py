@@ -659,7 +659,8 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         """
         Args:
             labels: `(batch_size, sequence_length)` token ids, -100 for tokens without a loss.
-            logits_to_keep: number of last positions for which logits and loss are computed; 0 means all.
+            logits_to_keep: number of last positions for which logits and loss are computed, 0 for all; or a tensor of
+                positions.
 
         All others as in [`DehvfModel.forward`]. With `labels`, the default `instruction_mask` is the tokens without a
         loss.
@@ -686,7 +687,9 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         hidden_states = outputs.last_hidden_state[:, kept].contiguous()
         logits = compute_logits(self.lm_head, hidden_states, text_config)
         if labels is not None:
-            loss = self.loss_function(logits, labels[:, kept], vocab_size=text_config.vocab_size, **kwargs)
+            # Of all tokens, since the token after a kept one need not be kept
+            shifted = {"shift_labels": F.pad(labels[:, 1:], (0, 1), value=-100)[:, kept].contiguous(), **kwargs}
+            loss = self.loss_function(logits, labels[:, kept], vocab_size=text_config.vocab_size, **shifted)
         # The cache among these is `past_key_values` or `cache`, depending on the release
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return DehvfCausalLMOutputWithPast(loss=loss, logits=logits, **rest)

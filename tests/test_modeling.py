@@ -884,6 +884,15 @@ def test_the_loss_is_that_of_the_labels():
     torch.testing.assert_close(model(**inputs, labels=labels, logits_to_keep=4).loss, expected)
 
 
+@pytest.mark.parametrize("kept", [[2, 4], [5, 1], [0], [3, 4, 5, 6]], ids=str)
+def test_the_loss_of_kept_positions_is_that_of_the_tokens_after_them(kept):
+    model, inputs = tiny_model(), tiny_inputs()
+    outputs = model(**inputs, labels=inputs["input_ids"], logits_to_keep=torch.tensor(kept))
+    following = F.pad(inputs["input_ids"], (0, 1), value=-100)[:, torch.tensor(kept) + 1]
+    torch.testing.assert_close(outputs.logits, model(**inputs).logits[:, kept])
+    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits.flatten(0, 1), following.flatten()))
+
+
 # --- bad input ---
 
 
