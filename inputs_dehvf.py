@@ -1,7 +1,8 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Checks the arguments of a call, and finds the instruction in its text."""
+"""Checks and converts the arguments of a call, and finds the instruction in its text."""
 
 import torch
+from torch import nn
 
 from .configuration_dehvf import DehvfConfig
 
@@ -19,6 +20,14 @@ def check_pixel_values(config: DehvfConfig, pixel_values: torch.Tensor):
     """Raises `ValueError` if images do not have the shape that the adapter was made for."""
     size = (config.vision_config.num_channels, config.resolution, config.resolution)
     _check_shape("pixel_values", pixel_values, size)
+
+
+def as_encoder_input(pixel_values: torch.Tensor, vision_tower: nn.Module, device: torch.device) -> torch.Tensor:
+    """Pixels on the device and in the dtype of the encoder: BEiT, for example, does not convert them itself."""
+    dtype = next(vision_tower.parameters(), pixel_values).dtype  # there are none in `nn.DataParallel`
+    if device.type == "meta":  # the weights are offloaded
+        device = pixel_values.device
+    return pixel_values.to(device, dtype)
 
 
 def check_visual_memory(config: DehvfConfig, visual_memory: torch.Tensor, batch_size: int | None = None):

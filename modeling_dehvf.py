@@ -49,6 +49,7 @@ from .injection_dehvf import (
     run_extended,
 )
 from .inputs_dehvf import (
+    as_encoder_input,
     check_image_mask,
     check_instruction,
     check_instruction_is_whole,
@@ -373,9 +374,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         if adapter.config.visual_prompts == "none":
             return BaseModelOutputWithPooling()
         check_instruction(adapter.config, instruction, pixel_values.shape[0])
-        device = adapter.memory_slots.key.device
-        if device.type != "meta":  # which is the case while the adapter is offloaded
-            pixel_values = pixel_values.to(device)
+        pixel_values = as_encoder_input(pixel_values, self.vision_tower, adapter.memory_slots.key.device)
         keeps_all = image_mask is None or torch.compiler.is_compiling()  # where shapes cannot depend on values
         rows = slice(None)
         if not keeps_all:
@@ -420,6 +419,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             raise ValueError('There are no fusion weights with `visual_prompts="none"`: no image enters the memory.')
         check_pixel_values(adapter.config, pixel_values)
         check_instruction(adapter.config, instruction, pixel_values.shape[0])
+        pixel_values = as_encoder_input(pixel_values, self.vision_tower, adapter.memory_slots.key.device)
         class_features = adapter.hierarchical_features(self.vision_tower, pixel_values)[0]
         return adapter.fusion_weights(class_features, instruction)
 

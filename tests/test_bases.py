@@ -314,6 +314,16 @@ def test_an_encoder_that_does_not_interpolate_takes_its_own_image_size_alone(vis
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("vision_type", WORKING_VISION)
+def test_encoders_in_bfloat16_take_the_pixels_of_a_processor(vision_type):
+    model, pixel_values = model_on("llama", vision_type).model, tiny_inputs()["pixel_values"]
+    expected = model.get_image_features(pixel_values).pooler_output, model.get_fusion_weights(pixel_values)
+    model.vision_tower.bfloat16()
+    found = model.get_image_features(pixel_values).pooler_output, model.get_fusion_weights(pixel_values)
+    assert all(relative_error(*pair) < 0.05 for pair in zip(found, expected))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "vision_type", ["beit", "data2vec-vision", "dinov2_with_registers", "dinov3_vit", "ijepa", "vit"]
 )
