@@ -487,7 +487,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         outputs = run_extended(
             self.language_model, layer_memories, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
         )
-        return DehvfModelOutputWithPast(**outputs, image_outputs=image_outputs)
+        return DehvfModelOutputWithPast.from_language_model(outputs, image_outputs)
 
     def read_images(
         self,

@@ -271,6 +271,19 @@ def test_layers_of_other_layouts_are_traced_in_one_graph(text_type, vision_type)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("text_type", ["gpt2", "gpt_bigcode", "gptj"])
+def test_attentions_are_those_of_the_language_model(text_type):
+    model, inputs = model_on(text_type, "vit"), tiny_inputs()
+    model.set_attn_implementation("eager")
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    expected = model.model.language_model(**text, output_attentions=True).attentions
+    with model.disable_adapter():
+        found = model(**inputs, output_attentions=True).attentions
+    assert len(found) == 4 and all(torch.equal(*pair) for pair in zip(found, expected))
+    assert len(model(**inputs, output_attentions=True).attentions) == 4
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("text_type", ["gpt2", "gpt_neo", "ctrl", "llama"])
 def test_padding_does_not_change_the_logits(text_type):
     model, inputs = model_on(text_type, "vit"), tiny_inputs(1)
