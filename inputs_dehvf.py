@@ -107,8 +107,11 @@ def check_one_of(**given):
 def find_instruction(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """
     Mask of the user's tokens, `(batch_size, sequence_length)`: tokens without a label that are not padding. In a text
-    in which all tokens have labels, all are the user's, as in a call without labels.
+    in which all tokens have labels, all are the user's, as in a call without labels. A mask that is not that of these
+    tokens, as with a filled cache, is returned as it is: like in a call without labels, it is refused if it is read.
     """
+    if attention_mask is not None and attention_mask.shape[1:] != labels.shape[1:]:
+        return attention_mask
     is_token = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     is_instruction = (labels == -100) & is_token
     return is_instruction.where(is_instruction.any(dim=1, keepdim=True), is_token)

@@ -537,6 +537,26 @@ def test_the_answer_is_no_part_of_the_instruction():
     assert not torch.allclose(model(**inputs).visual_memory, asked)
 
 
+@pytest.mark.parametrize("attention", ["filled cache", "mask of pairs"])
+@pytest.mark.parametrize("images", ["memory", "names"])
+def test_labels_do_not_have_to_fit_the_mask_where_no_instruction_is_read(attention, images):
+    model, inputs = tiny_model(fuser_query="layer+instruction" if images == "memory" else "network"), tiny_inputs()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if images == "memory":
+        given = {"visual_memory": model(**inputs).visual_memory}
+    else:
+        given = {"pixel_values": inputs["pixel_values"], "adapter_names": ["default", "default"]}
+    if attention == "filled cache":
+        first = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True, **given)
+        given |= {"attention_mask": mask, cache_name(model): first[cache_name(model)]}
+        ids = ids[:, 4:]
+    else:
+        given["attention_mask"] = torch.full((2, 1, 7, 7), float("-inf")).triu(1)
+    outputs = model(ids, labels=ids, **given)
+    expected = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(outputs.loss, expected)
+
+
 def test_labels_of_all_tokens_leave_the_instruction():
     model, inputs = tiny_model(fuser_query="instruction"), tiny_inputs()
     expected = model(**inputs).logits
