@@ -39,12 +39,12 @@ from .generation_dehvf import DehvfGenerationMixin
 from .hub_dehvf import HubMixin
 from .injection_dehvf import (
     AdaptedFFN,
+    CheckpointingMixin,
     LayerMemory,
     MemoryFFN,
     MixedLayerMemory,
     VisionAdapter,
     ZeroLinear,
-    checkpointing_arguments,
     extend_layers,
     run_extended,
 )
@@ -187,7 +187,7 @@ class Adapter:
 # --- the models ---
 
 
-class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedModel):
+class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, CheckpointingMixin, PreTrainedModel):
     config_class = DehvfConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
@@ -244,10 +244,6 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
         """Sets `requires_grad` to true for the parameters of the adapter only."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_adapter_name(name))
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
-        """Raises `ValueError` if re-entrant checkpointing is requested."""
-        super().activation_checkpointing_enable(checkpointing_arguments(activation_checkpointing_kwargs), **kwargs)
 
 
 class DehvfModel(AdapterSet, DehvfPreTrainedModel):

@@ -303,7 +303,7 @@ def test_padding_does_not_change_the_logits(text_type):
             torch.testing.assert_close(model(**last).logits[0, -1], expected.logits[0, -1])
 
 
-@pytest.mark.parametrize("vision_type", ["dpt", "dinov2_with_registers"])
+@pytest.mark.parametrize("vision_type", ["dpt", "dinov2_with_registers", "data2vec-vision"])
 def test_checkpointing_gives_the_same_gradients_on_other_layouts(vision_type):
     gradients = []
     for checkpoints in (False, True):
