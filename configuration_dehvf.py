@@ -58,11 +58,11 @@ def _base_config(given: dict | PreTrainedConfig | None, model_type: str, default
 def _check_sizes(base_config: PreTrainedConfig, key: str):
     """Raises `ValueError` if a base model has no single size, for example because its layers differ in width."""
     for name in BASE_SIZES[key]:
-        if not isinstance(size := getattr(base_config, name, None), int):
+        if not isinstance(size := getattr(base_config, name, None), int) or size < 1:
             raise ValueError(
                 f"DEHVF cannot extend `{base_config.model_type}` (`{key}`): its config has `{name}={size}`, but a "
-                f"whole number is needed, for all layers and square images. Give another `{key[:-7]}_model`; "
-                "docs/bases.md lists the types that work."
+                "whole number of at least 1 is needed, for all layers and square images. Give another "
+                f"`{key[:-7]}_model`; docs/bases.md lists the types that work."
             )
 
 
@@ -114,7 +114,7 @@ class DehvfConfig(PreTrainedConfig):
             `text_model`, and are loaded from there.
         image_size (`int`, *optional*): side in pixels of the square images that the vision encoder is given. It may be
             any multiple of the patch size; the position embeddings are interpolated. Defaults to the encoder's own
-            size.
+            size, which need not be a multiple.
         max_images (`int`): maximum number of images per sample. If it is larger than 1, each image after the first has
             a learned embedding that is added to its slots.
         image_tiles (`str`, *optional*): rows and columns of tiles, such as `"2x2"`, that an image larger than
@@ -296,7 +296,7 @@ class DehvfConfig(PreTrainedConfig):
         return adaptive and "instruction" in self.fuser_query
 
     def validate_numbers(self):
-        """Each size is positive and each dropout a probability."""
+        """Each size is positive, each dropout a probability, and the fuser's width splits evenly into heads."""
         sizes = ("max_images", "num_groups", "layer_embedding_size", "fuser_hidden_size", "fuser_num_layers")
         sizes += ("fuser_num_heads", "fuser_intermediate_size", "num_memory_slots", "projector_hidden_size")
         for name in (*sizes, "vision_adapter_size"):
@@ -308,6 +308,13 @@ class DehvfConfig(PreTrainedConfig):
         for name in ("visual_scale", "memory_scale", "vision_adapter_scale", "initializer_range"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be a finite number.")
+        if self.initializer_range < 0:
+            raise ValueError(f"`initializer_range` is {self.initializer_range}, but must be at least 0.")
+        if self.fuser_hidden_size % self.fuser_num_heads:
+            raise ValueError(
+                f"`fuser_hidden_size={self.fuser_hidden_size}` is not a multiple of "
+                f"`fuser_num_heads={self.fuser_num_heads}`. Change one of them."
+            )
         depths = {"fuser_num_layers": self.fuser_num_layers}
         depths |= {f"{key}.num_hidden_layers": getattr(self, key).num_hidden_layers for key in self.sub_configs}
         for name, depth in depths.items():
@@ -350,9 +357,11 @@ class DehvfConfig(PreTrainedConfig):
                 )
 
     def validate_image_size(self):
-        """An image is a whole number of patches."""
+        """An image is a whole number of patches, or has the encoder's own size, of which it may drop the rest."""
         patch_size = self.vision_config.patch_size
-        if self.image_size is not None and (self.image_size < 1 or self.image_size % patch_size):
+        if self.image_size in (None, self.vision_config.image_size):
+            return
+        if self.image_size < 1 or self.image_size % patch_size:
             nearest = max(round(self.image_size / patch_size), 1) * patch_size
             raise ValueError(
                 f"`image_size` is {self.image_size}, but must be a positive multiple of the vision encoder's patch "
@@ -372,15 +381,10 @@ class DehvfConfig(PreTrainedConfig):
                 f"`num_memory_slots` to at least {self.num_patches}, or lower `image_size`."
             )
 
-    def validate_fuser(self):
-        """The fuser's width splits evenly into heads, and its activation exists."""
+    def validate_activation(self):
+        """The fuser's activation exists."""
         if self.fuser_hidden_act not in ACT2FN:
             raise ValueError(f"`fuser_hidden_act` is {self.fuser_hidden_act!r}. Give one of {', '.join(ACT2FN)}.")
-        if self.fuser_hidden_size % self.fuser_num_heads:
-            raise ValueError(
-                f"`fuser_hidden_size={self.fuser_hidden_size}` is not a multiple of "
-                f"`fuser_num_heads={self.fuser_num_heads}`. Change one of them."
-            )
 
 
 # Values that the modules of an adapter keep from when they were built, and that change no name or shape of a tensor

@@ -267,6 +267,10 @@ def test_each_hierarchy_and_vision_encoder_equals_the_slow_reference(values):
 def test_the_encoders_own_image_size_can_be_given(vision_type):
     model, same = (tiny_model(vision_type=vision_type, image_size=size) for size in (None, IMAGE_SIZE))
     assert torch.equal(model(**tiny_inputs()).logits, same(**tiny_inputs()).logits)
+    config = tiny_config(vision_type=vision_type)
+    config.vision_config.image_size = config.image_size = 18  # SigLIP has 384 with patches of 14, whose rest it drops
+    config.validate()
+    assert config.num_patches == NUM_PATCHES
     smaller = tiny_model(vision_type=vision_type, image_size=8)
     assert smaller.get_image_features(tiny_inputs(image_size=8)["pixel_values"]).pooler_output.shape[3] == 4
     with pytest.raises(ValueError, match=r"\(2, 3, 16, 16\), but .*batch_size, 3, 8, 8\).* another `image_size`"):
