@@ -16,6 +16,16 @@ def check_tensor(name: str, value):
         raise ValueError(f"`{name}` is a {type(value).__name__}. Give a `torch.Tensor`.")
 
 
+def check_is_not_empty(pixel_values: torch.Tensor):
+    """Raises `ValueError` if there is no image, as in a batch that only has rows for texts with an image."""
+    check_tensor("pixel_values", pixel_values)
+    if not pixel_values.numel():
+        raise ValueError(
+            f"`pixel_values` has the shape {tuple(pixel_values.shape)}, which is no image. Give one row per text, and "
+            "mark texts without an image in `image_mask`, or leave out `pixel_values` if no text has one."
+        )
+
+
 def check_pixel_values(config: DehvfConfig, pixel_values: torch.Tensor):
     """Raises `ValueError` if images do not have the shape that the adapter was made for."""
     size = (config.vision_config.num_channels, config.resolution, config.resolution)

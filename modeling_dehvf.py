@@ -53,10 +53,10 @@ from .inputs_dehvf import (
     check_image_mask,
     check_instruction,
     check_instruction_is_whole,
+    check_is_not_empty,
     check_no_image,
     check_one_of,
     check_pixel_values,
-    check_tensor,
     check_visual_memory,
     find_instruction,
     find_positions,
@@ -356,7 +356,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         return self._encode(self.active, pixel_values, image_mask, instruction, **kwargs)
 
     def _encode(self, adapter: Adapter, pixel_values, image_mask, instruction, **kwargs) -> BaseModelOutputWithPooling:
-        check_tensor("pixel_values", pixel_values)
+        check_is_not_empty(pixel_values)
         if pixel_values.ndim == 5:
             images = flatten_images(adapter.config, pixel_values, image_mask, instruction)
             outputs = self._encode(adapter, *images, **kwargs)  # of all samples as one batch

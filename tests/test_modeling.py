@@ -759,6 +759,10 @@ def test_arguments_of_other_types_and_shapes_are_refused():
     text = {"input_ids": inputs["input_ids"]}
     for values, message in (
         ({"visual_memory": (None, memory)}, "`visual_memory` is a tuple. Give a `torch.Tensor`"),
+        (
+            {"visual_memory": model(**inputs)},
+            "`visual_memory` is a Dehvf.*Past. Give a `torch.Tensor`",
+        ),
         ({"pixel_values": inputs["pixel_values"].numpy()}, "`pixel_values` is a ndarray. Give a `torch.Tensor`"),
         ({"pixel_values": [*inputs["pixel_values"]]}, "`pixel_values` is a list. Give a `torch.Tensor`"),
         ({"visual_memory": memory, "image_mask": [True, False]}, "`image_mask` is a list. Give a `torch.Tensor`"),
@@ -959,6 +963,10 @@ def test_wrong_inputs_are_refused_with_both_numbers():
         model(**{**inputs, "pixel_values": torch.zeros(2, 3, 8, 8)})
     with pytest.raises(ValueError, match="3 rows of images and 2 texts"):
         model(**{**inputs, "pixel_values": torch.zeros(3, 3, 16, 16)})
+    for shape in ((0, 3, 16, 16), (2, 0, 3, 16, 16)):
+        for mask in (None, torch.ones(shape[:-3], dtype=torch.bool)):
+            with pytest.raises(ValueError, match="which is no image. Give one row per text"):
+                model(**{**inputs, "pixel_values": torch.zeros(shape)}, image_mask=mask)
     with pytest.raises(ValueError, match=r"`image_mask` has the shape \(3,\)"):
         model(**inputs, image_mask=torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="2 samples have an image, but neither `pixel_values` nor `visual_memory`"):
