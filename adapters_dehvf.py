@@ -291,7 +291,8 @@ class AdapterMixin:
         Args:
             state_dict: the tensors to save, as passed by the Trainer; frozen tensors in it are ignored.
             merge_base: also write the base models, to the subfolders `vision_model` and `text_model`, for machines
-                that should not download other repositories. If the adapter is saved there again, they are kept.
+                that should not download other repositories. If the adapter is saved there again, they are kept if
+                they equal the base models, and otherwise no longer used.
             max_shard_size: maximum size of the files of the base models; the adapter is one file.
             kwargs: further arguments that `transformers` or `accelerate` pass, which have no effect.
 
@@ -436,11 +437,10 @@ class AdapterMixin:
         names = [f"{key}_model_{what}" for key in ("vision", "text") for what in ("id", "revision")]
         if not there.get("merged_base", False) or any(there.get(n) != getattr(self.config, n) for n in names):
             return False
-        vision_tower, language_model = self.base_model.vision_tower, self.base_model.language_model
-        prefix = f"{language_model.base_model_prefix}."  # in the copy, which has the head too
-        text = {prefix + name: tensor for name, tensor in language_model.state_dict().items()}
-        copies = {"vision_model": vision_tower.state_dict(), "text_model": text}
-        return all(has_same_tensors(tensors, os.path.join(folder, name)) for name, tensors in copies.items())
+        # The copy also has the head, which `DehvfModel` does not have
+        causal_lm = assemble_causal_lm(self.base_model.language_model, self.get_output_embeddings())
+        bases = {"vision_model": self.base_model.vision_tower, "text_model": causal_lm}
+        return all(has_same_tensors(base.state_dict(), os.path.join(folder, name)) for name, base in bases.items())
 
     @staticmethod
     def _config_in(folder) -> dict:
@@ -487,7 +487,8 @@ class AdapterMixin:
 
     def _save_bases(self, save_directory, is_main_process: bool, processor, max_shard_size: int | str):
         """Writes each base model to a separate folder, with its processor files."""
-        causal_lm = assemble_causal_lm(self.base_model.language_model, self.lm_head, self.generation_config)
+        causal_lm = assemble_causal_lm(self.base_model.language_model, self.lm_head)
+        causal_lm.generation_config = self.generation_config
         share_placement(self, causal_lm)
         bases = {"vision": self.base_model.vision_tower, "text": causal_lm}
         for key, base in bases.items():  # before one is written

@@ -20,7 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
-from .configuration_dehvf import DehvfConfig, disable_dropout
+from .configuration_dehvf import DehvfConfig, disable_noise
 
 
 logger = logging.get_logger(__name__)
@@ -52,10 +52,10 @@ def has_file(location, name: str, **source) -> bool:
 
 
 def load_base_config(location, key: str, revision, **hub_kwargs):
-    """The config of a base model (`"vision"` or `"text"`) without dropout; of a two-tower model, that of the tower."""
+    """The config of a base model (`"vision"` or `"text"`) without noise; of a two-tower model, that of the tower."""
     with _explain_base_errors(location, key):
         config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False, **hub_kwargs)
-    return disable_dropout(getattr(config, f"{key}_config", config))
+    return disable_noise(getattr(config, f"{key}_config", config))
 
 
 def find_commit(location, revision: str | None, **source) -> str | None:
@@ -230,13 +230,12 @@ def fetch_merged_bases(location, subfolder: str = "", **source) -> dict[str, str
     return {key: os.path.join(folder, subfolder, f"{key}_model") for key in BASE_NAMES}
 
 
-def assemble_causal_lm(language_model: PreTrainedModel, head: torch.nn.Module, generation_config) -> PreTrainedModel:
+def assemble_causal_lm(language_model: PreTrainedModel, head: torch.nn.Module | None) -> PreTrainedModel:
     """Combines the language model and its head into one causal language model, as they were loaded."""
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(language_model.config)
     setattr(causal_lm, causal_lm.base_model_prefix, language_model)
     causal_lm.set_output_embeddings(head)
-    causal_lm.generation_config = generation_config
     return causal_lm
 
 
@@ -257,20 +256,28 @@ def check_base_names(base: PreTrainedModel, key: str):
 
 def has_same_tensors(own: dict[str, torch.Tensor], folder) -> bool:
     """
-    Whether the first rows of the tensors of a base model that this process holds equal those of the copy in a folder,
-    up to rounding.
+    Whether there is a copy of a base model in a folder, and all tensors that this process holds equal it, up to
+    rounding. Of the copy, one tensor is in memory at a time.
     """
-    for file in Path(folder).glob("*.safetensors"):
+    files = list(Path(folder).glob("*.safetensors"))
+    for file in files:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys() & own.keys():
-                tensor = own[name]
-                is_here = not tensor.is_meta and not isinstance(tensor, DTensor) and tensor.numel()
-                if not is_here or not tensor.dim() or not tensor.is_floating_point():
-                    continue
-                saved = opened.get_slice(name)
-                if saved.get_shape() != [*tensor.shape] or not _are_close(saved[:8], tensor[:8].detach().cpu()):
-                    return False
-    return True
+                tensor = own[name].detach()
+                if not tensor.is_meta and not isinstance(tensor, DTensor) and tensor.numel():
+                    if not _is_copy(opened.get_tensor(name), tensor):
+                        return False
+    return bool(files)
+
+
+def _is_copy(saved: torch.Tensor, tensor: torch.Tensor) -> bool:
+    if saved.is_floating_point() and not tensor.is_floating_point():
+        return True  # it was quantized when it was loaded, so that it cannot be compared
+    if saved.shape != tensor.shape:
+        return False
+    # In parts, since converted copies of large embeddings take several GB
+    parts = zip(saved.flatten().split(2**24), tensor.flatten().split(2**24))
+    return all(_are_close(one, other.cpu()) for one, other in parts)
 
 
 def save_base(base: PreTrainedModel, folder, is_main_process: bool, **kwargs):

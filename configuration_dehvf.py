@@ -42,6 +42,8 @@ BASE_SIZES = {
     "vision_config": ("hidden_size", "num_hidden_layers", "image_size", "patch_size", "num_channels"),
     "text_config": ("hidden_size", "num_hidden_layers", "vocab_size"),
 }
+# In training, the rotary embeddings of DINOv3 and Sapiens 2 are those of positions that these values change at random
+AUGMENTATIONS = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
 # Far more than any model has. A larger number means a damaged config, and building so many layers would never end.
 MAX_LAYERS = 1000
 
@@ -56,22 +58,24 @@ def _base_config(given: dict | PreTrainedConfig | None, model_type: str, default
 def _check_sizes(base_config: PreTrainedConfig, key: str):
     """Raises `ValueError` if a base model has no single size, for example because its layers differ in width."""
     for name in BASE_SIZES[key]:
-        if not isinstance(size := getattr(base_config, name, None), int):
+        if not isinstance(size := getattr(base_config, name, None), int) or size < 1:
             raise ValueError(
                 f"DEHVF cannot extend `{base_config.model_type}` (`{key}`): its config has `{name}={size}`, but a "
-                f"whole number is needed, for all layers and square images. Give another `{key[:-7]}_model`; "
-                "docs/bases.md lists the types that work."
+                "whole number of at least 1 is needed, for all layers and square images. Give another "
+                f"`{key[:-7]}_model`; docs/bases.md lists the types that work."
             )
 
 
-def disable_dropout(base_config: PreTrainedConfig) -> PreTrainedConfig:
+def disable_noise(base_config: PreTrainedConfig) -> PreTrainedConfig:
     """
-    Sets the dropout of a frozen base to zero, since it would only add noise to the input of the adapters. The base
-    must still be switched by `train()`, because layers in eval mode are never checkpointed.
+    Removes dropout and the augmentation of positions from a frozen base, since they would only add noise to the input
+    of the adapters. The base must still be switched by `train()`, because layers in eval mode are never checkpointed.
     """
     for name, value in vars(base_config).items():
         if "drop" in name and isinstance(value, float):
             setattr(base_config, name, 0.0)
+        elif name in AUGMENTATIONS:
+            setattr(base_config, name, None)
     return base_config
 
 
@@ -110,7 +114,7 @@ class DehvfConfig(PreTrainedConfig):
             `text_model`, and are loaded from there.
         image_size (`int`, *optional*): side in pixels of the square images that the vision encoder is given. It may be
             any multiple of the patch size; the position embeddings are interpolated. Defaults to the encoder's own
-            size.
+            size, which need not be a multiple.
         max_images (`int`): maximum number of images per sample. If it is larger than 1, each image after the first has
             a learned embedding that is added to its slots.
         image_tiles (`str`, *optional*): rows and columns of tiles, such as `"2x2"`, that an image larger than
@@ -224,8 +228,8 @@ class DehvfConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        disable_dropout(self.vision_config)
-        disable_dropout(self.text_config)
+        disable_noise(self.vision_config)
+        disable_noise(self.text_config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -292,7 +296,7 @@ class DehvfConfig(PreTrainedConfig):
         return adaptive and "instruction" in self.fuser_query
 
     def validate_numbers(self):
-        """Each size is positive and each dropout a probability."""
+        """Each size is positive, each dropout a probability, and the fuser's width splits evenly into heads."""
         sizes = ("max_images", "num_groups", "layer_embedding_size", "fuser_hidden_size", "fuser_num_layers")
         sizes += ("fuser_num_heads", "fuser_intermediate_size", "num_memory_slots", "projector_hidden_size")
         for name in (*sizes, "vision_adapter_size"):
@@ -304,6 +308,13 @@ class DehvfConfig(PreTrainedConfig):
         for name in ("visual_scale", "memory_scale", "vision_adapter_scale", "initializer_range"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be a finite number.")
+        if self.initializer_range < 0:
+            raise ValueError(f"`initializer_range` is {self.initializer_range}, but must be at least 0.")
+        if self.fuser_hidden_size % self.fuser_num_heads:
+            raise ValueError(
+                f"`fuser_hidden_size={self.fuser_hidden_size}` is not a multiple of "
+                f"`fuser_num_heads={self.fuser_num_heads}`. Change one of them."
+            )
         depths = {"fuser_num_layers": self.fuser_num_layers}
         depths |= {f"{key}.num_hidden_layers": getattr(self, key).num_hidden_layers for key in self.sub_configs}
         for name, depth in depths.items():
@@ -346,9 +357,11 @@ class DehvfConfig(PreTrainedConfig):
                 )
 
     def validate_image_size(self):
-        """An image is a whole number of patches."""
+        """An image is a whole number of patches, or has the encoder's own size, of which it may drop the rest."""
         patch_size = self.vision_config.patch_size
-        if self.image_size is not None and (self.image_size < 1 or self.image_size % patch_size):
+        if self.image_size in (None, self.vision_config.image_size):
+            return
+        if self.image_size < 1 or self.image_size % patch_size:
             nearest = max(round(self.image_size / patch_size), 1) * patch_size
             raise ValueError(
                 f"`image_size` is {self.image_size}, but must be a positive multiple of the vision encoder's patch "
@@ -368,15 +381,10 @@ class DehvfConfig(PreTrainedConfig):
                 f"`num_memory_slots` to at least {self.num_patches}, or lower `image_size`."
             )
 
-    def validate_fuser(self):
-        """The fuser's width splits evenly into heads, and its activation exists."""
+    def validate_activation(self):
+        """The fuser's activation exists."""
         if self.fuser_hidden_act not in ACT2FN:
             raise ValueError(f"`fuser_hidden_act` is {self.fuser_hidden_act!r}. Give one of {', '.join(ACT2FN)}.")
-        if self.fuser_hidden_size % self.fuser_num_heads:
-            raise ValueError(
-                f"`fuser_hidden_size={self.fuser_hidden_size}` is not a multiple of "
-                f"`fuser_num_heads={self.fuser_num_heads}`. Change one of them."
-            )
 
 
 # Values that the modules of an adapter keep from when they were built, and that change no name or shape of a tensor

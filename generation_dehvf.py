@@ -1,6 +1,9 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Overrides of `generate`: images are encoded once, and the result is passed to every step."""
 
+from functools import wraps
+
+from torch import nn
 from transformers import GenerationMixin
 
 from .injection_dehvf import MixedLayerMemory
@@ -8,7 +11,20 @@ from .inputs_dehvf import IMAGE_ARGUMENTS
 
 
 class DehvfGenerationMixin(GenerationMixin):
-    """`GenerationMixin` for [`DehvfForConditionalGeneration`]."""
+    """
+    `GenerationMixin` for [`DehvfForConditionalGeneration`]. `causal_lm_class` is the class of the language model with
+    its head.
+    """
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads the names of its arguments
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        # As the language model's own class does it: Phi-3 drops a cache whose rotary embeddings have become invalid,
+        # and BLOOM has its own `create_masks_for_generate`. Made for each step, since `peft` may replace the model
+        causal_lm = self.causal_lm_class.__new__(self.causal_lm_class)
+        nn.Module.__init__(causal_lm)
+        causal_lm.config = self.model.language_model.config
+        setattr(causal_lm, causal_lm.base_model_prefix, self.model.language_model)
+        return causal_lm.prepare_inputs_for_generation(*args, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """

@@ -18,6 +18,7 @@ from huggingface_hub import (
     create_repo,
     file_exists,
     hf_hub_download,
+    snapshot_download,
     upload_folder,
 )
 from huggingface_hub.errors import HFValidationError
@@ -224,7 +225,8 @@ class HubMixin:
             repo_id: `org/name`. The repository is created if it does not exist.
             private: whether a new repository is private.
             token: token with write access; by default the token of `hf auth login`.
-            merge_base: as in `save_pretrained`.
+            merge_base: as in `save_pretrained`. Without it, copies of base models in the repository are downloaded, to
+                compare them with those of this model.
             tags: additional tags of the card.
             kwargs: as in `huggingface_hub.upload_folder` (`commit_message`, `revision`, `create_pr`, ...).
 
@@ -246,6 +248,8 @@ class HubMixin:
             for name in (CONFIG_NAME, PROCESSOR_NAME):
                 if place := _find_file(repo_id, name, **source):
                     shutil.copy(place, folder)
+            if self._config_in(folder).get("merged_base") and not merge_base:
+                snapshot_download(repo_id, local_dir=folder, allow_patterns="*_model/*.safetensors", **source)
             self.save_pretrained(folder, merge_base=merge_base)
             with open(os.path.join(folder, SAFE_WEIGHTS_NAME), "rb") as adapter:
                 adapter_digest = hashlib.file_digest(adapter, "sha256").hexdigest()

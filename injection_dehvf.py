@@ -329,6 +329,21 @@ def _new_extended(behaviour: type, base: type) -> nn.Module:
     return extended.__new__(extended)
 
 
+class CheckpointingMixin:
+    """Gradient checkpointing, for both model classes; `base_model` is the `DehvfModel`."""
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
+        """Raises `ValueError` if re-entrant checkpointing is requested."""
+        super().activation_checkpointing_enable(checkpointing_arguments(activation_checkpointing_kwargs), **kwargs)
+
+    def enable_input_require_grads(self):
+        """For texts only: the vision encoder is given pixels, and the embeddings of some encoders return tuples."""
+        self.base_model.language_model.enable_input_require_grads()
+
+    def disable_input_require_grads(self):
+        self.base_model.language_model.disable_input_require_grads()
+
+
 def checkpointing_arguments(given: dict | None) -> dict:
     """Arguments of torch's `checkpoint`, which is re-entrant by default. Raises `ValueError` if that is asked for."""
     if (given or {}).get("use_reentrant"):

@@ -1,7 +1,8 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Checks the arguments of a call, and finds the instruction in its text."""
+"""Checks and converts the arguments of a call, and finds the instruction in its text."""
 
 import torch
+from torch import nn
 
 from .configuration_dehvf import DehvfConfig
 
@@ -15,10 +16,28 @@ def check_tensor(name: str, value):
         raise ValueError(f"`{name}` is a {type(value).__name__}. Give a `torch.Tensor`.")
 
 
+def check_is_not_empty(pixel_values: torch.Tensor):
+    """Raises `ValueError` if there is no image, as in a batch that only has rows for texts with an image."""
+    check_tensor("pixel_values", pixel_values)
+    if not pixel_values.numel():
+        raise ValueError(
+            f"`pixel_values` has the shape {tuple(pixel_values.shape)}, which is no image. Give one row per text, and "
+            "mark texts without an image in `image_mask`, or leave out `pixel_values` if no text has one."
+        )
+
+
 def check_pixel_values(config: DehvfConfig, pixel_values: torch.Tensor):
     """Raises `ValueError` if images do not have the shape that the adapter was made for."""
     size = (config.vision_config.num_channels, config.resolution, config.resolution)
     _check_shape("pixel_values", pixel_values, size)
+
+
+def as_encoder_input(pixel_values: torch.Tensor, vision_tower: nn.Module, device: torch.device) -> torch.Tensor:
+    """Pixels on the device and in the dtype of the encoder: BEiT, for example, does not convert them itself."""
+    dtype = next(vision_tower.parameters(), pixel_values).dtype  # there are none in `nn.DataParallel`
+    if device.type == "meta":  # the weights are offloaded
+        device = pixel_values.device
+    return pixel_values.to(device, dtype)
 
 
 def check_visual_memory(config: DehvfConfig, visual_memory: torch.Tensor, batch_size: int | None = None):
@@ -98,8 +117,11 @@ def check_one_of(**given):
 def find_instruction(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """
     Mask of the user's tokens, `(batch_size, sequence_length)`: tokens without a label that are not padding. In a text
-    in which all tokens have labels, all are the user's, as in a call without labels.
+    in which all tokens have labels, all are the user's, as in a call without labels. A mask that is not that of these
+    tokens, as with a filled cache, is returned as it is: like in a call without labels, it is refused if it is read.
     """
+    if attention_mask is not None and attention_mask.shape[1:] != labels.shape[1:]:
+        return attention_mask
     is_token = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     is_instruction = (labels == -100) & is_token
     return is_instruction.where(is_instruction.any(dim=1, keepdim=True), is_token)

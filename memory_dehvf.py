@@ -15,7 +15,7 @@ Letters at the end of a line give shapes, as in `modeling_dehvf.py`; I is the nu
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_dehvf import DehvfConfig
 from .inputs_dehvf import check_image_mask, check_instruction, check_num_images, check_tensor
@@ -87,9 +87,9 @@ class MemorySlots(nn.Module):
         return torch.cat(((patch_slots + images[:, None]).flatten(0, 1), other_slots))
 
 
-def as_visual_memory(features: torch.Tensor | ModelOutput | None) -> torch.Tensor | None:
+def as_visual_memory(features: torch.Tensor | BaseModelOutputWithPooling | None) -> torch.Tensor | None:
     """Returns the `pooler_output` of a result of `get_image_features`, or the tensor that was given."""
-    if isinstance(features, ModelOutput):
+    if isinstance(features, BaseModelOutputWithPooling):
         return features.pooler_output
     if features is not None:
         check_tensor("visual_memory", features)

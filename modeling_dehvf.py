@@ -39,23 +39,24 @@ from .generation_dehvf import DehvfGenerationMixin
 from .hub_dehvf import HubMixin
 from .injection_dehvf import (
     AdaptedFFN,
+    CheckpointingMixin,
     LayerMemory,
     MemoryFFN,
     MixedLayerMemory,
     VisionAdapter,
     ZeroLinear,
-    checkpointing_arguments,
     extend_layers,
     run_extended,
 )
 from .inputs_dehvf import (
+    as_encoder_input,
     check_image_mask,
     check_instruction,
     check_instruction_is_whole,
+    check_is_not_empty,
     check_no_image,
     check_one_of,
     check_pixel_values,
-    check_tensor,
     check_visual_memory,
     find_instruction,
     find_positions,
@@ -186,7 +187,7 @@ class Adapter:
 # --- the models ---
 
 
-class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedModel):
+class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, CheckpointingMixin, PreTrainedModel):
     config_class = DehvfConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
@@ -243,10 +244,6 @@ class DehvfPreTrainedModel(AdapterMixin, SwitchingMixin, HubMixin, PreTrainedMod
         """Sets `requires_grad` to true for the parameters of the adapter only."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_adapter_name(name))
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
-        """Raises `ValueError` if re-entrant checkpointing is requested."""
-        super().activation_checkpointing_enable(checkpointing_arguments(activation_checkpointing_kwargs), **kwargs)
 
 
 class DehvfModel(AdapterSet, DehvfPreTrainedModel):
@@ -359,7 +356,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         return self._encode(self.active, pixel_values, image_mask, instruction, **kwargs)
 
     def _encode(self, adapter: Adapter, pixel_values, image_mask, instruction, **kwargs) -> BaseModelOutputWithPooling:
-        check_tensor("pixel_values", pixel_values)
+        check_is_not_empty(pixel_values)
         if pixel_values.ndim == 5:
             images = flatten_images(adapter.config, pixel_values, image_mask, instruction)
             outputs = self._encode(adapter, *images, **kwargs)  # of all samples as one batch
@@ -373,9 +370,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         if adapter.config.visual_prompts == "none":
             return BaseModelOutputWithPooling()
         check_instruction(adapter.config, instruction, pixel_values.shape[0])
-        device = adapter.memory_slots.key.device
-        if device.type != "meta":  # which is the case while the adapter is offloaded
-            pixel_values = pixel_values.to(device)
+        pixel_values = as_encoder_input(pixel_values, self.vision_tower, adapter.memory_slots.key.device)
         keeps_all = image_mask is None or torch.compiler.is_compiling()  # where shapes cannot depend on values
         rows = slice(None)
         if not keeps_all:
@@ -420,6 +415,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             raise ValueError('There are no fusion weights with `visual_prompts="none"`: no image enters the memory.')
         check_pixel_values(adapter.config, pixel_values)
         check_instruction(adapter.config, instruction, pixel_values.shape[0])
+        pixel_values = as_encoder_input(pixel_values, self.vision_tower, adapter.memory_slots.key.device)
         class_features = adapter.hierarchical_features(self.vision_tower, pixel_values)[0]
         return adapter.fusion_weights(class_features, instruction)
 
@@ -487,7 +483,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         outputs = run_extended(
             self.language_model, layer_memories, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
         )
-        return DehvfModelOutputWithPast(**outputs, image_outputs=image_outputs)
+        return DehvfModelOutputWithPast.from_language_model(outputs, image_outputs)
 
     def read_images(
         self,
@@ -603,6 +599,9 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         causal_lm = causal_lm or AutoModelForCausalLM.from_config(config.text_config)
         self.model = DehvfModel(config, vision_tower, causal_lm.base_model)
         self.lm_head = causal_lm.get_output_embeddings()
+        self.causal_lm_class = type(causal_lm)
+        for name in ("_is_stateful", "_can_compile_fullgraph"):  # what its cache and its code allow in `generate`
+            setattr(self, name, getattr(causal_lm, name))
         self.generation_config = causal_lm.generation_config
         # For adapters that were saved without one
         self.text_generation_config = copy.deepcopy(causal_lm.generation_config)
@@ -656,7 +655,8 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         """
         Args:
             labels: `(batch_size, sequence_length)` token ids, -100 for tokens without a loss.
-            logits_to_keep: number of last positions for which logits and loss are computed; 0 means all.
+            logits_to_keep: number of last positions for which logits and loss are computed, 0 for all; or a tensor of
+                positions.
 
         All others as in [`DehvfModel.forward`]. With `labels`, the default `instruction_mask` is the tokens without a
         loss.
@@ -683,7 +683,9 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         hidden_states = outputs.last_hidden_state[:, kept].contiguous()
         logits = compute_logits(self.lm_head, hidden_states, text_config)
         if labels is not None:
-            loss = self.loss_function(logits, labels[:, kept], vocab_size=text_config.vocab_size, **kwargs)
+            # Of all tokens, since the token after a kept one need not be kept
+            shifted = {"shift_labels": F.pad(labels[:, 1:], (0, 1), value=-100)[:, kept].contiguous(), **kwargs}
+            loss = self.loss_function(logits, labels[:, kept], vocab_size=text_config.vocab_size, **shifted)
         # The cache among these is `past_key_values` or `cache`, depending on the release
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return DehvfCausalLMOutputWithPast(loss=loss, logits=logits, **rest)

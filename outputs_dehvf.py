@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from .memory_dehvf import as_visual_memory
 
@@ -32,6 +33,12 @@ class DehvfModelOutputWithPast(VisualMemoryOutput, BaseModelOutputWithPast):
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
+
+    @classmethod
+    def from_language_model(cls, outputs: ModelOutput, image_outputs: BaseModelOutputWithPooling | None):
+        # Without fields that only some language models have, such as `cross_attentions` of GPT-2
+        own = {name: value for name, value in outputs.items() if name in cls.__dataclass_fields__}
+        return cls(**own, image_outputs=image_outputs)
 
 
 @dataclass

@@ -127,6 +127,12 @@ def test_a_language_model_is_extended(model_type, vision_folder, tmp_path):
     assert relative_error(outputs.logits, expected) <= 1e-5
 
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    for cache in ("dynamic", "static"):
+        expected = base.generate(**text, **options, cache_implementation=cache)
+        with model.disable_adapter():
+            found = model.generate(**inputs, **options, cache_implementation=cache)
+        assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
     cached, uncached = (model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached.sequences, uncached.sequences)
     assert relative_error(torch.stack(cached.logits), torch.stack(uncached.logits)) <= 1e-5
@@ -197,6 +203,18 @@ def test_a_vision_encoder_is_extended(model_type):
     assert_tokens_are_patches(tower, layers, prefix, pixel_values)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("vision_type", WORKING_VISION)
+def test_a_frozen_encoder_adds_no_noise_in_training(vision_type):
+    config = vision_config(vision_type)
+    for name in vars(config):
+        if "dropout" in name or name.startswith("pos_embed_"):
+            setattr(config, name, 0.5)
+    config = DehvfConfig(vision_config=config, text_config=text_config("llama"), num_memory_slots=40)
+    tower, pixel_values = AutoModel.from_config(config.vision_config).train(), tiny_inputs()["pixel_values"]
+    assert torch.equal(*(tower(pixel_values).last_hidden_state for _ in range(2)))
+
+
 def states_with_adapters(layers, layout, adapters, tower, pixel_values) -> list[torch.Tensor]:
     """What each layer of a stock encoder gives where hooks add the adapters to its FFNs."""
     states, hooks = [], []
@@ -253,6 +271,19 @@ def test_layers_of_other_layouts_are_traced_in_one_graph(text_type, vision_type)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("text_type", ["gpt2", "gpt_bigcode", "gptj"])
+def test_attentions_are_those_of_the_language_model(text_type):
+    model, inputs = model_on(text_type, "vit"), tiny_inputs()
+    model.set_attn_implementation("eager")
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    expected = model.model.language_model(**text, output_attentions=True).attentions
+    with model.disable_adapter():
+        found = model(**inputs, output_attentions=True).attentions
+    assert len(found) == 4 and all(torch.equal(*pair) for pair in zip(found, expected))
+    assert len(model(**inputs, output_attentions=True).attentions) == 4
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("text_type", ["gpt2", "gpt_neo", "ctrl", "llama"])
 def test_padding_does_not_change_the_logits(text_type):
     model, inputs = model_on(text_type, "vit"), tiny_inputs(1)
@@ -272,7 +303,7 @@ def test_padding_does_not_change_the_logits(text_type):
             torch.testing.assert_close(model(**last).logits[0, -1], expected.logits[0, -1])
 
 
-@pytest.mark.parametrize("vision_type", ["dpt", "dinov2_with_registers"])
+@pytest.mark.parametrize("vision_type", ["dpt", "dinov2_with_registers", "data2vec-vision"])
 def test_checkpointing_gives_the_same_gradients_on_other_layouts(vision_type):
     gradients = []
     for checkpoints in (False, True):
@@ -293,6 +324,16 @@ def test_an_encoder_that_does_not_interpolate_takes_its_own_image_size_alone(vis
     config = DehvfConfig(vision_config=vision_config(vision_type), image_size=24, **values)
     with pytest.raises(ValueError, match=f"`{vision_type}` .`vision_config`.*does not run on images of 24 pixels"):
         DehvfForConditionalGeneration(config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vision_type", WORKING_VISION)
+def test_encoders_in_bfloat16_take_the_pixels_of_a_processor(vision_type):
+    model, pixel_values = model_on("llama", vision_type).model, tiny_inputs()["pixel_values"]
+    expected = model.get_image_features(pixel_values).pooler_output, model.get_fusion_weights(pixel_values)
+    model.vision_tower.bfloat16()
+    found = model.get_image_features(pixel_values).pooler_output, model.get_fusion_weights(pixel_values)
+    assert all(relative_error(*pair) < 0.05 for pair in zip(found, expected))
 
 
 @torch.no_grad()

@@ -163,6 +163,12 @@ def test_a_visual_memory_that_does_not_fit_is_refused(saved, tmp_path):
         ({"image_size": 64}, "`num_memory_slots=20` is less than the 256 patches .* or lower `image_size`"),
         ({"num_memory_slots": -20}, "`num_memory_slots=-20` is less than the 16 patches"),
         ({"fuser_hidden_size": -4}, "`fuser_hidden_size` is -4, but must be at least 1"),
+        ({"fuser_num_heads": 0}, "`fuser_num_heads` is 0, but must be at least 1"),
+        ({"initializer_range": -0.02}, "`initializer_range` is -0.02, but must be at least 0"),
+        (
+            {"vision_config": {"model_type": "clip_vision_model", "patch_size": 0}},
+            "`patch_size=0`, but a whole",
+        ),
         ({"fuser_num_layers": 10**9}, "`fuser_num_layers` is 1000000000, but must be at most 1000"),
         ({"text_config": {"model_type": "llama", "num_hidden_layers": 10**9}}, "must be at most 1000"),
         ({"text_config": 5}, "text_config"),

@@ -4,8 +4,11 @@ import re
 
 import pytest
 import torch
-from tiny import TEXT_BACKBONES, tiny_inputs, tiny_model
+from every_base import text_config
+from tiny import DEHVF_SIZES, TEXT_BACKBONES, tiny_config, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM, CompileConfig, set_seed
+
+from dehvf import DehvfConfig, DehvfForConditionalGeneration
 
 
 MODES = {
@@ -242,6 +245,32 @@ def test_assisted_decoding_gives_the_same_tokens(assistant):
     sees = assistant == "another model that sees"
     other = tiny_model(seed=1) if sees else AutoModelForCausalLM.from_config(model.config.text_config).eval()
     assert torch.equal(generate(model, inputs, assistant_model=other), expected)
+
+
+@pytest.mark.parametrize("text_type", ["bamba", "falcon_h1", "olmo_hybrid", "qwen3_5_text", "recurrent_gemma"])
+def test_assisted_decoding_is_refused_where_the_state_cannot_be_taken_back(text_type):
+    config = DehvfConfig(text_config=text_config(text_type), vision_config=tiny_config().vision_config, **DEHVF_SIZES)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        DehvfForConditionalGeneration(config).generate(**tiny_inputs(1), prompt_lookup_num_tokens=2)
+
+
+def test_a_cache_is_dropped_where_the_rotary_embeddings_change():
+    """As `Phi3ForCausalLM` does it, where a text becomes longer than the original context."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 10000.0}
+    text = text_config("phi3")
+    text.original_max_position_embeddings = 10
+    text.rope_parameters = {**rope, "factor": 8.0, "original_max_position_embeddings": 10}
+    torch.manual_seed(0)
+    causal_lm = AutoModelForCausalLM.from_config(text).eval()
+    config = DehvfConfig(text_config=text, vision_config=tiny_config().vision_config, **DEHVF_SIZES)
+    model = DehvfForConditionalGeneration(config, causal_lm=causal_lm).eval()
+    inputs, options = tiny_inputs(), {"return_dict_in_generate": True, "output_logits": True}
+    cached, uncached = (generate(model, inputs, **options, use_cache=use_cache).logits for use_cache in (True, False))
+    torch.testing.assert_close(cached, uncached)
+    with model.disable_adapter():
+        found = generate(model, inputs, **options).logits
+    del inputs["pixel_values"]
+    torch.testing.assert_close(found, generate(causal_lm, inputs, **options).logits)
 
 
 def test_pixels_and_memory_together_are_refused():

@@ -141,6 +141,11 @@ def pushed(hub, tmp_path_factory):
         processor.push_to_hub("org/dehvf-again")
         for merge_base in (False, True, False):
             model.push_to_hub("org/dehvf-again", merge_base=merge_base)
+        changed = make_model(vision_model_revision=facts["vision 1"])
+        with torch.no_grad():
+            changed.lm_head.weight.mul_(2)
+        changed.push_to_hub("org/dehvf-changed", merge_base=True)
+        model.push_to_hub("org/dehvf-changed")
         model.save_pretrained("merged", merge_base=True)
         logits["dehvf-merged"] = logits["dehvf-tiny"]
         push_folder("dehvf-merged", "merged")
@@ -295,6 +300,11 @@ def test_a_push_keeps_the_processor_and_merged_bases_of_the_repository(hub, push
     assert json.loads(hub.read("org/dehvf-again", "processor_config.json"))["image_fit"] == "pad"
     assert json.loads(hub.read("org/dehvf-again", "config.json"))["merged_base"] is True
     assert "text_model/config.json" in hub.files("org/dehvf-again")
+
+
+def test_a_push_does_not_combine_an_adapter_with_other_merged_bases(hub, pushed):
+    assert "text_model/config.json" in hub.files("org/dehvf-changed")
+    assert json.loads(hub.read("org/dehvf-changed", "config.json"))["merged_base"] is False
 
 
 def test_a_push_that_is_refused_leaves_nothing_on_the_hub(hub, pushed):

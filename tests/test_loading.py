@@ -796,6 +796,26 @@ def test_copies_of_base_models_are_compared_by_their_weights(tmp_path, monkeypat
     assert not messages
 
 
+@pytest.mark.parametrize(
+    "tensor_of",
+    [
+        lambda model: model.lm_head.weight,
+        lambda model: model.get_input_embeddings().weight[-1:],
+        lambda model: model.model.vision_tower.encoder.layers[5].mlp.fc2.weight[-1:],
+    ],
+    ids=["head", "last token", "last row of the encoder"],
+)
+def test_copies_of_base_models_are_compared_to_the_last_value(tmp_path, tensor_of):
+    changed, plain = model_on_new_bases(tmp_path), model_on_new_bases(tmp_path)
+    tensor_of(changed).data.mul_(-1)
+    changed.save_pretrained(tmp_path / "saved", merge_base=True)
+    changed.model.save_pretrained(tmp_path / "saved")
+    assert dehvf.DehvfConfig.from_pretrained(tmp_path / "saved").merged_base
+    plain.save_pretrained(tmp_path / "saved")
+    loaded = DehvfForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert not loaded.config.merged_base and torch.equal(tensor_of(loaded), tensor_of(plain))
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft
 @pytest.mark.parametrize("part", ["language_model", "vision_tower"])
 def test_base_models_with_wrapped_modules_are_not_merged(part, tmp_path):

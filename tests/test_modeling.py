@@ -267,6 +267,10 @@ def test_each_hierarchy_and_vision_encoder_equals_the_slow_reference(values):
 def test_the_encoders_own_image_size_can_be_given(vision_type):
     model, same = (tiny_model(vision_type=vision_type, image_size=size) for size in (None, IMAGE_SIZE))
     assert torch.equal(model(**tiny_inputs()).logits, same(**tiny_inputs()).logits)
+    config = tiny_config(vision_type=vision_type)
+    config.vision_config.image_size = config.image_size = 18  # SigLIP has 384 with patches of 14, whose rest it drops
+    config.validate()
+    assert config.num_patches == NUM_PATCHES
     smaller = tiny_model(vision_type=vision_type, image_size=8)
     assert smaller.get_image_features(tiny_inputs(image_size=8)["pixel_values"]).pooler_output.shape[3] == 4
     with pytest.raises(ValueError, match=r"\(2, 3, 16, 16\), but .*batch_size, 3, 8, 8\).* another `image_size`"):
@@ -537,6 +541,26 @@ def test_the_answer_is_no_part_of_the_instruction():
     assert not torch.allclose(model(**inputs).visual_memory, asked)
 
 
+@pytest.mark.parametrize("attention", ["filled cache", "mask of pairs"])
+@pytest.mark.parametrize("images", ["memory", "names"])
+def test_labels_do_not_have_to_fit_the_mask_where_no_instruction_is_read(attention, images):
+    model, inputs = tiny_model(fuser_query="layer+instruction" if images == "memory" else "network"), tiny_inputs()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if images == "memory":
+        given = {"visual_memory": model(**inputs).visual_memory}
+    else:
+        given = {"pixel_values": inputs["pixel_values"], "adapter_names": ["default", "default"]}
+    if attention == "filled cache":
+        first = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True, **given)
+        given |= {"attention_mask": mask, cache_name(model): first[cache_name(model)]}
+        ids = ids[:, 4:]
+    else:
+        given["attention_mask"] = torch.full((2, 1, 7, 7), float("-inf")).triu(1)
+    outputs = model(ids, labels=ids, **given)
+    expected = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(outputs.loss, expected)
+
+
 def test_labels_of_all_tokens_leave_the_instruction():
     model, inputs = tiny_model(fuser_query="instruction"), tiny_inputs()
     expected = model(**inputs).logits
@@ -735,6 +759,10 @@ def test_arguments_of_other_types_and_shapes_are_refused():
     text = {"input_ids": inputs["input_ids"]}
     for values, message in (
         ({"visual_memory": (None, memory)}, "`visual_memory` is a tuple. Give a `torch.Tensor`"),
+        (
+            {"visual_memory": model(**inputs)},
+            "`visual_memory` is a Dehvf.*Past. Give a `torch.Tensor`",
+        ),
         ({"pixel_values": inputs["pixel_values"].numpy()}, "`pixel_values` is a ndarray. Give a `torch.Tensor`"),
         ({"pixel_values": [*inputs["pixel_values"]]}, "`pixel_values` is a list. Give a `torch.Tensor`"),
         ({"visual_memory": memory, "image_mask": [True, False]}, "`image_mask` is a list. Give a `torch.Tensor`"),
@@ -884,6 +912,15 @@ def test_the_loss_is_that_of_the_labels():
     torch.testing.assert_close(model(**inputs, labels=labels, logits_to_keep=4).loss, expected)
 
 
+@pytest.mark.parametrize("kept", [[2, 4], [5, 1], [0], [3, 4, 5, 6]], ids=str)
+def test_the_loss_of_kept_positions_is_that_of_the_tokens_after_them(kept):
+    model, inputs = tiny_model(), tiny_inputs()
+    outputs = model(**inputs, labels=inputs["input_ids"], logits_to_keep=torch.tensor(kept))
+    following = F.pad(inputs["input_ids"], (0, 1), value=-100)[:, torch.tensor(kept) + 1]
+    torch.testing.assert_close(outputs.logits, model(**inputs).logits[:, kept])
+    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits.flatten(0, 1), following.flatten()))
+
+
 # --- bad input ---
 
 
@@ -926,6 +963,10 @@ def test_wrong_inputs_are_refused_with_both_numbers():
         model(**{**inputs, "pixel_values": torch.zeros(2, 3, 8, 8)})
     with pytest.raises(ValueError, match="3 rows of images and 2 texts"):
         model(**{**inputs, "pixel_values": torch.zeros(3, 3, 16, 16)})
+    for shape in ((0, 3, 16, 16), (2, 0, 3, 16, 16)):
+        for mask in (None, torch.ones(shape[:-3], dtype=torch.bool)):
+            with pytest.raises(ValueError, match="which is no image. Give one row per text"):
+                model(**{**inputs, "pixel_values": torch.zeros(shape)}, image_mask=mask)
     with pytest.raises(ValueError, match=r"`image_mask` has the shape \(3,\)"):
         model(**inputs, image_mask=torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="2 samples have an image, but neither `pixel_values` nor `visual_memory`"):
