@@ -108,22 +108,20 @@ class Evaluation:
             run={},
         )
 
-    def answer(self, replacement: torch.Tensor | None) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    def answer(self, replacement: torch.Tensor | None) -> tuple[dict, torch.Tensor]:
         """
         Args:
             replacement: weights to use instead of the fuser's own, for each row with an image.
 
         Returns:
-            The scores, the fuser's own weights, `(num_rows_with_image, num_language_layers, num_positions,
-            num_candidates)`, and the class features, `(num_rows_with_image, num_vision_layers, vision_hidden_size)`,
-            in the order of the split.
+            The scores, and the fuser's own weights, `(num_rows_with_image, num_language_layers, num_positions,
+            num_candidates)`, in the order of the split.
         """
-        own, features, position = [], [], 0
+        own, position = [], 0
 
         def replace(module, arguments, weights):
             nonlocal position
             own.append(weights)
-            features.append(arguments[1])
             position += len(weights)
             if replacement is not None:
                 return replacement[position - len(weights) : position].to(weights)
@@ -134,20 +132,22 @@ class Evaluation:
         finally:
             handle.remove()
         records = make_records(self.task, self.trainer.processing_class, self.split, output)
-        return self.task.score(records, len(self.split)), torch.cat(own), torch.cat(features)
+        return self.task.score(records, len(self.split)), torch.cat(own)
 
 
 def measure(arguments: list[str]) -> dict:
-    evaluation = Evaluation(arguments)
-    rows = evaluation.model.model.hierarchy.rows
-    score = evaluation.task.CARD["score"]
-    scores, weights, features = evaluation.answer(None)
+    evaluation, features = Evaluation(arguments), []
+    model = evaluation.model.model
+    rows, score = model.hierarchy.rows, evaluation.task.CARD["score"]
+    handle = model.fuser.register_forward_pre_hook(lambda module, arguments: features.append(arguments[1]))
+    scores, weights = evaluation.answer(None)
+    handle.remove()
     accuracy = {"the adapter's own": round(scores[score], 2)}
     for name, replacement in replacements(weights, rows).items():
         accuracy[name] = round(evaluation.answer(replacement)[0][score], 2)
     return {
         "figures": fusion_figures(weights, rows),
-        "class_features": spread_over_images(features),
+        "class_features": spread_over_images(torch.cat(features)),
         "score": score,
         "accuracy": accuracy,
     }

@@ -86,13 +86,13 @@ def check_split(source: Source, name: str, split: str, trained: Trained) -> int:
         print(*faults, sep="\n")
         return len(faults)
     num_faults, num_rows, most_images, present, longest, notes = 0, 0, 0, {}, {}, {}
-    read_once = image_checker()
+    read_once, unread_keys = image_checker(), {}
 
     def note(kind: str, where: str):
         count, first = notes.get(kind, (0, where))
         notes[kind] = count + 1, first
 
-    for where, row, faults in source.records(name):
+    for where, row, faults in source.records(name, unread_keys):
         images = list_images(row) if row else []
         for image in images:
             is_file = image["bytes"] is None
@@ -143,8 +143,8 @@ def check_split(source: Source, name: str, split: str, trained: Trained) -> int:
     read = {column for columns in source.fields.values() for column in columns}
     if unread := [column for column in source.names(name) if column not in read]:
         print(f"note: columns that are not read: {', '.join(unread)}")
-    if unread := source.find_unread_keys(name):
-        print(f"note: keys of messages that are not read: {', '.join(unread)}")
+    if unread_keys:
+        print(f"note: keys of messages that are not read: {', '.join(unread_keys)}")
     for kind, (count, first) in notes.items():
         print(f"note: {count} times {kind}, the first at {first}")
     return num_faults

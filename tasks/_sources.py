@@ -21,7 +21,6 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache, reduce
-from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -190,18 +189,16 @@ class Source:
         files = self.files.get(split, ())
         return str(files[0]) if len(files) == 1 else f"{self.path}, {split} split"
 
-    def records(self, split: str) -> Iterator[Record]:
-        """Yields the place of each record, its row, and what is wrong with it."""
+    def records(self, split: str, unread_keys: dict[str, None] | None = None) -> Iterator[Record]:
+        """
+        Yields the place of each record, its row, and what is wrong with it. Keys inside of a field that the task does
+        not read, such as those of messages, are added to `unread_keys`.
+        """
+        find_unread_keys = getattr(self.task, "find_unread_keys", None)
         for reader, (where, record, faults) in self._raw_records(split):
+            if find_unread_keys and unread_keys is not None and not faults:
+                unread_keys.update(dict.fromkeys(find_unread_keys(reader.fields_of(record))))
             yield where, *((record, faults) if faults else reader.read(record))
-
-    def find_unread_keys(self, split: str) -> list[str]:
-        """The keys inside of the fields of records, such as those of messages, that are not read."""
-        if not hasattr(self.task, "find_unread_keys"):
-            return []
-        records = ((reader, record) for reader, (_, record, faults) in self._raw_records(split) if not faults)
-        keys = (self.task.find_unread_keys(reader.fields_of(record)) for reader, record in records)
-        return list(dict.fromkeys(chain.from_iterable(keys)))
 
     def _raw_records(self, split: str) -> Iterator[tuple[Reader, Record]]:
         """Yields each record with its reader."""
