@@ -118,7 +118,7 @@ class AdapterMixin:
     """
 
     _has_merged_bases = False  # whether the base models were loaded from the folder of the adapter
-    _given_bases = {}  # "vision" or "text" -> place from which `from_pretrained` was told to load this base model
+    _given_bases = {}  # "vision" or "text" -> place of this base model that was passed to `from_pretrained`
     _base_samples = None  # samples of the base models as they were loaded, see `sample_tensors`
 
     # --- loading ---

@@ -312,10 +312,10 @@ def make_row(rng, skill, letter, scans=None):
     asked about. Without `scans`, the row of a picture question has no image.
     """
     maker, _, subject, topic, category, grade = (PICTURE_SKILLS | TEXT_SKILLS)[skill]
-    question, (right, *others), solution, told = maker(rng)
-    others, image, hint, marks = rng.permutation(others), None, told, []
+    question, (right, *others), solution, hint_or_marks = maker(rng)
+    others, image, hint, marks = rng.permutation(others), None, hint_or_marks, []
     if skill in PICTURE_SKILLS:
-        marks, hint = told, rng.choice(HINTS) if rng.random() < 0.25 else ""
+        marks, hint = hint_or_marks, rng.choice(HINTS) if rng.random() < 0.25 else ""
         image = scans and encode(render(rng, marks, scans))
     row = {
         "image": image,

@@ -161,7 +161,7 @@ def test_adapters_stay_off_until_the_outer_context_ends(model):
     assert not torch.equal(model(**inputs).logits, expected)
 
 
-def test_adapters_of_a_base_with_another_id_are_told_and_saved_with_the_one_that_is_there(
+def test_adapters_for_a_base_with_another_id_warn_and_are_saved_with_the_loaded_base(
     model, folders, tmp_path, messages
 ):
     shutil.copytree(folders["second"], tmp_path / "second")
@@ -174,7 +174,7 @@ def test_adapters_of_a_base_with_another_id_are_told_and_saved_with_the_one_that
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["text_model_id"] == config["text_model_id"]
 
 
-def test_adapters_of_another_commit_of_a_base_are_told(model, folders, tmp_path, messages):
+def test_adapters_for_another_commit_of_a_base_warn(model, folders, tmp_path, messages):
     shutil.copytree(folders["second"], tmp_path / "second")
     config = json.loads((tmp_path / "second" / "config.json").read_text())
     (tmp_path / "second" / "config.json").write_text(json.dumps({**config, "text_model_revision": "b" * 40}))

@@ -197,7 +197,7 @@ def test_a_picture_in_tiles_is_answered_and_drawn(image):
     [("nothing", "accelerate launch train.py"), (BASES[1], "a `llama`: it has no visual memory")],
 )
 @pytest.mark.parametrize("place", ["flag", "variable"])
-def test_what_is_no_adapter_is_refused(adapter, message, place, monkeypatch, capsys):
+def test_a_folder_that_is_no_adapter_is_refused(adapter, message, place, monkeypatch, capsys):
     if place == "variable":
         monkeypatch.setenv("DEHVF_ADAPTER", str(adapter))
     with pytest.raises(SystemExit):
@@ -241,7 +241,7 @@ def test_a_client_sees_why_an_image_is_refused(kind, reason, url, image, tmp_pat
         client.predict(given if kind == "data" else handle_file(path), MESSAGE, api_name="/ask")
 
 
-def test_what_cannot_be_read_is_an_error_that_the_page_always_shows(tmp_path):
+def test_the_page_shows_every_error_of_reading(tmp_path):
     """Other exceptions are shown only where the page was launched with `show_error`."""
     (tmp_path / "broken.png").write_bytes(b"no image")
     unreadable = "^.The image cannot be read: .*Upload another file"

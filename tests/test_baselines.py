@@ -195,7 +195,7 @@ def test_reentrant_checkpointing_is_refused(make, method):
 
 
 @all_methods
-def test_adapters_are_fp32_on_bases_of_the_asked_dtype(make, method):
+def test_adapters_are_fp32_on_bases_of_any_dtype(make, method):
     model = make(method, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in trained(model).values()} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
@@ -204,7 +204,7 @@ def test_adapters_are_fp32_on_bases_of_the_asked_dtype(make, method):
 
 
 @all_methods
-def test_the_attention_that_is_asked_for_is_that_of_both_bases(make, method):
+def test_both_bases_get_the_requested_attention(make, method):
     model = make(method, attn_implementation="eager")
     bases = (model.model.vision_tower, model.model.language_model, model)
     assert {base.config._attn_implementation for base in bases} == {"eager"}

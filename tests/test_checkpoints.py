@@ -107,7 +107,7 @@ def assert_no_frozen_weight(output: Path):
     assert 3 * adapter_bytes < total < 4 * adapter_bytes + text, (total, adapter_bytes)
 
 
-def test_a_checkpoint_of_one_process_holds_no_frozen_weight(large_base, tmp_path):
+def test_a_checkpoint_of_one_process_has_no_frozen_weights(large_base, tmp_path):
     train.main(large_base(tmp_path / "output"))
     assert_no_frozen_weight(tmp_path / "output")
 
@@ -127,7 +127,7 @@ each_stage = pytest.mark.parametrize(
 @pytest.mark.slow
 @pytest.mark.extended
 @each_stage
-def test_a_checkpoint_of_two_processes_holds_no_frozen_weight(large_base, tmp_path, stage):
+def test_a_checkpoint_of_two_processes_has_no_frozen_weights(large_base, tmp_path, stage):
     engine = {} if stage is None else {"deepspeed": zero(tmp_path, stage)}
     finish(tmp_path, large_base(tmp_path / "output", per_device_train_batch_size=1, **engine), 2)
     assert_no_frozen_weight(tmp_path / "output")
@@ -146,7 +146,7 @@ def use_fsdp(version: int, rank: int):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_fsdp2_holds_no_frozen_weight_and_goes_on(large_base, tmp_path):
+def test_a_checkpoint_of_fsdp2_has_no_frozen_weights_and_resumes(large_base, tmp_path):
     flags = partial(large_base, save_steps=1, per_device_train_batch_size=1)
     fsdp2 = partial(use_fsdp, 2)
     finish(tmp_path, flags(tmp_path / "output"), 2, fsdp2)
@@ -321,7 +321,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_passed_over(interrupted, damage, caplog):
+def test_a_damaged_checkpoint_is_named_and_skipped(interrupted, damage, caplog):
     flags, output = interrupted
     spoil, name, message = DAMAGES[damage]
     spoil(output / "checkpoint-4" / name)
@@ -333,7 +333,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(interrupted, damage, capl
     assert re.search(f"checkpoint-4 .*{message}.* It is skipped", caplog.text)
 
 
-def test_a_run_with_a_damaged_checkpoint_ends_as_if_nothing_had_been(interrupted, six_steps, capsys):
+def test_a_run_with_a_damaged_checkpoint_gives_the_same_result(interrupted, six_steps, capsys):
     flags, output = interrupted
     flip(output / "checkpoint-4" / "optimizer.pt")
     train.main(flags(output))
@@ -354,7 +354,7 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_if_nothing_had_been(interrupted
     ],
     ids=lambda flags: next(iter(flags)),
 )
-def test_a_run_with_other_arguments_is_not_gone_on_with(interrupted, other):
+def test_a_run_is_not_resumed_with_other_arguments(interrupted, other):
     flags, output = interrupted
     name = next(iter(other))
     for place in ("auto", output / "checkpoint-4"):
@@ -364,7 +364,7 @@ def test_a_run_with_other_arguments_is_not_gone_on_with(interrupted, other):
             train.main(flags(output, resume_from_checkpoint=place, **other))
 
 
-def test_a_run_in_another_mixed_precision_of_accelerate_is_not_gone_on_with(interrupted, monkeypatch):
+def test_a_run_is_not_resumed_in_another_mixed_precision_of_accelerate(interrupted, monkeypatch):
     flags, output = interrupted
     assert json.loads((output / "run.json").read_text())["arguments"]["mixed_precision"] == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
@@ -372,7 +372,7 @@ def test_a_run_in_another_mixed_precision_of_accelerate_is_not_gone_on_with(inte
         train.main(flags(output))
 
 
-def test_a_run_that_recorded_no_mixed_precision_goes_on(interrupted, capsys):
+def test_a_run_that_recorded_no_mixed_precision_is_resumed(interrupted, capsys):
     """As those of earlier versions."""
     flags, output = interrupted
     run = json.loads((output / "run.json").read_text())
@@ -387,7 +387,7 @@ def test_a_run_that_recorded_no_mixed_precision_goes_on(interrupted, capsys):
     assert json.loads((output / "results.json").read_text())["mixed_precision"] == "no"
 
 
-def test_a_run_on_other_rows_is_not_gone_on_with(interrupted, monkeypatch):
+def test_a_run_is_not_resumed_on_other_rows(interrupted, monkeypatch):
     flags, output = interrupted
     monkeypatch.setattr(get_task("scienceqa"), "load", lambda *_, **__: make_rows(hint="cba"))
     with pytest.raises(
@@ -461,14 +461,14 @@ def test_fewer_digests_of_rows_that_an_earlier_version_wrote_are_compared(tmp_pa
         check_same_rows("train validation others", tmp_path)
 
 
-def test_other_code_is_told_when_a_run_goes_on(interrupted, monkeypatch, caplog):
+def test_resuming_with_other_code_warns(interrupted, monkeypatch, caplog):
     flags, output = interrupted
     monkeypatch.setattr("training.checkpoints.commit_of_this_code", lambda: "another")
     train.main(flags(output))
     assert re.search(r"checkpoint-4 was written by other code.*commit [\w-]+ -> another", caplog.text)
 
 
-def test_what_changes_no_result_may_change_on_the_way(interrupted, six_steps, capsys):
+def test_arguments_that_change_no_result_may_change_when_a_run_is_resumed(interrupted, six_steps, capsys):
     flags, output = interrupted
     values = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "save_steps": 3, "logging_steps": 2}
     train.main(flags(output, **values))
@@ -476,7 +476,7 @@ def test_what_changes_no_result_may_change_on_the_way(interrupted, six_steps, ca
     assert_same_adapters(six_steps[1] / "whole", output, rtol=0, atol=1e-5)
 
 
-def test_never_begins_anew_and_forgets_the_checkpoints_of_before(interrupted, capsys):
+def test_never_starts_again_and_removes_earlier_checkpoints(interrupted, capsys):
     flags, output = interrupted
     before = json.loads((output / "run.json").read_text())["run"]
     train.main(flags(output, resume_from_checkpoint="never", save_strategy="no", learning_rate=0.01))
@@ -486,7 +486,7 @@ def test_never_begins_anew_and_forgets_the_checkpoints_of_before(interrupted, ca
     assert read_manifest(output / "checkpoint-4")["run"] == before, "nothing is removed"
 
 
-def test_a_run_that_has_come_to_its_end_is_replaced(interrupted, capsys):
+def test_a_finished_run_is_replaced(interrupted, capsys):
     flags, output = interrupted
     train.main(flags(output))
     before = json.loads((output / "results.json").read_text())["run"]
@@ -511,7 +511,7 @@ def test_a_finished_run_with_other_arguments_is_moved(interrupted):
     assert json.loads((output / "results.json").read_text())["run"] != before["run"]
 
 
-def test_a_run_cut_off_after_its_last_step_takes_no_further_one(scienceqa, tmp_path):  # noqa: F811
+def test_a_run_interrupted_after_its_last_step_takes_no_further_step(scienceqa, tmp_path):  # noqa: F811
     flags = partial(tiny_flags, tmp_path, scienceqa[0], max_steps=4, save_steps=2, **SAVING)  # three steps an epoch
     train.main(flags(tmp_path / "output"))
     (tmp_path / "output" / "results.json").unlink()
@@ -521,7 +521,7 @@ def test_a_run_cut_off_after_its_last_step_takes_no_further_one(scienceqa, tmp_p
     assert json.loads((tmp_path / "output" / "results.json").read_text())["train_seconds"] > seconds > 0
 
 
-def test_a_stream_goes_on_where_it_was(scienceqa, tmp_path):  # noqa: F811
+def test_a_stream_resumes_where_it_stopped(scienceqa, tmp_path):  # noqa: F811
     values = {"streaming": True, "max_steps": 9, "save_steps": 2, "train_sampling_strategy": "random", **SAVING}
     flags = partial(tiny_flags, tmp_path, scienceqa[0], **values)  # three steps a pass
     train.main(flags(tmp_path / "output"))
@@ -534,7 +534,7 @@ def test_a_stream_goes_on_where_it_was(scienceqa, tmp_path):  # noqa: F811
         assert torch.equal(tensor, whole[name])
 
 
-def test_a_baseline_goes_on_where_it_was(scienceqa, tmp_path):  # noqa: F811
+def test_a_baseline_resumes_where_it_stopped(scienceqa, tmp_path):  # noqa: F811
     flags = partial(
         tiny_flags, tmp_path, scienceqa[0], method="llava-lora", num_train_epochs=2, save_steps=4, **SAVING
     )
@@ -555,7 +555,7 @@ def score_like(scores):
     return lambda records, size: {"average": next(scores), "count": len(records)}
 
 
-def test_the_best_checkpoint_is_kept_and_loaded_also_after_a_start_again(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+def test_the_best_checkpoint_is_kept_and_loaded_after_resuming_too(scienceqa, tmp_path, monkeypatch):  # noqa: F811
     flags = partial(tiny_flags, tmp_path, scienceqa[0], num_train_epochs=4, save_steps=2, **BEST, **SAVING)
     flags = flags(tmp_path / "output", early_stopping_patience=2)
     save = AnswerTrainer.write_checkpoint
@@ -581,7 +581,7 @@ def test_the_best_checkpoint_is_kept_and_loaded_also_after_a_start_again(science
         assert torch.equal(tensor, best[name])
 
 
-def test_a_run_that_was_cut_off_after_it_had_stopped_early_stays_stopped(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_interrupted_after_stopping_early_is_not_continued(scienceqa, tmp_path, monkeypatch):  # noqa: F811
     flags = partial(tiny_flags, tmp_path, scienceqa[0], num_train_epochs=4, save_steps=2, **BEST, **SAVING)
     flags = flags(tmp_path / "output", early_stopping_patience=1, save_total_limit=3)
     task = get_task("scienceqa")
@@ -613,7 +613,7 @@ def test_a_damaged_best_checkpoint_is_an_error(scienceqa, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_where_one_was(interrupted, six_steps, tmp_path):
+def test_two_processes_resume_a_run_of_one(interrupted, six_steps, tmp_path):
     flags, output = interrupted
     (printed, _) = finish(tmp_path, flags(output, per_device_train_batch_size=1), 2)
     assert f"resuming from {output / 'checkpoint-4'}" in printed
@@ -621,7 +621,7 @@ def test_two_processes_go_on_where_one_was(interrupted, six_steps, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_under_zero_is_told_what_to_do(interrupted, tmp_path):
+def test_another_number_of_processes_under_zero_is_refused_with_the_remedy(interrupted, tmp_path):
     """The remedy that the message names, a new run with the adapters, works."""
     flags, output = interrupted
     other = flags(output, per_device_train_batch_size=1, deepspeed=zero(tmp_path, 2))
@@ -650,7 +650,7 @@ def score_3_2(rank: int):
     get_task("scienceqa").score = score_like([3, 2, 0, 0])
 
 
-def test_the_best_checkpoint_is_one_of_this_run(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+def test_the_best_checkpoint_belongs_to_this_run(scienceqa, tmp_path, monkeypatch):  # noqa: F811
     """Evaluated more often than saved: the folder of the best step is what another run has left."""
     flags = partial(tiny_flags, tmp_path, scienceqa[0], tmp_path / "output", num_train_epochs=2, **BEST, **SAVING)
     monkeypatch.setattr(get_task("scienceqa"), "score", score_like([3, 2, 1, 0, 0, 0, 0]))
@@ -661,7 +661,7 @@ def test_the_best_checkpoint_is_one_of_this_run(scienceqa, tmp_path, monkeypatch
     assert all(not torch.equal(tensor, old[name]) for name, tensor in adapters(tmp_path / "output").items())
 
 
-def test_a_run_goes_on_from_its_own_folder_alone(interrupted, tmp_path):
+def test_a_run_resumes_only_from_its_own_folder(interrupted, tmp_path):
     """States of optimizers are pickles."""
     flags, output = interrupted
     for place, message in ((output / "checkpoint-4", "pickles.*--adapter"), (output, "Give one of .*checkpoint-4")):
@@ -669,7 +669,7 @@ def test_a_run_goes_on_from_its_own_folder_alone(interrupted, tmp_path):
             train.main(flags(tmp_path / "other", resume_from_checkpoint=place))
 
 
-def test_a_run_that_resumes_from_an_earlier_checkpoint_keeps_its_own_and_sets_later_ones_aside(interrupted):
+def test_resuming_from_an_earlier_checkpoint_moves_later_ones_aside(interrupted):
     flags, output = interrupted
     weights = (output / "checkpoint-4" / "model.safetensors").read_bytes()
     train.main(flags(output, resume_from_checkpoint=(output / "checkpoint-2").absolute(), save_total_limit=1))
@@ -678,7 +678,7 @@ def test_a_run_that_resumes_from_an_earlier_checkpoint_keeps_its_own_and_sets_la
     assert (aside / "model.safetensors").read_bytes() == weights
 
 
-def test_the_trainers_ways_to_say_yes_and_no_are_understood(interrupted):
+def test_the_trainers_values_for_true_and_false_are_understood(interrupted):
     flags, output = interrupted
     run = json.loads((output / "run.json").read_text())
     for asked, expected in (("true", output / "checkpoint-4"), ("false", None)):
@@ -695,14 +695,14 @@ def test_an_output_folder_must_be_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["README.md", "config.json"])
-def test_files_of_others_are_not_replaced(name, tmp_path):
+def test_files_that_no_run_wrote_are_not_replaced(name, tmp_path):
     (tmp_path / name).write_text("{}")
     for asked in ("auto", "never"):
         with pytest.raises(ValueError, match=f"has a {name} that no run of train.py has written.*Give another folder"):
             find_start(tmp_path, asked, {})
 
 
-def test_the_commit_is_that_of_this_checkout_alone(tmp_path, monkeypatch):
+def test_the_recorded_commit_is_that_of_this_checkout(tmp_path, monkeypatch):
     def git(*arguments):
         subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=b", *arguments], check=True)
 
@@ -737,7 +737,7 @@ def test_folders_that_only_look_like_checkpoints_of_the_run_are_left_alone(inter
 
 
 @pytest.mark.parametrize("change", ["moved", "lost"])
-def test_the_best_checkpoint_is_looked_for_beside_the_one_to_go_on_from(scienceqa, tmp_path, monkeypatch, change):  # noqa: F811
+def test_the_best_checkpoint_is_searched_for_beside_the_one_to_resume_from(scienceqa, tmp_path, monkeypatch, change):  # noqa: F811
     flags = partial(tiny_flags, tmp_path, scienceqa[0], num_train_epochs=2, save_steps=2, **{**BEST, **SAVING})
     monkeypatch.setattr(get_task("scienceqa"), "score", score_like([3, 2, 1, 0, 0]))
     train.main(flags(tmp_path / "first", save_total_limit=5))
@@ -771,7 +771,7 @@ def terminate_at(step: int, rank: int):
     AnswerTrainer.training_step = training_step
 
 
-def test_a_run_that_was_terminated_is_not_taken_for_finished(scienceqa, tmp_path):  # noqa: F811
+def test_a_terminated_run_does_not_count_as_finished(scienceqa, tmp_path):  # noqa: F811
     values = {"enable_jit_checkpoint": True, "num_train_epochs": 4, **SAVING, "save_steps": 100}
     flags = partial(tiny_flags, tmp_path, scienceqa[0], **values)
     train.main(flags(tmp_path / "whole"))
@@ -785,7 +785,9 @@ def test_a_run_that_was_terminated_is_not_taken_for_finished(scienceqa, tmp_path
 # --- a full disk ---
 
 
-def test_a_full_disk_is_told_and_the_earlier_checkpoint_goes_on(interrupted, six_steps, monkeypatch, capsys):
+def test_a_full_disk_is_reported_and_the_run_resumes_from_the_earlier_checkpoint(
+    interrupted, six_steps, monkeypatch, capsys
+):
     flags, output = interrupted
     save = torch.save
 
@@ -804,7 +806,7 @@ def test_a_full_disk_is_told_and_the_earlier_checkpoint_goes_on(interrupted, six
     assert_same_adapters(six_steps[1] / "whole", output)
 
 
-def test_a_disk_that_is_really_full_leaves_the_earlier_checkpoints(six_steps, tmp_path):
+def test_a_really_full_disk_leaves_the_earlier_checkpoints(six_steps, tmp_path):
     flags, _ = six_steps
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -823,7 +825,7 @@ def test_a_disk_that_is_really_full_leaves_the_earlier_checkpoints(six_steps, tm
         subprocess.run(["umount", "--lazy", disk], check=True)  # also where an error holds a file open
 
 
-def test_a_disk_that_is_full_at_the_end_loses_no_adapters(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+def test_a_full_disk_at_the_end_loses_no_adapters(scienceqa, tmp_path, monkeypatch):  # noqa: F811
     write, output = adapters_dehvf.write_tensors, tmp_path / "output"
 
     def fail(tensors, file, *args, **kwargs):
@@ -847,7 +849,7 @@ def test_a_disk_that_is_full_at_the_end_loses_no_adapters(scienceqa, tmp_path, m
 # --- a loss that is no number ---
 
 
-def test_a_rate_that_is_far_too_large_ends_the_run_with_the_last_good_state(scienceqa, tmp_path):  # noqa: F811
+def test_a_diverging_run_ends_with_the_last_finite_state(scienceqa, tmp_path):  # noqa: F811
     """At 1e30 the first step's adapters are numbers, but what they give is not."""
     flags = {"learning_rate": 1e30, "warmup_steps": 0, "save_strategy": "no", "train_sampling_strategy": "sequential"}
     with pytest.raises(FloatingPointError) as error:
@@ -881,7 +883,7 @@ def spoil_loss(step: int, batch: int, rank: int, me: int):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [None, 2], ids=["DDP", "ZeRO-2"])
-def test_all_processes_stop_together_at_a_loss_of_one_of_them(scienceqa, tmp_path, stage):  # noqa: F811
+def test_all_processes_stop_if_the_loss_of_one_is_not_finite(scienceqa, tmp_path, stage):  # noqa: F811
     engine = {} if stage is None else {"deepspeed": zero(tmp_path, stage)}
     values = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "save_strategy": "no"}
     values |= {"num_train_epochs": 3, "train_sampling_strategy": "sequential", **engine}
@@ -894,7 +896,7 @@ def test_all_processes_stop_together_at_a_loss_of_one_of_them(scienceqa, tmp_pat
     assert read_manifest(tmp_path / "output" / "checkpoint-2")["processes"] == 2
 
 
-def test_a_gradient_that_is_no_number_ends_the_run_with_the_last_good_state(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+def test_a_gradient_that_is_not_finite_ends_the_run_with_the_last_finite_state(scienceqa, tmp_path, monkeypatch):  # noqa: F811
     """The loss is one."""
     begin = AnswerTrainer.training_step
 
@@ -912,7 +914,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_with_the_last_good_state(scie
     assert all(tensor.isfinite().all() for tensor in adapters(tmp_path / "output" / "checkpoint-2").values())
 
 
-def test_adapters_that_are_no_numbers_are_not_saved(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+def test_adapters_that_are_not_finite_are_not_saved(scienceqa, tmp_path, monkeypatch):  # noqa: F811
     """Gradients can be NaN where the loss is not."""
     step = torch.optim.AdamW.step
     steps = itertools.count(1)
@@ -950,7 +952,7 @@ def test_gradients_that_overflow_are_left_to_the_loss_scaler(scienceqa, tmp_path
 # --- reports ---
 
 
-def test_a_log_tells_speed_and_memory_and_tensorboard_gets_it(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+def test_speed_and_memory_are_logged_to_tensorboard_too(scienceqa, tmp_path, monkeypatch):  # noqa: F811
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.chdir(tmp_path)
@@ -993,7 +995,7 @@ def set_trackio_dir(folder: Path, rank: int):
     os.environ["TRACKIO_DIR"] = str(folder)  # read when trackio is imported
 
 
-def test_trackio_gets_what_a_run_logs(scienceqa, tmp_path):  # noqa: F811
+def test_trackio_gets_the_logs_of_a_run(scienceqa, tmp_path):  # noqa: F811
     flags = tiny_flags(tmp_path, scienceqa[0], tmp_path / "output", report_to="trackio", project="seeing", **SAVING)
     finish(tmp_path, flags, prepare=partial(set_trackio_dir, tmp_path / "trackio"))
     with sqlite3.connect(tmp_path / "trackio" / "seeing.db") as database:

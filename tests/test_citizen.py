@@ -377,7 +377,7 @@ def test_qlora_on_top_of_a_model_in_4_bits(saved):
     assert relative_error(logits_of(wrapped.merge_and_unload()), expected) < 0.4
 
 
-def test_bits_are_chosen_at_each_load_and_dequantizing_keeps_the_weights(saved, tmp_path):
+def test_quantization_is_chosen_at_each_load_and_dequantizing_keeps_the_weights(saved, tmp_path):
     model = load(saved, quantization_config=NF4)
     expected = logits_of(model)
     model.save_pretrained(tmp_path / "adapter")

@@ -776,7 +776,7 @@ def test_what_a_run_wrote_among_the_data_is_not_read(write, name, run, note, tmp
     assert printed.count("is not read") == bool(note), "one note for all files of a run"
 
 
-def test_a_folder_that_has_nothing_but_a_run_is_no_data(tmp_path):
+def test_a_folder_with_nothing_but_a_run_has_no_data(tmp_path):
     write_run(tmp_path / "run")
     with pytest.raises(ValueError, match="has no data that this task reads.*run is not read, since a run of train.py"):
         vqa.load("train", str(tmp_path))
@@ -831,7 +831,7 @@ def test_a_stream_without_a_column_of_images_must_be_meant(tmp_path):
     "splits, message",
     [({"all": ["?"]}, "has no split `train`. It has: all"), ({"test": []}, "has a split without rows")],
 )
-def test_a_data_set_without_rows_to_train_on_is_no_good_one(splits, message, tmp_path):
+def test_a_data_set_without_rows_to_train_on_is_a_fault(splits, message, tmp_path):
     rows = {name: Dataset.from_dict({"question": texts, "answer": texts}) for name, texts in splits.items()}
     DatasetDict(rows).save_to_disk(tmp_path)
     for read_it in (check, lambda path, **values: vqa.load("train", path, **values)):
@@ -919,7 +919,7 @@ MIXED = [
 
 @pytest.mark.parametrize("layout", ["jsonl", "parquet"])
 @pytest.mark.parametrize("row, other, columns", MIXED, ids=[columns for *_, columns in MIXED])
-def test_so_is_one_that_only_some_rows_have(row, other, columns, layout, tmp_path, capsys):
+def test_a_column_of_some_rows_that_is_probably_meant_is_named(row, other, columns, layout, tmp_path, capsys):
     write_image(tmp_path / "a.png")
     rows = [{"question": "?", "answer": "x", **values} for values in (row, other)]
     if layout == "jsonl":

@@ -122,7 +122,7 @@ def test_a_damaged_file_is_named_with_what_to_do(saved, broken, kind):
     ],
     ids=["nan", "infinite", "int32", "float64", "float8"],
 )
-def test_numbers_that_are_no_weights_are_refused(broken, value, message):
+def test_tensors_that_are_no_weights_are_refused(broken, value, message):
     tensors = load_file(broken / "model.safetensors")
     save_file({**tensors, "model.memory_slots.key": value}, broken / "model.safetensors")
     with pytest.raises(ValueError, match=message):
@@ -178,7 +178,7 @@ def test_a_visual_memory_that_does_not_fit_is_refused(saved, tmp_path):
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
 )
-def test_a_config_that_no_adapter_has_is_refused(broken, change, message):
+def test_an_invalid_config_is_refused(broken, change, message):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):

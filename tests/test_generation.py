@@ -89,7 +89,7 @@ def test_the_encoder_runs_once_per_image(mode):
 
 
 @modes
-def test_memory_stands_in_for_pixels(mode):
+def test_memory_replaces_pixels(mode):
     model = tiny_model()
     inputs = tiny_inputs(2)
     expected = generate(model, inputs, **mode)
@@ -179,7 +179,7 @@ def test_saved_memory_is_taken_where_the_bases_have_another_precision(dtype, tmp
     assert torch.equal(second.load_visual_memory(tmp_path / "memory.safetensors"), memory)
 
 
-def test_what_is_no_visual_memory_is_not_saved(tmp_path):
+def test_only_visual_memory_is_saved_as_such(tmp_path):
     with pytest.raises(ValueError, match="`visual_memory` has the shape"):
         tiny_model().save_visual_memory(torch.zeros(1, 2, 3), tmp_path / "memory.safetensors")
     with pytest.raises(ValueError, match="has the dtype torch.float64. Convert it to one of"):
@@ -204,7 +204,7 @@ def test_a_question_that_the_fuser_reads_is_the_same_in_a_batch_and_alone():
     assert torch.equal(generate(model, whole)[:, -8:], expected)
 
 
-def test_text_alone_generates():
+def test_text_without_an_image_generates():
     model = tiny_model()
     inputs = tiny_inputs(2)
     del inputs["pixel_values"]
@@ -248,7 +248,7 @@ def test_assisted_decoding_gives_the_same_tokens(assistant):
 
 
 @pytest.mark.parametrize("text_type", ["bamba", "falcon_h1", "olmo_hybrid", "qwen3_5_text", "recurrent_gemma"])
-def test_assisted_decoding_is_refused_where_the_state_cannot_be_taken_back(text_type):
+def test_assisted_decoding_is_refused_if_the_state_cannot_be_rolled_back(text_type):
     config = DehvfConfig(text_config=text_config(text_type), vision_config=tiny_config().vision_config, **DEHVF_SIZES)
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         DehvfForConditionalGeneration(config).generate(**tiny_inputs(1), prompt_lookup_num_tokens=2)
@@ -293,7 +293,7 @@ def test_calls_that_would_use_another_adapter_than_the_given_one_are_refused():
         model.generate_batch(inputs["input_ids"].tolist())
 
 
-def test_disabled_adapters_generate_without_looking():
+def test_disabled_adapters_generate_without_encoding_images():
     model = tiny_model()
     batch, _ = mixed_batch()
     with model.disable_adapter():

@@ -360,7 +360,7 @@ def requests_after(hub, mark: str = "end", next_mark: str | None = None) -> list
     return hub.requests[paths.index(f"/mark/{mark}") : next_mark and paths.index(f"/mark/{next_mark}")]
 
 
-def test_a_reader_gets_the_logits_of_the_author_and_may_save_again(loaded):
+def test_a_pushed_adapter_gives_the_same_logits_and_can_be_saved_again(loaded):
     seen = read_json(loaded / "seen.json")
     assert [what for what in seen if what.startswith("equal") and seen[what]] == LOGITS
     assert sorted(path.name for path in (loaded / "private").iterdir()) == [n for n in PUSHED if n != "README.md"]
@@ -403,13 +403,13 @@ def test_a_base_model_that_cannot_be_read_is_named_with_what_to_do(loaded, name,
         assert f"{expected} Client Error" in message and ("Cannot access gated repo" in message) == (name == "gated")
 
 
-def test_a_server_that_stays_away_is_a_clear_error(loaded):
+def test_an_unreachable_server_is_a_clear_error(loaded):
     message = read_json(loaded / "seen.json")["broken"]
     assert message.startswith("The language model org/broken, which the adapter needs, could not be loaded: ")
     assert "try again" in message and "Server disconnected" in message
 
 
-def test_afterwards_all_works_offline(hub, pushed, loaded):
+def test_everything_works_offline_after_the_first_load(hub, pushed, loaded):
     before = len(hub.requests)
     code = """
         import sys, pathlib

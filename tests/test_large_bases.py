@@ -120,7 +120,7 @@ def test_an_evaluation_leaves_the_gradients_in_4_bits_as_they_were(saved):
         assert torch.equal(gradient, expected[name]), name
 
 
-def test_bitsandbytes_is_named_where_it_lacks(saved, monkeypatch):
+def test_a_missing_bitsandbytes_is_named(saved, monkeypatch):
     monkeypatch.setattr(quantizer_bnb_4bit, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(ImportError, match="pip install -U bitsandbytes"):
         load(saved[0], quantization_config=NF4)

@@ -262,7 +262,7 @@ def test_bases_can_be_taken_from_elsewhere(saved, tmp_path):
     assert all(torch.equal(tensor, adapters[name]) for name, tensor in model.adapter_state_dict().items())
 
 
-def test_a_base_from_elsewhere_that_the_saved_config_does_not_name_is_told(saved, tmp_path, monkeypatch):
+def test_saving_with_a_base_that_the_config_does_not_name_warns(saved, tmp_path, monkeypatch):
     messages = []
     monkeypatch.setattr(dehvf.adapters.logger, "warning_once", messages.append)
     other = save_tiny_bases(tmp_path, seed=1)[1]
@@ -386,7 +386,7 @@ def test_a_base_model_of_another_shape_is_refused(broken, name, value):
         AutoModel.from_pretrained(broken / "adapter", trust_remote_code=True)
 
 
-def test_what_is_not_there_is_named(broken, tmp_path):
+def test_missing_files_are_named(broken, tmp_path):
     def load(folder, **options):
         return AutoModel.from_pretrained(folder, trust_remote_code=True, **options)
 
@@ -498,7 +498,7 @@ def model_on_new_bases(folder, seed: int = 0):
     return DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **DEHVF_SIZES)
 
 
-def test_a_processor_of_ones_own_goes_with_the_adapters(tmp_path):
+def test_a_custom_processor_is_saved_with_the_adapters(tmp_path):
     model = model_on_new_bases(tmp_path)
     model.save_pretrained(tmp_path / "first")
     processor = AutoProcessor.from_pretrained(tmp_path / "first", trust_remote_code=True)
@@ -651,7 +651,7 @@ def run_in_terminal(folder, *command) -> str:
     return printed.decode()
 
 
-def test_nothing_is_asked_in_a_terminal(saved, scienceqa, tmp_path):  # noqa: F811
+def test_nothing_asks_for_confirmation_in_a_terminal(saved, scienceqa, tmp_path):  # noqa: F811
     flags = tiny_flags(tmp_path, scienceqa[0], tmp_path / "run", adapter=tmp_path / "again", max_steps=1)
     code = f"""if True:
         import sys
@@ -843,7 +843,7 @@ def test_an_adapter_that_is_not_finite_replaces_none(tmp_path):
     assert not (tmp_path / "memory").exists()
 
 
-def test_a_processor_of_ones_own_is_found_from_another_folder_or_missed(tmp_path, monkeypatch):
+def test_a_custom_processor_is_found_from_another_folder_or_named_as_missing(tmp_path, monkeypatch):
     model, messages = model_on_new_bases(tmp_path), []
     model.save_pretrained(tmp_path / "first")
     processor = DehvfProcessor.from_pretrained(tmp_path / "first", image_fit="pad")
@@ -861,7 +861,7 @@ def test_a_processor_of_ones_own_is_found_from_another_folder_or_missed(tmp_path
     ] == [True]
 
 
-def test_a_misspelt_argument_is_named_with_its_neighbour(saved):
+def test_a_misspelt_argument_is_named_with_a_similar_one(saved):
     vision, text = saved / "vision", saved / "text"
     calls = {
         "`memory_scal` .* Did you mean `memory_scale`": lambda: AutoModel.from_pretrained(

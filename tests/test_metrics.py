@@ -46,7 +46,7 @@ def test_the_nine_columns_count_their_own_questions():
     }
 
 
-def test_another_grade_counts_in_neither_column_of_grades():
+def test_another_grade_counts_in_no_grade_column():
     references = [reference(0, grade=grade) for grade in ("kindergarten", "grade13", "grade6")]
     scores = metric("scienceqa").compute(predictions=[" A", " A", " B"], references=references)
     assert (scores["G1-6"], scores["G7-12"], scores["average"]) == (0, None, pytest.approx(200 / 3))
@@ -128,7 +128,7 @@ def test_an_empty_caption_or_a_line_break_in_one_shifts_no_other(caption):
     assert scores == plain and scores["BLEU-1"] > 50
 
 
-def test_a_java_that_does_nothing_is_named(tmp_path, monkeypatch):
+def test_a_java_that_does_not_run_is_named(tmp_path, monkeypatch):
     (tmp_path / "java").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -220,7 +220,7 @@ MODALITY_EMBEDDING, LAST_ADAPTER, ALL_ADAPTERS = 2 * 4096, 2 * 12 * 1024, 24 * 2
         ({"visual_prompts": "values"}, 4_163_783, MODALITY_EMBEDDING, "4.17"),
     ],
 )
-def test_with_what_nothing_uses_the_counts_are_those_of_the_papers_table_4(values, count, unused, paper):
+def test_with_unused_parameters_the_counts_are_those_of_the_papers_table_4(values, count, unused, paper):
     assert sum(ledger(DehvfConfig(**values)).values()) == count
     assert f"{(count + unused) / 1e6:.2f}" == paper
 
@@ -324,7 +324,7 @@ def test_gradients_of_both_ways_of_reading_equal_the_slow_reference(ablation, fo
 
 
 @forms
-def test_gradients_on_bases_in_bfloat16_are_as_good_as_those_of_the_slow_reference(form):
+def test_gradients_on_bases_in_bfloat16_are_as_exact_as_those_of_the_slow_reference(form):
     """Beside those of the same numbers in fp32: to 2e-2, or where bf16 costs the reference more, 1.25 times that."""
     model, inputs = tiny_model(memory_form=form), tiny_inputs(2)
     for base in (model.model.vision_tower, model.model.language_model, model.lm_head):
@@ -637,7 +637,7 @@ def test_no_image_is_the_same_as_an_absent_one():
 
 
 @pytest.mark.parametrize("present", [True, False])
-def test_pixels_of_an_absent_image_are_not_looked_at(present):
+def test_pixels_of_an_absent_image_are_not_read(present):
     model = tiny_model()
     inputs = tiny_inputs()
     inputs["pixel_values"][1 if present else slice(None)] = float("nan")
@@ -647,7 +647,7 @@ def test_pixels_of_an_absent_image_are_not_looked_at(present):
     assert all(tensor.isfinite().all() for tensor in (outputs.logits, *gradients))
 
 
-def test_a_memory_that_is_masked_out_is_not_looked_at():
+def test_a_masked_memory_is_not_read():
     model, inputs = tiny_model().eval(), tiny_inputs()
     visual_memory = model.get_image_features(inputs.pop("pixel_values")).pooler_output
     mask = torch.tensor([False, *[True] * (len(visual_memory) - 1)])

@@ -77,7 +77,7 @@ def test_one_text_is_a_batch_and_several_are_padded_on_the_left():
     assert tiny_processor()(text="a", text_kwargs={"add_special_tokens": False})["input_ids"] == [[4]]
 
 
-def test_bos_stands_once_however_the_text_comes():
+def test_bos_occurs_once_for_every_kind_of_input():
     processor, message = tiny_processor(), [{"role": "user", "content": "abc"}]
     rendered = processor.apply_chat_template(message, add_generation_prompt=True)
     assert rendered == "<s>abc\nResponse:"
@@ -132,13 +132,13 @@ def test_an_image_marker_of_llava_is_removed(text, expected):
 
 
 @pytest.mark.parametrize("text", [{"role": "user"}, {"a", "b"}, [], ["a", None]])
-def test_what_is_no_list_of_texts_is_refused(text):
+def test_a_value_that_is_no_list_of_texts_is_refused(text):
     with pytest.raises(ValueError, match="Give a text, or a list of at least one text"):
         tiny_processor()(text=text)
 
 
 @pytest.mark.parametrize("where", ["argument", "text_kwargs"])
-def test_a_tokenizer_that_appends_eos_gives_the_length_that_was_asked_for(where):
+def test_a_tokenizer_that_appends_eos_gives_the_requested_length(where):
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
@@ -293,7 +293,7 @@ def test_a_tokenizer_without_padding_token_gets_one():
 # --- images and texts ---
 
 
-def test_a_mixed_batch_marks_who_has_an_image():
+def test_a_mixed_batch_marks_the_samples_with_images():
     inputs = tiny_processor()(images=[image(), None, [image("blue")]], text=["abc", "a", "ab"], return_tensors="pt")
     assert inputs["pixel_values"].shape == (3, 3, IMAGE_SIZE, IMAGE_SIZE)
     assert inputs["image_mask"].tolist() == [True, False, True]
@@ -578,7 +578,7 @@ def png_of(width: int, height: int) -> bytes:
         ("nowhere.png", "nowhere.png cannot be read: there is no such file, and it is neither"),
     ],
 )
-def test_what_is_no_image_is_refused_in_one_line(entry, message):
+def test_a_value_that_is_no_image_is_refused_in_one_line(entry, message):
     with pytest.raises(ValueError, match=f"^The image .*{message}.*Replace it") as error:
         pixels_of([entry])
     assert len(str(error.value).splitlines()) == 1
@@ -602,7 +602,7 @@ def test_the_limit_of_pixels_can_be_raised_or_removed(monkeypatch):
         ("pad", [1] * 4 + [0] * 12, [0.5] * 4 + [0.25] * 8 + [0.5] * 4),
     ],
 )
-def test_an_image_that_is_not_square_is_fitted_as_asked_also_after_saving(image_fit, columns, rows, tmp_path):
+def test_image_fit_applies_to_images_that_are_not_square_also_after_saving(image_fit, columns, rows, tmp_path):
     """A picture of 64 x 32 pixels, white up to a quarter of its width or, where the sides are cut off, to a half."""
     white = 32 if image_fit in (None, "crop") else 16
     pixels = np.zeros((32, 64, 3), dtype=np.uint8)
@@ -627,7 +627,7 @@ def test_images_of_every_shape_are_fitted(image_fit, size):
 
 
 @pytest.mark.parametrize("text", [[], [None], [("a", "b")]])
-def test_what_is_no_text_is_refused(text):
+def test_a_value_that_is_no_text_is_refused(text):
     with pytest.raises(ValueError, match="`text` is .* Give a text, or a list of at least one text"):
         tiny_processor()(text=text)
 

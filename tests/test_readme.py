@@ -62,7 +62,7 @@ def main_job() -> str:
 
 
 @pytest.mark.slow
-def test_the_main_job_scores_every_question_and_sees(main_job):
+def test_the_main_job_scores_every_question_and_reads_the_images(main_job):
     scores, fusion = results("digits")["scores"], results("digits")["fusion"]
     assert scores["count"] == 1000 and scores["unparsed"] < 1
     assert scores["IMG"] >= 90, scores
@@ -73,7 +73,7 @@ def test_the_main_job_scores_every_question_and_sees(main_job):
 
 
 @pytest.mark.slow
-def test_the_lines_that_it_ends_with_answer_a_question_about_an_image(main_job):
+def test_the_code_that_it_prints_answers_a_question_about_an_image(main_job):
     code = main_job[main_job.index("from PIL import Image") :]
     assert re.search(r"Response: The answer is [ABCD]\.$", run("python", "-c", code).strip())
 

@@ -253,7 +253,7 @@ def test_a_registered_class_is_loaded_with_its_remote_code_and_takes_images(adap
 
 
 def command(monkeypatch, *flags):
-    """Runs the command up to the point where it would listen. Returns what uvicorn was told."""
+    """Runs the command up to the point where it would listen. Returns the arguments of uvicorn."""
     served = []
 
     def run(self, **kwargs):
@@ -548,7 +548,7 @@ def test_name_servers_that_hang_delay_requests_for_their_hosts_only(monkeypatch)
         released.set()
 
 
-def test_a_fault_without_words_is_named(reader, image_host, monkeypatch):
+def test_an_exception_without_a_message_is_named(reader, image_host, monkeypatch):
     async def hang_up(self, *args, **kwargs):  # as the client says it where a host hangs up before TLS is agreed on
         raise httpx.ConnectError("")
 
@@ -588,7 +588,7 @@ def noisy(*size: int) -> bytes:
         (b"", "its 0 bytes are not a PNG"),
     ],
 )
-def test_what_is_no_image_of_allowed_size_is_refused(data, words, reader):
+def test_images_of_other_sizes_are_refused(data, words, reader):
     with pytest.raises(RequestError, match=re.escape(words)):
         reader.decode(data)
 
@@ -881,7 +881,7 @@ def call(guard, body: bytes = b"", more=()):
     return go()
 
 
-def test_requests_beyond_the_limit_are_told_to_come_later():
+def test_requests_beyond_the_limit_get_429():
     async def check():
         released = asyncio.Event()
 
@@ -1132,7 +1132,7 @@ def test_an_answer_ends_with_the_time_of_the_generation_config(stream, server, m
     assert texts == dict.fromkeys(range(2), server.expected(PICTURE, num_tokens=1))
 
 
-def test_answers_are_sampled_as_asked(server):
+def test_sampling_parameters_are_applied(server):
     def answers(num=3, **options):
         return {server.ask(PICTURE, **options).choices[0].message.content for _ in range(num)}
 
@@ -1199,7 +1199,7 @@ def test_likelihoods_of_tokens_are_those_of_the_model(stream, options, num_token
     assert server.ask(PICTURE).choices[0].logprobs is None
 
 
-def test_parts_of_a_character_are_told_together():
+def test_parts_of_a_character_are_sent_together():
     """Here a token is a byte, and the character has two."""
 
     class Bytes:
@@ -1377,7 +1377,7 @@ def test_a_fault_of_a_client_is_an_error_in_words(options, words, stream, server
         ({"extra_body": {"n": 2}}, "`n` is 2, but this server does not know this field"),
     ],
 )
-def test_so_is_one_in_responses(options, words, server):
+def test_a_fault_of_a_client_is_an_error_in_responses_too(options, words, server):
     with pytest.raises(openai.BadRequestError) as refused:
         server.client.responses.create(**{"model": server.adapter, "input": "a", **options})
     assert words in refused.value.body["message"]
@@ -1392,7 +1392,7 @@ def test_so_is_one_in_responses(options, words, server):
         b'{"messages": [{"role": "user", "content": [{"type": "\\ud800"}]}]}',
     ],
 )
-def test_so_is_what_is_no_json_object(body, server):
+def test_a_body_that_is_no_json_object_is_an_error_in_words(body, server):
     for path in ("/v1/chat/completions", "/v1/responses"):
         response = httpx.post(server.url + path, content=body, headers={"Content-Type": "application/json"})
         assert response.status_code == 400 and response.json()["error"]["message"], body
@@ -1422,7 +1422,7 @@ def test_small_images_are_read(size, server):
     assert server.ask(Image.new("RGB", size, "red")).choices[0].message.content
 
 
-def test_values_that_ask_for_nothing_else_are_taken(server):
+def test_values_that_equal_the_default_are_accepted(server):
     options = {"n": 1, "logprobs": False, "frequency_penalty": 0.0, "presence_penalty": 0, "tool_choice": "none"}
     options |= {
         "response_format": {"type": "text"},
@@ -1687,7 +1687,7 @@ def test_a_tokenizer_is_used_by_one_thread_at_a_time(server, monkeypatch):
     assert numbers == [1, 1, 1, 1]
 
 
-def test_an_image_that_hangs_stalls_nobody(server, image_host):
+def test_a_slow_image_host_delays_no_other_request(server, image_host):
     with ThreadPoolExecutor(2) as clients:
         image_host.seen.clear()
         hanging = [clients.submit(server.ask, f"http://{image_host.name}/hang") for _ in range(2)]
@@ -1728,7 +1728,7 @@ def test_an_answer_whose_client_left_is_not_finished(stream, server, monkeypatch
 
 
 @pytest.mark.slow
-def test_sigterm_finishes_what_was_asked(adapter, tmp_path):
+def test_sigterm_finishes_running_requests(adapter, tmp_path):
     """In a process of its own, with a Hub cache that does not exist, and with models that are listed all the same."""
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -130,7 +130,7 @@ def test_half_of_digits_is_text_and_the_rest_needs_the_image(rows):
             assert ((images == with_image) & (hints == with_hint)).sum() > 20
 
 
-def test_digits_teaches_what_there_is_before_what_follows_from_it():
+def test_digits_orders_questions_by_difficulty():
     skills = [skill for skill in digits.load("train", max_samples=2000)["skill"] if skill in digits.PICTURE_SKILLS]
     assert {"digit present", "colour present", "place present"} == set(skills[:100])
     assert {"count", "sum", "place by digit"} <= set(skills[-300:])
@@ -638,7 +638,7 @@ def test_images_are_looked_for_from_their_file_and_not_opened(tmp_path):
 @pytest.mark.parametrize(
     "spoil", [lambda file: file.write_text("no image"), lambda file: file.unlink()], ids=["broken", "missing"]
 )
-def test_an_image_that_is_no_good_ends_no_loading(spoil, original, coco, tmp_path):
+def test_an_unreadable_image_does_not_stop_loading(spoil, original, coco, tmp_path):
     write_image(tmp_path / "own.png")
     write_lines(tmp_path / "test.jsonl", [{**FREE, "image": "own.png"}])
     for file in [*original.glob("images/*/*/*"), *coco.glob("*/*"), tmp_path / "own.png"]:

@@ -98,7 +98,7 @@ def count_differences(requests, alone, num_requests: int) -> int:
         pytest.param(True, 2000, id="2,000 requests", marks=pytest.mark.extended),
     ],
 )
-def test_no_request_meets_another_one(model, adapters_change, num_requests):
+def test_concurrent_requests_do_not_affect_each_other(model, adapters_change, num_requests):
     requests = make_requests(model)
     alone = [request() for request in requests]
     assert len({tuple(tensor.flatten().tolist()) for tensor in alone}) > len(alone) / 3, "requests do differ"

@@ -660,7 +660,7 @@ def test_saved_adapters_are_evaluated_on_their_own_bases_unless_others_are_given
         train.main([word for pair in given.items() for word in pair])
 
 
-def test_a_result_tells_how_it_was_made(trained):
+def test_results_record_how_they_were_made(trained):
     results = json.loads((trained[1] / "results.json").read_text())
     assert (
         {"NAT", "average", "unparsed", "count"} <= results["scores"].keys() == results["scores_by_likelihood"].keys()
@@ -707,7 +707,7 @@ def test_the_best_checkpoint_is_that_of_the_tasks_score(scienceqa, tmp_path):
     assert state["best_metric"] is not None and "eval_average" in state["log_history"][-1]
 
 
-def test_a_run_goes_on_from_the_checkpoint_that_is_named(scienceqa, tmp_path):
+def test_a_run_resumes_from_the_given_checkpoint(scienceqa, tmp_path):
     flags = {"save_strategy": "epoch", "num_train_epochs": 2, "logging_steps": 1}
     train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "whole", **flags))
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
