@@ -116,7 +116,8 @@ def pushed(hub, tmp_path_factory):
         HfApi().create_repo("org/dehvf-described")
         HfApi().upload_file(repo_id="org/dehvf-described", path_or_fileobj="own.md", path_in_repo="README.md")
         push(model, "dehvf-described")
-        push(model, "dehvf-branch", revision="dev", tags=["digits"])
+        for tags in (["digits"], ["more"], None):
+            push(model, "dehvf-branch", revision="dev", tags=tags)
         try:
             model.push_to_hub("org/dehvf-typo", comit_message="Oh")
         except TypeError as error:
@@ -146,6 +147,7 @@ def pushed(hub, tmp_path_factory):
             changed.lm_head.weight.mul_(2)
         changed.push_to_hub("org/dehvf-changed", merge_base=True)
         model.push_to_hub("org/dehvf-changed")
+        make_model(*first).push_to_hub("org/dehvf-whole", merge_base=True)
         model.save_pretrained("merged", merge_base=True)
         logits["dehvf-merged"] = logits["dehvf-tiny"]
         push_folder("dehvf-merged", "merged")
@@ -284,8 +286,9 @@ def test_a_push_to_a_branch_leaves_main_alone(hub, pushed):
     repository = hub.repositories["org/dehvf-branch"]
     files = repository.commits[repository.branches["dev"]]
     assert sorted(files) == sorted([".gitattributes", *PUSHED]) and not hub.files("org/dehvf-branch")
-    tags = yaml.safe_load(hub.contents[files["README.md"]].decode().split("---")[1])["tags"]
-    assert tags == ["dehvf", "adapter", "vision-language", "digits"]
+    _, head, body = hub.contents[files["README.md"]].decode().split("---\n", 2)
+    assert yaml.safe_load(head)["tags"] == ["dehvf", "adapter", "vision-language", "digits", "more"]
+    assert 'revision = "dev"' in body
 
 
 def test_a_processor_is_pushed_alone_and_leaves_the_card(hub, pushed):
@@ -300,6 +303,9 @@ def test_a_push_keeps_the_processor_and_merged_bases_of_the_repository(hub, push
     assert json.loads(hub.read("org/dehvf-again", "processor_config.json"))["image_fit"] == "pad"
     assert json.loads(hub.read("org/dehvf-again", "config.json"))["merged_base"] is True
     assert "text_model/config.json" in hub.files("org/dehvf-again")
+    # Neither needs the base models of other repositories, and the second has none there
+    for name in ("again", "whole"):
+        assert dehvf.hub.BASES_HERE in read_card(hub, f"org/dehvf-{name}")[1]
 
 
 def test_a_push_does_not_combine_an_adapter_with_other_merged_bases(hub, pushed):

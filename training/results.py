@@ -238,7 +238,7 @@ def open_repository(training_args) -> str | None:
 def push(folder: Path, repo_id: str, training_args):
     """Pushes the adapters, the card and the results of a complete run in one commit."""
     results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-    write_card(folder, repo_id.split("/")[-1], results, hub.example_code(repo_id))
+    write_card(folder, repo_id.split("/")[-1], results, hub.example_code(repo_id, training_args.hub_revision))
     try:
         commit = upload_folder(
             repo_id=repo_id,
