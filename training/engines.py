@@ -55,6 +55,9 @@ def start_engine(training_args):
     if training_args.deepspeed_plugin is not None:
         import deepspeed
 
+        # DeepSpeed clips the gradients itself, and transformers only fills in values that are "auto"
+        config = training_args.deepspeed_plugin.hf_ds_config.config
+        config.setdefault("gradient_clipping", training_args.max_grad_norm)
         if "RANK" not in os.environ:
             # `accelerate launch` only sets these for several processes. Without them DeepSpeed requires MPI
             addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
