@@ -190,7 +190,8 @@ def test_a_method_sets_its_switch():
         (["--save_total_limit", "3"], "`--save_total_limit` has no effect without `--save_strategy steps` or"),
         (["--optim", "sgd", "--optim_args", "momentum=abc"], "`momentum` must be a number"),
         (["--streaming", "true"], "needs `--max_steps`"),
-        (["--adapter", "x", "--method", "lavin"], "`--method` was given, but `--adapter x`"),
+        (["--adapter", "x", "--method", "memvp"], "`--method` was given, but `--adapter x`"),
+        (["--adapter", "x", "--method", "lavin", "--chat_template", "plain"], "`--chat_template` was given, but"),
         (["--adapter", "x", "--visual_prompts", "none"], "`--visual_prompts` was given, but `--adapter x`"),
         (["--learning_rate", "1", "--base_learning_rate", "1"], "Remove one of them"),
         (["--early_stopping_patience", "2"], "needs `--load_best_model_at_end true`.*--eval_strategy"),
@@ -637,6 +638,28 @@ def test_saved_adapters_are_evaluated_as_they_were(trained, tmp_path):
     before, after = (json.loads((path / "results.json").read_text()) for path in (folder, tmp_path / "again"))
     assert before["scores"] == after["scores"] and before["adapter_sha256"] == after["adapter_sha256"]
     assert after["adapter"] == str(folder) and "train_seconds" not in after
+
+
+def test_a_baseline_whose_evaluation_failed_is_evaluated_from_its_folder(scienceqa, tmp_path, monkeypatch):
+    flags = {"method": "llava-lora", "image_size": 8, "lora_rank": 2}
+    train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "whole", **flags))
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerTrainer, "prediction_step", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as raised:
+            train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "failed", **flags))
+    adapter = {"adapter": tmp_path / "failed", "num_train_epochs": 0}
+    assert f"give `--adapter {tmp_path / 'failed'} --num_train_epochs 0`" in raised.value.__notes__[0]
+    train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "again", **flags, **adapter))
+    assert read_predictions(tmp_path / "again") == read_predictions(tmp_path / "whole")
+    for others, message in (
+        ({"lora_rank": 4}, "was saved with `lora_rank=2`, but this model has `lora_rank=4`"),
+        ({"lora_alpha": 32}, "was saved with `lora_alpha=16"),
+        ({"image_size": 16}, "was saved with `image_size=8`"),
+        ({"method": "dehvf"}, "has the baseline llava-lora. Give also `--method llava-lora`"),
+    ):
+        values = {**others, **adapter} if "method" in others else {**flags, **others, **adapter}
+        with pytest.raises(ValueError, match=message):
+            train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "other", **values))
 
 
 def test_bases_that_were_known_by_their_folders_can_be_given_their_ids(trained, tmp_path):

@@ -96,8 +96,8 @@ class ModelArguments:
     )
     adapter: str | None = HfArg(
         default=None,
-        help="Hub id or folder of DEHVF adapters to start from, with their config. Use --num_train_epochs 0 to "
-        "evaluate them without training.",
+        help="Hub id or folder of DEHVF adapters to start from, with their config, or folder of the baseline that "
+        "--method names. Use --num_train_epochs 0 to evaluate them without training.",
     )
     adapter_revision: str | None = HfArg(default=None, help="Commit of the adapters.")
     vision_model: str | None = HfArg(
@@ -290,7 +290,7 @@ def parse_arguments(arguments: list[str]):
             raise ValueError(f"`{flag}` takes no value. Remove {extra}.")
         raise ValueError(f"`{flag}` takes one value. Remove {extra}, or put a value with spaces in quotes.")
     _, model_args, adapter_args, _, _ = parsed
-    if model_args.adapter is not None:
+    if model_args.adapter is not None and model_args.method not in BASELINES:
         # The config of the adapters contains their bases. The bases in a recipe are for new adapters, or for adapters
         # that the recipe names
         named = flags if "adapter" in flags else {**values, **flags}
@@ -446,7 +446,9 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
         values = {*vars(adapter_args), "chat_template", "image_fit"}
         if adapter_args.max_images > 1:  # the only value that may be increased
             values -= {"max_images"}
-        own = ["method"] if method != "dehvf" else sorted(given & values)
+        if is_baseline:  # whose config is not read, but compared
+            values -= {"image_size"}
+        own = ["method"] if method in DEHVF_METHODS and method != "dehvf" else sorted(given & values)
         if own:
             raise ValueError(
                 f"`--{own[0]}` was given, but `--adapter {model_args.adapter}` already defines it. Remove one."

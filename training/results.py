@@ -45,7 +45,15 @@ def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, mo
     trainer.save_model()
     trainer.compute_metrics = None  # it is for the validation split
     trainer.fusion.figures()  # discards the statistics of training
-    output = trainer.predict(split)
+    try:
+        output = trainer.predict(split)
+    except Exception as error:
+        error.add_note(
+            f"The adapters are complete in {folder}. To evaluate them without training again, give `--adapter "
+            f"{folder} --num_train_epochs 0`, another `--output_dir` and the flags of the data (for a baseline also "
+            "its `--method`, bases and sizes), perhaps with a smaller `--per_device_eval_batch_size`."
+        )
+        raise
     facts |= {"fusion": trainer.fusion.figures()}
     if training_args.process_index == 0:
         # Before scoring, so that an error in it loses no answers: `python -m tasks score` repeats the scoring
