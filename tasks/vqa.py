@@ -163,7 +163,7 @@ def prompt(row: dict, context: str) -> str:
 
 def answer(row: dict) -> str:
     if row.get("choices"):
-        return scienceqa.answer({"answer": row["choices"].index(row["answer"])})
+        return scienceqa.answer_of(row["choices"].index(row["answer"]))
     answer = row["answer"].strip()
     return f"The answer is {answer.removesuffix('.') or answer}."
 

@@ -184,6 +184,20 @@ def test_prompt_and_answer_are_the_papers():
     assert scienceqa.options(ROW) == [" A", " B"]
 
 
+@pytest.mark.parametrize(
+    "facts, message",
+    [
+        *(({"answer": answer}, "`answer` is .*, 0 to 1. Rows .* hidden") for answer in (-1, 2, "B", None, 0.0, True)),
+        *(({"choices": choices}, "`choices` has .* 2 to 26") for choices in ([], ["so"], ["so"] * 27)),
+        *(({"choices": choices}, "`choices` is .* list of texts") for choices in (None, "so", [1, 2])),
+        ({"question": None}, "no `question`"),
+    ],
+)
+def test_a_row_of_scienceqa_without_a_right_choice_is_refused(facts, message):
+    with pytest.raises(ValueError, match=message):
+        scienceqa.answer({**ROW, **facts})
+
+
 def scienceqa_problem(**facts):
     text = {name: name for name in "hint task subject topic category skill lecture solution".split()}
     return {**text, "question": "Why?", "choices": ["so", "not so"], "answer": 1, "grade": "grade3", **facts}
