@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import (
@@ -46,6 +47,7 @@ from training.data import Collator, Split, StreamedSplit, read_image
 from training.encoding import RowEncoder
 from training.flags import DEFAULT_RECIPE, HELP_FILE, argument_names, argument_types, read_recipe, recipes, show_help
 from training.models import load_processor
+from training.results import write_card
 from training.trainer import AnswerTrainer
 
 
@@ -692,6 +694,29 @@ def test_results_record_how_they_were_made(trained):
     assert all(results[name] is not None for name in known)
     assert {"data_path", "adapter_revision", "vision_model_revision", "text_model_revision"} <= results.keys()
     assert results["method"] == "dehvf" and results["shortened_prompts"] == {"train": 0, "test": 0}
+
+
+@pytest.mark.parametrize(
+    "changed, split",
+    [
+        ({}, "test"),
+        ({"task": "vqav2"}, "validation"),
+        ({"max_samples": 5}, None),
+        ({"task": "vqa", "data_path": "org/data", "holdout": 0.1}, None),
+        ({"task": "digits", "max_samples": 5}, "test"),
+    ],
+    ids=["scienceqa", "vqav2", "its first rows", "rows of the train split", "made at run time"],
+)
+def test_the_card_claims_a_result_on_a_published_split_only_for_all_its_rows(trained, changed, split):
+    results = json.loads((trained[1] / "results.json").read_text())
+    assert [results[name] for name in ("max_samples", "only_images", "max_prompt_length")] == [None, False, 512]
+    write_card(trained[1], "name", {**results, **changed}, None)
+    found = ModelCard.load(trained[1] / "README.md").data.eval_results
+    assert [result.dataset_split for result in found or ()] == ([split] if split else [])
+    is_published = split is not None and changed.get("task") != "digits"
+    assert [path.stem for path in trained[1].glob(".eval_results/*")] == (
+        [changed.get("task", "scienceqa")] if is_published else []
+    )
 
 
 def test_the_most_likely_option_is_that_of_the_models_logits(trained):
