@@ -517,6 +517,14 @@ def test_workers_need_not_be_forked(scienceqa, monkeypatch, streaming):
             {},
             r"lacks the columns \['hint'\]",
         ),
+        *(
+            (
+                {"load": lambda *_, name=name, **__: make_rows().add_column(name, ["one"] * 6)},
+                {},
+                f"train split of `scienceqa` has the column `{name}`.* Rename it",
+            )
+            for name in ("index", "prediction", "cut", "expected", "choice", "has_image")
+        ),
         ({"answer": lambda row: ""}, {}, "Row 0 of the train split: it has no answer to learn"),
         (
             {"options": lambda row: ["one", "one"]},
@@ -525,7 +533,6 @@ def test_workers_need_not_be_forked(scienceqa, monkeypatch, streaming):
         ),
         ({}, {"max_prompt_length": 10}, "Row 0 of the train split.*`max_prompt_length=10`.*never shortened"),
     ],
-    ids=["no rows", "a column is missing", "no answer", "options alike", "too long"],
 )
 def test_rows_that_cannot_be_learned_are_refused(scienceqa, monkeypatch, replaced, values, message):
     for name, function in replaced.items():

@@ -23,7 +23,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers.utils import logging
 
-from tasks import NAMES, get_task
+from tasks import ADDED_COLUMNS, NAMES, get_task
 from tasks._reader import filter_rows
 from tasks._values import IMAGE_FEATURES, list_images, read_image
 from training.encoding import RowEncoder
@@ -37,7 +37,13 @@ logger = logging.get_logger("train")
 
 
 def load_rows(task, name: str, arguments):
-    """Rows of a split, images undecoded. Raises `ValueError` if it is empty, lacks a column or has no such option."""
+    """
+    Rows of a split, images undecoded.
+
+    Raises:
+        ValueError: if the split is empty, lacks a column or has one of `ADDED_COLUMNS`, or the task does not have an
+            option that was given.
+    """
     limit, taken = arguments.max_samples, inspect.signature(task.load).parameters
     makes_any_size = "max_samples" in taken
     given = {option: getattr(arguments, option) for option in ("columns", "holdout", "captions")}
@@ -52,6 +58,11 @@ def load_rows(task, name: str, arguments):
     if missing := [column for column in task.COLUMNS if column not in rows.column_names]:
         raise ValueError(
             f"The {name} split of `{arguments.task}` lacks the columns {missing}. It has {rows.column_names}."
+        )
+    if taken_names := [column for column in rows.column_names if column in ADDED_COLUMNS]:
+        raise ValueError(
+            f"The {name} split of `{arguments.task}` has the column `{taken_names[0]}`, which predictions.jsonl uses "
+            "for something else. Rename it."
         )
     rows = rows.cast_column("image", ImageFeature(decode=False))
     if arguments.only_images and name == "train":
