@@ -1,5 +1,6 @@
 """The training script: its arguments, what it makes of rows, and whole runs."""
 
+import datetime
 import itertools
 import json
 import multiprocessing
@@ -9,8 +10,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -43,7 +46,7 @@ from tasks import get_task, score_folder
 from training import arguments
 from training.arguments import DataArguments, DehvfTrainingArguments, parse_arguments
 from training.chats import ChatTokenizer, render
-from training.data import Collator, Split, StreamedSplit, read_image
+from training.data import Collator, Split, StreamedSplit, load_splits, read_image
 from training.encoding import RowEncoder
 from training.flags import DEFAULT_RECIPE, HELP_FILE, argument_names, argument_types, read_recipe, recipes, show_help
 from training.models import load_processor
@@ -539,6 +542,25 @@ def test_rows_that_cannot_be_learned_are_refused(scienceqa, monkeypatch, replace
         monkeypatch.setattr(get_task("scienceqa"), name, function)
     with pytest.raises(ValueError, match=message):
         make_split(scienceqa[0], **values)
+
+
+def test_a_template_that_prints_the_date_is_named_and_rendered_again_each_day(scienceqa, monkeypatch, caplog):
+    processor, prompts = tiny_processor(), []
+    training_args = SimpleNamespace(
+        process_index=0, num_train_epochs=1, eval_strategy="no", main_process_first=lambda desc: nullcontext()
+    )
+    template = processor.chat_template
+    for day, text in ((1, "{{ strftime_now('%d') }}"), (2, "{{ strftime_now('%d') }}"), (3, "03")):
+        now = datetime.datetime(2026, 11, day)
+        clock = SimpleNamespace(now=lambda now=now: now, today=lambda now=now: now.date())
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        monkeypatch.setattr("training.encoding.date", clock)
+        processor.chat_template = text + template
+        arguments = DataArguments(task="scienceqa", data_path=str(scienceqa[0]))
+        splits = load_splits(get_task("scienceqa"), processor, arguments, training_args)
+        prompts.append(processor.tokenizer.decode(splits["test"][0]["input_ids"], skip_special_tokens=True).split()[0])
+    assert [prompt[:2] for prompt in prompts] == ["01", "02", "03"]
+    assert caplog.text.count("The chat template prints the current date") == 2
 
 
 def test_a_stream_has_the_rows_of_the_split_and_mixes_them(scienceqa):

@@ -26,6 +26,7 @@ from transformers.utils import logging
 from tasks import ADDED_COLUMNS, NAMES, get_task
 from tasks._reader import filter_rows
 from tasks._values import IMAGE_FEATURES, list_images, read_image
+from training.chats import prints_date
 from training.encoding import RowEncoder
 
 
@@ -282,6 +283,12 @@ def load_splits(task, processor, data_args, training_args) -> dict[str, Split | 
     splits, is_main = {}, training_args.process_index == 0
     quiet = nullcontext if is_main else without_warnings  # the main process has already warned
     with quiet(), training_args.main_process_first(desc="encode the data"):
+        if prints_date(processor):
+            logger.warning(
+                "The chat template prints the current date, so prompts differ from day to day, and this run cannot "
+                "be resumed on another day. To fix the date, train with `--chat_template FILE`, a copy of the "
+                "template with a date in place of `strftime_now`."
+            )
         if training_args.num_train_epochs > 0 and data_args.streaming:
             seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
             shuffle_seed = None if training_args.train_sampling_strategy == "sequential" else seed
