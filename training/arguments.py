@@ -616,7 +616,7 @@ def check_engine(is_baseline: bool, method: str, training_args):
             )
     flags = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval")
     halves = [f"--{flag}" for flag in flags if getattr(training_args, flag)]
-    if (precision := name_precision(training_args)) != "no":
+    if (precision := name_precision(training_args)) in ("bf16", "fp16"):
         halves.append(f"mixed_precision: {precision}")  # of accelerate or DeepSpeed
     if halves and training_args.deepspeed_plugin is not None:
         dtype = "bfloat16" if "bf16" in halves[0] else "float16"

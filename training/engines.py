@@ -41,12 +41,15 @@ def name_engine(training_args) -> str:
 def name_precision(training_args) -> str:
     """
     The mixed precision of a run: that of `--bf16` or `--fp16`, or else of accelerate's launcher or config. With
-    DeepSpeed it is that of its config, into which accelerate only writes its own if there is none.
+    DeepSpeed it is that of its config, into which accelerate only writes its own if there is none; `torch_autocast`
+    there, which leaves adapters in float32, has a name of its own.
     """
     asked, plugin = training_args.mixed_precision, training_args.deepspeed_plugin
     if plugin is None:
         return asked
     modes = {mode: plugin.deepspeed_config.get(mode, {"enabled": mode == asked}) for mode in ("bf16", "fp16")}
+    autocast = plugin.deepspeed_config.get("torch_autocast", {})
+    modes[f"torch_autocast {autocast.get('dtype')}"] = autocast
     return next((mode for mode, config in modes.items() if config.get("enabled") is True), "no")
 
 
