@@ -80,6 +80,7 @@ OPTION = re.compile(r"[A-F]|(?:choice|option)[ _-]?(?:[a-f]|\d+)", re.IGNORECASE
 # Columns that may have what a row is about, and that no task reads
 MEDIA = ("video", "videos", "audio", "audios")
 MOST_NOTES = 5  # about files that are not read
+MOST_COLUMNS = 20  # in a message
 
 
 @cache
@@ -295,7 +296,9 @@ class Source:
                 advice = f"Other splits have `{own}`. Rename the column with the images to that"
                 advice += ", or, if this split has no images, add the column and leave it empty"
             what = f"{'an' if name[0] in 'aeiou' else 'a'} `{name}`{given}"
-            faults.append(f"{self.label(split)}: no row has {what}. The columns are {', '.join(names)}. {advice}.")
+            listed = ", ".join(names[:MOST_COLUMNS])
+            listed += f" and {len(names) - MOST_COLUMNS} more" if len(names) > MOST_COLUMNS else ""
+            faults.append(f"{self.label(split)}: no row has {what}. The columns are {listed}. {advice}.")
         return faults
 
     def _find_numbered_images(self, split: str) -> list[str]:

@@ -1153,7 +1153,16 @@ FILES = [
     ("train.csv", b'question,answer\n"a\nb",x\n?,x,y\n', "train.csv:4: it does not have 2 cells"),
     ("train.csv", b"question,answer\n?\n", "train.csv:2: it does not have 2 cells"),
     ("train.csv", b"question,answer\n?,\n", "train.csv:2: there is no `answer`"),
-    ("train.csv", b'question,answer\n"?,x\n', "train.csv: not CSV"),
+    ("train.csv", b'question,answer\n?,x\n"?,x\n?,x\n', "train.csv:3: not CSV: .* Later rows were not read"),
+    ("train.csv", b'question,answer\n?,x\n"an "x"?",y\n', 'train.csv:3: not CSV: .* Write "" for a quote'),
+    ("train.csv", b'question,"answer\n?,x\n', "train.csv:1: not CSV"),
+    ("train.json", b'{"0": {"question": "?", "answer": "x"}}', "train.json: it is one object with a row for each"),
+    ("train.json", b'{"train": [{"question": "?"}], "test": []}', "train.json: it has several splits. Write a file"),
+    (
+        "train.jsonl",
+        json.dumps({f"k{number:02}": 1 for number in range(25)}).encode(),
+        "no row has a `question`. The columns are k00, .*k19 and 5 more. Give",
+    ),
     ("train.csv", b"question,answer\n\xe4,x\n", "train.csv: not UTF-8 text"),
     (
         "train.csv",
