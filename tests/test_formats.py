@@ -607,6 +607,7 @@ AMBIGUOUS = [
     (vqa, {"answer": "red", "answers": "blue"}, r"'red', which is none of `answers`, \['blue'\]"),
     (vqa, {"answer": "red", "answers": {"text": ["red"]}}, "`answers` is .* Make it a list of texts"),
     (vqa, {"answer": "['red', 'blue']"}, "`answer` is .*, which is not JSON"),
+    (vqa, {"answer": "red", "choices": "['red', 'blue']"}, "`choices` is .* with double quotes in CSV"),
     (chat, {"messages": [USER, ASSISTANT], "system": ["Be brief."]}, "`system` is .*Make it a text in quotes"),
     (
         chat,

@@ -610,7 +610,7 @@ def test_texts_in_a_recipe_that_look_like_other_values_are_read_as_written(name,
         (
             "seed: 1\n",
             ["--lr_scheduler_kwargs", "{'min_lr': 1}"],
-            r"\{'min_lr': 1\}\" is not valid JSON .*double quotes",
+            r"\{'min_lr': 1\}\" is not valid JSON .*double quotes.* file of `--deepspeed` must not have comments",
         ),
     ],
 )

@@ -276,7 +276,7 @@ def parse_arguments(arguments: list[str]):
     except json.JSONDecodeError as error:  # of the fields that are dicts
         raise ValueError(
             f"{error.doc!r} is not valid JSON ({error.msg}). Write names and texts in double quotes, such as "
-            "'{\"min_lr\": 1e-5}'."
+            "'{\"min_lr\": 1e-5}'. The file of `--deepspeed` must not have comments."
         ) from error
     if unused and re.match("--?[a-z]", unused[0]):  # such as `--no_name` of a flag that is false by default
         raise ValueError(f"The command: unknown argument `{unused[0]}`. `train.py --help` lists all arguments.")

@@ -225,7 +225,11 @@ def report(folder: Path, task, processor, split: Split):
     results = score_folder(folder)
     print_scores(results)
     if results.get("cut_answers"):
-        print(f"{results['cut_answers']} of {results['size']} answers were cut off. `--max_new_tokens` allows more.")
+        print(
+            f"{results['cut_answers']} of {results['size']} answers were cut off. To allow longer ones without "
+            f"training again, give a larger `--max_new_tokens`, `--adapter {folder} --num_train_epochs 0` and another "
+            "`--output_dir`."
+        )
     if results["fusion"]:
         print(describe_fusion(results["fusion"]))
     usable = results["method"] in DEHVF_METHODS and write_example(folder, task, processor, split)
