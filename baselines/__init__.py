@@ -14,14 +14,14 @@ A prompt length, h language width.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 from transformers.activations import ACT2FN
 from transformers.hf_argparser import HfArg
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -276,12 +276,25 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         )
 
     def load_trained(self, folder: str | os.PathLike):
-        """Reads what `save_pretrained` wrote for the same method. Raises `ValueError` if other tensors are trained."""
+        """
+        Reads what `save_pretrained` wrote.
+
+        Raises:
+            ValueError: if the saved model has another method or other values, or other tensors are trained.
+        """
+        saved = AutoConfig.from_pretrained(folder)
+        for name in ("method", "image_size", *(field.name for field in fields(BaselineArguments))):
+            own, other = (getattr(config, name, None) for config in (self.config, saved))
+            if own != other:
+                raise ValueError(
+                    f"{folder} was saved with `{name}={other}`, but this model has `{name}={own}`. Build the model "
+                    "with the method and values of the saved one."
+                )
         tensors, names = load_file(Path(folder) / SAFE_WEIGHTS_NAME), self._trained_names()
         if differing := sorted(tensors.keys() ^ names):
             raise ValueError(
                 f"The tensors in {folder} and the {len(names)} trained here differ in {len(differing)} names, among "
-                f"them {differing[0]}. Build the model with the method and values of the saved one."
+                f"them {differing[0]}. Build the model on the bases of the saved one."
             )
         self.load_state_dict(tensors, strict=False)
 

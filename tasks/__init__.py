@@ -18,8 +18,9 @@ Each task is one module in this folder with
 
 A record is a line of `predictions.jsonl`: a row without its image, with `index`, `prediction` (the text after the
 prefix), `cut` (whether it was cut off after MAX_NEW_TOKENS, before its end or an option), `expected` (the row's
-answer), `has_image` and `choice` (the index of the most likely option, None without options). `size` is the number of
-rows in the split; another number of records is an error. A task may also have
+answer), `has_image` and `choice` (the index of the most likely option, None without options). Columns of rows need
+other names than these. `size` is the number of rows in the split; another number of records is an error. A task may
+also have
 
     DATASET                          Hub id of its data, for the model card
     check_scorer()                   raises an error before training if a requirement of `score` is missing
@@ -45,6 +46,8 @@ from types import ModuleType
 
 # Files in the folder of a run of `train.py`
 RUN_FILE, RESULTS_FILE, PREDICTIONS_FILE = "run.json", "results.json", "predictions.jsonl"
+# What `train.py` adds to a row in `predictions.jsonl`
+ADDED_COLUMNS = ("index", "prediction", "cut", "expected", "choice", "has_image")
 NAMES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py")))
 
 

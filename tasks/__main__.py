@@ -23,6 +23,9 @@ PUBLISHED = (easy_vqa, nlvr2, vqav2)  # tasks that read the files of a published
 # Columns that tell the task of a data set
 TASK_OF_COLUMN = {"messages": "chat", "conversations": "chat", "left_image": "nlvr2"}
 TASK_OF_COLUMN |= {"multiple_choice_answer": "vqav2"}
+# Files and columns of the data of tasks that `check` does not read
+UNCHECKED_FILES = {"problems.json": "scienceqa", "dataset_coco.json": "coco_captions"}
+UNCHECKED_COLUMNS = {"hint", "subject", "grade"}, "scienceqa"
 
 LONG = 2000  # characters: about 500 tokens of English
 # Control tokens of language models. In the texts of data they are read as ordinary text.
@@ -61,8 +64,16 @@ def check(path: str, task: str | None = None, columns: str | None = None) -> boo
 
 
 def guess_task(path: str) -> str:
-    source = Source(get_task("chat"), path)
-    names = source.names(next(iter(source.splits)))
+    """The task that reads the data. Raises `ValueError` for the data of a task that is not checked here."""
+    found = [name for file, name in UNCHECKED_FILES.items() if (Path(path) / file).is_file()]
+    source = None if found else Source(get_task("chat"), path)
+    names = source.names(next(iter(source.splits))) if source else []
+    columns, name = UNCHECKED_COLUMNS
+    if found or columns <= {*names}:
+        raise ValueError(
+            f"{path} is data of `--task {found[0] if found else name}`, which this command does not check. `train.py` "
+            "reports a fault before training. If it is data of your own, give `--task vqa`."
+        )
     return next((task for column, task in TASK_OF_COLUMN.items() if column in names), "vqa")
 
 

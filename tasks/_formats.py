@@ -334,8 +334,6 @@ def read_records(file: Path) -> Iterator[Record]:
             yield record
     except UnicodeDecodeError as error:
         yield str(file), None, [f"not UTF-8 text: {error.reason} at byte {error.start + 1}. Save the file as UTF-8."]
-    except csv.Error as error:
-        yield str(file), None, [f"not CSV: {error}. Write a comma between cells, and quotes around one with a comma."]
     else:
         if is_empty:
             yield str(file), None, ["no rows. Write one JSON object on each line, one list of them, or CSV."]
@@ -385,11 +383,17 @@ def read_object(file: Path) -> Iterator[Record]:
     except (json.JSONDecodeError, RepeatedKey):  # `read_lines` says where
         whole = None
     keys = [key for key in KEYS_OF_ROWS if isinstance(whole, dict) and isinstance(whole.get(key), list)]
-    if len(keys) != 1:
+    values = whole.values() if isinstance(whole, dict) else ()
+    are_rows = values and all(isinstance(value, dict) for value in values)
+    are_splits = values and all(isinstance(whole[key], list) and split_of(key) for key in whole)
+    if are_rows or are_splits:
+        fault = "it is one object with a row for each key. Write a list of its values."
+        yield str(file), None, [fault if are_rows else "it has several splits. Write a file for each of them."]
+    elif len(keys) != 1:
         yield from read_lines(file)
-        return
-    for number, record in enumerate(whole[keys[0]]):
-        yield f"{file}: row {number} of `{keys[0]}`", *check_record(record, [])
+    else:
+        for number, record in enumerate(whole[keys[0]]):
+            yield f"{file}: row {number} of `{keys[0]}`", *check_record(record, [])
 
 
 def read_list(file: Path) -> Iterator[Record]:
@@ -418,21 +422,26 @@ def read_csv(file: Path) -> Iterator[Record]:
     """Reads a line with the column names, then one record per line. Empty cells are `None`."""
     csv.field_size_limit(1 << 30)
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        reader, line = csv.DictReader(lines, strict=True, skipinitialspace=True), 2
-        reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ()]
-        if len(names) == 1 and (found := [sign for sign in ";\t|" if sign in names[0]]):
-            yield f"{file}:1", None, [f"the columns seem to be separated by {found[0]!r}. Save it with commas."]
-            return
-        if len({*names}) < len(names):
-            yield f"{file}:1", None, [f"the header has a column name twice: {', '.join(names)}. Use unique names."]
-            return
-        for cells in reader:
-            if None in cells or None in cells.values():
-                fault = f"it does not have {len(names)} cells like the first line. Put texts with a comma into quotes."
-                yield f"{file}:{line}", None, [fault]
-            else:
-                yield f"{file}:{line}", {name: cell or None for name, cell in cells.items()}, []
-            line = reader.line_num + 1
+        reader, line = csv.DictReader(lines, strict=True, skipinitialspace=True), 1
+        try:
+            reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ()]
+            if len(names) == 1 and (found := [sign for sign in ";\t|" if sign in names[0]]):
+                yield f"{file}:1", None, [f"the columns seem to be separated by {found[0]!r}. Save it with commas."]
+                return
+            if len({*names}) < len(names):
+                yield f"{file}:1", None, [f"the header has a column name twice: {', '.join(names)}. Use unique names."]
+                return
+            line = 2
+            for cells in reader:
+                if None in cells or None in cells.values():
+                    fault = f"it does not have {len(names)} cells like the first line"
+                    yield f"{file}:{line}", None, [f"{fault}. Put texts with a comma into quotes."]
+                else:
+                    yield f"{file}:{line}", {name: cell or None for name, cell in cells.items()}, []
+                line = reader.line_num + 1
+        except csv.Error as error:
+            advice = 'Write "" for a quote inside of a cell in quotes, and close the quotes of each cell'
+            yield f"{file}:{line}", None, [f"not CSV: {error}. {advice}. Later rows were not read."]
 
 
 def check_record(record, faults: list[str]) -> tuple[dict | None, list[str]]:

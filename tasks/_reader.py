@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import datasets
 import numpy as np
 import PIL.Image
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, LargeList, List, Value
+from datasets import Audio, ClassLabel, Dataset, Features, Image, IterableDataset, LargeList, List, Value, Video
 from datasets.fingerprint import Hasher
 
 from tasks._formats import Rows, read_records
@@ -47,9 +47,9 @@ def convert(value, feature):
 
 
 def without_decoding(feature):
-    """A feature, with the images in it undecoded."""
-    if isinstance(feature, Image):
-        return Image(decode=False)
+    """A feature, with the images, audio and video in it undecoded."""
+    if isinstance(feature, Image | Audio | Video):
+        return type(feature)(decode=False)
     if isinstance(feature, List | LargeList):
         return replace(feature, feature=without_decoding(feature.feature))
     if isinstance(feature, dict):
@@ -69,6 +69,7 @@ class Reader:
     features: dict = field(default_factory=dict)  # of the columns, if they are known
     has_several_folders: bool = False  # whether it is unknown which of `folders` an image belongs to
     similar: dict[str, tuple[str, str]] = field(default_factory=dict)  # see `Source.find_similar`
+    lost: tuple[str, ...] = ()  # see `Source.find_lost`
 
     def read(self, record: dict) -> tuple[dict, list[str]]:
         """The row of a record, and what is wrong with it."""
@@ -80,7 +81,7 @@ class Reader:
             second.append("there are images in the messages and in a column. Give them in one of the two places.")
         images, faults = self._find_images(inner if images is None else images)
         row, more = task.parse(fields, len(list_images(images)) + len(faults) if has_images else None)
-        row, faults = {**images, **row}, second + self._find_second_chats(record) + faults + more
+        row, faults = {**images, **row}, self._find_lost(record) + second + faults + more
         return row, faults or self._find_unread(record, row)
 
     def finds_images(self, record: dict, index: int) -> dict:
@@ -107,10 +108,16 @@ class Reader:
             if column != "file_name" and values[column] != values[read][: len(values[column])]
         ]
 
-    def _find_second_chats(self, record: dict) -> list[str]:
-        """A fault if two columns have messages."""
+    def _find_lost(self, record: dict) -> list[str]:
+        """Faults for columns with a value that would be lost: those in `lost`, and a second one with messages."""
+        faults = [
+            f"it has `{column}`, which is not read: video, audio and tools are not supported. Remove the row, or the "
+            "column if it is not needed. `--columns image=COLUMN` ignores video and audio."
+            for column in self.lost
+            if record.get(column) and not is_no_image(record[column])
+        ]
         filled = [column for column in self.fields.get("messages", ()) if record.get(column) not in (None, "", [])]
-        return [
+        return faults + [
             f"`{filled[0]}` and `{column}` both have messages. Give `--columns messages={filled[0]}` to read that "
             "column, or remove one of them."
             for column in filled[1:]
@@ -119,7 +126,7 @@ class Reader:
     def texts(self, record: dict, index: int) -> dict:
         """The row without images of a record that has `num_images` instead of images."""
         row, faults = import_module(self.task_name).parse(self.fields_of(record), record["num_images"])
-        faults = self._find_second_chats(record) + faults
+        faults = self._find_lost(record) + faults
         faults = faults or self._find_unread(record, {**row, "image": record["num_images"] or None})
         return self.check(f"{self.place}, row {index}", row, faults)
 

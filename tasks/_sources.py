@@ -10,6 +10,7 @@ A task that reads such data (`tasks/vqa.py`, `tasks/chat.py`) has, in addition t
                               missing values are None.
     find_images(record)       optional: the images of a row that has none in a column
     find_unread_keys(record)  optional: the keys inside of a field that are not read
+    LOST                      optional: columns without which a row has another meaning, and that are not read
     PARTS                     optional: each split with the names that it may have in the data, in this order
 """
 
@@ -76,7 +77,10 @@ SYNONYMS = {
 NUMBERED_IMAGE = re.compile(r"(image|img|picture|photo)[ _-]?\d+", re.IGNORECASE)
 # Columns of data sets that have one column for each option of a row
 OPTION = re.compile(r"[A-F]|(?:choice|option)[ _-]?(?:[a-f]|\d+)", re.IGNORECASE)
+# Columns that may have what a row is about, and that no task reads
+MEDIA = ("video", "videos", "audio", "audios")
 MOST_NOTES = 5  # about files that are not read
+MOST_COLUMNS = 20  # in a message
 
 
 @cache
@@ -292,7 +296,9 @@ class Source:
                 advice = f"Other splits have `{own}`. Rename the column with the images to that"
                 advice += ", or, if this split has no images, add the column and leave it empty"
             what = f"{'an' if name[0] in 'aeiou' else 'a'} `{name}`{given}"
-            faults.append(f"{self.label(split)}: no row has {what}. The columns are {', '.join(names)}. {advice}.")
+            listed = ", ".join(names[:MOST_COLUMNS])
+            listed += f" and {len(names) - MOST_COLUMNS} more" if len(names) > MOST_COLUMNS else ""
+            faults.append(f"{self.label(split)}: no row has {what}. The columns are {listed}. {advice}.")
         return faults
 
     def _find_numbered_images(self, split: str) -> list[str]:
@@ -332,6 +338,11 @@ class Source:
             if own is not None:
                 similar |= dict.fromkeys(self._similar_names(name), (name, own))
         return similar
+
+    def find_lost(self) -> tuple[str, ...]:
+        """Columns that must be empty: those in `LOST`, and `MEDIA` unless a column with the images was chosen."""
+        media = MEDIA if self.fields["image"] == self.task.FIELDS["image"] else ()
+        return (*getattr(self.task, "LOST", ()), *media)
 
     def _similar_names(self, name: str) -> list[str]:
         """Names, in lower case, that the column of a field may have: its own, and those of other data sets."""
@@ -410,6 +421,7 @@ class Source:
             features=dict(features),
             has_several_folders=len({*parents}) > 1,
             similar=self.find_similar(split),
+            lost=self.find_lost(),
         )
 
     def _read_files(self, split: str, files: list[Path]) -> Rows:
@@ -460,7 +472,7 @@ class Source:
         """The columns that a reader needs, with undecoded images."""
         names = list(rows.features or next(iter(rows)))
         read = {column for columns in self.fields.values() for column in columns}
-        kept = [name for name in names if name in read or name.lower() in reader.similar]
+        kept = [name for name in names if name in {*read, *reader.lost} or name.lower() in reader.similar]
         return undecoded(rows.select_columns(kept))
 
     def _map(self, rows: Dataset, function, features: Features) -> Dataset:

@@ -35,6 +35,7 @@ FEATURES = Features(
 )
 FIELDS = {"image": ("images", "image", "file_name"), "messages": ("messages", "conversations"), "system": ("system",)}
 REQUIRED = ("messages",)
+LOST = ("tools",)
 KEYS = ("role", "from"), ("content", "value")
 # Parts of a message in other formats that would be ignored
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")

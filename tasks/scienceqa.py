@@ -12,12 +12,14 @@ MemVP (`use_caption` in its eval.py):
 """
 
 import json
+import reprlib
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 
 from tasks import require_files, run_metric
 from tasks._formats import choose_split, open_dataset
+from tasks._values import find_text_faults
 
 
 COLUMNS = ("image", "question", "choices", "answer", "hint", "subject", "grade")
@@ -104,7 +106,25 @@ def prompt(row: dict, context: str) -> str:
 
 
 def answer(row: dict) -> str:
-    return f"The answer is {letter(row['answer'])}."
+    """Raises `ValueError` if the question is not a text, or the answer is not the index of one of 2 to 26 choices."""
+    choices, index, faults = row["choices"], row["answer"], find_text_faults("`question`", row["question"])
+    # Two choices may be equal, since the answer is a letter
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        faults.append(f"`choices` is {reprlib.repr(choices)}. Make it a list of texts.")
+    elif not 2 <= len(choices) <= 26:
+        faults.append(f"`choices` has {len(choices)} texts. Give 2 to 26 of them.")
+    elif type(index) is not int or not 0 <= index < len(choices):
+        faults.append(
+            f"`answer` is {index!r}. Make it the index of the right choice, 0 to {len(choices) - 1}. Rows whose "
+            "answer is hidden cannot be used."
+        )
+    if faults:
+        raise ValueError(" ".join(faults))
+    return answer_of(index)
+
+
+def answer_of(index: int) -> str:
+    return f"The answer is {letter(index)}."
 
 
 def options(row: dict) -> list[str]:

@@ -138,7 +138,8 @@ def find_choice_faults(choices, answers: list) -> list[str]:
     if not choices and isinstance(choices, list | None):  # in Arrow, an empty list may mean none
         return []
     if not isinstance(choices, list) or not all(map(_values.is_text, choices)):
-        return [f"`choices` is {reprlib.repr(choices)}. Make it a list of texts, none of them blank."]
+        advice = 'Make it a list of texts, none of them blank, such as ["red", "blue"] with double quotes in CSV.'
+        return [f"`choices` is {reprlib.repr(choices)}. {advice}"]
     faults = []
     if not 2 <= len(choices) <= 26:
         faults.append(f"`choices` has {len(choices)} texts. Give 2 to 26 of them, or none for a free answer.")
@@ -163,7 +164,7 @@ def prompt(row: dict, context: str) -> str:
 
 def answer(row: dict) -> str:
     if row.get("choices"):
-        return scienceqa.answer({"answer": row["choices"].index(row["answer"])})
+        return scienceqa.answer_of(row["choices"].index(row["answer"]))
     answer = row["answer"].strip()
     return f"The answer is {answer.removesuffix('.') or answer}."
 

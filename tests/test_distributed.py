@@ -141,6 +141,19 @@ def test_each_engine_gives_the_result_of_a_single_process(engine, single, train_
 
 
 @pytest.mark.slow
+def test_deepspeed_clips_gradients_even_if_its_config_does_not_say_so(folder, train_on):
+    config = json.loads((ROOT / "ds_config.json").read_text())
+    del config["gradient_clipping"]
+    (folder / "unclipped.json").write_text(json.dumps(config))
+    # With so large an epsilon, steps of Adam are in proportion to the gradients
+    flags = {"adam_epsilon": 1, "learning_rate": 0.5, "max_steps": 2, "max_grad_norm": 0.01}
+    (alone,), expected, _ = train_on(None, 1, "clipped", per_device_train_batch_size=4, **flags)
+    seen, adapters, _ = train_on(None, 2, "clipped by DeepSpeed", deepspeed=folder / "unclipped.json", **flags)
+    assert seen[0]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert_same(adapters, expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engine", ["ZeRO-3", *(pytest.param(engine, marks=pytest.mark.extended) for engine in ("DDP", "FSDP2"))]
 )

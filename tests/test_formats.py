@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Json, List, Value, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Json, List, Value, Video, load_from_disk
 from PIL import Image as PILImage
 from pyarrow import parquet as pq
 from test_tasks import write_image, write_lines
@@ -602,10 +602,12 @@ AMBIGUOUS = [
         {"messages": [USER, ASSISTANT], "system_prompt": "x"},
         "no row has a `system`.*`--columns system=system_prompt`",
     ),
+    (vqa, {"answer": "x", "video": "a.mp4"}, "it has `video`, which is not read"),
     (vqa, {"answer": "x", "images": ["b.png"]}, "`images` and `image` have different images"),
     (vqa, {"answer": "red", "answers": "blue"}, r"'red', which is none of `answers`, \['blue'\]"),
     (vqa, {"answer": "red", "answers": {"text": ["red"]}}, "`answers` is .* Make it a list of texts"),
     (vqa, {"answer": "['red', 'blue']"}, "`answer` is .*, which is not JSON"),
+    (vqa, {"answer": "red", "choices": "['red', 'blue']"}, "`choices` is .* with double quotes in CSV"),
     (chat, {"messages": [USER, ASSISTANT], "system": ["Be brief."]}, "`system` is .*Make it a text in quotes"),
     (
         chat,
@@ -649,6 +651,31 @@ def test_a_system_message_under_another_name_is_a_fault(tmp_path, capsys):
         assert not check(str(tmp_path)) and message in capsys.readouterr().out
     write_lines(tmp_path / "train.jsonl", [rows[0], {**rows[0], "system_prompt": None}])
     assert len(read(chat, tmp_path)) == 2
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "parquet", "save_to_disk"])
+@pytest.mark.parametrize("column", ["video", "videos", "audio", "audios", "tools"])
+def test_a_row_about_a_video_or_a_sound_is_refused(column, layout, tmp_path, capsys):
+    write_image(tmp_path / "a.png")
+    (tmp_path / "a.mp4").touch()
+    file = str(tmp_path / "a.mp4")
+    value = [{"name": "f"}] if column == "tools" else [file] if column.endswith("s") else file
+    rows = [{"messages": MESSAGES, "images": ["a.png"], column: None}]
+    rows += [{"messages": MESSAGES, "images": None, column: value}]
+    if layout == "jsonl":
+        write_lines(tmp_path / "train.jsonl", rows)
+    elif layout == "parquet":
+        Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    else:
+        features = Features({column: Video()}) if column == "video" else {}
+        rows = Dataset.from_list(rows)
+        rows.cast(Features({**rows.features, **features})).save_to_disk(tmp_path / "train")
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=rf"(:2|row 1): it has `{column}`, which is not read.*Remove the row"):
+            list(chat.load("train", str(tmp_path), streaming=streaming))
+    assert not check(str(tmp_path)) and f"it has `{column}`" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="`tools`") if column == "tools" else nullcontext():
+        assert len(chat.load("train", str(tmp_path), columns="image=images")) == 2
 
 
 @pytest.mark.parametrize("task, values, message", AMBIGUOUS)
@@ -1127,7 +1154,16 @@ FILES = [
     ("train.csv", b'question,answer\n"a\nb",x\n?,x,y\n', "train.csv:4: it does not have 2 cells"),
     ("train.csv", b"question,answer\n?\n", "train.csv:2: it does not have 2 cells"),
     ("train.csv", b"question,answer\n?,\n", "train.csv:2: there is no `answer`"),
-    ("train.csv", b'question,answer\n"?,x\n', "train.csv: not CSV"),
+    ("train.csv", b'question,answer\n?,x\n"?,x\n?,x\n', "train.csv:3: not CSV: .* Later rows were not read"),
+    ("train.csv", b'question,answer\n?,x\n"an "x"?",y\n', 'train.csv:3: not CSV: .* Write "" for a quote'),
+    ("train.csv", b'question,"answer\n?,x\n', "train.csv:1: not CSV"),
+    ("train.json", b'{"0": {"question": "?", "answer": "x"}}', "train.json: it is one object with a row for each"),
+    ("train.json", b'{"train": [{"question": "?"}], "test": []}', "train.json: it has several splits. Write a file"),
+    (
+        "train.jsonl",
+        json.dumps({f"k{number:02}": 1 for number in range(25)}).encode(),
+        "no row has a `question`. The columns are k00, .*k19 and 5 more. Give",
+    ),
     ("train.csv", b"question,answer\n\xe4,x\n", "train.csv: not UTF-8 text"),
     (
         "train.csv",

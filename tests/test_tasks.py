@@ -32,7 +32,7 @@ from tasks import (
     vqa,
     vqav2,
 )
-from tasks.__main__ import main
+from tasks.__main__ import check, main
 from training.data import read_image
 
 
@@ -184,6 +184,20 @@ def test_prompt_and_answer_are_the_papers():
     assert scienceqa.options(ROW) == [" A", " B"]
 
 
+@pytest.mark.parametrize(
+    "facts, message",
+    [
+        *(({"answer": answer}, "`answer` is .*, 0 to 1. Rows .* hidden") for answer in (-1, 2, "B", None, 0.0, True)),
+        *(({"choices": choices}, "`choices` has .* 2 to 26") for choices in ([], ["so"], ["so"] * 27)),
+        *(({"choices": choices}, "`choices` is .* list of texts") for choices in (None, "so", [1, 2])),
+        ({"question": None}, "no `question`"),
+    ],
+)
+def test_a_row_of_scienceqa_without_a_right_choice_is_refused(facts, message):
+    with pytest.raises(ValueError, match=message):
+        scienceqa.answer({**ROW, **facts})
+
+
 def scienceqa_problem(**facts):
     text = {name: name for name in "hint task subject topic category skill lecture solution".split()}
     return {**text, "question": "Why?", "choices": ["so", "not so"], "answer": 1, "grade": "grade3", **facts}
@@ -277,6 +291,18 @@ def test_captions_of_scienceqa_follow_the_hint_in_evaluation(original, tmp_path)
     DatasetDict(test=rows).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="numbers of the problems, which .*saved does not have.*problems.json"):
         scienceqa.load("test", str(tmp_path / "saved"), captions=str(file))
+
+
+@pytest.mark.parametrize("layout", ["original", "save_to_disk", "coco"])
+def test_the_check_names_the_task_of_data_that_it_does_not_read(layout, original, tmp_path, capsys):
+    folder, task = original, "coco_captions" if layout == "coco" else "scienceqa"
+    if layout != "original":
+        folder = tmp_path / "other"
+        DatasetDict(test=scienceqa.load("test", str(original))).save_to_disk(folder)
+    if layout == "coco":
+        (folder / "dataset_coco.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"is data of `--task {task}`, which this command does not check"):
+        check(str(folder))
 
 
 def test_scienceqa_is_scored_by_what_its_records_say(original):

@@ -1,5 +1,6 @@
 """The training script: its arguments, what it makes of rows, and whole runs."""
 
+import datetime
 import itertools
 import json
 import multiprocessing
@@ -9,14 +10,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import (
@@ -42,10 +46,11 @@ from tasks import get_task, score_folder
 from training import arguments
 from training.arguments import DataArguments, DehvfTrainingArguments, parse_arguments
 from training.chats import ChatTokenizer, render
-from training.data import Collator, Split, StreamedSplit, read_image
+from training.data import Collator, Split, StreamedSplit, load_splits, read_image
 from training.encoding import RowEncoder
 from training.flags import DEFAULT_RECIPE, HELP_FILE, argument_names, argument_types, read_recipe, recipes, show_help
 from training.models import load_processor
+from training.results import write_card
 from training.trainer import AnswerTrainer
 
 
@@ -190,7 +195,8 @@ def test_a_method_sets_its_switch():
         (["--save_total_limit", "3"], "`--save_total_limit` has no effect without `--save_strategy steps` or"),
         (["--optim", "sgd", "--optim_args", "momentum=abc"], "`momentum` must be a number"),
         (["--streaming", "true"], "needs `--max_steps`"),
-        (["--adapter", "x", "--method", "lavin"], "`--method` was given, but `--adapter x`"),
+        (["--adapter", "x", "--method", "memvp"], "`--method` was given, but `--adapter x`"),
+        (["--adapter", "x", "--method", "lavin", "--chat_template", "plain"], "`--chat_template` was given, but"),
         (["--adapter", "x", "--visual_prompts", "none"], "`--visual_prompts` was given, but `--adapter x`"),
         (["--learning_rate", "1", "--base_learning_rate", "1"], "Remove one of them"),
         (["--early_stopping_patience", "2"], "needs `--load_best_model_at_end true`.*--eval_strategy"),
@@ -514,6 +520,14 @@ def test_workers_need_not_be_forked(scienceqa, monkeypatch, streaming):
             {},
             r"lacks the columns \['hint'\]",
         ),
+        *(
+            (
+                {"load": lambda *_, name=name, **__: make_rows().add_column(name, ["one"] * 6)},
+                {},
+                f"train split of `scienceqa` has the column `{name}`.* Rename it",
+            )
+            for name in ("index", "prediction", "cut", "expected", "choice", "has_image")
+        ),
         ({"answer": lambda row: ""}, {}, "Row 0 of the train split: it has no answer to learn"),
         (
             {"options": lambda row: ["one", "one"]},
@@ -522,13 +536,31 @@ def test_workers_need_not_be_forked(scienceqa, monkeypatch, streaming):
         ),
         ({}, {"max_prompt_length": 10}, "Row 0 of the train split.*`max_prompt_length=10`.*never shortened"),
     ],
-    ids=["no rows", "a column is missing", "no answer", "options alike", "too long"],
 )
 def test_rows_that_cannot_be_learned_are_refused(scienceqa, monkeypatch, replaced, values, message):
     for name, function in replaced.items():
         monkeypatch.setattr(get_task("scienceqa"), name, function)
     with pytest.raises(ValueError, match=message):
         make_split(scienceqa[0], **values)
+
+
+def test_a_template_that_prints_the_date_is_named_and_rendered_again_each_day(scienceqa, monkeypatch, caplog):
+    processor, prompts = tiny_processor(), []
+    training_args = SimpleNamespace(
+        process_index=0, num_train_epochs=1, eval_strategy="no", main_process_first=lambda desc: nullcontext()
+    )
+    template = processor.chat_template
+    for day, text in ((1, "{{ strftime_now('%d') }}"), (2, "{{ strftime_now('%d') }}"), (3, "03")):
+        now = datetime.datetime(2026, 11, day)
+        clock = SimpleNamespace(now=lambda now=now: now, today=lambda now=now: now.date())
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        monkeypatch.setattr("training.encoding.date", clock)
+        processor.chat_template = text + template
+        arguments = DataArguments(task="scienceqa", data_path=str(scienceqa[0]))
+        splits = load_splits(get_task("scienceqa"), processor, arguments, training_args)
+        prompts.append(processor.tokenizer.decode(splits["test"][0]["input_ids"], skip_special_tokens=True).split()[0])
+    assert [prompt[:2] for prompt in prompts] == ["01", "02", "03"]
+    assert caplog.text.count("The chat template prints the current date") == 2
 
 
 def test_a_stream_has_the_rows_of_the_split_and_mixes_them(scienceqa):
@@ -639,6 +671,28 @@ def test_saved_adapters_are_evaluated_as_they_were(trained, tmp_path):
     assert after["adapter"] == str(folder) and "train_seconds" not in after
 
 
+def test_a_baseline_whose_evaluation_failed_is_evaluated_from_its_folder(scienceqa, tmp_path, monkeypatch):
+    flags = {"method": "llava-lora", "image_size": 8, "lora_rank": 2}
+    train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "whole", **flags))
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerTrainer, "prediction_step", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as raised:
+            train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "failed", **flags))
+    adapter = {"adapter": tmp_path / "failed", "num_train_epochs": 0}
+    assert f"give `--adapter {tmp_path / 'failed'} --num_train_epochs 0`" in raised.value.__notes__[0]
+    train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "again", **flags, **adapter))
+    assert read_predictions(tmp_path / "again") == read_predictions(tmp_path / "whole")
+    for others, message in (
+        ({"lora_rank": 4}, "was saved with `lora_rank=2`, but this model has `lora_rank=4`"),
+        ({"lora_alpha": 32}, "was saved with `lora_alpha=16"),
+        ({"image_size": 16}, "was saved with `image_size=8`"),
+        ({"method": "dehvf"}, "has the baseline llava-lora. Give also `--method llava-lora`"),
+    ):
+        values = {**others, **adapter} if "method" in others else {**flags, **others, **adapter}
+        with pytest.raises(ValueError, match=message):
+            train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "other", **values))
+
+
 def test_bases_that_were_known_by_their_folders_can_be_given_their_ids(trained, tmp_path):
     train.main([*trained[0], "--text_model_id", "org/text", "--text_model_revision", "0123abc"])
     config = json.loads((tmp_path / "again" / "config.json").read_text())
@@ -669,6 +723,29 @@ def test_results_record_how_they_were_made(trained):
     assert all(results[name] is not None for name in known)
     assert {"data_path", "adapter_revision", "vision_model_revision", "text_model_revision"} <= results.keys()
     assert results["method"] == "dehvf" and results["shortened_prompts"] == {"train": 0, "test": 0}
+
+
+@pytest.mark.parametrize(
+    "changed, split",
+    [
+        ({}, "test"),
+        ({"task": "vqav2"}, "validation"),
+        ({"max_samples": 5}, None),
+        ({"task": "vqa", "data_path": "org/data", "holdout": 0.1}, None),
+        ({"task": "digits", "max_samples": 5}, "test"),
+    ],
+    ids=["scienceqa", "vqav2", "its first rows", "rows of the train split", "made at run time"],
+)
+def test_the_card_claims_a_result_on_a_published_split_only_for_all_its_rows(trained, changed, split):
+    results = json.loads((trained[1] / "results.json").read_text())
+    assert [results[name] for name in ("max_samples", "only_images", "max_prompt_length")] == [None, False, 512]
+    write_card(trained[1], "name", {**results, **changed}, None)
+    found = ModelCard.load(trained[1] / "README.md").data.eval_results
+    assert [result.dataset_split for result in found or ()] == ([split] if split else [])
+    is_published = split is not None and changed.get("task") != "digits"
+    assert [path.stem for path in trained[1].glob(".eval_results/*")] == (
+        [changed.get("task", "scienceqa")] if is_published else []
+    )
 
 
 def test_the_most_likely_option_is_that_of_the_models_logits(trained):

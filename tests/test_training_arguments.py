@@ -446,6 +446,7 @@ def test_what_would_have_no_effect_or_a_wrong_one_is_refused(flags, message, mon
 
 
 NO_MODES = '--deepspeed={"zero_optimization":{"stage":2}}'
+AUTOCAST = '--deepspeed={"zero_optimization":{"stage":2},"torch_autocast":{"enabled":true,"dtype":"bfloat16"}}'
 ITS_OWN = '--deepspeed={"zero_optimization":{"stage":2},"bf16":{"enabled":true}}'
 
 
@@ -457,6 +458,7 @@ ITS_OWN = '--deepspeed={"zero_optimization":{"stage":2},"bf16":{"enabled":true}}
         ([NO_MODES], {"MIXED_PRECISION": "bf16"}, "`mixed_precision: bf16` was given with DeepSpeed"),
         ([ITS_OWN], {}, "`mixed_precision: bf16` was given with DeepSpeed"),
         (["--deepspeed=ds_config.json"], {"MIXED_PRECISION": "bf16"}, None),  # in which it has no effect
+        ([AUTOCAST], {}, None),
         ([], {"MIXED_PRECISION": "bf16"}, None),
     ],
 )
@@ -467,7 +469,8 @@ def test_the_mixed_precision_of_accelerate_is_checked_as_that_of_a_flag(flags, e
     with pytest.raises(ValueError, match=message) if message else nullcontext():
         check_arguments(flags, *parsed[1:4], parsed[-1])
     if not message:
-        assert name_precision(parsed[-1]) == ("no" if flags else "bf16")
+        expected = {(): "bf16", (AUTOCAST,): "torch_autocast bfloat16"}.get((*flags,), "no")
+        assert name_precision(parsed[-1]) == expected
 
 
 @pytest.mark.parametrize(
@@ -607,7 +610,7 @@ def test_texts_in_a_recipe_that_look_like_other_values_are_read_as_written(name,
         (
             "seed: 1\n",
             ["--lr_scheduler_kwargs", "{'min_lr': 1}"],
-            r"\{'min_lr': 1\}\" is not valid JSON .*double quotes",
+            r"\{'min_lr': 1\}\" is not valid JSON .*double quotes.* file of `--deepspeed` must not have comments",
         ),
     ],
 )

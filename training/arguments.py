@@ -96,8 +96,8 @@ class ModelArguments:
     )
     adapter: str | None = HfArg(
         default=None,
-        help="Hub id or folder of DEHVF adapters to start from, with their config. Use --num_train_epochs 0 to "
-        "evaluate them without training.",
+        help="Hub id or folder of DEHVF adapters to start from, with their config, or folder of the baseline that "
+        "--method names. Use --num_train_epochs 0 to evaluate them without training.",
     )
     adapter_revision: str | None = HfArg(default=None, help="Commit of the adapters.")
     vision_model: str | None = HfArg(
@@ -276,7 +276,7 @@ def parse_arguments(arguments: list[str]):
     except json.JSONDecodeError as error:  # of the fields that are dicts
         raise ValueError(
             f"{error.doc!r} is not valid JSON ({error.msg}). Write names and texts in double quotes, such as "
-            "'{\"min_lr\": 1e-5}'."
+            "'{\"min_lr\": 1e-5}'. The file of `--deepspeed` must not have comments."
         ) from error
     if unused and re.match("--?[a-z]", unused[0]):  # such as `--no_name` of a flag that is false by default
         raise ValueError(f"The command: unknown argument `{unused[0]}`. `train.py --help` lists all arguments.")
@@ -290,7 +290,7 @@ def parse_arguments(arguments: list[str]):
             raise ValueError(f"`{flag}` takes no value. Remove {extra}.")
         raise ValueError(f"`{flag}` takes one value. Remove {extra}, or put a value with spaces in quotes.")
     _, model_args, adapter_args, _, _ = parsed
-    if model_args.adapter is not None:
+    if model_args.adapter is not None and model_args.method not in BASELINES:
         # The config of the adapters contains their bases. The bases in a recipe are for new adapters, or for adapters
         # that the recipe names
         named = flags if "adapter" in flags else {**values, **flags}
@@ -446,7 +446,9 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
         values = {*vars(adapter_args), "chat_template", "image_fit"}
         if adapter_args.max_images > 1:  # the only value that may be increased
             values -= {"max_images"}
-        own = ["method"] if method != "dehvf" else sorted(given & values)
+        if is_baseline:  # whose config is not read, but compared
+            values -= {"image_size"}
+        own = ["method"] if method in DEHVF_METHODS and method != "dehvf" else sorted(given & values)
         if own:
             raise ValueError(
                 f"`--{own[0]}` was given, but `--adapter {model_args.adapter}` already defines it. Remove one."
@@ -614,7 +616,7 @@ def check_engine(is_baseline: bool, method: str, training_args):
             )
     flags = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval")
     halves = [f"--{flag}" for flag in flags if getattr(training_args, flag)]
-    if (precision := name_precision(training_args)) != "no":
+    if (precision := name_precision(training_args)) in ("bf16", "fp16"):
         halves.append(f"mixed_precision: {precision}")  # of accelerate or DeepSpeed
     if halves and training_args.deepspeed_plugin is not None:
         dtype = "bfloat16" if "bf16" in halves[0] else "float16"

@@ -20,6 +20,11 @@ def render(processor, prompt: str) -> str:
     return processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
 
 
+def prints_date(processor) -> bool:
+    """Whether the chat template prints the current date, so that prompts differ from day to day."""
+    return "strftime_now" in (processor.chat_template or "")
+
+
 class ChatTokenizer:
     """
     Renders chats with the chat template and encodes them. Special tokens in a message are encoded as ordinary text,

@@ -328,9 +328,9 @@ def check_same_rows(rows: str, checkpoint: Path):
     if any(one != other for one, other in zip(rows.split(), earlier.split())):
         raise ValueError(
             f"{checkpoint} belongs to a run on another train or validation split: rows were changed, added or "
-            "removed, or are encoded in another way. To resume that run, restore its data. For a new run, use another "
-            "`--output_dir`, perhaps with `--adapter` and this checkpoint. To replace that run, use "
-            "`--resume_from_checkpoint never`."
+            "removed, or are encoded in another way, such as with another date if the chat template prints the "
+            "current one. To resume that run, restore its data. For a new run, use another `--output_dir`, perhaps "
+            "with `--adapter` and this checkpoint. To replace that run, use `--resume_from_checkpoint never`."
         )
 
 

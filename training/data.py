@@ -23,9 +23,10 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers.utils import logging
 
-from tasks import NAMES, get_task
+from tasks import ADDED_COLUMNS, NAMES, get_task
 from tasks._reader import filter_rows
 from tasks._values import IMAGE_FEATURES, list_images, read_image
+from training.chats import prints_date
 from training.encoding import RowEncoder
 
 
@@ -37,7 +38,13 @@ logger = logging.get_logger("train")
 
 
 def load_rows(task, name: str, arguments):
-    """Rows of a split, images undecoded. Raises `ValueError` if it is empty, lacks a column or has no such option."""
+    """
+    Rows of a split, images undecoded.
+
+    Raises:
+        ValueError: if the split is empty, lacks a column or has one of `ADDED_COLUMNS`, or the task does not have an
+            option that was given.
+    """
     limit, taken = arguments.max_samples, inspect.signature(task.load).parameters
     makes_any_size = "max_samples" in taken
     given = {option: getattr(arguments, option) for option in ("columns", "holdout", "captions")}
@@ -52,6 +59,11 @@ def load_rows(task, name: str, arguments):
     if missing := [column for column in task.COLUMNS if column not in rows.column_names]:
         raise ValueError(
             f"The {name} split of `{arguments.task}` lacks the columns {missing}. It has {rows.column_names}."
+        )
+    if taken_names := [column for column in rows.column_names if column in ADDED_COLUMNS]:
+        raise ValueError(
+            f"The {name} split of `{arguments.task}` has the column `{taken_names[0]}`, which predictions.jsonl uses "
+            "for something else. Rename it."
         )
     rows = rows.cast_column("image", ImageFeature(decode=False))
     if arguments.only_images and name == "train":
@@ -271,6 +283,12 @@ def load_splits(task, processor, data_args, training_args) -> dict[str, Split | 
     splits, is_main = {}, training_args.process_index == 0
     quiet = nullcontext if is_main else without_warnings  # the main process has already warned
     with quiet(), training_args.main_process_first(desc="encode the data"):
+        if prints_date(processor):
+            logger.warning(
+                "The chat template prints the current date, so prompts differ from day to day, and this run cannot "
+                "be resumed on another day. To fix the date, train with `--chat_template FILE`, a copy of the "
+                "template with a date in place of `strftime_now`."
+            )
         if training_args.num_train_epochs > 0 and data_args.streaming:
             seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
             shuffle_seed = None if training_args.train_sampling_strategy == "sequential" else seed

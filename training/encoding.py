@@ -2,6 +2,7 @@
 """Encodes the texts of a row into token ids with the chat template of the tokenizer."""
 
 import json
+from datetime import date
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +11,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
 from tasks._reader import map_rows
-from training.chats import ChatTokenizer
+from training.chats import ChatTokenizer, prints_date
 from training.flags import ROOT
 
 
@@ -144,7 +145,7 @@ class RowEncoder:
         sources = [Path(__file__), ROOT / "training" / "chats.py", ROOT / "processing_dehvf.py"]
         sources += sorted((ROOT / "tasks").glob("*.py"))
         facts = (self.task_name, self.split, self.training, self.max_prompt_length, self.processor.chat_template)
-        facts += (special, tokenizer.model_max_length)
+        facts += (special, tokenizer.model_max_length, str(date.today()) if prints_date(self.processor) else None)
         code = [file.read_text(encoding="utf-8") for file in sources]
         return Hasher.hash([rows._fingerprint, *facts, json.dumps(backend), *code])
 

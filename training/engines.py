@@ -41,12 +41,15 @@ def name_engine(training_args) -> str:
 def name_precision(training_args) -> str:
     """
     The mixed precision of a run: that of `--bf16` or `--fp16`, or else of accelerate's launcher or config. With
-    DeepSpeed it is that of its config, into which accelerate only writes its own if there is none.
+    DeepSpeed it is that of its config, into which accelerate only writes its own if there is none; `torch_autocast`
+    there, which leaves adapters in float32, has a name of its own.
     """
     asked, plugin = training_args.mixed_precision, training_args.deepspeed_plugin
     if plugin is None:
         return asked
     modes = {mode: plugin.deepspeed_config.get(mode, {"enabled": mode == asked}) for mode in ("bf16", "fp16")}
+    autocast = plugin.deepspeed_config.get("torch_autocast", {})
+    modes[f"torch_autocast {autocast.get('dtype')}"] = autocast
     return next((mode for mode, config in modes.items() if config.get("enabled") is True), "no")
 
 
@@ -55,6 +58,9 @@ def start_engine(training_args):
     if training_args.deepspeed_plugin is not None:
         import deepspeed
 
+        # DeepSpeed clips the gradients itself, and transformers only fills in values that are "auto"
+        config = training_args.deepspeed_plugin.hf_ds_config.config
+        config.setdefault("gradient_clipping", training_args.max_grad_norm)
         if "RANK" not in os.environ:
             # `accelerate launch` only sets these for several processes. Without them DeepSpeed requires MPI
             addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}

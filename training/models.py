@@ -37,7 +37,14 @@ def load_processor(model_args, adapter_args):
                     f"{processor.max_images} images of a sample. Give a larger number, or leave it out."
                 )
             processor.max_images = max(processor.max_images, adapter_args.max_images)
-            config = DehvfConfig.from_pretrained(model_args.adapter, **source).text_config
+            saved, _ = DehvfConfig.get_config_dict(model_args.adapter, **source)
+            if model_args.method not in BASELINES and (method := saved.get("method")) in BASELINES:
+                raise ValueError(
+                    f"`--adapter {model_args.adapter}` has the baseline {method}. Give also `--method {method}` and "
+                    "the bases and sizes with which it was trained."
+                )
+            kind = AutoConfig if model_args.method in BASELINES else DehvfConfig
+            config = kind.from_pretrained(model_args.adapter, **source).get_text_config()
         else:
             options = {"chat_template": chat_template, "image_fit": model_args.image_fit}
             options |= {name: getattr(adapter_args, name) for name in ("image_size", "max_images", "image_tiles")}
@@ -110,7 +117,10 @@ def load_model(model_args, adapter_args, baseline_args):
     if model_args.method in BASELINES:
         options |= base_revisions(model_args) | dataclasses.asdict(baseline_args)
         options["image_size"] = adapter_args.image_size
-        return build(model_args.method, *bases, **options)
+        model = build(model_args.method, *bases, **options)
+        if model_args.adapter is not None:
+            model.load_trained(model_args.adapter)
+        return model
     if model_args.adapter is None:
         ids = {f"{base}_model_id": getattr(model_args, f"{base}_model_id") for base in BASES}
         options |= base_revisions(model_args) | ids | dataclasses.asdict(adapter_args)

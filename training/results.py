@@ -33,7 +33,8 @@ PUSHED_FILES += ["tokenizer*.json", "*.model", "vocab.*", "merges.txt", "special
 PUSHED_FILES += ["normalizer.json", "source.spm", "target.spm"]
 KEPT_FILES = ["[!.]*/*"]  # in folders whose names do not begin with a dot
 # Arguments that determine the rows of a split, in results.json
-SOURCE_OF_ROWS = ("task", "data_path", "columns", "holdout", "captions")
+SOURCE_OF_ROWS = ("task", "data_path", "columns", "holdout", "captions", "max_samples", "only_images")
+SOURCE_OF_ROWS += ("max_prompt_length",)
 # Values in the scores of a task for which higher is not better
 NO_SCORES = ("count", "scale", "unparsed")
 
@@ -45,7 +46,15 @@ def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, mo
     trainer.save_model()
     trainer.compute_metrics = None  # it is for the validation split
     trainer.fusion.figures()  # discards the statistics of training
-    output = trainer.predict(split)
+    try:
+        output = trainer.predict(split)
+    except Exception as error:
+        error.add_note(
+            f"The adapters are complete in {folder}. To evaluate them without training again, give `--adapter "
+            f"{folder} --num_train_epochs 0`, another `--output_dir` and the flags of the data (for a baseline also "
+            "its `--method`, bases and sizes), perhaps with a smaller `--per_device_eval_batch_size`."
+        )
+        raise
     facts |= {"fusion": trainer.fusion.figures()}
     if training_args.process_index == 0:
         # Before scoring, so that an error in it loses no answers: `python -m tasks score` repeats the scoring
@@ -157,7 +166,10 @@ def write_card(folder: Path, name: str, results: dict, code: str | None):
     dataset = path if path and hub.is_hub_id(path) else getattr(task, "DATASET", None)
     data = {"dataset_type": dataset or results["task"], "dataset_name": results["task"]}
     metric = {"metric_type": task.CARD["metric_type"], "metric_value": round(scores[task.CARD["score"]], 2)}
-    result = EvalResult(task_type=task.CARD["task_type"], dataset_split=results["split"], **data, **metric)
+    published_split = getattr(task, "PARTS", {}).get(results["split"], (results["split"],))[0]
+    result = EvalResult(task_type=task.CARD["task_type"], dataset_split=published_split, **data, **metric)
+    # The score of other rows than those of a published split is not a result on it
+    is_whole = not dataset or results["holdout"] is None and results["max_samples"] is None
     bases = {
         config.get(f"{base}_model_id", results[f"{base}_model"]): config.get(f"{base}_model_revision")
         for base in reversed(BASES)
@@ -170,11 +182,12 @@ def write_card(folder: Path, name: str, results: dict, code: str | None):
     )
     adapter_digest = results["adapter_sha256"][SAFE_WEIGHTS_NAME]
     facts = results["method"], bases, results["trained_parameters"], code, results["versions"], adapter_digest
-    metadata = {"datasets": [dataset] if dataset else None, "model_name": name, "eval_results": [result]}
+    metadata = {"datasets": [dataset] if dataset else None, "model_name": name}
+    metadata |= {"eval_results": [result]} if is_whole else {}
     card = hub.make_card(name, *facts, sections, **metadata)
     card.save(folder / "README.md")
     shutil.rmtree(folder / ".eval_results", ignore_errors=True)  # of an earlier run
-    if dataset:
+    if dataset and is_whole:
         hub.write_eval_results(folder, dataset, results["task"], result.metric_value)
 
 
@@ -212,7 +225,11 @@ def report(folder: Path, task, processor, split: Split):
     results = score_folder(folder)
     print_scores(results)
     if results.get("cut_answers"):
-        print(f"{results['cut_answers']} of {results['size']} answers were cut off. `--max_new_tokens` allows more.")
+        print(
+            f"{results['cut_answers']} of {results['size']} answers were cut off. To allow longer ones without "
+            f"training again, give a larger `--max_new_tokens`, `--adapter {folder} --num_train_epochs 0` and another "
+            "`--output_dir`."
+        )
     if results["fusion"]:
         print(describe_fusion(results["fusion"]))
     usable = results["method"] in DEHVF_METHODS and write_example(folder, task, processor, split)
