@@ -2,6 +2,7 @@
 """Pushes adapters to the Hub: repositories, uploads and the model card."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -133,9 +134,9 @@ def make_card(
     code: str | None,
     versions: dict[str, str],
     adapter_digest: str,
-    has_bases: bool = False,
     sections: str = "",
     tags: list[str] | None = None,
+    has_bases: bool = False,
     **metadata,
 ) -> ModelCard:
     """
@@ -147,8 +148,8 @@ def make_card(
         code: Python code that uses the adapter, if it can be loaded.
         versions: versions of the packages with which it was made.
         adapter_digest: SHA-256 of the adapter's file. A later push compares it to decide whether to replace the card.
-        has_bases: whether the repository has copies of the base models, of which `bases` are the originals.
         sections: Markdown that is inserted before the versions.
+        has_bases: whether the repository has copies of the base models, of which `bases` are the originals.
         metadata: further fields of `huggingface_hub.ModelCardData`, such as `datasets` and `eval_results`.
     """
     known = [base for base in bases if is_hub_id(base)]
@@ -197,13 +198,25 @@ def write_eval_results(folder, dataset_id: str, task_id: str, value: float, **fi
         opened.write(yaml_dump(eval_result_entries_to_yaml([entry])))
 
 
-def _find_card(repo_id: str, adapter_digest: str, **source) -> ModelCard | None:
-    """The card of a repository if it is to be kept: one for this adapter, or one that a person has written."""
+def find_card(repo_id: str, **source) -> tuple[ModelCard | None, str | None]:
+    """
+    The card of a repository, if there is one, and the SHA-256 of the adapter for which it was written; `None` if a
+    person has written it.
+    """
     if (place := _find_file(repo_id, "README.md", **source)) is None:
-        return None
+        return None, None
     card = ModelCard.load(place)
-    made_for = re.search(CARD_MARK.format("(.*)"), card.content)
-    return card if made_for is None or made_for[1] == adapter_digest else None
+    mark = re.search(CARD_MARK.format("(.*)"), card.content)
+    return card, mark and mark[1]
+
+
+def find_old_scores(repo_id: str, adapter_digest: str, **source) -> list[str] | None:
+    """Patterns of the files to delete if the scores of a run in a repository belong to another adapter, or `None`."""
+    if (place := _find_file(repo_id, "results.json", **source)) is None:
+        return None
+    with open(place, encoding="utf-8") as file:
+        digest = json.load(file).get("adapter_sha256", {}).get(SAFE_WEIGHTS_NAME)
+    return None if digest in (None, adapter_digest) else ["results.json", ".eval_results/*.yaml"]
 
 
 def _update_card(card: ModelCard, has_bases: bool, tags: list[str]) -> bool:
@@ -237,7 +250,8 @@ class HubMixin:
     ) -> CommitInfo:
         """
         Uploads the files of `save_pretrained` and a model card to a repository on the Hub, in one commit. An existing
-        card is kept if a person has written it, and replaced if this method has written it for another adapter.
+        card is kept if a person has written it, and replaced if this method has written it for another adapter. The
+        scores that a run of train.py has pushed for another adapter are removed.
 
         Args:
             repo_id: `org/name`. The repository is created if it does not exist.
@@ -274,8 +288,8 @@ class HubMixin:
             with open(os.path.join(folder, SAFE_WEIGHTS_NAME), "rb") as adapter:
                 adapter_digest = hashlib.file_digest(adapter, "sha256").hexdigest()
             has_bases = bool(self._config_in(folder).get("merged_base"))
-            card = _find_card(repo_id, adapter_digest, **source)
-            if card is None:
+            card, made_for = find_card(repo_id, **source)
+            if card is None or made_for not in (None, adapter_digest):
                 card = make_card(
                     repo_id.split("/")[-1],
                     method="dehvf",
@@ -293,4 +307,5 @@ class HubMixin:
                 card.save(os.path.join(folder, "README.md"))
             elif _update_card(card, has_bases, tags or []):
                 card.save(os.path.join(folder, "README.md"))
+            options.setdefault("delete_patterns", find_old_scores(repo_id, adapter_digest, **source))
             return upload_folder(repo_id=repo_id, folder_path=folder, **options)
