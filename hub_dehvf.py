@@ -2,6 +2,7 @@
 """Pushes adapters to the Hub: repositories, uploads and the model card."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -35,8 +36,7 @@ CARD = """\
 
 # {name}
 
-An adapter of the method `{method}`: {trained_parameters:,} trained parameters. The frozen base models are loaded from
-their own repositories:
+An adapter of the method `{method}`: {trained_parameters:,} trained parameters. {place_of_bases}:
 
 | base model | commit |
 |---|---|
@@ -46,6 +46,10 @@ their own repositories:
 
 {versions}
 """
+BASES_ELSEWHERE = "The frozen base models are loaded from\ntheir own repositories"
+BASES_HERE = """\
+The frozen base models are
+in this repository, in `text_model` and `vision_model`. They may have been changed after they were loaded from"""
 USE = """\
 ## Use
 
@@ -61,7 +65,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 name = {repo_id!r}
-revision = "main"  # better the commit whose code you have read, in 40 hex digits
+revision = "{revision}"  # better the commit whose code you have read, in 40 hex digits
 model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
 message = {{"role": "user", "content": "What is in the image?"}}
@@ -116,9 +120,10 @@ def open_repository(repo_id: str, private: bool | None, token: bool | str | None
     return repo_id
 
 
-def example_code(repo_id: str) -> str:
-    """Lines of Python that load an adapter from the Hub and ask it about an image."""
-    return EXAMPLE.format(repo_id=repo_id)
+def example_code(repo_id: str, revision: str | None = None) -> str:
+    """Lines of Python that load an adapter from a branch of a repository and ask it about an image."""
+    is_branch = revision is not None and not revision.startswith("refs/")
+    return EXAMPLE.format(repo_id=repo_id, revision=revision if is_branch else "main")
 
 
 def make_card(
@@ -131,6 +136,7 @@ def make_card(
     adapter_digest: str,
     sections: str = "",
     tags: list[str] | None = None,
+    has_bases: bool = False,
     **metadata,
 ) -> ModelCard:
     """
@@ -143,6 +149,7 @@ def make_card(
         versions: versions of the packages with which it was made.
         adapter_digest: SHA-256 of the adapter's file. A later push compares it to decide whether to replace the card.
         sections: Markdown that is inserted before the versions.
+        has_bases: whether the repository has copies of the base models, of which `bases` are the originals.
         metadata: further fields of `huggingface_hub.ModelCardData`, such as `datasets` and `eval_results`.
     """
     known = [base for base in bases if is_hub_id(base)]
@@ -161,6 +168,7 @@ def make_card(
             name=name,
             method=method,
             trained_parameters=trained_parameters,
+            place_of_bases=BASES_HERE if has_bases else BASES_ELSEWHERE,
             bases="\n".join(f"| `{base}` | {commit or 'not pinned'} |" for base, commit in bases.items()),
             use=USE.format(code=code) if code else "",
             sections=sections,
@@ -190,13 +198,36 @@ def write_eval_results(folder, dataset_id: str, task_id: str, value: float, **fi
         opened.write(yaml_dump(eval_result_entries_to_yaml([entry])))
 
 
-def _has_current_card(repo_id: str, adapter_digest: str, **source) -> bool:
-    """Whether the repository has a card to keep: one for this adapter, or one that a person has written."""
+def find_card(repo_id: str, **source) -> tuple[ModelCard | None, str | None]:
+    """
+    The card of a repository, if there is one, and the SHA-256 of the adapter for which it was written; `None` if a
+    person has written it.
+    """
     if (place := _find_file(repo_id, "README.md", **source)) is None:
-        return False
-    with open(place, encoding="utf-8") as card:
-        made_for = re.search(CARD_MARK.format("(.*)"), card.read())
-    return made_for is None or made_for[1] == adapter_digest
+        return None, None
+    card = ModelCard.load(place)
+    mark = re.search(CARD_MARK.format("(.*)"), card.content)
+    return card, mark and mark[1]
+
+
+def find_old_scores(repo_id: str, adapter_digest: str, **source) -> list[str] | None:
+    """Patterns of the files to delete if the scores of a run in a repository belong to another adapter, or `None`."""
+    if (place := _find_file(repo_id, "results.json", **source)) is None:
+        return None
+    with open(place, encoding="utf-8") as file:
+        digest = json.load(file).get("adapter_sha256", {}).get(SAFE_WEIGHTS_NAME)
+    return None if digest in (None, adapter_digest) else ["results.json", ".eval_results/*.yaml"]
+
+
+def _update_card(card: ModelCard, has_bases: bool, tags: list[str]) -> bool:
+    """
+    Adds tags to a card that is kept, and corrects where it says that the base models are. Returns whether it changed.
+    """
+    before, sentences = str(card), (BASES_ELSEWHERE, BASES_HERE)
+    card.content = card.content.replace(*(sentences if has_bases else sentences[::-1]))
+    if missing := [tag for tag in tags if tag not in (card.data.tags or [])]:
+        card.data.tags = [*(card.data.tags or []), *missing]
+    return str(card) != before
 
 
 def _find_file(repo_id: str, name: str, **source) -> str | None:
@@ -219,7 +250,8 @@ class HubMixin:
     ) -> CommitInfo:
         """
         Uploads the files of `save_pretrained` and a model card to a repository on the Hub, in one commit. An existing
-        card is kept if a person has written it, and replaced if this method has written it for another adapter.
+        card is kept if a person has written it, and replaced if this method has written it for another adapter. The
+        scores that a run of train.py has pushed for another adapter are removed.
 
         Args:
             repo_id: `org/name`. The repository is created if it does not exist.
@@ -227,16 +259,18 @@ class HubMixin:
             token: token with write access; by default the token of `hf auth login`.
             merge_base: as in `save_pretrained`. Without it, copies of base models in the repository are downloaded, to
                 compare them with those of this model.
-            tags: additional tags of the card.
+            tags: additional tags of the card, also of one that is kept.
             kwargs: as in `huggingface_hub.upload_folder` (`commit_message`, `revision`, `create_pr`, ...).
 
         Raises:
             TypeError: if `upload_folder` does not have such an argument.
-            ValueError: if the config has a local folder instead of a Hub id for a base model, `run_as_future` or
-                `path_in_repo` is given, `tags` is a text, or the adapter cannot be saved. Then nothing is on the Hub.
+            ValueError: if the config has a local folder instead of a Hub id for a base model that is not merged,
+                `run_as_future` or `path_in_repo` is given, `tags` is a text, or the adapter cannot be saved. Then
+                nothing is on the Hub.
         """
         config = self.config
-        check_hub_ids(vision=config.vision_model_id, text=config.text_model_id)
+        if not merge_base:
+            check_hub_ids(vision=config.vision_model_id, text=config.text_model_id)
         check_upload({"tags": tags, **kwargs})
         options = {"commit_message": "Upload DEHVF adapter", "token": token, **kwargs}
         signature(upload_folder).bind(repo_id=repo_id, folder_path=".", **options)
@@ -253,7 +287,9 @@ class HubMixin:
             self.save_pretrained(folder, merge_base=merge_base)
             with open(os.path.join(folder, SAFE_WEIGHTS_NAME), "rb") as adapter:
                 adapter_digest = hashlib.file_digest(adapter, "sha256").hexdigest()
-            if not _has_current_card(repo_id, adapter_digest, **source):
+            has_bases = bool(self._config_in(folder).get("merged_base"))
+            card, made_for = find_card(repo_id, **source)
+            if card is None or made_for not in (None, adapter_digest):
                 card = make_card(
                     repo_id.split("/")[-1],
                     method="dehvf",
@@ -262,10 +298,14 @@ class HubMixin:
                         config.vision_model_id: config.vision_model_revision,
                     },
                     trained_parameters=sum(tensor.numel() for tensor in self.adapter_state_dict().values()),
-                    code=example_code(repo_id),
+                    code=example_code(repo_id, kwargs.get("revision")),
                     versions={module.__name__: str(module.__version__) for module in (torch, transformers)},
                     adapter_digest=adapter_digest,
+                    has_bases=has_bases,
                     tags=tags,
                 )
                 card.save(os.path.join(folder, "README.md"))
+            elif _update_card(card, has_bases, tags or []):
+                card.save(os.path.join(folder, "README.md"))
+            options.setdefault("delete_patterns", find_old_scores(repo_id, adapter_digest, **source))
             return upload_folder(repo_id=repo_id, folder_path=folder, **options)

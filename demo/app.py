@@ -16,7 +16,6 @@ both values from the variables DEHVF_ADAPTER and DEHVF_REVISION of its settings.
 import argparse
 import json
 import os
-import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -47,6 +46,7 @@ from demo.serve import remember_images  # noqa: E402
 from tasks import get_task  # noqa: E402
 from training.chats import render  # noqa: E402
 from training.data import read_image  # noqa: E402
+from training.flags import is_commit  # noqa: E402
 
 
 MAX_NEW_TOKENS = 64
@@ -82,7 +82,7 @@ def load(adapter: str, revision: str | None):
         ValueError: if the adapter does not exist, has no visual memory, or is on the Hub and `revision` is not a
             commit.
     """
-    if not os.path.isdir(adapter) and not re.fullmatch("[0-9a-f]{40}", revision or ""):
+    if not os.path.isdir(adapter) and not is_commit(revision):
         raise ValueError(
             f"There is no folder {adapter}. To train the default adapters into outputs/digits, run `accelerate launch "
             "train.py`, which takes minutes. If this is a Hub id, loading it runs its code: pass the commit that you "

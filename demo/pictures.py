@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tasks import NAMES, get_task  # noqa: E402
 from training.data import Collator, load_rows, read_image, read_images  # noqa: E402
 from training.encoding import RowEncoder  # noqa: E402
-from training.flags import check_place  # noqa: E402
+from training.flags import check_is_pinned, check_place  # noqa: E402
 
 
 BATCH_SIZE = 32
@@ -467,6 +467,7 @@ def look_for_token(model, processor, task, row: dict, token: int) -> tuple[np.nd
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", help="folder or Hub id of trained adapters")
+    parser.add_argument("--revision", help="commit of an adapter on the Hub, in 40 hex digits")
     parser.add_argument("--task", choices=NAMES, default="digits", help="task that reads the data")
     parser.add_argument("--data_path", help="Hub id or folder of the data, if the task has no default")
     parser.add_argument("--columns", help="columns with other names, as in train.py: question=prompt,answer=label")
@@ -488,11 +489,12 @@ def parse_arguments(arguments=None):
 def main(arguments=None):
     options = parse_arguments(arguments)
     check_place("adapter", options.adapter)
+    check_is_pinned(options.adapter, options.revision)
     new_figure(1, 1)  # fails before anything is loaded if matplotlib is missing
     task = get_task(options.task)
     dataset = load_rows(task, options.split, options)
     row = choose_row(dataset, options.split, options.row)
-    model, processor = load_adapter(options.adapter)
+    model, processor = load_adapter(options.adapter, options.revision)
     options.output_dir.mkdir(parents=True, exist_ok=True)
 
     activations, title = look_for_token(model, processor, task, row, options.token)

@@ -11,6 +11,7 @@ explains access and limits.
 """
 
 import hashlib
+import socket
 import sys
 import threading
 import uuid
@@ -57,7 +58,7 @@ from demo.openai_api import (  # noqa: E402
     parse,
     shorten,
 )
-from training.flags import check_place  # noqa: E402
+from training.flags import check_is_pinned, check_place  # noqa: E402
 
 
 SHUTDOWN_SECONDS = 120  # time limit for answers in progress after SIGTERM
@@ -278,8 +279,22 @@ def check_host(name: str) -> str:
     return name.lower()
 
 
+def check_port(host: str, port: int):
+    """Raises `ValueError` if a server cannot listen on the port, before a model is loaded."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise ValueError(
+            f"The server cannot listen on port {port} of {host}: {error.strerror}. Choose another port with `--port`, "
+            "or 0 for any free one."
+        ) from error
+
+
 def main(
     adapter: Annotated[str, typer.Argument(help="Folder or Hub id of the adapter, the only model that is served.")],
+    revision: Annotated[str | None, typer.Option(help="Commit of an adapter on the Hub, in 40 hex digits.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the code in the adapter's repository.")] = False,
     device: Annotated[str, typer.Option(help="For example `auto`, `cuda:0`, `cpu`.")] = "auto",
     dtype: Annotated[str, typer.Option(help="dtype of the model; `auto` is the dtype in its files.")] = "auto",
@@ -315,15 +330,18 @@ def main(
         reader = ImageReader(
             allow_image_host, allow_image_folder, max_image_bytes, max_image_pixels, max_image_seconds
         )
+        check_is_pinned(adapter, revision)
+        check_port(host, port)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     register()
     options = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
     options |= {"quantization": quantization, "trust_remote_code": trust_remote_code}
+    name = adapter if revision is None else f"{adapter}@{revision}"
     hosts = ["localhost", host, *hosts]
     try:
-        manager = ModelManager(**options, force_model=adapter)
-        model, _ = manager.load_model_and_processor(manager.process_model_name(adapter))
+        manager = ModelManager(**options, force_model=name)
+        model, _ = manager.load_model_and_processor(manager.process_model_name(name))
         if model.config.model_type != "dehvf":
             raise ValueError(
                 f"{adapter} is a model of the type {model.config.model_type!r}, not a DEHVF adapter. Give a folder "

@@ -274,6 +274,8 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.store(base64.b64decode(value["content"]), is_large=False)
             elif key == "lfsFile" and value["oid"] in self.hub.contents:
                 files[value["path"]] = value["oid"]
+            elif key == "deletedFile":
+                del files[value["path"]]
             else:
                 raise Refusal(400, "", f"{key} of a file that was not uploaded, or unknown here")
         commit = repository.add_commit(message, files, revision)

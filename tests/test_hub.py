@@ -18,7 +18,7 @@ import textwrap
 import pytest
 import yaml
 from hub_server import STRANGER, HubServer
-from huggingface_hub import EvalResultEntry, parse_eval_result_entries
+from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 from huggingface_hub.utils import filter_repo_objects
 from test_train import make_rows, scienceqa, tiny_flags  # noqa: F401
 from tiny import DEHVF_SIZES, ROOT, tiny_config
@@ -69,7 +69,7 @@ def pushed(hub, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("author")
     code = """
-        import json, pathlib
+        import hashlib, json, pathlib
         import torch
         from huggingface_hub import HfApi
         from tiny import DEHVF_SIZES, DehvfForConditionalGeneration, save_tiny_bases, tiny_inputs, tiny_processor
@@ -116,7 +116,20 @@ def pushed(hub, tmp_path_factory):
         HfApi().create_repo("org/dehvf-described")
         HfApi().upload_file(repo_id="org/dehvf-described", path_or_fileobj="own.md", path_in_repo="README.md")
         push(model, "dehvf-described")
-        push(model, "dehvf-branch", revision="dev", tags=["digits"])
+        model.save_pretrained("scored")
+        own = hashlib.sha256(pathlib.Path("scored/model.safetensors").read_bytes()).hexdigest()
+        facts["has scores"] = []
+        pathlib.Path("scored/.eval_results").mkdir()
+        pathlib.Path("scored/.eval_results/digits.yaml").write_text("[]")
+        for digest in (own, "of another adapter"):
+            scores = {"adapter_sha256": {"model.safetensors": digest}}
+            pathlib.Path("scored/results.json").write_text(json.dumps(scores))
+            push_folder("dehvf-scored", "scored")
+            push(model, "dehvf-scored")
+            names = "results.json", ".eval_results/digits.yaml"
+            facts["has scores"].append([HfApi().file_exists("org/dehvf-scored", name) for name in names])
+        for tags in (["digits"], ["more"], None):
+            push(model, "dehvf-branch", revision="dev", tags=tags)
         try:
             model.push_to_hub("org/dehvf-typo", comit_message="Oh")
         except TypeError as error:
@@ -146,6 +159,7 @@ def pushed(hub, tmp_path_factory):
             changed.lm_head.weight.mul_(2)
         changed.push_to_hub("org/dehvf-changed", merge_base=True)
         model.push_to_hub("org/dehvf-changed")
+        make_model(*first).push_to_hub("org/dehvf-whole", merge_base=True)
         model.save_pretrained("merged", merge_base=True)
         logits["dehvf-merged"] = logits["dehvf-tiny"]
         push_folder("dehvf-merged", "merged")
@@ -284,8 +298,13 @@ def test_a_push_to_a_branch_leaves_main_alone(hub, pushed):
     repository = hub.repositories["org/dehvf-branch"]
     files = repository.commits[repository.branches["dev"]]
     assert sorted(files) == sorted([".gitattributes", *PUSHED]) and not hub.files("org/dehvf-branch")
-    tags = yaml.safe_load(hub.contents[files["README.md"]].decode().split("---")[1])["tags"]
-    assert tags == ["dehvf", "adapter", "vision-language", "digits"]
+    _, head, body = hub.contents[files["README.md"]].decode().split("---\n", 2)
+    assert yaml.safe_load(head)["tags"] == ["dehvf", "adapter", "vision-language", "digits", "more"]
+    assert 'revision = "dev"' in body
+
+
+def test_scores_of_another_adapter_are_removed(pushed):
+    assert read_json(pushed / "facts.json")["has scores"] == [[True, True], [False, False]]
 
 
 def test_a_processor_is_pushed_alone_and_leaves_the_card(hub, pushed):
@@ -300,6 +319,9 @@ def test_a_push_keeps_the_processor_and_merged_bases_of_the_repository(hub, push
     assert json.loads(hub.read("org/dehvf-again", "processor_config.json"))["image_fit"] == "pad"
     assert json.loads(hub.read("org/dehvf-again", "config.json"))["merged_base"] is True
     assert "text_model/config.json" in hub.files("org/dehvf-again")
+    # Neither needs the base models of other repositories, and the second has none there
+    for name in ("again", "whole"):
+        assert dehvf.hub.BASES_HERE in read_card(hub, f"org/dehvf-{name}")[1]
 
 
 def test_a_push_does_not_combine_an_adapter_with_other_merged_bases(hub, pushed):
@@ -487,9 +509,13 @@ def test_a_push_that_could_not_be_used_is_refused_before_training(tmp_path, monk
 
 
 def test_a_push_that_fails_loses_nothing_and_can_be_repeated(tmp_path, monkeypatch, scienceqa):  # noqa: F811
-    def upload(**_):
+    def upload(delete_patterns, **_):
+        assert delete_patterns == ["old scores"]
         raise OSError("the Hub is away")
 
+    # A card that a person has written is kept
+    monkeypatch.setattr(dehvf.hub, "find_card", lambda *_, **__: (ModelCard("# My own words"), None))
+    monkeypatch.setattr(dehvf.hub, "find_old_scores", lambda *_, **__: ["old scores"])
     monkeypatch.setattr("training.results.upload_folder", upload)
     monkeypatch.setattr(dehvf.hub, "open_repository", lambda name, *_: name)
     ids = {"vision_model_id": "org/vision", "text_model_id": "org/text", "hub_model_id": "org/name"}
@@ -505,7 +531,7 @@ def test_a_push_that_fails_loses_nothing_and_can_be_repeated(tmp_path, monkeypat
     names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     # `hf upload` chooses by the same function as `upload_folder`
     chosen = filter_repo_objects(names, allow_patterns=patterns["--include"], ignore_patterns=patterns["--exclude"])
-    assert sorted(chosen) == RUN_PUSHED
+    assert sorted([*chosen, "README.md"]) == RUN_PUSHED
 
 
 def test_a_token_does_not_get_into_the_recorded_command():

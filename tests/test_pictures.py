@@ -339,10 +339,12 @@ def test_what_cannot_be_drawn_is_named(adapter, flags, message, folder):
         draw(folder, adapter, *flags)
 
 
-def test_wrong_flags_and_missing_packages_are_reported_before_anything_is_loaded(monkeypatch, capsys):
+def test_wrong_flags_and_missing_packages_are_reported_before_anything_is_loaded(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         pictures.main(["no-such-folder", "--num_samples", "0"])
     assert "--num_samples is 0" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match="There is no folder org/name.*`--revision main` was given"):
+        pictures.main(["org/name", "--revision", "main"])
     with pytest.raises(ImportError, match="pip install matplotlib"):
-        pictures.main(["no-such-folder"])
+        pictures.main([str(tmp_path)])

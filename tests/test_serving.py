@@ -294,6 +294,9 @@ ADAPTER, DAMAGED = "an adapter", "a damaged adapter"
         (["nothing", "--allow-host", "https://a.org"], "not a name alone"),
         ([ROOT / "assets" / "language_model", "--device", "cpu"], "model of the type 'llama', not a DEHVF adapter"),
         (["/nothing"], "`adapter /nothing`: there is no such folder"),
+        (["org/name"], "no `--revision` was given"),
+        (["org/name", "--revision", "main"], "`--revision main` was given"),
+        ([ADAPTER, "--port", "USED"], "cannot listen on port"),
         (["nothing", "--port", "99999"], "should be less than or equal to 65535"),
         ([ADAPTER], "pass the argument `--trust-remote-code`"),
         ([ADAPTER, "--trust-remote-code", "--dtype", "nonsense"], "Unsupported dtype: 'nonsense'"),
@@ -309,7 +312,8 @@ def test_the_command_refuses_wrong_flags_without_a_traceback(flags, words, adapt
     if DAMAGED in flags:
         shutil.copytree(adapter, tmp_path / "damaged")
         (tmp_path / "damaged" / "model.safetensors").write_text("a")
-    places = {ADAPTER: adapter, DAMAGED: tmp_path / "damaged"}
+    used = socket.create_server(("127.0.0.1", 0))
+    places = {ADAPTER: adapter, DAMAGED: tmp_path / "damaged", "USED": str(used.getsockname()[1])}
     flags = [places.get(flag, flag) for flag in flags]
     code, served = command(monkeypatch, *flags)
     assert code == 2 and not served

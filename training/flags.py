@@ -244,6 +244,20 @@ def text_names() -> set[str]:
     return {name for name, kind in argument_types().items() if {*kind.split(" | ")} <= {"str", "list[str]", "None"}}
 
 
+def is_commit(revision: str | None) -> bool:
+    return re.fullmatch("[0-9a-f]{40}", revision or "") is not None
+
+
+def check_is_pinned(adapter: str, revision: str | None):
+    """Raises `ValueError` if an adapter is on the Hub and `revision` is not a commit."""
+    if not Path(adapter).exists() and not is_commit(revision):
+        given = "no `--revision` was" if revision is None else f"`--revision {revision}` was"
+        raise ValueError(
+            f"There is no folder {adapter}. If it is a Hub id, loading it runs the code of that repository, but "
+            f"{given} given. Give the commit whose code you have read: `--revision` and 40 hex digits."
+        )
+
+
 def check_place(argument: str, place: str | None):
     """Raises `ValueError` if the place that `argument` names neither exists nor can be a name on the Hub."""
     if place is None or Path(place).exists():

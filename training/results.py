@@ -253,23 +253,32 @@ def open_repository(training_args) -> str | None:
 
 
 def push(folder: Path, repo_id: str, training_args):
-    """Pushes the adapters, the card and the results of a complete run in one commit."""
+    """
+    Pushes the adapters, the card and the results of a complete run in one commit, which removes the scores of another
+    adapter. A card that a person has written is kept.
+    """
     results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-    write_card(folder, repo_id.split("/")[-1], results, hub.example_code(repo_id))
+    source = {"revision": training_args.hub_revision, "token": training_args.hub_token}
+    write_card(folder, repo_id.split("/")[-1], results, hub.example_code(repo_id, training_args.hub_revision))
+    kept_files = KEPT_FILES
     try:
+        card, made_for = hub.find_card(repo_id, **source)
+        if card is not None and made_for is None:
+            print(f"The README.md of {repo_id} was not written by a push, and is kept. The new one is in {folder}.")
+            kept_files = [*KEPT_FILES, "README.md"]
         commit = upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             commit_message="Upload DEHVF adapters",
-            token=training_args.hub_token,
-            revision=training_args.hub_revision,
             allow_patterns=PUSHED_FILES,
-            ignore_patterns=KEPT_FILES,
+            ignore_patterns=kept_files,
+            delete_patterns=hub.find_old_scores(repo_id, results["adapter_sha256"][SAFE_WEIGHTS_NAME], **source),
+            **source,
         )
     except Exception as error:
         words = ["hf", "upload", repo_id, str(folder), "."]
         words += [word for pattern in PUSHED_FILES for word in ("--include", pattern)]
-        words += [word for pattern in KEPT_FILES for word in ("--exclude", pattern)]
+        words += [word for pattern in kept_files for word in ("--exclude", pattern)]
         error.add_note(f"The run is complete in {folder}. To repeat only the push:\n\n{shlex.join(words)}")
         raise
     print(f"\nPushed: {commit.commit_url}")
