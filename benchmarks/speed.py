@@ -3,7 +3,7 @@
 Measures the time of a training step, of an answer and of its parts: DEHVF, its language model without an image, MemVP
 and LLaVA-LoRA, on the same random bases, texts and images.
 
-    python -m benchmarks.speed                          # the preset `small`: 14 minutes on 2 cores
+    python -m benchmarks.speed                          # the preset `small`: 8 to 14 minutes on 2 cores
     python -m benchmarks.speed --threads 1 --clock cpu  # CPU time of one core, without that of other processes
     python -m benchmarks.speed --preset llama-7b        # needs one CUDA device
 
