@@ -361,10 +361,11 @@ def find_images(messages: list[Message], max_images: int) -> list[str]:
         urls = list(dict.fromkeys(urls))
     if len(urls) > max_images:
         places = [index for index, message in enumerate(messages) if message.image_urls()]
+        number = "an image" if len(urls) == 1 else f"{len(urls)} different images"
         limit = {0: "no images", 1: "one image"}.get(max_images, f"{max_images} images")
         fewer = "fewer images (each may be repeated in several turns), or ask about the others in separate requests"
         raise RequestError(
-            f"The request has {len(urls)} different images (in messages {', '.join(map(str, places))}, counted from "
+            f"The request has {number} (in messages {', '.join(map(str, places))}, counted from "
             f"0), but the model reads {limit} for each request. Send {fewer if max_images else 'the text alone'}.",
             param="messages",
             code="too_many_images",
