@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dehvf import processing
 from demo.client_images import ImageReader
-from demo.openai_api import Piece, Request, RequestError, Token, find_images
+from demo.openai_api import Piece, Request, RequestError, Token, find_images, shorten
 from training.chats import ChatTokenizer
 
 
@@ -168,7 +168,7 @@ class Batch:
         rows, tokenizer = [answer.job.inputs for answer in self.answers], self.jobs[0].tokenizer
         length = max(job.num_prompt_tokens for job in self.jobs)
         inputs = {}
-        for name in tokenizer.model_input_names:
+        for name in (*tokenizer.model_input_names, "instruction_mask"):
             if name in rows[0]:
                 value = tokenizer.pad_token_id if name == "input_ids" else 0
                 padded = [F.pad(row[name], (length - row[name].shape[1], 0), value=value) for row in rows]
@@ -209,6 +209,8 @@ class Engine:
 
     def __init__(self, model, processor, reader: ImageReader, max_context_tokens: int, max_batch_size: int):
         self.model, self.processor, self.reader, self.max_batch_size = model, processor, reader, max_batch_size
+        has_memory = getattr(model.config, "visual_prompts", None) != "none"
+        self.max_images = processor.max_images if has_memory else 0
         config = model.generation_config
         if unsupported := [name for name in UNSUPPORTED_SETTINGS if getattr(config, name, None)]:
             raise ValueError(
@@ -228,7 +230,7 @@ class Engine:
 
     async def prepare(self, request: Request):
         """Inputs of the model and the maximum of new tokens. Raises `RequestError` if images or chat do not fit."""
-        urls = find_images(request.messages, self.processor.max_images)
+        urls = find_images(request.messages, self.max_images)
         images = [await self.reader.load(url) for url in urls]
         chat = [message.text_message() for message in request.messages]
         inputs = await asyncio.to_thread(self._process, chat, images)
@@ -252,25 +254,46 @@ class Engine:
             with self._tokenizing:
                 return self._encode(chat, images)
         except TemplateError as error:
-            raise RequestError(
-                f"The model's chat template does not take these messages: {error}. Change their roles or their order.",
-                param="messages",
-                code="invalid_messages",
+            raise refused(
+                f"The model's chat template does not take these messages: {error}. Change their roles or their order."
             ) from error
 
     def _encode(self, chat: list[dict], images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        """The inputs of the model. Special tokens in a message are encoded as ordinary text, as in training."""
+        """
+        The inputs of the model. Special tokens in a message are encoded as ordinary text, as in training.
+
+        Raises:
+            RequestError: if the chat template leaves out or changes a message that is not the assistant's, or, for a
+                model that reads the question, does not show where the assistant's messages are.
+        """
         chats = self._chats
         chats.forget()  # the special tokens of other clients
-        parts = [part for message in chat for part in message["content"] if part["type"] == "text"]
-        num_special = sum(len(chats.pattern.findall(part["text"])) for part in parts)
+        chat = [{**message, "content": "\n".join(part["text"] for part in message["content"])} for message in chat]
+        num_special = sum(len(chats.pattern.findall(message["content"])) for message in chat)
         if num_special > self.max_context_tokens:
             raise too_long(f"The messages have {num_special} special tokens", self.max_context_tokens)
-        for part in parts:
-            part["text"] = chats.protect(part["text"])
-        ids, _ = chats.encode(self.processor.apply_chat_template(chat, add_generation_prompt=True))
+        protected = [{**message, "content": chats.protect(message["content"])} for message in chat]
+        text = self.processor.apply_chat_template(protected, add_generation_prompt=True)
+        for given, message in zip(chat, protected):
+            if message["role"] != "assistant" and message["content"].strip() not in text:
+                raise refused(
+                    f"The model's chat template leaves out or changes the message {shorten(given['content'])} of the "
+                    f"role {message['role']!r}. Remove it, or put its text into a message of the user."
+                )
+        ids, places = chats.encode(text)
         input_ids = torch.tensor([ids])
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        # A chat that is too long, which `prepare` refuses, may have thousands of answers to compare with each token
+        if getattr(self.model.config, "reads_instruction", False) and len(ids) < self.max_context_tokens:
+            try:
+                spans = chats.find_answers(chat, text)
+            except ValueError as error:
+                raise refused(
+                    "The model was trained to read the question without earlier answers, and its chat template does "
+                    "not show where they are. Leave the messages of the assistant out."
+                ) from error
+            is_answer = [any(begin <= start < end for begin, end in spans) for start, _ in places]
+            inputs["instruction_mask"] = ~torch.tensor([is_answer])
         return {**inputs, **(self.processor(images=[images], return_tensors="pt") if images else {})}
 
     def start(self, request: Request, inputs, max_new_tokens: int) -> Job:
@@ -352,6 +375,10 @@ class Engine:
         if any(getattr(config, name, None) not in neutral for name, neutral in READERS_OF_PROMPTS.items()):
             return len(set(lengths)) == 1 and len(lengths) <= self.max_batch_size
         return len(lengths) <= self.max_batch_size and len(lengths) * max(lengths) <= MAX_PADDING * sum(lengths)
+
+
+def refused(message: str) -> RequestError:
+    return RequestError(message, param="messages", code="invalid_messages")
 
 
 def too_long(found: str, max_context_tokens: int) -> RequestError:

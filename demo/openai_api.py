@@ -140,7 +140,7 @@ class Message(Part):
     ignored |= {"reasoning", "reasoning_content"}
 
     role: Literal["system", "developer", "user", "assistant"]
-    type: Literal["message"] | None = None
+    type: Literal["message", "text"] | None = None  # "text" is what lm-eval sends
     content: Text | Parts | None = None
     tool_calls: list | None = Field(None, max_length=0)
 
@@ -361,11 +361,12 @@ def find_images(messages: list[Message], max_images: int) -> list[str]:
         urls = list(dict.fromkeys(urls))
     if len(urls) > max_images:
         places = [index for index, message in enumerate(messages) if message.image_urls()]
-        limit = "one image" if max_images == 1 else f"{max_images} images"
+        number = "an image" if len(urls) == 1 else f"{len(urls)} different images"
+        limit = {0: "no images", 1: "one image"}.get(max_images, f"{max_images} images")
+        fewer = "fewer images (each may be repeated in several turns), or ask about the others in separate requests"
         raise RequestError(
-            f"The request has {len(urls)} different images (in messages {', '.join(map(str, places))}, counted from "
-            f"0), but the model reads {limit} for each request. Send fewer images (each may be repeated in several "
-            "turns), or ask about the others in separate requests.",
+            f"The request has {number} (in messages {', '.join(map(str, places))}, counted from "
+            f"0), but the model reads {limit} for each request. Send {fewer if max_images else 'the text alone'}.",
             param="messages",
             code="too_many_images",
         )

@@ -42,20 +42,23 @@ MAX_LAYERS = 12  # number of layers shown for a deep language model, unless `--l
 # --- arrays ---
 
 
-def check_config(config):
-    """Raises `ValueError` if the model has no visual memory."""
+def check_config(config, layers: list[int] | None = None):
+    """Raises `ValueError` if the model has no visual memory, or not all of these language layers."""
     if getattr(config, "visual_prompts", None) in (None, "none"):
         given = f"a `{config.model_type}`" if config.model_type != "dehvf" else 'trained with `visual_prompts="none"`'
         raise ValueError(
             f"The model is {given}: it has no visual memory, so there is nothing to draw. Pass a DEHVF adapter that "
             "was trained with visual prompts."
         )
+    num_layers = config.get_text_config().num_hidden_layers
+    if wrong := [layer for layer in layers or [] if not 0 <= layer < num_layers]:
+        raise ValueError(f"--layers names {wrong}, but the language layers are 0 to {num_layers - 1}.")
 
 
-def load_adapter(adapter: str, revision: str | None = None):
-    """A model, on a GPU if there is one, and its processor. Raises `ValueError` if it has no visual memory."""
+def load_adapter(adapter: str, revision: str | None = None, layers: list[int] | None = None):
+    """A model, on a GPU if there is one, and its processor. Raises `ValueError` as [`check_config`]."""
     source = {"revision": revision, "trust_remote_code": True}
-    check_config(AutoConfig.from_pretrained(adapter, **source))
+    check_config(AutoConfig.from_pretrained(adapter, **source), layers)
     model = AutoModelForImageTextToText.from_pretrained(adapter, **source)
     model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     return model, AutoProcessor.from_pretrained(adapter, **source)
@@ -340,15 +343,10 @@ def draw_slot_activations(activations: np.ndarray, pixels: np.ndarray, patch_siz
 
     Returns:
         `matplotlib.figure.Figure`.
-
-    Raises:
-        ValueError: if there is no such layer.
     """
     num_layers = len(activations)
     if layers is None:
         layers = np.unique(np.linspace(0, num_layers - 1, min(num_layers, MAX_LAYERS)).round().astype(int))
-    if wrong := [layer for layer in layers if not 0 <= layer < num_layers]:
-        raise ValueError(f"--layers names {wrong}, but the language layers are 0 to {num_layers - 1}.")
     num_columns = min(len(layers), 4)
     num_rows = -(-len(layers) // num_columns)
     heading = [line for part in title.splitlines() for line in textwrap.wrap(part, 150)]
@@ -443,7 +441,7 @@ def look_for_token(model, processor, task, row: dict, token: int) -> tuple[np.nd
     length = inputs["input_ids"].shape[1]
     tokens = model.generate(**inputs, max_new_tokens=max(task.MAX_NEW_TOKENS, token + 1), do_sample=False)
     num_tokens = tokens.shape[1] - length
-    if not 0 <= token < num_tokens:
+    if token >= num_tokens:
         raise ValueError(f"--token is {token}, but the tokens of the answer are 0 to {num_tokens - 1}.")
     read = tokens[:, : length + token]  # the last of these predicts the token
     question = F.pad(inputs["instruction_mask"], (0, token))
@@ -483,6 +481,8 @@ def parse_arguments(arguments=None):
     options = parser.parse_args(arguments)
     if options.num_samples < 1:
         parser.error(f"--num_samples is {options.num_samples}, but a mean needs at least 1.")
+    if options.token < 0:
+        parser.error(f"--token is {options.token}, but the tokens of an answer are counted from 0.")
     return options
 
 
@@ -494,8 +494,11 @@ def main(arguments=None):
     task = get_task(options.task)
     dataset = load_rows(task, options.split, options)
     row = choose_row(dataset, options.split, options.row)
-    model, processor = load_adapter(options.adapter, options.revision)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {options.output_dir} cannot be created ({error}). Name another.") from error
+    model, processor = load_adapter(options.adapter, options.revision, options.layers)
 
     activations, title = look_for_token(model, processor, task, row, options.token)
     pixels = encoder_view(processor, read_image(row["image"]))
@@ -518,4 +521,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ImportError, OSError, ValueError) as error:  # not an error of this program
+        sys.exit(str(error))

@@ -188,6 +188,18 @@ def test_private_characters_in_data_are_text():
     assert processor.tokenizer.decode(encoded["input_ids"]).count(text) == 2
 
 
+def test_earlier_answers_of_a_chat_are_the_same_tokens_in_training_and_evaluation(processor):
+    """A fuser that reads the question gets the others."""
+    texts = ["who?", " the hen </s>", "what?", "me", "why?", "so"]
+    messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 3, texts)]
+    given = {"messages": lambda row: messages, "answer": lambda row: "so"}
+    learned, asked = (encode(processor, {}, training, **given) for training in (True, False))
+    length = len(asked["input_ids"])
+    assert learned["input_ids"][:length] == asked["input_ids"]
+    assert learned["is_answer"][:length] == asked["is_answer"]
+    assert len(answers_of(processor, asked)) == 2
+
+
 @pytest.mark.parametrize("trims_offsets", [False, True])
 def test_a_token_of_both_prompt_and_answer_is_refused(trims_offsets):
     """Its answer would begin with a token that is not learned, after a prompt that is not trained on."""

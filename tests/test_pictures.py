@@ -1,6 +1,7 @@
 """Figures of a trained adapter: the arrays, what is drawn of them, and the command."""
 
 import json
+import runpy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -253,12 +254,17 @@ def test_a_deep_language_model_is_shown_in_twelve_layers(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Untrained adapters with and without visual prompts, and four rows in ScienceQA's columns, two with an image."""
+    """
+    Untrained adapters with and without visual prompts and one that says one token, and four rows in ScienceQA's
+    columns, two with an image.
+    """
     folder = tmp_path_factory.mktemp("pictures")
     bases = save_tiny_bases(folder, max_position_embeddings=512)
-    for name, values in {"dehvf": {}, "blind": {"visual_prompts": "none"}}.items():
-        sizes = {**DEHVF_SIZES, **values}
-        DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **sizes).save_pretrained(folder / name)
+    for name, values in {"dehvf": {}, "blind": {"visual_prompts": "none"}, "brief": {}}.items():
+        model = DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **{**DEHVF_SIZES, **values})
+        if name == "brief":
+            model.generation_config.eos_token_id = list(range(model.config.get_text_config().vocab_size))
+        model.save_pretrained(folder / name)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20, 3), dtype=np.uint8))
     rows = {
         "image": [None, image] * 2,
@@ -274,15 +280,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-def draw(folder, adapter, *flags):
+def arguments_of(folder, adapter, *flags) -> list[str]:
     data, output = folder / "data", folder / "figures"
     arguments = [folder / adapter, "--task", "scienceqa", "--data_path", data, "--output_dir", output, *flags]
-    pictures.main([str(argument) for argument in arguments])
-    return output
+    return [str(argument) for argument in arguments]
 
 
 def test_the_command_writes_four_figures(folder, capsys):
-    files = sorted(draw(folder, "dehvf").iterdir())
+    pictures.main(arguments_of(folder, "dehvf"))
+    files = sorted((folder / "figures").iterdir())
     assert [file.stem for file in files] == ["fusion_curves", "fusion_groups", "fusion_weights", "slot_activations"]
     assert not any(is_blank(file) for file in files)
     assert str(folder / "figures") in capsys.readouterr().out
@@ -327,22 +333,27 @@ def test_what_is_drawn_is_read_at_the_token_before(values, token, folder):
         ("dehvf", ["--row", "2"], "--row is 2, but this row of the test split has no image"),
         ("dehvf", ["--row", "4"], "--row is 4, but the rows of the test split are 0 to 3"),
         ("dehvf", ["--split", "train"], "No row of the train split has an image"),
-        ("dehvf", ["--token", "-1"], "--token is -1, but the tokens of the answer are 0 to 0"),
+        ("brief", ["--token", "2"], "--token is 2, but the tokens of the answer are 0 to 0"),
         ("dehvf", ["--layers", "1", "4"], r"--layers names \[4\], but the language layers are 0 to 3"),
+        ("dehvf", ["--output_dir", __file__], f"--output_dir {__file__} cannot be created .* Name another"),
         ("blind", [], 'trained with `visual_prompts="none"`.*nothing to draw'),
         ("text", [], "is a `llama`.*Pass a DEHVF adapter"),
         ("nothing", [], "`adapter .*/nothing`: there is no such folder"),
     ],
 )
-def test_what_cannot_be_drawn_is_named(adapter, flags, message, folder):
-    with pytest.raises(ValueError, match=message):
-        draw(folder, adapter, *flags)
+def test_what_cannot_be_drawn_is_named(adapter, flags, message, folder, monkeypatch):
+    if adapter != "brief":
+        monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["pictures.py", *arguments_of(folder, adapter, *flags)])
+    with pytest.raises(SystemExit, match=message):
+        runpy.run_path(pictures.__file__, run_name="__main__")
 
 
 def test_wrong_flags_and_missing_packages_are_reported_before_anything_is_loaded(monkeypatch, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        pictures.main(["no-such-folder", "--num_samples", "0"])
-    assert "--num_samples is 0" in capsys.readouterr().err
+    for flag, number in (("--num_samples", "0"), ("--token", "-1")):
+        with pytest.raises(SystemExit):
+            pictures.main(["no-such-folder", flag, number])
+        assert f"{flag} is {number}, but" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match="There is no folder org/name.*`--revision main` was given"):
         pictures.main(["org/name", "--revision", "main"])

@@ -59,7 +59,7 @@ from transformers.cli.serving.server import build_server  # noqa: E402
 
 from demo import serve  # noqa: E402
 from demo.client_images import START_OF_SCAN, ImageReader, is_public  # noqa: E402
-from demo.engine import Engine, Job, stack_images  # noqa: E402
+from demo.engine import Batch, Engine, Job, stack_images  # noqa: E402
 from demo.guard import ENDPOINTS, Guard  # noqa: E402
 from demo.openai_api import ChatRequest, ChatWriter, RequestError, ResponsesRequest, parse  # noqa: E402
 
@@ -1067,6 +1067,51 @@ def test_an_adapter_of_several_images_reads_those_of_a_request_in_their_order(re
         prepare(*before, turn("user", other, image(7), "c"))
 
 
+def test_an_adapter_without_visual_memory_refuses_images(reader):
+    engine = Engine(tiny_model(visual_prompts="none"), tiny_processor(), reader, 128, 4)
+    request = ChatRequest(messages=[turn("user", PICTURE, "a")])
+    with pytest.raises(
+        RequestError, match="has an image .* the model reads no images for each request. Send the text alone"
+    ):
+        asyncio.run(engine.prepare(request))
+    assert asyncio.run(engine.prepare(ChatRequest(messages=[turn("user", "a")])))
+
+
+def test_a_fuser_that_reads_the_question_gets_it_without_earlier_answers(reader):
+    processor = tiny_processor()
+    engine = Engine(tiny_model(fuser_query="instruction"), processor, reader, 128, 4)
+    chats = [
+        [turn("user", "what?")],
+        [
+            turn("assistant", "hello"),
+            turn("user", "what?"),
+            turn("assistant", " Response: </s>"),
+            turn("user", "why?"),
+        ],
+    ]
+
+    async def inputs_of_both():
+        jobs = []
+        for chat in chats:
+            request = ChatRequest(messages=chat)
+            jobs.append(engine.start(request, *await engine.prepare(request)))
+            jobs[-1].is_cancelled = True
+        return Batch(jobs).inputs()
+
+    options = {"return_dict": True, "return_tensors": "pt", "padding": True, "return_assistant_tokens_mask": True}
+    plain = json.loads(json.dumps(chats).replace("</s>", "<|s>"))  # which the tokenizer reads in as many tokens
+    expected = processor.apply_chat_template(plain, add_generation_prompt=True, tokenize=True, **options)
+    found = asyncio.run(inputs_of_both())
+    assert torch.equal(found["attention_mask"], expected["attention_mask"])
+    is_question = expected["attention_mask"] - expected["assistant_masks"]
+    assert torch.equal(found["instruction_mask"].long(), is_question) and not is_question[1].all()
+
+    changed = "{{ message['content'][1:] if message['role'] == 'assistant' else message['content'] }}"
+    processor.chat_template = f"{{% for message in messages %}}{changed}{{% endfor %}}"
+    with pytest.raises(RequestError, match="does not show where they are. Leave the messages of the assistant out"):
+        asyncio.run(engine.prepare(ChatRequest(messages=chats[1])))
+
+
 def test_samples_with_different_numbers_of_images_share_a_batch_and_each_image_is_encoded_once(monkeypatch):
     processor, model = DehvfProcessor(tiny_image_processor(), tiny_tokenizer(), max_images=2), tiny_model(max_images=2)
     pictures = [PICTURE, image(1), image(7)]
@@ -1439,7 +1484,7 @@ def test_values_that_equal_the_default_are_accepted(server):
     assert message.content == server.expected(PICTURE)
     # What clients copy from an answer
     text = server.expected(text=f"{QUESTION}\nResponse: {message.content}</s>\n{QUESTION}")
-    messages = [turn("user", QUESTION), message.model_dump(), {**turn("user", QUESTION), "name": "me"}]
+    messages = [turn("user", QUESTION), message.model_dump(), {**turn("user", QUESTION), "name": "me", "type": "text"}]
     assert server.ask(messages=messages).choices[0].message.content == text
 
     ask = partial(server.client.responses.create, model=server.adapter, max_output_tokens=MAX_NEW_TOKENS)
@@ -1468,6 +1513,20 @@ def test_a_template_that_refuses_a_chat_says_why(server, monkeypatch):
     monkeypatch.setattr(server.processor, "chat_template", template)
     with pytest.raises(openai.BadRequestError, match="does not take these messages: No system turns, please"):
         server.ask()
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "responses"])
+def test_a_message_that_the_template_leaves_out_is_refused(endpoint, server, monkeypatch):
+    """As by the first template of Phi-3-mini."""
+    template = "{% for message in messages if message['role'] != 'system' %}{{ message['content'] }}{% endfor %}"
+    monkeypatch.setattr(server.processor, "chat_template", template)
+    server.ask(messages=[turn("user", " hi </s> "), turn("assistant", "a"), turn("user", PICTURE)])
+    message = "leaves out or changes the message 'Be </s>' of the role 'system'. Remove it, or put its text into"
+    with pytest.raises(openai.BadRequestError, match=message):
+        if endpoint == "chat":
+            server.ask(messages=[turn("system", "Be </s>"), turn("user", "hi")])
+        else:
+            server.client.responses.create(model=server.adapter, input="hi", instructions="Be </s>")
 
 
 def test_a_developer_turn_is_a_system_turn_to_the_template(server, monkeypatch):

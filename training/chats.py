@@ -111,6 +111,39 @@ class ChatTokenizer:
             spans.append((len(before), end))
         return text[:end], spans
 
+    def find_answers(self, messages: list[dict], prompt: str) -> list[tuple[int, int]]:
+        """
+        The start and end of each of the assistant's messages in `prompt`, the text of a chat with a generation prompt
+        at its end: from the end of the generation prompt before the message to the token that ends the turn.
+
+        Raises:
+            ValueError: if the chat template refuses the messages or changes the text of a message.
+        """
+        if all(message["role"] != "assistant" for message in messages):
+            return []
+        mark, marked = chr(STAND_INS[-1]), []
+        for message in messages:
+            if message["role"] == "assistant":
+                answer = message["content"].strip()
+                before, _, after = message["content"].partition(answer) if answer else ("", "", "")
+                message = {**message, "content": f"{before}{mark}{answer}{mark}{after}"}
+            marked.append(message)
+        texts = self.render(marked, add_generation_prompt=True).split(self.protect(mark))
+        if "".join(texts) != prompt:
+            raise ValueError(
+                "the chat template of the tokenizer changes messages of the assistant. Give another template: "
+                "`--chat_template plain`."
+            )
+        generation_prompt, spans, place = prompt.removeprefix(self.render(messages)), [], 0
+        for before, answer in zip(texts[:-1:2], texts[1::2]):
+            place += len(before)
+            # Some templates have no generation prompt
+            is_found = generation_prompt and generation_prompt in before
+            rest = before.rpartition(generation_prompt)[2] if is_found else before[len(before.rstrip()) :]
+            begin, place = place - len(rest), place + len(answer)
+            spans.append((begin, found.end() if (found := self.end.match(prompt, place)) else place))
+        return spans
+
     def _find_answer(self, answer: str, messages: list[dict], before: str, through: str) -> int:
         """Where the last answer begins in `through`, even if the template puts the same text before it; else -1."""
         rest = through[len(before) :].lstrip()

@@ -24,7 +24,7 @@ class RowEncoder:
     Encodes the texts of a row into token ids:
 
         input_ids    to train: prompt, answer and EOS; to evaluate: prompt and answer prefix
-        is_answer    which of them are the answer, or the prefix
+        is_answer    which of them are the answer, the prefix, or an earlier answer of a chat
         options      to evaluate: the tokens of each option
         shortened    whether the end of the context was removed
 
@@ -121,11 +121,11 @@ class RowEncoder:
             return self.chat.render_answers(turns)
         prompt = self.chat.render(messages, add_generation_prompt=True)
         if not answer:
-            return prompt, [(len(prompt), len(prompt))]
+            return prompt, [*self.chat.find_answers(messages, prompt), (len(prompt), len(prompt))]
         # Without the end of the turn
-        text, (*_, (begin, _)) = self.chat.render_answers([*messages, {"role": "assistant", "content": answer}])
+        text, (*earlier, (begin, _)) = self.chat.render_answers([*messages, {"role": "assistant", "content": answer}])
         text = text[: text.index(answer, begin) + len(answer)]
-        return text, [(begin, len(text))]
+        return text, [*earlier, (begin, len(text))]
 
     def _option_tokens(self, row: dict, text: str, length: int) -> list[list[int]]:
         options = self.task.options(row) or []
