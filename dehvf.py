@@ -15,7 +15,13 @@ from transformers.utils import HF_MODULES_CACHE
 
 
 ROOT = Path(__file__).resolve().parent
-Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
+try:
+    Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
+except OSError as error:
+    raise OSError(
+        f"The folder {HF_MODULES_CACHE}, to which transformers copies code, cannot be made: {error}. Set the "
+        "environment variable HF_HOME to a folder that you can write to."
+    ) from error
 with FileLock(Path(HF_MODULES_CACHE) / "dehvf.lock"):  # processes of one run copy the same files into this cache
     DehvfForConditionalGeneration = get_class_from_dynamic_module(
         "modeling_dehvf.DehvfForConditionalGeneration", str(ROOT)

@@ -106,6 +106,8 @@ def read_image(image) -> PIL.Image.Image | None:
 
 
 def find_reading_faults(image: dict) -> list[str]:
+    import dehvf  # noqa: F401  its errors are not those of the image
+
     try:
         read_image(image)
     except ValueError as error:
