@@ -6,13 +6,15 @@ import os
 import platform
 import re
 import statistics
-import subprocess
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from training.checkpoints import commit_of_this_code
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,7 +31,6 @@ def describe_machine() -> dict:
     """The processor, memory in 10^9 bytes, number of threads, GPU, package versions and commit of this repository."""
     cpus = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", cpus.read_text(encoding="utf-8")) if cpus.exists() else None
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS, capture_output=True, text=True)
     packages = ("torch", "transformers", "peft")
     return {
         "processor": found[1] if found else platform.processor() or platform.machine(),
@@ -38,7 +39,7 @@ def describe_machine() -> dict:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {"Python": platform.python_version()} | {name: version(name) for name in packages},
-        "commit": commit.stdout.strip() or None,
+        "commit": commit_of_this_code(),
     }
 
 
@@ -77,13 +78,21 @@ def verdict(is_met: bool) -> str:
     return "met" if is_met else "not met"
 
 
+def require_writable(folder: Path):
+    """Ends the command if reports cannot be written to this folder: before measuring, which may take hours."""
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        sys.exit(f"The report cannot be written to {folder}. Use a folder that you can write to.")
+
+
 def save_report(folder: Path, name: str, report: dict, markdown: Callable, draw: Callable | None = None):
-    """Writes `name.json`, `name.md` and, with `draw`, `name.png` to `folder`, and prints the Markdown."""
-    folder.mkdir(exist_ok=True)
+    """Writes `name.json`, `name.md` and, with `draw`, `name.png` to `folder`, after printing the Markdown."""
     report = {"machine": describe_machine(), **report}
     text = markdown(report)
+    print(text)
+    folder.mkdir(exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
     if draw is not None:
         draw(report, folder / f"{name}.png")
-    print(text)

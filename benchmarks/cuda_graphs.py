@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import RESULTS, format_ratios, heading, machine_in_words, save_report, speed, table
+from benchmarks import RESULTS, format_ratios, heading, machine_in_words, require_writable, save_report, speed, table
 from benchmarks.speed import DEHVF, LLAVA, MEMVP, MERGED, STEPS, TEXT_ONLY, decoding_step, make_clock, time_steps
 
 
@@ -111,6 +111,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=speed.PRESETS, default="llama-7b")
     arguments = parser.parse_args()
+    require_writable(RESULTS)
     preset = speed.PRESETS[arguments.preset]
     if preset.device == "cuda" and not torch.cuda.is_available():
         sys.exit(f"The preset `{arguments.preset}` needs a CUDA device, and none is available.")

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import set_seed
 
-from benchmarks import describe_machine
+from benchmarks import describe_machine, require_writable
 from tasks import get_task, require_files
 from training.arguments import complete_arguments, parse_arguments
 from training.checkpoints import RESULTS_FILE
@@ -161,6 +161,8 @@ def main():
     results = Path(options.adapter) / RESULTS_FILE
     require_files([results], "Give the `--output_dir` of a finished run of train.py.")
     results = json.loads(results.read_text(encoding="utf-8"))
+    if options.output_file:
+        require_writable(options.output_file.parent)
     given = {name: results[name] for name in SOURCE_OF_ROWS if results.get(name) is not None}
     data = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     with TemporaryDirectory() as folder:
@@ -180,6 +182,7 @@ def main():
     for layer, sizes in enumerate(zip(*report["class_features"].values())):
         print(f"| {layer} | {sizes[0]:.3f} | {sizes[1]:.3f} |")
     if options.output_file:
+        options.output_file.parent.mkdir(parents=True, exist_ok=True)
         options.output_file.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 

@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM
 
-from benchmarks import RESULTS, heading, machine_in_words, memory, save_report, speed, table
+from benchmarks import RESULTS, heading, machine_in_words, memory, require_writable, save_report, speed, table
 from dehvf import injection
 
 
@@ -161,6 +161,7 @@ def main():
     if arguments.peak_of:
         print(training_peak(preset, arguments.peak_of))
         return
+    require_writable(RESULTS)
     torch.set_num_threads(1)
     jobs = {form: training_job(preset, form) for form in TRAINED_FORMS}
     peaks = memory.peaks_in_fresh_processes("benchmarks.injection", arguments.preset, TRAINED_FORMS, num_runs=1)

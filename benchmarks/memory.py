@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
 
-from benchmarks import RESULTS, heading, machine_in_words, operations, save_report, speed, table
+from benchmarks import RESULTS, heading, machine_in_words, operations, require_writable, save_report, speed, table
 from dehvf import ROOT, DehvfForConditionalGeneration
 
 
@@ -429,6 +429,7 @@ def main():
     if arguments.peak_of:
         print(training_peak(arguments.peak_of, preset))
         return
+    require_writable(RESULTS)
     report = {
         "command": "python -m benchmarks.memory",
         "preset": arguments.preset,

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from benchmarks import RESULTS, heading, machine_in_words, save_report, table
+from benchmarks import RESULTS, heading, machine_in_words, require_writable, save_report, table
 from dehvf import ROOT, DehvfConfig, DehvfForConditionalGeneration
 
 
@@ -327,6 +327,7 @@ def draw(report: dict, file: Path):
 
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    require_writable(RESULTS)
     report = {
         "command": "python -m benchmarks.operations",
         "text_tokens": NUM_TEXT_TOKENS,

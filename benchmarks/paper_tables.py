@@ -25,7 +25,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from baselines import METHODS
-from benchmarks import RESULTS, heading, machine_in_words, save_report, spread, table
+from benchmarks import RESULTS, heading, machine_in_words, require_writable, save_report, spread, table
 from dehvf import ROOT
 
 
@@ -350,6 +350,7 @@ def main():
         "--report", action="store_true", help="write the tables from the existing runs without training"
     )
     arguments = parser.parse_args()
+    require_writable(RESULTS)
     failed = [] if arguments.report else train_missing()
     write_report()
     if failed:

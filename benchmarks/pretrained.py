@@ -41,7 +41,17 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from baselines import METHODS as BASELINES
 from baselines import BaselineArguments, assemble
-from benchmarks import RESULTS, fusers, heading, machine_in_words, positive, save_report, spread, table
+from benchmarks import (
+    RESULTS,
+    fusers,
+    heading,
+    machine_in_words,
+    positive,
+    require_writable,
+    save_report,
+    spread,
+    table,
+)
 from benchmarks.fusion import replacements
 from benchmarks.speed import forward_on_device, with_same_weights
 from dehvf import ROOT, DehvfConfig, DehvfForConditionalGeneration, DehvfProcessor
@@ -703,6 +713,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--at-once", type=positive, default=1, help="runs that train at the same time")
     arguments = parser.parse_args()
+    require_writable(RESULTS)
     if not arguments.report:
         require_bases()
         train_missing({name: ROWS[name] for name in arguments.rows}, arguments.seeds, arguments.at_once)

@@ -34,6 +34,7 @@ from benchmarks import (
     operations,
     positive,
     pretrained,
+    require_writable,
     save_report,
     speed,
     spread,
@@ -274,6 +275,7 @@ def main():
     )
     parser.add_argument("--memory-of", choices=ROWS, help="only print the memory in bytes of this size, as JSON")
     arguments = parser.parse_args()
+    require_writable(RESULTS)
     pretrained.require_bases()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":

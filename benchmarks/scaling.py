@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from benchmarks import RESULTS, heading, machine_in_words, memory, operations, save_report, table
+from benchmarks import RESULTS, heading, machine_in_words, memory, operations, require_writable, save_report, table
 
 
 BATCH, TEXT_TOKENS = 32, 64  # per GPU
@@ -174,6 +174,7 @@ def draw(report: dict, file: Path):
 
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    require_writable(RESULTS)
     report = {"command": "python -m benchmarks.scaling", **measure()}
     facts = report["facts"]
     report["note"] = (

@@ -37,7 +37,7 @@ from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM
 
 from baselines import BaselineArguments, assemble
-from benchmarks import RESULTS, heading, machine_in_words, positive, save_report, table, verdict
+from benchmarks import RESULTS, heading, machine_in_words, positive, require_writable, save_report, table, verdict
 from benchmarks.pretrained import TEXT_MODEL, VISION_MODEL
 from benchmarks.speed import DEHVF, MERGED, TEXT_ONLY
 from dehvf import DehvfForConditionalGeneration, DehvfProcessor
@@ -354,6 +354,7 @@ def main():
     parser.add_argument("--rounds", type=positive, default=ROUNDS, help="rounds under each load")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="threads of each server")
     arguments, setting = parser.parse_args(), Setting()
+    require_writable(RESULTS)
     for folder in (setting.vision_model, setting.text_model):
         if not Path(folder).is_dir():
             sys.exit(f"There is no folder {folder}. See docs/bases.md for how to get the base models.")

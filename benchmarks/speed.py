@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from baselines import BaselineArguments, ImageTokensForConditionalGeneration, assemble
-from benchmarks import RESULTS, heading, machine_in_words, operations, positive, save_report, table
+from benchmarks import RESULTS, heading, machine_in_words, operations, positive, require_writable, save_report, table
 from dehvf import DehvfConfig, DehvfForConditionalGeneration
 
 
@@ -617,6 +617,7 @@ def main():
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU time of this process, summed over its cores"
     )
     arguments = parser.parse_args()
+    require_writable(RESULTS)
     preset = PRESETS[arguments.preset]
     if preset.device == "cuda" and not torch.cuda.is_available():
         sys.exit(

@@ -30,7 +30,7 @@ from pathlib import Path
 import psutil
 from PIL import Image
 
-from benchmarks import RESULTS, heading, machine_in_words, positive, save_report, table, verdict
+from benchmarks import RESULTS, heading, machine_in_words, positive, require_writable, save_report, table, verdict
 from benchmarks.memory import resident_set
 from dehvf import ROOT, DehvfForConditionalGeneration, DehvfProcessor
 from tasks import coco_captions
@@ -223,6 +223,7 @@ def main():
     if arguments.rows_of:
         print(json.dumps(measure_rows(arguments.rows_of, ROWS)))
         return
+    require_writable(RESULTS)
     save_report(RESULTS, "start", measure_start(arguments.rounds), markdown)
     if arguments.captions:
         save_report(RESULTS, "captions", measure_captions(arguments.captions), captions_markdown)

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import baselines
 from benchmarks import (
     RESULTS,
     cuda_graphs,
+    describe_machine,
     memory,
     operations,
     paper_tables,
@@ -288,6 +290,24 @@ def test_wrong_flags_are_refused_before_anything_is_measured(module, flag, numbe
         module.main()
     expected = f"unrecognized arguments: {flag}" if flag == "--nonsense" else f"argument {flag}: it is {number}, but"
     assert ended.value.code == 2 and expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", [file.stem for file in RESULTS.parent.glob("*.py") if "save_report(RES" in file.read_text()]
+)
+def test_a_report_that_cannot_be_written_is_refused_before_measuring(name, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    module = import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "file" / "results")
+    monkeypatch.setattr(module, "save_report", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(sys, "argv", [name])
+    with pytest.raises(SystemExit, match="The report cannot be written to .*file. Use a folder that you can write to"):
+        module.main()
+
+
+def test_the_machine_is_described_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert describe_machine()["commit"] is None
 
 
 def test_the_report_on_captions_is_written_from_its_numbers():
