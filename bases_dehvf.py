@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_dehvf import DehvfConfig, disable_noise
@@ -287,7 +287,13 @@ def save_base(base: PreTrainedModel, folder, is_main_process: bool, **kwargs):
             "`merge_base` was given, but ZeRO-3 has sharded the base models across the processes. Save the adapter, "
             "load it in a single process, and merge there."
         )
+    # Files of an earlier save, which `transformers` keeps: it would load the single file in place of new shards
+    index, single = Path(folder, SAFE_WEIGHTS_INDEX_NAME), Path(folder, SAFE_WEIGHTS_NAME)
+    if is_main_process:
+        index.unlink(missing_ok=True)
     base.save_pretrained(folder, is_main_process, **kwargs)
+    if is_main_process and index.is_file():
+        single.unlink(missing_ok=True)
     for file in os.scandir(folder) if is_main_process else ():
         shutil.copymode(os.path.join(folder, CONFIG_NAME), file)  # safetensors denies other users access
 

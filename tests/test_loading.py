@@ -251,6 +251,23 @@ def test_values_for_a_base_model_that_have_no_effect_are_named(saved, monkeypatc
     assert "have no effect: `rms_norm_eps=1.0` (there 1e-06)" in message
 
 
+@pytest.mark.parametrize("sizes", [("1GB", "30KB", "1GB"), ("30KB", "60KB", "1GB", "30KB")], ids=str)
+def test_base_models_that_are_merged_again_replace_all_files_of_the_earlier_ones(sizes, tmp_path):
+    model = model_on_new_bases(tmp_path)
+    for size in sizes:
+        with torch.no_grad():
+            for parameter in (model.lm_head.weight, model.model.vision_tower.encoder.layers[0].mlp.fc1.weight):
+                parameter.mul_(1.5)
+        model.save_pretrained(tmp_path / "merged", merge_base=True, max_shard_size=size)
+        again = DehvfForConditionalGeneration.from_pretrained(tmp_path / "merged")
+        assert torch.equal(again(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
+        for folder in (tmp_path / "merged" / "text_model", tmp_path / "merged" / "vision_model"):
+            index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
+            if index.exists():
+                files = set(json.loads(index.read_text())["weight_map"].values())
+            assert {file.name for file in folder.glob("*.safetensors")} == files
+
+
 def test_bases_can_be_taken_from_elsewhere(saved, tmp_path):
     other_vision, other_text = save_tiny_bases(tmp_path, seed=1)
     model = AutoModel.from_pretrained(
