@@ -464,24 +464,25 @@ class AdapterMixin:
         location, source = self.base_model.sources.get(self.base_model.active_adapter, (None, {}))
         config = self.config
         options = {name: getattr(config, name) for name in IMAGE_OPTIONS}
-        if location is not None and has_file(location, PROCESSOR_NAME, **source):
-            return DehvfProcessor.from_pretrained(location, config=config, **options, **source)
-        if location is not None and os.path.isabs(location) and not os.path.isdir(location):
-            logger.warning(
-                f"{location}, from which the adapter was loaded, no longer exists. If its processor differed from "
-                "those of the base models, save yours into the same folder, `processor.save_pretrained(folder)`."
-            )
-        bases = (self.base_model.vision_tower.name_or_path, self.base_model.language_model.name_or_path)
-        known = {
-            config.vision_model_id: config.vision_model_revision,
-            config.text_model_id: config.text_model_revision,
-        }
-        revisions = map(known.get, bases)  # `None` for a base model that was loaded from another place
+        places = [location]
         try:
-            return DehvfProcessor.from_vision_text_pretrained(*bases, *revisions, **options, **hub_arguments(source))
-        except (OSError, ValueError, ImportError) as error:
+            if location is not None and has_file(location, PROCESSOR_NAME, **source):
+                return DehvfProcessor.from_pretrained(location, config=config, **options, **source)
+            if location is not None and os.path.isabs(location) and not os.path.isdir(location):
+                logger.warning(
+                    f"{location}, from which the adapter was loaded, no longer exists. If its processor differed from "
+                    "those of the base models, save yours into the same folder, `processor.save_pretrained(folder)`."
+                )
+            places = [self.base_model.vision_tower.name_or_path, self.base_model.language_model.name_or_path]
+            known = {
+                config.vision_model_id: config.vision_model_revision,
+                config.text_model_id: config.text_model_revision,
+            }
+            revisions = map(known.get, places)  # `None` for a base model that was loaded from another place
+            return DehvfProcessor.from_vision_text_pretrained(*places, *revisions, **options, **hub_arguments(source))
+        except Exception as error:  # `tokenizers`, for example, raises this class for a file that it cannot read
             logger.warning_once(
-                f"The adapter is saved without a processor, since none can be loaded from {' and '.join(bases)} "
+                f"The adapter is saved without a processor, since none can be loaded from {' and '.join(places)} "
                 f"({error}). Save yours into the same folder, `processor.save_pretrained(folder)`."
             )
 

@@ -878,6 +878,42 @@ def test_a_custom_processor_is_found_from_another_folder_or_named_as_missing(tmp
     ] == [True]
 
 
+def break_tokenizer(text):
+    """As one of a newer release of `tokenizers`, which raises `Exception` for it."""
+    (text / "tokenizer.json").write_text((text / "tokenizer.json").read_text().replace("WordLevel", "NewModel"))
+
+
+def remove_crop_size(vision):
+    file = vision / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "crop_size": None}))
+
+
+@pytest.mark.parametrize(
+    "break_file, place",
+    [
+        (break_tokenizer, "text"),
+        (remove_crop_size, "vision"),
+        (break_tokenizer, "adapter"),
+        (lambda folder: (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec"), "adapter"),
+    ],
+)
+def test_an_adapter_is_saved_where_its_processor_cannot_be_loaded(break_file, place, tmp_path, monkeypatch):
+    bases, messages = save_tiny_bases(tmp_path), []
+    model = DehvfForConditionalGeneration.from_vision_text_pretrained(
+        *bases, image_size=32, **{**DEHVF_SIZES, "num_memory_slots": 64}
+    )
+    if place == "adapter":
+        model.save_pretrained(tmp_path / "adapter")
+        model = DehvfForConditionalGeneration.from_pretrained(tmp_path / "adapter")
+    break_file(tmp_path / place)
+    monkeypatch.setattr(dehvf.adapters.logger, "warning_once", messages.append)
+    model.save_pretrained(tmp_path / "saved")
+    assert [f"{tmp_path / place}" in message and "saved without a processor" in message for message in messages] == [1]
+    inputs = tiny_inputs(image_size=32)
+    again = DehvfForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
 def test_a_misspelt_argument_is_named_with_a_similar_one(saved):
     vision, text = saved / "vision", saved / "text"
     calls = {
