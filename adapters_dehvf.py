@@ -97,6 +97,16 @@ def check_adapter_tensors(tensors: dict[str, torch.Tensor], expected: dict[str, 
         )
 
 
+def check_image_tiles(tensors: dict[str, torch.Tensor], saved: str | None, given: str | None, location):
+    """Raises `ValueError` if an adapter with embeddings of images is loaded for other tiles than the saved ones."""
+    if saved != given and any(f"{PREFIX}memory_slots.image_{part}" in tensors for part in ("key", "value")):
+        raise ValueError(
+            f"The adapter in {location} was saved with `image_tiles={saved}`, but `image_tiles={given}` was given. "
+            "Its embeddings of images and tiles are in the order of the saved tiles, so others would read them. Load "
+            "it without `image_tiles`, or make a new adapter with `from_vision_text_pretrained`."
+        )
+
+
 def add_image_embeddings(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
     """Adds the embeddings of further images than the saved adapter has. They start at zero, as in a new adapter."""
     for name in (f"{PREFIX}memory_slots.image_{part}" for part in ("key", "value")):
@@ -167,7 +177,8 @@ class AdapterMixin:
             vision_model, text_model: Hub ids or folders of the base models, which replace those in the config.
             config: a config, or its Hub id or folder, which replaces the config of the adapter.
             kwargs: as in [`from_vision_text_pretrained`]; `generation_config`, `output_loading_info`. `max_images` may
-                be larger than in the saved config: the embeddings of the further images then start at zero.
+                be larger than in the saved config: the embeddings of the further images then start at zero. The
+                `image_tiles` of an adapter that has embeddings of images must stay the same.
 
         Raises:
             OSError: if there is no adapter, its file is damaged, or a base model cannot be found.
@@ -200,8 +211,10 @@ class AdapterMixin:
             config = copy.deepcopy(config)  # as in `transformers`: another model may be made from it too
         # Before loading the base models, which may have many GB, so that mistakes are reported at once
         tensors, expected = load_adapter_tensors(location, source), cls._empty_adapter(config, location).state_dict()
-        if config.max_images > 1 and has_file(location, CONFIG_NAME, **source):
-            if config.max_images > DehvfConfig.get_config_dict(location, **source)[0].get("max_images", 1):
+        if config.max_encoded_images > 1 and has_file(location, CONFIG_NAME, **source):
+            saved = DehvfConfig.get_config_dict(location, **source)[0]
+            check_image_tiles(tensors, saved.get("image_tiles"), config.image_tiles, location)
+            if config.max_images > saved.get("max_images", 1):
                 add_image_embeddings(tensors, expected)
         check_adapter_tensors(tensors, expected, location)
         given = {"vision": vision_model, "text": text_model}
