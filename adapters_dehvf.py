@@ -147,8 +147,15 @@ class AdapterMixin:
 
         Raises:
             OSError: if a base model cannot be found.
+            TypeError: if there is no such argument.
             ValueError: if a base model is not supported, or a config value is invalid.
         """
+        if wrong := kwargs.keys() & {"config", "revision", "subfolder", "state_dict", "output_loading_info"}:
+            raise TypeError(
+                f"`from_vision_text_pretrained` has no argument `{min(wrong)}`, since it creates a new adapter on two "
+                "base models. Give the fields of DehvfConfig one by one, such as `num_memory_slots=400`, and the "
+                "commits of the base models as `vision_model_revision=` and `text_model_revision=`."
+            )
         own = DehvfConfig.__dataclass_fields__.keys() - {"dtype"}
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         places = {"vision": vision_model, "text": text_model}

@@ -923,6 +923,12 @@ def test_a_misspelt_argument_is_named_with_a_similar_one(saved):
         "`num_memory_slot` .* Did you mean `num_memory_slots`": lambda: (
             DehvfForConditionalGeneration.from_vision_text_pretrained(vision, text, num_memory_slot=3)
         ),
+        **{
+            f"no argument `{name}`, since it creates a new adapter .* `text_model_revision=`": lambda name=name: (
+                DehvfForConditionalGeneration.from_vision_text_pretrained(vision, text, **{name: "main"})
+            )
+            for name in ("revision", "config", "subfolder")
+        },
         "`image_fitt`. Did you mean `image_fit`": lambda: AutoProcessor.from_pretrained(
             saved / "adapter", trust_remote_code=True, image_fitt="pad"
         ),
