@@ -515,9 +515,16 @@ def test_a_filled_cache_needs_the_memory_if_the_fuser_reads_the_instruction():
     model, inputs = tiny_model(fuser_query="layer+instruction").eval(), tiny_inputs()
     outputs = model(**inputs, use_cache=True)
     step = {"input_ids": inputs["input_ids"][:, -1:], cache_name(model): outputs.past_key_values}
-    with pytest.raises(ValueError, match="Give `visual_memory=outputs.image_outputs` of the first call"):
+    with pytest.raises(ValueError, match="give `visual_memory=outputs.image_outputs`.*if that was `generate`, encode"):
         model(**step, pixel_values=inputs["pixel_values"])
-    model(**step, visual_memory=outputs.image_outputs)
+    expected = model(**step, visual_memory=outputs.image_outputs).logits
+
+    ids, mask, pixel_values = (inputs[name] for name in ("input_ids", "attention_mask", "pixel_values"))
+    visual_memory = model.get_image_features(pixel_values, instruction=model.get_instruction_features(ids, mask))
+    options = {"max_new_tokens": 1, "return_dict_in_generate": True}
+    first = model.generate(ids, attention_mask=mask, visual_memory=visual_memory, **options)
+    step[cache_name(model)] = first[cache_name(model)]
+    torch.testing.assert_close(model(**step, visual_memory=visual_memory).logits, expected)
 
 
 def test_weights_follow_the_instruction_where_it_is_read():
