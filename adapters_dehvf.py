@@ -420,13 +420,15 @@ class AdapterMixin:
     def _warn_of_changed_bases(self, has_bases: bool):
         """Warns if the base models differ from those that are loaded next time; `has_bases` as in the folder."""
         before, now = self._base_samples, self._sample_bases()
-        if before is None and self is not self.base_model:
+        # Then the copies in the folder equal these base models, except quantized ones, which cannot be compared
+        are_kept = has_bases and not getattr(self, "is_quantized", False)
+        if before is None and not are_kept and self is not self.base_model:
             logger.warning(
                 "The base models of this model were given to its constructor, or made at random. Only the adapter is "
                 f"saved, for {self.config.text_model_id} and {self.config.vision_model_id} of its config. If their "
                 "weights differ, save with `model.save_pretrained(folder, merge_base=True)` to keep them."
             )
-        if before is not None and (changed := find_changes(before, now)):
+        if before is not None and not are_kept and (changed := find_changes(before, now)):
             resized = [name for name in changed if name in before and name in now and before[name][0] != now[name][0]]
             lost = "these changes are lost"
             if resized and not has_bases:

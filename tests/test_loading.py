@@ -744,6 +744,7 @@ def test_a_changed_base_model_is_named_when_only_the_adapter_is_saved(tmp_path, 
     monkeypatch.setattr(dehvf.adapters.logger, "warning", messages.append)
     change(model)
     model.save_pretrained(tmp_path / "merged", merge_base=True)
+    model.save_pretrained(tmp_path / "merged")
     assert not messages
     model.save_pretrained(tmp_path / "second")
     assert len(messages) == (changed is not None)
@@ -761,6 +762,9 @@ def test_base_models_that_were_not_loaded_are_named_when_only_the_adapter_is_sav
     loaded, messages = model_on_new_bases(tmp_path), []
     monkeypatch.setattr(dehvf.adapters.logger, "warning", messages.append)
     model = DehvfForConditionalGeneration(loaded.config)
+    model.save_pretrained(tmp_path / "merged", merge_base=True)
+    model.save_pretrained(tmp_path / "merged")
+    assert not messages
     for place in (loaded.config.text_model_id, None):
         model.config.text_model_id = place
         model.save_pretrained(tmp_path / "saved")
