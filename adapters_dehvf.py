@@ -36,6 +36,7 @@ from .bases_dehvf import (
     sample_tensors,
     save_base,
     share_placement,
+    take_given_base,
 )
 from .configuration_dehvf import DehvfConfig
 from .files_dehvf import check_before_writing, digest, read_tensors, write_tensors
@@ -245,6 +246,13 @@ class AdapterMixin:
         if wants_info:  # all problems that it could list have raised errors above
             return model, {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
         return model
+
+    @staticmethod
+    def take_given_bases(config: DehvfConfig, **bases):
+        """See [`take_given_base`]; `vision` or `text` is `None` if it is not given."""
+        for key, base in bases.items():
+            if base is not None:
+                take_given_base(config, key, base)
 
     @staticmethod
     def _find_bases(config: DehvfConfig, location, given: dict, source: dict) -> dict[str, str]:
