@@ -36,6 +36,7 @@ from .bases_dehvf import (
     sample_tensors,
     save_base,
     share_placement,
+    take_given_base,
 )
 from .configuration_dehvf import DehvfConfig
 from .files_dehvf import check_before_writing, digest, read_tensors, write_tensors
@@ -97,6 +98,16 @@ def check_adapter_tensors(tensors: dict[str, torch.Tensor], expected: dict[str, 
         )
 
 
+def check_image_tiles(tensors: dict[str, torch.Tensor], saved: str | None, given: str | None, location):
+    """Raises `ValueError` if an adapter with embeddings of images is loaded for other tiles than the saved ones."""
+    if saved != given and any(f"{PREFIX}memory_slots.image_{part}" in tensors for part in ("key", "value")):
+        raise ValueError(
+            f"The adapter in {location} was saved with `image_tiles={saved}`, but `image_tiles={given}` was given. "
+            "Its embeddings of images and tiles are in the order of the saved tiles, so others would read them. Load "
+            "it without `image_tiles`, or make a new adapter with `from_vision_text_pretrained`."
+        )
+
+
 def add_image_embeddings(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
     """Adds the embeddings of further images than the saved adapter has. They start at zero, as in a new adapter."""
     for name in (f"{PREFIX}memory_slots.image_{part}" for part in ("key", "value")):
@@ -137,8 +148,15 @@ class AdapterMixin:
 
         Raises:
             OSError: if a base model cannot be found.
+            TypeError: if there is no such argument.
             ValueError: if a base model is not supported, or a config value is invalid.
         """
+        if wrong := kwargs.keys() & {"config", "revision", "subfolder", "state_dict", "output_loading_info"}:
+            raise TypeError(
+                f"`from_vision_text_pretrained` has no argument `{min(wrong)}`, since it creates a new adapter on two "
+                "base models. Give the fields of DehvfConfig one by one, such as `num_memory_slots=400`, and the "
+                "commits of the base models as `vision_model_revision=` and `text_model_revision=`."
+            )
         own = DehvfConfig.__dataclass_fields__.keys() - {"dtype"}
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         places = {"vision": vision_model, "text": text_model}
@@ -167,7 +185,8 @@ class AdapterMixin:
             vision_model, text_model: Hub ids or folders of the base models, which replace those in the config.
             config: a config, or its Hub id or folder, which replaces the config of the adapter.
             kwargs: as in [`from_vision_text_pretrained`]; `generation_config`, `output_loading_info`. `max_images` may
-                be larger than in the saved config: the embeddings of the further images then start at zero.
+                be larger than in the saved config: the embeddings of the further images then start at zero. The
+                `image_tiles` of an adapter that has embeddings of images must stay the same.
 
         Raises:
             OSError: if there is no adapter, its file is damaged, or a base model cannot be found.
@@ -200,8 +219,10 @@ class AdapterMixin:
             config = copy.deepcopy(config)  # as in `transformers`: another model may be made from it too
         # Before loading the base models, which may have many GB, so that mistakes are reported at once
         tensors, expected = load_adapter_tensors(location, source), cls._empty_adapter(config, location).state_dict()
-        if config.max_images > 1 and has_file(location, CONFIG_NAME, **source):
-            if config.max_images > DehvfConfig.get_config_dict(location, **source)[0].get("max_images", 1):
+        if config.max_encoded_images > 1 and has_file(location, CONFIG_NAME, **source):
+            saved = DehvfConfig.get_config_dict(location, **source)[0]
+            check_image_tiles(tensors, saved.get("image_tiles"), config.image_tiles, location)
+            if config.max_images > saved.get("max_images", 1):
                 add_image_embeddings(tensors, expected)
         check_adapter_tensors(tensors, expected, location)
         given = {"vision": vision_model, "text": text_model}
@@ -225,6 +246,13 @@ class AdapterMixin:
         if wants_info:  # all problems that it could list have raised errors above
             return model, {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
         return model
+
+    @staticmethod
+    def take_given_bases(config: DehvfConfig, **bases):
+        """See [`take_given_base`]; `vision` or `text` is `None` if it is not given."""
+        for key, base in bases.items():
+            if base is not None:
+                take_given_base(config, key, base)
 
     @staticmethod
     def _find_bases(config: DehvfConfig, location, given: dict, source: dict) -> dict[str, str]:
@@ -400,13 +428,15 @@ class AdapterMixin:
     def _warn_of_changed_bases(self, has_bases: bool):
         """Warns if the base models differ from those that are loaded next time; `has_bases` as in the folder."""
         before, now = self._base_samples, self._sample_bases()
-        if before is None and self is not self.base_model:
+        # Then the copies in the folder equal these base models, except quantized ones, which cannot be compared
+        are_kept = has_bases and not getattr(self, "is_quantized", False)
+        if before is None and not are_kept and self is not self.base_model:
             logger.warning(
                 "The base models of this model were given to its constructor, or made at random. Only the adapter is "
                 f"saved, for {self.config.text_model_id} and {self.config.vision_model_id} of its config. If their "
                 "weights differ, save with `model.save_pretrained(folder, merge_base=True)` to keep them."
             )
-        if before is not None and (changed := find_changes(before, now)):
+        if before is not None and not are_kept and (changed := find_changes(before, now)):
             resized = [name for name in changed if name in before and name in now and before[name][0] != now[name][0]]
             lost = "these changes are lost"
             if resized and not has_bases:
@@ -464,24 +494,25 @@ class AdapterMixin:
         location, source = self.base_model.sources.get(self.base_model.active_adapter, (None, {}))
         config = self.config
         options = {name: getattr(config, name) for name in IMAGE_OPTIONS}
-        if location is not None and has_file(location, PROCESSOR_NAME, **source):
-            return DehvfProcessor.from_pretrained(location, config=config, **options, **source)
-        if location is not None and os.path.isabs(location) and not os.path.isdir(location):
-            logger.warning(
-                f"{location}, from which the adapter was loaded, no longer exists. If its processor differed from "
-                "those of the base models, save yours into the same folder, `processor.save_pretrained(folder)`."
-            )
-        bases = (self.base_model.vision_tower.name_or_path, self.base_model.language_model.name_or_path)
-        known = {
-            config.vision_model_id: config.vision_model_revision,
-            config.text_model_id: config.text_model_revision,
-        }
-        revisions = map(known.get, bases)  # `None` for a base model that was loaded from another place
+        places = [location]
         try:
-            return DehvfProcessor.from_vision_text_pretrained(*bases, *revisions, **options, **hub_arguments(source))
-        except (OSError, ValueError, ImportError) as error:
+            if location is not None and has_file(location, PROCESSOR_NAME, **source):
+                return DehvfProcessor.from_pretrained(location, config=config, **options, **source)
+            if location is not None and os.path.isabs(location) and not os.path.isdir(location):
+                logger.warning(
+                    f"{location}, from which the adapter was loaded, no longer exists. If its processor differed from "
+                    "those of the base models, save yours into the same folder, `processor.save_pretrained(folder)`."
+                )
+            places = [self.base_model.vision_tower.name_or_path, self.base_model.language_model.name_or_path]
+            known = {
+                config.vision_model_id: config.vision_model_revision,
+                config.text_model_id: config.text_model_revision,
+            }
+            revisions = map(known.get, places)  # `None` for a base model that was loaded from another place
+            return DehvfProcessor.from_vision_text_pretrained(*places, *revisions, **options, **hub_arguments(source))
+        except Exception as error:  # `tokenizers`, for example, raises this class for a file that it cannot read
             logger.warning_once(
-                f"The adapter is saved without a processor, since none can be loaded from {' and '.join(bases)} "
+                f"The adapter is saved without a processor, since none can be loaded from {' and '.join(places)} "
                 f"({error}). Save yours into the same folder, `processor.save_pretrained(folder)`."
             )
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_dehvf import DehvfConfig, disable_noise
@@ -116,7 +116,7 @@ def _load_base(auto_class, location, key: str, config: DehvfConfig, **kwargs) ->
 
 
 def check_base(found, expected, location):
-    """Raises `ValueError` if a base model has other sizes than the base model of the adapter."""
+    """Raises `ValueError` if a base model is of another type or size than the base model of the adapter."""
     for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "image_size", "patch_size"):
         sizes = getattr(found, name, None), getattr(expected, name, None)
         if sizes[0] != sizes[1]:
@@ -138,6 +138,21 @@ def warn_of_other_values(found, expected, location):
             f"Some values of the config differ from those of the base model in {location} and have no effect: "
             f"{values}. To use them, save the base model with these values in its config, and pass its folder."
         )
+
+
+def take_given_base(config: DehvfConfig, key: str, base: PreTrainedModel):
+    """
+    Checks a base model that was given to a constructor, writes its config to `config`, and removes its noise, as if it
+    was loaded. Raises `ValueError` as `check_base`.
+    """
+    expected, place = getattr(config, f"{key}_config"), f"the {type(base).__name__} that was given"
+    check_base(base.config, expected, place)
+    for part in (base.config, *base.modules()):  # modules keep the values with which they were built
+        disable_noise(part)
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    warn_of_other_values(base.config, expected, place)
+    setattr(config, f"{key}_config", base.config)
 
 
 @contextmanager
@@ -287,7 +302,13 @@ def save_base(base: PreTrainedModel, folder, is_main_process: bool, **kwargs):
             "`merge_base` was given, but ZeRO-3 has sharded the base models across the processes. Save the adapter, "
             "load it in a single process, and merge there."
         )
+    # Files of an earlier save, which `transformers` keeps: it would load the single file in place of new shards
+    index, single = Path(folder, SAFE_WEIGHTS_INDEX_NAME), Path(folder, SAFE_WEIGHTS_NAME)
+    if is_main_process:
+        index.unlink(missing_ok=True)
     base.save_pretrained(folder, is_main_process, **kwargs)
+    if is_main_process and index.is_file():
+        single.unlink(missing_ok=True)
     for file in os.scandir(folder) if is_main_process else ():
         shutil.copymode(os.path.join(folder, CONFIG_NAME), file)  # safetensors denies other users access
 

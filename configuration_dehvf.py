@@ -68,8 +68,9 @@ def _check_sizes(base_config: PreTrainedConfig, key: str):
 
 def disable_noise(base_config: PreTrainedConfig) -> PreTrainedConfig:
     """
-    Removes dropout and the augmentation of positions from a frozen base, since they would only add noise to the input
-    of the adapters. The base must still be switched by `train()`, because layers in eval mode are never checkpointed.
+    Removes dropout and the augmentation of positions from the config of a frozen base, or from one of its modules,
+    since they would only add noise to the input of the adapters. The base must still be switched by `train()`, because
+    layers in eval mode are never checkpointed.
     """
     for name, value in vars(base_config).items():
         if "drop" in name and isinstance(value, float):

@@ -92,7 +92,9 @@ def check_instruction_is_whole(config: DehvfConfig, pixel_values: torch.Tensor |
     if config.reads_instruction and pixel_values is not None and cache is not None and cache.get_seq_length():
         raise ValueError(
             "The fuser of this model reads the user's text, but a call with a filled cache only has the rest of it. "
-            "Give `visual_memory=outputs.image_outputs` of the first call instead of `pixel_values`."
+            "Instead of `pixel_values`, give `visual_memory=outputs.image_outputs` of the first call or, if that was "
+            "`generate`, encode the image before both calls: `visual_memory = model.get_image_features(pixel_values, "
+            "instruction=model.get_instruction_features(input_ids, attention_mask))`."
         )
 
 

@@ -253,15 +253,16 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
     The modules of the active adapter are its attributes (`fuser`, `projector`, ...), see [`AdapterSet`].
 
     Args:
-        config ([`DehvfConfig`]): sizes and switches.
-        vision_tower, language_model (`PreTrainedModel`, *optional*): loaded base models; built at random if not given.
+        config ([`DehvfConfig`]): sizes and switches. It takes over the configs of given base models, without dropout.
+        vision_tower, language_model (`PreTrainedModel`, *optional*): base models without heads; random if not given.
 
     Raises:
-        ValueError: if a base model cannot be extended.
+        ValueError: if a base model cannot be extended, or is of another type or size than in `config`.
     """
 
     def __init__(self, config: DehvfConfig, vision_tower=None, language_model=None):
         super().__init__(config)
+        self.take_given_bases(config, vision=vision_tower, text=language_model)
         adapter = self.build_adapter(config)
         self.text_layout, self.vision_layout = find_text_layout(config.text_config), adapter.vision_layout
         self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
@@ -588,7 +589,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
     DEHVF with the language model's head: what both `AutoModel` and `AutoModelForImageTextToText` give.
 
     Args:
-        config ([`DehvfConfig`]): sizes and switches.
+        config ([`DehvfConfig`]): sizes and switches. It takes over the configs of given base models, without dropout.
         vision_tower, causal_lm (`PreTrainedModel`, *optional*): loaded base models; built at random if not given.
     """
 

@@ -48,26 +48,40 @@ class DehvfCausalLMOutputWithPast(VisualMemoryOutput, CausalLMOutputWithPast):
     image_outputs: BaseModelOutputWithPooling | None = None
 
 
+# The types of language models that change the output of their head, and the value of their config that they use
+FACTORS = {
+    **dict.fromkeys(("cohere", "cohere2", "cohere_compass_text"), "logit_scale"),
+    "falcon_h1": "lm_head_multiplier",
+    "hyperclovax": "logits_scaling",
+}
+DIVISORS = dict.fromkeys(("granite", "granite_swa"), "logits_scaling")
+CAPS = {
+    **dict.fromkeys(
+        ("gemma2", "gemma3_text", "gemma4_unified_text", "nanochat", "vaultgemma"), "final_logit_softcapping"
+    ),
+    "recurrent_gemma": "logits_soft_cap",
+}
+
+
 def compute_logits(lm_head: nn.Module, hidden_states: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
     """
-    Computes the logits bit for bit as the language model itself does: some models scale or cap the output of their
-    head with values of their config.
+    Computes the logits bit for bit as the language model itself does: some types scale or cap the output of their head
+    with a value of their config. Others ignore a value of the same name, as MPT does.
 
     Args:
         hidden_states: `(batch_size, num_tokens, language_hidden_size)`.
     """
-    scaling = getattr(text_config, "logits_scaling", None)
-    if text_config.model_type == "minicpm3":
-        return lm_head(hidden_states / scaling)
+    model_type = text_config.model_type
+    if model_type == "minicpm3":
+        hidden_states = hidden_states / text_config.logits_scaling
     logits = lm_head(hidden_states)
-    if text_config.model_type == "hyperclovax":
-        logits = logits * scaling
-    elif scaling is not None:  # Granite
-        logits = logits / scaling
-    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
-        if (scale := getattr(text_config, name, None)) is not None:
-            logits = logits * scale
-    for name in ("final_logit_softcapping", "logits_soft_cap"):  # Gemma 2; RecurrentGemma
-        if (cap := getattr(text_config, name, None)) is not None:
-            logits = cap * torch.tanh(logits / cap)
+    factor, divisor, cap = (
+        getattr(text_config, names.get(model_type, ""), None) for names in (FACTORS, DIVISORS, CAPS)
+    )
+    if factor is not None:
+        logits = logits * factor
+    if divisor is not None:
+        logits = logits / divisor
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
     return logits

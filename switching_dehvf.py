@@ -171,9 +171,11 @@ class SwitchingMixin:
         Raises:
             OSError: if there is no adapter.
             TypeError: if there is no such argument.
-            ValueError: if the name is taken, the adapter does not fit its config, it was made for base models of other
-                sizes, or the active adapter is offloaded.
+            ValueError: if the name is taken or not a string, the adapter does not fit its config, it was made for base
+                models of other sizes, or the active adapter is offloaded.
         """
+        if not isinstance(adapter_name, str) or not adapter_name:
+            raise ValueError(f"`adapter_name` is {adapter_name!r}. Give a name, a string that is not empty.")
         if adapter_name in (taken := [*self.adapter_names, BASE_MODEL]):
             raise ValueError(
                 f"The name {adapter_name!r} is taken. Choose another, or free it with `delete_adapter`. Taken are: "

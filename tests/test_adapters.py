@@ -202,6 +202,9 @@ def test_adapters_that_cannot_be_loaded_are_refused_and_nothing_changes(model, f
     for name in ("default", "blind", "__base__"):
         with pytest.raises(ValueError, match="taken"):
             model.load_adapter(folders["second"], name)
+    for name in (None, "", ["second"]):
+        with pytest.raises(ValueError, match="`adapter_name` is .*Give a name, a string"):
+            model.load_adapter(folders["second"], name)
     with pytest.raises(OSError):
         model.load_adapter(tmp_path, "nothing")
     bases = save_tiny_bases(tmp_path, vocab_size=70)

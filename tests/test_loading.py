@@ -251,6 +251,23 @@ def test_values_for_a_base_model_that_have_no_effect_are_named(saved, monkeypatc
     assert "have no effect: `rms_norm_eps=1.0` (there 1e-06)" in message
 
 
+@pytest.mark.parametrize("sizes", [("1GB", "30KB", "1GB"), ("30KB", "60KB", "1GB", "30KB")], ids=str)
+def test_base_models_that_are_merged_again_replace_all_files_of_the_earlier_ones(sizes, tmp_path):
+    model = model_on_new_bases(tmp_path)
+    for size in sizes:
+        with torch.no_grad():
+            for parameter in (model.lm_head.weight, model.model.vision_tower.encoder.layers[0].mlp.fc1.weight):
+                parameter.mul_(1.5)
+        model.save_pretrained(tmp_path / "merged", merge_base=True, max_shard_size=size)
+        again = DehvfForConditionalGeneration.from_pretrained(tmp_path / "merged")
+        assert torch.equal(again(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
+        for folder in (tmp_path / "merged" / "text_model", tmp_path / "merged" / "vision_model"):
+            index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
+            if index.exists():
+                files = set(json.loads(index.read_text())["weight_map"].values())
+            assert {file.name for file in folder.glob("*.safetensors")} == files
+
+
 def test_bases_can_be_taken_from_elsewhere(saved, tmp_path):
     other_vision, other_text = save_tiny_bases(tmp_path, seed=1)
     model = AutoModel.from_pretrained(
@@ -727,6 +744,7 @@ def test_a_changed_base_model_is_named_when_only_the_adapter_is_saved(tmp_path, 
     monkeypatch.setattr(dehvf.adapters.logger, "warning", messages.append)
     change(model)
     model.save_pretrained(tmp_path / "merged", merge_base=True)
+    model.save_pretrained(tmp_path / "merged")
     assert not messages
     model.save_pretrained(tmp_path / "second")
     assert len(messages) == (changed is not None)
@@ -744,6 +762,9 @@ def test_base_models_that_were_not_loaded_are_named_when_only_the_adapter_is_sav
     loaded, messages = model_on_new_bases(tmp_path), []
     monkeypatch.setattr(dehvf.adapters.logger, "warning", messages.append)
     model = DehvfForConditionalGeneration(loaded.config)
+    model.save_pretrained(tmp_path / "merged", merge_base=True)
+    model.save_pretrained(tmp_path / "merged")
+    assert not messages
     for place in (loaded.config.text_model_id, None):
         model.config.text_model_id = place
         model.save_pretrained(tmp_path / "saved")
@@ -861,6 +882,42 @@ def test_a_custom_processor_is_found_from_another_folder_or_named_as_missing(tmp
     ] == [True]
 
 
+def break_tokenizer(text):
+    """As one of a newer release of `tokenizers`, which raises `Exception` for it."""
+    (text / "tokenizer.json").write_text((text / "tokenizer.json").read_text().replace("WordLevel", "NewModel"))
+
+
+def remove_crop_size(vision):
+    file = vision / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "crop_size": None}))
+
+
+@pytest.mark.parametrize(
+    "break_file, place",
+    [
+        (break_tokenizer, "text"),
+        (remove_crop_size, "vision"),
+        (break_tokenizer, "adapter"),
+        (lambda folder: (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec"), "adapter"),
+    ],
+)
+def test_an_adapter_is_saved_where_its_processor_cannot_be_loaded(break_file, place, tmp_path, monkeypatch):
+    bases, messages = save_tiny_bases(tmp_path), []
+    model = DehvfForConditionalGeneration.from_vision_text_pretrained(
+        *bases, image_size=32, **{**DEHVF_SIZES, "num_memory_slots": 64}
+    )
+    if place == "adapter":
+        model.save_pretrained(tmp_path / "adapter")
+        model = DehvfForConditionalGeneration.from_pretrained(tmp_path / "adapter")
+    break_file(tmp_path / place)
+    monkeypatch.setattr(dehvf.adapters.logger, "warning_once", messages.append)
+    model.save_pretrained(tmp_path / "saved")
+    assert [f"{tmp_path / place}" in message and "saved without a processor" in message for message in messages] == [1]
+    inputs = tiny_inputs(image_size=32)
+    again = DehvfForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
 def test_a_misspelt_argument_is_named_with_a_similar_one(saved):
     vision, text = saved / "vision", saved / "text"
     calls = {
@@ -870,6 +927,12 @@ def test_a_misspelt_argument_is_named_with_a_similar_one(saved):
         "`num_memory_slot` .* Did you mean `num_memory_slots`": lambda: (
             DehvfForConditionalGeneration.from_vision_text_pretrained(vision, text, num_memory_slot=3)
         ),
+        **{
+            f"no argument `{name}`, since it creates a new adapter .* `text_model_revision=`": lambda name=name: (
+                DehvfForConditionalGeneration.from_vision_text_pretrained(vision, text, **{name: "main"})
+            )
+            for name in ("revision", "config", "subfolder")
+        },
         "`image_fitt`. Did you mean `image_fit`": lambda: AutoProcessor.from_pretrained(
             saved / "adapter", trust_remote_code=True, image_fitt="pad"
         ),

@@ -515,9 +515,16 @@ def test_a_filled_cache_needs_the_memory_if_the_fuser_reads_the_instruction():
     model, inputs = tiny_model(fuser_query="layer+instruction").eval(), tiny_inputs()
     outputs = model(**inputs, use_cache=True)
     step = {"input_ids": inputs["input_ids"][:, -1:], cache_name(model): outputs.past_key_values}
-    with pytest.raises(ValueError, match="Give `visual_memory=outputs.image_outputs` of the first call"):
+    with pytest.raises(ValueError, match="give `visual_memory=outputs.image_outputs`.*if that was `generate`, encode"):
         model(**step, pixel_values=inputs["pixel_values"])
-    model(**step, visual_memory=outputs.image_outputs)
+    expected = model(**step, visual_memory=outputs.image_outputs).logits
+
+    ids, mask, pixel_values = (inputs[name] for name in ("input_ids", "attention_mask", "pixel_values"))
+    visual_memory = model.get_image_features(pixel_values, instruction=model.get_instruction_features(ids, mask))
+    options = {"max_new_tokens": 1, "return_dict_in_generate": True}
+    first = model.generate(ids, attention_mask=mask, visual_memory=visual_memory, **options)
+    step[cache_name(model)] = first[cache_name(model)]
+    torch.testing.assert_close(model(**step, visual_memory=visual_memory).logits, expected)
 
 
 def test_weights_follow_the_instruction_where_it_is_read():
@@ -929,6 +936,45 @@ def test_unsupported_ffn_layout_is_refused_by_name():
     config.text_config = AutoConfig.for_model("opt")
     with pytest.raises(ValueError, match="`opt` .`text_config`.*no FFN module.*Give another `text_model`"):
         DehvfForConditionalGeneration(config)
+
+
+def text_base(**values):
+    return AutoModelForCausalLM.from_config(tiny_text_config(**values)).eval()
+
+
+@pytest.mark.parametrize(
+    "bases, message",
+    [
+        (
+            {"causal_lm": {"num_hidden_layers": 3}},
+            "the LlamaModel that .* `num_hidden_layers=3`.*for `num_hid",
+        ),
+        ({"causal_lm": {"model_type": "gemma2"}}, "Gemma2.* has `model_type=gemma2`"),
+        ({"vision_tower": {"image_size": 20}}, "CLIPVisionModel.* has `image_size=20`"),
+    ],
+    ids=str,
+)
+def test_given_base_models_of_other_sizes_than_in_the_config_are_refused(bases, message):
+    vision, text = bases.get("vision_tower"), bases.get("causal_lm")
+    vision = vision and AutoModel.from_config(tiny_vision_config("clip_vision_model", **vision))
+    with pytest.raises(ValueError, match=message):
+        DehvfForConditionalGeneration(tiny_config(), vision, text and text_base(**text))
+
+
+@torch.no_grad()
+def test_given_base_models_keep_their_values_and_make_no_noise():
+    """As `from_vision_text_pretrained` loads them."""
+    inputs = tiny_inputs()
+    text = text_base(model_type="gemma2", final_logit_softcapping=None, attention_dropout=0.5)
+    vision = AutoModel.from_config(tiny_vision_config("dinov2", hidden_dropout_prob=0.5))
+    expected = text(input_ids=inputs["input_ids"]).logits
+    config = tiny_config("gemma2", "dinov2", vision_adapter_dropout=0.0, memory_dropout=0.0)
+    model = DehvfForConditionalGeneration(config, vision, text).eval()
+    assert model.config.text_config.final_logit_softcapping is None
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, expected)
+    model.train()
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits)
 
 
 def test_unsupported_vision_encoder_is_refused_by_name():

@@ -216,6 +216,27 @@ def test_a_saved_adapter_may_be_loaded_for_more_images(number, tmp_path):
             DehvfForConditionalGeneration.from_pretrained(tmp_path / "adapter", max_images=1)
 
 
+@pytest.mark.parametrize(
+    "values, changes",
+    [
+        ({"max_images": 2}, {"max_images": 3, "image_tiles": "2x2"}),
+        ({"image_tiles": "2x2"}, {"max_images": 2, "image_tiles": "3x3"}),
+        ({"image_tiles": "2x2"}, {"image_tiles": "1x4"}),
+        ({"image_tiles": "2x2"}, {"max_images": 5, "image_tiles": None}),
+    ],
+    ids=str,
+)
+def test_embeddings_of_images_and_tiles_are_not_given_to_others(values, changes, tmp_path):
+    bases = save_tiny_bases(tmp_path)
+    model = DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **{**DEHVF_SIZES, **values})
+    model.save_pretrained(tmp_path / "adapter")
+    saved, given = values.get("image_tiles"), changes["image_tiles"]
+    with pytest.raises(ValueError, match=f"with `image_tiles={saved}`, but `image_tiles={given}` was given.*Load it"):
+        DehvfForConditionalGeneration.from_pretrained(tmp_path / "adapter", **changes)
+    config = DehvfForConditionalGeneration.from_pretrained(tmp_path / "adapter", max_images=4).config
+    assert (config.max_images, config.image_tiles) == (4, saved)
+
+
 @ablations
 @pytest.mark.parametrize("image_mask", [[[1, 1], [1, 0]], [[1], [0]], [[0], [0]]], ids=["two", "one", "none"])
 def test_in_training_each_parameter_gets_a_gradient_in_every_batch(ablation, image_mask):
