@@ -72,8 +72,22 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def is_peft_folder(location) -> bool:
+    return os.path.isfile(os.path.join(location, "adapter_config.json"))
+
+
+def explain_peft(folder) -> str:
+    return (
+        f"{folder} has an adapter of `peft` (`adapter_config.json`), which would be ignored. Load the DEHVF adapter "
+        "that it was trained on, from a folder without such a file, and then "
+        f"`peft.PeftModel.from_pretrained(model, {str(folder)!r})`."
+    )
+
+
 def load_adapter_tensors(location, source: dict) -> dict[str, torch.Tensor]:
     file = cached_file(location, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **source)
+    if file is None and is_peft_folder(location):
+        raise ValueError(explain_peft(location))
     if file is None:
         raise OSError(
             f"{location} has no {SAFE_WEIGHTS_NAME}, so there is no adapter to load. To create a new one use "
@@ -157,6 +171,12 @@ class AdapterMixin:
                 "base models. Give the fields of DehvfConfig one by one, such as `num_memory_slots=400`, and the "
                 "commits of the base models as `vision_model_revision=` and `text_model_revision=`."
             )
+        if wrong := kwargs.keys() & {"vision_config", "text_config"}:
+            raise TypeError(
+                f"`from_vision_text_pretrained` has no argument `{min(wrong)}`, since it reads the configs of the "
+                "base models. To use other values, save the base model with them in its config, and pass "
+                "its folder."
+            )
         own = DehvfConfig.__dataclass_fields__.keys() - {"dtype"}
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         places = {"vision": vision_model, "text": text_model}
@@ -203,12 +223,9 @@ class AdapterMixin:
         source = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
         source |= hub_arguments(kwargs)
         dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}  # not the config's
-        if peft_folder := (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path"):
-            raise ValueError(
-                f"{peft_folder} has an adapter of `peft` (`adapter_config.json`), which would be ignored. Load the "
-                "DEHVF adapter that it was trained on, from a folder without such a file, and then "
-                f"`peft.PeftModel.from_pretrained(model, {str(peft_folder)!r})`."
-            )
+        peft_folder = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
+        if peft_folder or is_peft_folder(location):
+            raise ValueError(explain_peft(peft_folder or location))
         for name in ("_from_auto", "_from_pipeline", "trust_remote_code"):
             kwargs.pop(name, None)
         if config is None or isinstance(config, str | os.PathLike):
@@ -400,8 +417,9 @@ class AdapterMixin:
         if differing := own.keys() ^ expected.keys():
             raise ValueError(
                 f"The modules of the adapter do not match its config, so it could not be loaded again. "
-                f"{len(differing)} names differ, such as {min(differing)}. If `peft` or a parametrization wraps the "
-                "modules, save with `peft`, or merge or remove the wrappers first."
+                f"{len(differing)} names differ, such as {min(differing)}. If `config.max_images` or "
+                "`config.image_tiles` was changed, change it back. If `peft` or a parametrization wraps the modules, "
+                "save with `peft`, or merge or remove the wrappers first."
             )
         prefix = PREFIX if state_dict and self is self.base_model else ""
         given = {prefix + plain_name(name): tensor for name, tensor in (state_dict or own).items()}

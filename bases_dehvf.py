@@ -13,7 +13,6 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
@@ -73,6 +72,8 @@ def load_bases(config: DehvfConfig, vision_model, text_model, **kwargs) -> tuple
         ValueError: if it lacks tensors, has other sizes than in `config`, or is a model with remote code.
     """
     kwargs.setdefault("dtype", kwargs.pop("torch_dtype", "auto"))
+    # A repository with a stock model may contain code too, and saved adapters are loaded on the stock model
+    kwargs["trust_remote_code"] = False
     if attn_implementation := kwargs.pop("attn_implementation", None):
         config._attn_implementation = attn_implementation  # a string, or a dict with an entry for each sub-config
     with torch.random.fork_rng(devices=[]):  # under ZeRO-3, random numbers are drawn before a base model is loaded
@@ -269,6 +270,11 @@ def check_base_names(base: PreTrainedModel, key: str):
         )
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether the values can be read: not those of `DTensor` and of the quantized tensors of torchao."""
+    return not tensor.is_meta and type(tensor.data) is torch.Tensor
+
+
 def has_same_tensors(own: dict[str, torch.Tensor], folder) -> bool:
     """
     Whether there is a copy of a base model in a folder, and all tensors that this process holds equal it, up to
@@ -279,7 +285,7 @@ def has_same_tensors(own: dict[str, torch.Tensor], folder) -> bool:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys() & own.keys():
                 tensor = own[name].detach()
-                if not tensor.is_meta and not isinstance(tensor, DTensor) and tensor.numel():
+                if has_values(tensor) and tensor.numel():
                     if not _is_copy(opened.get_tensor(name), tensor):
                         return False
     return bool(files)
@@ -327,7 +333,7 @@ def sample_tensors(tensors: Iterable[tuple[str, torch.Tensor]], embeddings: Iter
     samples, embedding_ids = {}, {id(tensor) for tensor in embeddings}
     for name, tensor in tensors:
         numbers = written = None
-        if not tensor.is_meta and not isinstance(tensor, DTensor):
+        if has_values(tensor):
             row, values = tensor.shape[-1] if tensor.dim() > 1 else 1, tensor.detach().flatten()
             picked = values[:: max(row, len(values) // 512) + 1] if len(values) <= 2**20 else values[:16]
             if id(tensor) in embedding_ids:

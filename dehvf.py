@@ -19,7 +19,7 @@ try:
     Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
 except OSError as error:
     raise OSError(
-        f"The folder {HF_MODULES_CACHE}, to which transformers copies code, cannot be made: {error}. Set the "
+        f"The folder {HF_MODULES_CACHE}, to which transformers copies code, cannot be created: {error}. Set the "
         "environment variable HF_HOME to a folder that you can write to."
     ) from error
 with FileLock(Path(HF_MODULES_CACHE) / "dehvf.lock"):  # processes of one run copy the same files into this cache

@@ -244,7 +244,8 @@ class MemoryFFN(_Extended):
         if isinstance(memory, MixedLayerMemory):
             for own_memory, rows in zip(memory.memories, memory.rows):
                 read = self.lookup(hidden_states[rows], own_memory)
-                output = output.index_add(0, rows, read, alpha=own_memory.scale)
+                # Some FFNs add the residual, which autocast keeps in float32
+                output = output.index_add(0, rows, read.to(output.dtype), alpha=own_memory.scale)
             return output
         return torch.add(output, self.lookup(hidden_states, memory), alpha=memory.scale)
 

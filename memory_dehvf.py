@@ -71,8 +71,15 @@ class MemorySlots(nn.Module):
     def forward(self, dtype: torch.dtype, num_patches: int, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Slots of keys and values for samples with `num_images` images of `num_patches` patches: those of the patches,
-        then the others.
+        then the others. Raises `ValueError` if the adapter was built for fewer images.
         """
+        num_embedded = 1 if self.image_key is None else 1 + len(self.image_key)
+        if num_images > num_embedded:
+            raise ValueError(
+                f"A sample has {num_images} images, but this model was built for at most {num_embedded}. A change of "
+                "`config.max_images` or `config.image_tiles` has no effect on a model. Give the value to "
+                "`from_pretrained` instead."
+            )
         if self.image_key is None:
             # Copies, since under ZeRO-3 a parameter is only available while its own module runs
             return self.key.to(dtype, copy=True), self.value.to(dtype, copy=True)
@@ -110,7 +117,8 @@ def find_slot_mask(config: DehvfConfig, visual_memory: torch.Tensor | None, num_
         return None
     is_there = visual_memory[:, 0, 0, config.num_patches :, -1].detach()  # B (I-1)n
     num_others = num_slots - visual_memory.shape[3]
-    ones = [is_there.new_ones(len(is_there), size) for size in (config.num_patches, num_others)]
+    # `len` would make the number of samples a constant of an exported graph
+    ones = [is_there.new_ones(is_there.shape[0], size) for size in (config.num_patches, num_others)]
     return torch.cat((ones[0], is_there, ones[1]), dim=1)[:, None]
 
 

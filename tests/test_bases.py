@@ -350,3 +350,11 @@ def test_encoders_take_images_of_another_size(vision_type):
     config = DehvfConfig(vision_config=vision_config(vision_type), image_size=24, **values)
     memory = DehvfForConditionalGeneration(config).get_image_features(tiny_inputs(image_size=24)["pixel_values"])
     assert memory.pooler_output.shape[3] == 36
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mpt"])
+def test_adapters_for_each_sample_work_under_autocast(model_type):
+    """The FFNs of these models add the residual, so their output is float32."""
+    model = model_on(model_type, "clip_vision_model")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(**tiny_inputs(2), adapter_names=["default", "__base__"])

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -64,13 +65,13 @@ def randomise(model):
         torch.nn.init.normal_(parameter, std=0.3)
 
 
-def shallow_model():
+def shallow_model(**values):
     """Two layers in each base, without dropout: what `torch` compiles in seconds."""
     torch.manual_seed(0)
     config = DehvfConfig(
         text_config=tiny_text_config(num_hidden_layers=2),
         vision_config=AutoConfig.for_model("clip_vision_model", **{**VISION_SIZES, "num_hidden_layers": 2}),
-        **{**DEHVF_SIZES, "fuser_num_layers": 1, "memory_dropout": 0.0, "vision_adapter_dropout": 0.0},
+        **{**DEHVF_SIZES, "fuser_num_layers": 1, "memory_dropout": 0.0, "vision_adapter_dropout": 0.0, **values},
     )
     model = DehvfForConditionalGeneration(config).eval()
     randomise(model)
@@ -175,8 +176,9 @@ def test_training_compiled_by_inductor_is_as_without(tmp_path):
 
 
 @torch.no_grad()
-def test_an_exported_model_serves_any_number_of_samples_and_tokens():
-    model = shallow_model().double()  # float32 rounds by as much as the tolerance
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_an_exported_model_serves_any_number_of_samples_and_tokens(num_images):
+    model = shallow_model(max_images=num_images).double()  # float32 rounds by as much as the tolerance
     model.model.language_model.config.use_cache = False
     samples, tokens = Dim("samples", max=16), Dim("tokens", min=2, max=100)
     shapes = {"input_ids": {0: samples, 1: tokens}, "pixel_values": {0: samples}, "image_mask": {0: samples}}
@@ -185,6 +187,9 @@ def test_an_exported_model_serves_any_number_of_samples_and_tokens():
     def inputs(batch_size, length):
         given = {**tiny_inputs(batch_size, length), "image_mask": torch.arange(batch_size) > 0}
         given["pixel_values"] = given["pixel_values"].double()
+        if num_images == 2:
+            given["pixel_values"] = torch.stack((given["pixel_values"], given["pixel_values"].flip(0)), dim=1)
+            given["image_mask"] = torch.stack((torch.ones_like(given["image_mask"]), given["image_mask"]), dim=1)
         return {name: given[name] for name in shapes}
 
     exported = torch.export.export(model, (), inputs(2, 7), dynamic_shapes=shapes).module()
@@ -531,3 +536,14 @@ def test_a_base_model_with_remote_code_is_refused_and_not_run(saved, tmp_path, k
     places = {"vision": saved / "vision", "text": saved / "text", key: tmp_path}
     with pytest.raises(ValueError, match="is a model with remote code, which DEHVF cannot extend"):
         DehvfForConditionalGeneration.from_vision_text_pretrained(*places.values(), trust_remote_code=trust)
+
+
+def test_code_beside_a_stock_base_model_is_not_run(saved, tmp_path):
+    shutil.copytree(saved / "text", tmp_path / "text")
+    config = json.loads((saved / "text" / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_other.Other"}
+    (tmp_path / "text" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "text" / "modeling_other.py").write_text("raise SystemExit('it was run')")
+    DehvfForConditionalGeneration.from_vision_text_pretrained(
+        saved / "vision", tmp_path / "text", trust_remote_code=True, **DEHVF_SIZES
+    )

@@ -1,5 +1,6 @@
 """What is saved, and that it is loaded again: in a fresh process, without the source tree, without a network."""
 
+import itertools
 import json
 import os
 import pty
@@ -777,8 +778,13 @@ def test_a_folder_with_an_adapter_of_peft_is_refused(tmp_path):
     model_on_new_bases(tmp_path).save_pretrained(tmp_path / "saved")
     model = AutoModel.from_pretrained(tmp_path / "saved", trust_remote_code=True)
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match="lora has an adapter of `peft`.*PeftModel.from_pretrained"):
-        AutoModel.from_pretrained(tmp_path / "lora", trust_remote_code=True)
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "lora" / "adapter_config.json", tmp_path / "alone")
+    calls = [lambda folder: AutoModel.from_pretrained(folder, trust_remote_code=True)]
+    calls += [DehvfForConditionalGeneration.from_pretrained, lambda folder: model.load_adapter(folder, "lora")]
+    for folder, load in itertools.product((tmp_path / "lora", tmp_path / "alone"), calls):
+        with pytest.raises(ValueError, match=f"{folder} has an adapter of `peft`.*PeftModel.from_pretrained"):
+            load(folder)
 
 
 @pytest.mark.parametrize("change", [set_row, lambda model: model.get_input_embeddings().weight.data[39999].fill_(5.0)])
@@ -924,6 +930,9 @@ def test_a_misspelt_argument_is_named_with_a_similar_one(saved):
         "`memory_scal` .* Did you mean `memory_scale`": lambda: AutoModel.from_pretrained(
             saved / "adapter", trust_remote_code=True, memory_scal=3
         ),
+        "no argument `text_config`, since it reads the configs": lambda: (
+            DehvfForConditionalGeneration.from_vision_text_pretrained(vision, text, text_config={})
+        ),
         "`num_memory_slot` .* Did you mean `num_memory_slots`": lambda: (
             DehvfForConditionalGeneration.from_vision_text_pretrained(vision, text, num_memory_slot=3)
         ),
@@ -980,3 +989,17 @@ def test_an_adapter_is_saved_with_its_own_config_while_others_are_activated(tmp_
         folder = tmp_path / f"saved {number}"
         is_other = json.loads((folder / "config.json").read_text())["memory_scale"] == 0.9
         assert (load_file(folder / "model.safetensors")["model.memory_slots.key"] == 1).all() == is_other
+
+
+def test_tensors_whose_values_cannot_be_read_are_not_sampled():
+    class Quantized(torch.Tensor):  # like those of torchao
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.flatten:
+                raise NotImplementedError("dispatch: aten.view")
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    tensors = torch.nn.Linear(2, 2)
+    tensors.weight = torch.nn.Parameter(torch.ones(2, 2).as_subclass(Quantized), requires_grad=False)
+    samples = dehvf.bases.sample_tensors(tensors.named_parameters())
+    assert samples["weight"][2] is None and samples["bias"][2] is not None

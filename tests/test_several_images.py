@@ -266,6 +266,10 @@ def test_impossible_images_are_refused():
         with pytest.raises(ValueError, match=message):
             model(input_ids=inputs["input_ids"], visual_memory=visual_memory, image_mask=image_mask)
     one = model.get_image_features(inputs["pixel_values"][:1, 0])
+    changed = tiny_model()
+    changed.config.max_images = 2
+    with pytest.raises(ValueError, match="has 2 images, but this model was built for at most 1"):
+        changed(**inputs)
     for samples, message in (
         ([[], []], r"have the shapes \[\]. Give at least one"),
         ([[memory[:, :, :, :NUM_PATCHES]]], r"shapes \[\(2, .* batch of one"),
