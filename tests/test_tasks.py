@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from datetime import datetime
@@ -1128,3 +1129,13 @@ def test_scoring_refuses_a_folder_that_lacks_an_answer_or_a_file(answered, comma
         score_folder(answered)
     (answered / "results.json").unlink()
     assert "results.json is missing" in command("score", answered)[1]
+
+
+@pytest.mark.slow
+def test_the_check_command_names_a_cache_folder_that_cannot_be_created():
+    command = [sys.executable, "-m", "tasks", "check", "examples/vqa"]
+    environment = {**os.environ, "HF_MODULES_CACHE": "/dev/null/modules"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode != 0
+    assert "folder /dev/null/modules" in process.stderr and "HF_HOME" in process.stderr.splitlines()[-1]
+    assert "cannot be read" not in process.stdout + process.stderr
