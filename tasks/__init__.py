@@ -4,7 +4,8 @@ Each task is one module in this folder with
     COLUMNS                          columns that its rows must have
     ANSWER_PREFIX, MAX_NEW_TOKENS    text after the prompt in evaluation, and the maximum number of tokens that the
                                      model then generates greedily
-    CARD                             names of the task and the metric on the Hub, and the score for the model card
+    CARD                             names of the task and the metric on the Hub, the score for the model card, and
+                                     `split`, the published split of the test rows, if it has another name
     load(split, path=None, streaming=False)
                                      -> `datasets.Dataset`, or `datasets.IterableDataset` when streaming, of the split
                                      "train", "validation" or "test". Column `image` is a `datasets.Image`, None in

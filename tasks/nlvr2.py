@@ -24,7 +24,10 @@ COLUMNS = ("image", "images", "statement", "label", "identifier")
 ANSWER_PREFIX = " The answer is"
 MAX_NEW_TOKENS = 4  # some tokenizers have several tokens for "False"
 DATASET = "lmms-lab/NLVR2"
-CARD = {"task_type": "visual-question-answering", "metric_type": "accuracy", "score": "accuracy"}
+CARD = {
+    **{"task_type": "visual-question-answering", "metric_type": "accuracy", "score": "accuracy"},
+    "split": "balanced_test_public",
+}
 METRIC = Path(__file__).parents[1] / "metrics" / "nlvr2"
 
 LABELS = ("True", "False")

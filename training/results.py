@@ -166,8 +166,8 @@ def write_card(folder: Path, name: str, results: dict, code: str | None):
     dataset = path if path and hub.is_hub_id(path) else getattr(task, "DATASET", None)
     data = {"dataset_type": dataset or results["task"], "dataset_name": results["task"]}
     metric = {"metric_type": task.CARD["metric_type"], "metric_value": round(scores[task.CARD["score"]], 2)}
-    published_split = getattr(task, "PARTS", {}).get(results["split"], (results["split"],))[0]
-    result = EvalResult(task_type=task.CARD["task_type"], dataset_split=published_split, **data, **metric)
+    split = task.CARD.get("split", results["split"])
+    result = EvalResult(task_type=task.CARD["task_type"], dataset_split=split, **data, **metric)
     # The score of other rows than those of a published split is not a result on it
     is_whole = not dataset or results["holdout"] is None and results["max_samples"] is None
     bases = {
