@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from dehvf import processing
 from demo.client_images import ImageReader
 from demo.openai_api import Piece, Request, RequestError, Token, find_images, shorten
-from training.chats import ChatTokenizer
+from training.chats import ChatTokenizer, find_left_out
 
 
 DEFAULT_NEW_TOKENS = 1024  # as in `transformers serve`
@@ -274,12 +274,11 @@ class Engine:
             raise too_long(f"The messages have {num_special} special tokens", self.max_context_tokens)
         protected = [{**message, "content": chats.protect(message["content"])} for message in chat]
         text = self.processor.apply_chat_template(protected, add_generation_prompt=True)
-        for given, message in zip(chat, protected):
-            if message["role"] != "assistant" and message["content"].strip() not in text:
-                raise refused(
-                    f"The model's chat template leaves out or changes the message {shorten(given['content'])} of the "
-                    f"role {message['role']!r}. Remove it, or put its text into a message of the user."
-                )
+        if (index := find_left_out(protected, text)) is not None:
+            raise refused(
+                f"The model's chat template leaves out or changes the message {shorten(chat[index]['content'])} of "
+                f"the role {chat[index]['role']!r}. Remove it, or put its text into a message of the user."
+            )
         ids, places = chats.encode(text)
         input_ids = torch.tensor([ids])
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}

@@ -25,6 +25,12 @@ def prints_date(processor) -> bool:
     return "strftime_now" in (processor.chat_template or "")
 
 
+def find_left_out(messages: list[dict], text: str) -> int | None:
+    """The index of the first message, other than the assistant's, whose content is not in the text of a chat."""
+    contents = (None if message["role"] == "assistant" else message["content"].strip() for message in messages)
+    return next((index for index, content in enumerate(contents) if content is not None and content not in text), None)
+
+
 class ChatTokenizer:
     """
     Renders chats with the chat template and encodes them. Special tokens in a message are encoded as ordinary text,
@@ -75,12 +81,11 @@ class ChatTokenizer:
             raise ValueError(
                 f"the chat template of the tokenizer refuses {reprlib.repr(messages)}: {error}"
             ) from error
-        for message in messages:
-            if message["role"] != "assistant" and message["content"].strip() not in text:
-                raise ValueError(
-                    f"the chat template of the tokenizer leaves out or changes {reprlib.repr(message)}. Give another "
-                    "template, `--chat_template plain`, or remove such messages."
-                )
+        if (index := find_left_out(messages, text)) is not None:
+            raise ValueError(
+                f"the chat template of the tokenizer leaves out or changes {reprlib.repr(messages[index])}. Give "
+                "another template, `--chat_template plain`, or remove such messages."
+            )
         return text
 
     def render_answers(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
