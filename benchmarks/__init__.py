@@ -86,6 +86,12 @@ def require_writable(folder: Path):
         sys.exit(f"The report cannot be written to {folder}. Use a folder that you can write to.")
 
 
+def read_runs(folder: Path, name: str) -> dict[str, list[dict]]:
+    """The training runs in the report that `save_report` wrote to `folder`, by row; empty if there is no report."""
+    file = folder / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8"))["runs"] if file.is_file() else {}
+
+
 def save_report(folder: Path, name: str, report: dict, markdown: Callable, draw: Callable | None = None):
     """Writes `name.json`, `name.md` and, with `draw`, `name.png` to `folder`, after printing the Markdown."""
     report = {"machine": describe_machine(), **report}

@@ -47,6 +47,7 @@ from benchmarks import (
     heading,
     machine_in_words,
     positive,
+    read_runs,
     require_writable,
     save_report,
     spread,
@@ -196,16 +197,15 @@ ZERO_START = {
     "zero start, rate 0.001, fuser: pre-norm": Row(values=ZERO, rate=1e-3, fuser="pre-norm"),
     "zero start, mean weights, rate 0.001": Row(values={**ZERO, "layer_fusion": "mean"}, rate=1e-3),
 }
-EMOJI_ROWS = {
+EMOJI_ROWS = METHODS | {
     name: dataclasses.replace(row, values={"visual_scale": 0.1, "memory_scale": 0.3, **row.values}, rate=3e-3)
     for name, row in {**METHODS, **ABLATIONS}.items()
-    if name in ("DEHVF", "MemVP", "mean weights", "K = 1", "layer + instruction", "without visual prompts")
+    if row.method in DEHVF_METHODS
 }
 EMOJI_ROWS |= {
     "zero start": dataclasses.replace(EMOJI_ROWS["DEHVF"], values={**EMOJI_ROWS["DEHVF"].values, **ZERO}),
     "MemVP, rate 0.001": dataclasses.replace(EMOJI_ROWS["MemVP"], rate=1e-3),
     "LLaVA-LoRA": dataclasses.replace(METHODS["LLaVA-LoRA"], rate=1e-3),
-    "ADEM-VL": METHODS["ADEM-VL"],
 }
 EASY_VQA_TABLE, EMOJI_TABLE = "Methods, ablations and fusers on easy-VQA", "Emoji: drawings that were not trained on"
 TABLES = {
@@ -538,10 +538,14 @@ def file_of(name: str, seed: int) -> Path:
 
 def read_run(name: str, row: Row, seed: int) -> dict | None:
     """The results of a run with the current values of its row, finished or not, or `None`."""
-    if not (run := read_json(file_of(name, seed))):
-        return None
+    run = read_json(file_of(name, seed))
+    return run if run and has_values(run, row) else None
+
+
+def has_values(run: dict, row: Row) -> bool:
+    """Whether a run has the current values of its row."""
     # Runs of earlier versions lack later fields, and had their default values
-    return run if {**dataclasses.asdict(Row()), **run["row"]} == dataclasses.asdict(row) else None
+    return {**dataclasses.asdict(Row()), **run["row"]} == dataclasses.asdict(row)
 
 
 def train_missing(rows: dict[str, Row], seeds: list[int], at_once: int, only_scores: bool = False):
@@ -673,17 +677,24 @@ def draw(report: dict, file: Path):
     pyplot.close(figure)
 
 
-def find_runs(rows: dict[str, Row]) -> dict[str, list[dict]]:
-    """The existing runs of each row, finished or not, by seed."""
+def find_runs(rows: dict[str, Row], reported: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """
+    The existing runs of each row, finished or not, by seed: those in `outputs/pretrained`, which this machine may not
+    have, and the others of an earlier report.
+    """
     found = {}
     for name, row in rows.items():
-        seeds = sorted(int(file.stem.removeprefix("seed-")) for file in file_of(name, 0).parent.glob("seed-*.json"))
-        found[name] = [read_run(name, row, seed) for seed in seeds]
-    return {name: there for name, runs in found.items() if (there := [run for run in runs if run])}
+        runs = {run["seed"]: run for run in reported.get(name, []) if has_values(run, row)}
+        for file in file_of(name, 0).parent.glob("seed-*.json"):
+            seed = int(file.stem.removeprefix("seed-"))
+            if run := read_run(name, row, seed):
+                runs[seed] = run
+        found[name] = [runs[seed] for seed in sorted(runs)]
+    return {name: runs for name, runs in found.items() if runs}
 
 
 def write_report(rows: dict[str, Row]):
-    runs = find_runs(rows)
+    runs = find_runs(rows, read_runs(RESULTS, "pretrained"))
     machines = dict.fromkeys(run["machine"] for found in runs.values() for run in found)
     report = {
         "command": "python -m benchmarks.pretrained",

@@ -23,6 +23,7 @@ from benchmarks import (
     operations,
     paper_tables,
     pretrained,
+    read_runs,
     resolutions,
     scaling,
     serving,
@@ -186,7 +187,11 @@ def test_simultaneous_runs_on_pretrained_bases_equal_single_runs(bench, capsys):
     assert "6 runs are finished, 0 are missing" in capsys.readouterr().out
 
 
-def test_the_report_on_pretrained_bases_includes_stopped_runs(bench):
+def found_runs(rows):
+    return pretrained.find_runs(rows, read_runs(pretrained.RESULTS, "pretrained"))
+
+
+def test_the_report_on_pretrained_bases_includes_stopped_runs_and_those_of_an_earlier_report(bench):
     for name, average in (("DEHVF", 96.0), ("MemVP", 80.0)):
         point = {"step": 5, "loss": 0.1, **dict.fromkeys(easy_vqa.ANSWERS, average), "average": average}
         row = dataclasses.asdict(pretrained.ROWS[name])
@@ -197,6 +202,15 @@ def test_the_report_on_pretrained_bases_includes_stopped_runs(bench):
     table = (pretrained.RESULTS / "pretrained.md").read_text()
     assert "| DEHVF | 1,234 | 0 | 20 | 96.0 | 96.0 | 96.0 | 96.0 | 20 (1 of 1) |" in table
     assert "| MemVP | 1,234 | 0 | 20 | 80.0 | 80.0 | 80.0 | 80.0 | – (0 of 1) |" in table
+    pretrained.file_of("MemVP", 0).unlink()
+    newer = {**run, "row": dataclasses.asdict(pretrained.ROWS["DEHVF"]), "curve": [{**point, "average": 70.0}]}
+    pretrained.file_of("DEHVF", 0).write_text(json.dumps({**newer, "trained_parameters": 1234}))
+    rows = {"DEHVF": pretrained.ROWS["DEHVF"], "MemVP": pretrained.ROWS["MemVP"]}
+    pretrained.write_report(rows)
+    averages = {name: [run["curve"][-1]["average"] for run in runs] for name, runs in found_runs(rows).items()}
+    assert averages == {"DEHVF": [70.0], "MemVP": [80.0]}
+    changed = {name: dataclasses.replace(row, steps=3) for name, row in rows.items()}
+    assert found_runs(changed) == {}
 
 
 @pytest.fixture
@@ -251,7 +265,7 @@ def test_resolutions_are_measured_trained_and_reported(bench, drawings, monkeypa
 
     assert load_bench(24).train.pixel_values.dtype == torch.float16
     pretrained.train_missing({"24 px": rows["24 px"]}, [0], at_once=1, only_scores=True)
-    resolutions.write_report(measured, pretrained.find_runs(rows))
+    resolutions.write_report(measured, pretrained.find_runs(rows, {}))
     table = (resolutions.RESULTS / "resolutions.md").read_text()
     assert "| patches and memory slots | 4 | 16 | 36 | |" in table
     assert re.search(r"\| accuracy in %: kind \| – \| – \| \d+\.\d \| \|", table)
