@@ -25,7 +25,7 @@ from tasks._values import find_text_faults
 COLUMNS = ("image", "question", "choices", "answer", "hint", "subject", "grade")
 ANSWER_PREFIX = " The answer is"
 MAX_NEW_TOKENS = 1
-DATASET = "derek-thomas/ScienceQA"
+DATASET, DATASET_ROWS = "derek-thomas/ScienceQA", 4241
 CARD = {"task_type": "visual-question-answering", "metric_type": "accuracy", "score": "average"}
 METRIC = Path(__file__).parents[1] / "metrics" / "scienceqa"
 

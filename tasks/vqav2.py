@@ -27,7 +27,7 @@ from tasks import _reader, _sources, _values, no_context, no_options, require_fi
 COLUMNS = ("image", "question", "answer", "answers")
 ANSWER_PREFIX = ""
 MAX_NEW_TOKENS = 10  # an answer is rarely longer than three words
-DATASET = "lmms-lab/VQAv2"
+DATASET, DATASET_ROWS = "lmms-lab/VQAv2", 214_354
 CARD = {
     **{"task_type": "visual-question-answering", "metric_type": "accuracy", "score": "average"},
     "split": "validation",  # the answers of the published test split are secret

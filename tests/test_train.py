@@ -728,13 +728,21 @@ def test_results_record_how_they_were_made(trained):
 @pytest.mark.parametrize(
     "changed, split",
     [
-        ({}, "test"),
-        ({"task": "vqav2"}, "validation"),
-        ({"max_samples": 5}, None),
+        ({"size": 4241}, "test"),
+        ({"size": 4241, "data_path": None}, "test"),
+        ({"task": "vqav2", "size": 214_354}, "validation"),
+        ({"task": "vqa", "data_path": "org/data"}, "test"),
+        ({}, None),
+        ({"task": "vqav2", "size": 214_355}, None),
+        ({"size": 4241, "max_samples": 5}, None),
+        ({"task": "vqa", "data_path": "org/data", "only_images": True}, None),
         ({"task": "vqa", "data_path": "org/data", "holdout": 0.1}, None),
         ({"task": "digits", "max_samples": 5}, "test"),
     ],
-    ids=["scienceqa", "vqav2", "its first rows", "rows of the train split", "made at run time"],
+    ids=[
+        *("its published rows in a folder", "from the Hub", "vqav2", "a data set on the Hub", "other rows"),
+        *("more rows than on the Hub", "its first rows", "images only", "rows of the train split", "made at run time"),
+    ],
 )
 def test_the_card_claims_a_result_on_a_published_split_only_for_all_its_rows(trained, changed, split):
     results = json.loads((trained[1] / "results.json").read_text())

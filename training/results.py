@@ -169,7 +169,9 @@ def write_card(folder: Path, name: str, results: dict, code: str | None):
     split = task.CARD.get("split", results["split"])
     result = EvalResult(task_type=task.CARD["task_type"], dataset_split=split, **data, **metric)
     # The score of other rows than those of a published split is not a result on it
-    is_whole = not dataset or results["holdout"] is None and results["max_samples"] is None
+    is_part = results["holdout"] or results["max_samples"] or results["only_images"]
+    has_own_rows = dataset != path and results["size"] != getattr(task, "DATASET_ROWS", results["size"])
+    is_whole = not dataset or not (is_part or has_own_rows)
     bases = {
         config.get(f"{base}_model_id", results[f"{base}_model"]): config.get(f"{base}_model_revision")
         for base in reversed(BASES)
