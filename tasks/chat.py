@@ -69,9 +69,10 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
     """A row without its images, and the faults of its messages."""
     turns = _values.as_list(record["messages"])
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        form = " As a text, as in CSV, it must be JSON, with double quotes." if isinstance(turns, str) else ""
         return {}, [
             f'`messages` is {reprlib.repr(turns)}. Make it a list of {{"role": "user", "content": "..."}}, or, as '
-            '`conversations`, of {"from": "human", "value": "..."}.'
+            f'`conversations`, of {{"from": "human", "value": "..."}}.{form}'
         ]
     messages, faults, num_markers, system = [], [], 0, record["system"]
     if _values.is_text(system):

@@ -43,7 +43,7 @@ FIELDS = {
     "context": ("context",),
 }
 REQUIRED = ("question", "answer")
-NUMBER = r"(?:[$€£¥₹₩₽] *)?\.?\d"  # how one begins: 5, .5, $5
+NUMBER = r"(?:[$€£¥₹₩₽] *)?\.?[\d¼-¾⅐-⅞]"  # how one begins: 5, .5, $5, ½
 
 
 load = partial(_sources.load, sys.modules[__name__])
@@ -214,8 +214,9 @@ def normalise(text: str) -> str:
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.removesuffix(".") or text)  # as in VQAv2's script
     text = re.sub(rf"(?<=\d) +([-–+*/:=^×÷]) +(?={NUMBER})", r"\1", text)  # "1 - 2" -> "1-2"
     text = re.sub(rf"(?<!\w)([-–−+]) +(?={NUMBER})", r"\1", text)  # "- 5" -> "-5"
-    # A sign is kept before a number (-5, -.5, -$5, 3.5, 10:30, 1/2), between digits (2*3), in 5!, in C# and in 50%
-    kept_signs = re.finditer(rf"[-–](?={NUMBER})|[.,:/](?=\d)|(?<=\d)[\W_](?=\d)|(?<=\d)!|[#%‰]", text)
+    # A sign is kept before a number (-5, -.5, -$5, 3.5, 10:30, 1/2), between digits (2*3), in 5!, in C#, in 50%, in A-
+    signs = rf"[-–](?={NUMBER})|[.,:/](?=\d)|(?<=\d)[\W_](?=\d)|(?<=\d)!|[#%‰]|(?<=\b[^\W\d])[-–−](?!\S)"
+    kept_signs = re.finditer(signs, text)
     places = {sign.start() for sign in kept_signs}
     kept = [
         sign for place, sign in enumerate(text) if place in places or not unicodedata.category(sign).startswith("P")

@@ -362,6 +362,7 @@ USER, ASSISTANT = MESSAGES[1:3]
 CHAT_FAULTS = [
     ({"messages": []}, "`messages` is []"),
     ({"messages": "Hello"}, "`messages` is 'Hello'"),
+    ({"messages": str([{"role": "user", "content": "a"}])}, "As a text, as in CSV, it must be JSON, with double"),
     ({"messages": [USER]}, "the roles are ['user']. .*the last message must be the assistant's"),
     ({"messages": [USER, USER, ASSISTANT]}, "the roles are ['user', 'user', 'assistant']"),
     ({"messages": [ASSISTANT, USER]}, "the roles are ['assistant', 'user']"),
