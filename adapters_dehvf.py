@@ -24,7 +24,7 @@ from transformers.utils import (
 from .bases_dehvf import (
     BASE_NAMES,
     assemble_causal_lm,
-    check_base_names,
+    check_base_can_be_saved,
     fetch_merged_bases,
     find_changes,
     has_file,
@@ -54,6 +54,8 @@ ADAPTER_MODULES = ("vision_adapters", "fuser_query", "fuser", "projector", "memo
 # Arguments of `save_pretrained` in `transformers` that make no difference for an adapter
 WITHOUT_EFFECT = {"save_function", "safe_serialization", "token", "save_peft_format", "save_original_format"}
 WITHOUT_EFFECT |= {"distributed_checkpoint"}
+# Arguments of `from_pretrained` and fields of the config that only a saved adapter has
+NOT_OF_A_NEW_ADAPTER = {"config", "revision", "subfolder", "state_dict", "output_loading_info", "merged_base"}
 PREFIX = "model."  # of parameter names in a file, as in `DehvfForConditionalGeneration`
 
 
@@ -165,11 +167,12 @@ class AdapterMixin:
             TypeError: if there is no such argument.
             ValueError: if a base model is not supported, or a config value is invalid.
         """
-        if wrong := kwargs.keys() & {"config", "revision", "subfolder", "state_dict", "output_loading_info"}:
+        if wrong := kwargs.keys() & NOT_OF_A_NEW_ADAPTER:
             raise TypeError(
                 f"`from_vision_text_pretrained` has no argument `{min(wrong)}`, since it creates a new adapter on two "
-                "base models. Give the fields of DehvfConfig one by one, such as `num_memory_slots=400`, and the "
-                "commits of the base models as `vision_model_revision=` and `text_model_revision=`."
+                "base models. Give the fields of DehvfConfig one by one, such as `num_memory_slots=400`, the commits "
+                "of the base models as `vision_model_revision=` and `text_model_revision=`, and `merge_base=True` to "
+                "`save_pretrained`."
             )
         if wrong := kwargs.keys() & {"vision_config", "text_config"}:
             raise TypeError(
@@ -541,7 +544,7 @@ class AdapterMixin:
         share_placement(self, causal_lm)
         bases = {"vision": self.base_model.vision_tower, "text": causal_lm}
         for key, base in bases.items():  # before one is written
-            check_base_names(base, key)
+            check_base_can_be_saved(base, key)
         folders = {key: os.path.join(save_directory, f"{key}_model") for key in bases}
         for key, base in bases.items():
             save_base(base, folders[key], is_main_process, max_shard_size=max_shard_size)

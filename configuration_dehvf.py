@@ -265,6 +265,20 @@ class DehvfConfig(PreTrainedConfig):
         return found
 
     @property
+    def _attn_implementation(self) -> str | None:
+        return super()._attn_implementation
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict | None):
+        """Raises `ValueError` if attention is given for something else than the base models, which has no effect."""
+        if isinstance(value, dict) and (unknown := value.keys() - {"", *BASE_SIZES}):
+            raise ValueError(
+                f"`attn_implementation` has the key {min(unknown)!r}. Give one value for both base models, or a dict "
+                f"with the keys {' and '.join(map(repr, BASE_SIZES))}."
+            )
+        PreTrainedConfig._attn_implementation.fset(self, value)
+
+    @property
     def resolution(self) -> int:
         """Side of an image in pixels."""
         return self.vision_config.image_size if self.image_size is None else self.image_size

@@ -28,6 +28,7 @@ def check_is_not_empty(pixel_values: torch.Tensor):
 
 def check_pixel_values(config: DehvfConfig, pixel_values: torch.Tensor):
     """Raises `ValueError` if images do not have the shape that the adapter was made for."""
+    config.validate_memory_slots()  # `image_size` may have been changed since
     size = (config.vision_config.num_channels, config.resolution, config.resolution)
     _check_shape("pixel_values", pixel_values, size)
 

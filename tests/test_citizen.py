@@ -398,6 +398,14 @@ def test_quantization_is_chosen_at_each_load_and_dequantizing_keeps_the_weights(
     assert "quantization_config" not in json.loads((tmp_path / "full/adapter/text_model/config.json").read_text())
 
 
+def test_base_models_that_cannot_be_saved_as_they_are_quantized_are_not_merged(saved, tmp_path, monkeypatch):
+    model = load(saved, quantization_config=NF4)
+    monkeypatch.setattr(type(model.hf_quantizer), "is_serializable", lambda self: False)
+    with pytest.raises(ValueError, match="The language model is quantized with bitsandbytes and cannot be saved like"):
+        model.save_pretrained(tmp_path / "merged", merge_base=True)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_plain_trainer_trains_the_adapter_on_4_bits(saved, tmp_path):
     model = load(saved, quantization_config=NF4)
     before = copy.deepcopy(model.state_dict())
@@ -431,6 +439,20 @@ def test_attention_is_chosen_for_each_base_model(saved, asked, way):
     bases["vision_config"] = bases["vision_config"].layers[0]
     for name, layer in bases.items():
         assert layer.self_attn.config._attn_implementation == asked.get(name, "sdpa")
+
+
+@pytest.mark.parametrize("way", ["AutoModel", "new", "from_config"])
+def test_attention_for_an_unknown_base_model_is_refused(saved, way):
+    asked = {"language_config": "eager"}
+    with pytest.raises(ValueError, match="`attn_implementation` has the key 'language_config'.*'text_config'"):
+        if way == "AutoModel":
+            load(saved, attn_implementation=asked)
+        elif way == "new":
+            places = saved / "vision", saved / "text"
+            DehvfForConditionalGeneration.from_vision_text_pretrained(*places, attn_implementation=asked)
+        else:
+            config = AutoConfig.from_pretrained(saved / "adapter", trust_remote_code=True)
+            AutoModel.from_config(config, trust_remote_code=True, attn_implementation=asked)
 
 
 def test_the_model_without_a_head_loads_and_saves_the_same_adapter(saved, tmp_path):

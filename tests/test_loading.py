@@ -940,7 +940,7 @@ def test_a_misspelt_argument_is_named_with_a_similar_one(saved):
             f"no argument `{name}`, since it creates a new adapter .* `text_model_revision=`": lambda name=name: (
                 DehvfForConditionalGeneration.from_vision_text_pretrained(vision, text, **{name: "main"})
             )
-            for name in ("revision", "config", "subfolder")
+            for name in ("revision", "config", "subfolder", "merged_base")
         },
         "`image_fitt`. Did you mean `image_fit`": lambda: AutoProcessor.from_pretrained(
             saved / "adapter", trust_remote_code=True, image_fitt="pad"

@@ -157,6 +157,9 @@ def test_the_image_size_may_be_changed_before_saving(tmp_path):
     model.save_pretrained(tmp_path, merge_base=True)
     loaded = DehvfForConditionalGeneration.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(**inputs).logits, logits)
+    model.config.image_size = 100
+    with pytest.raises(ValueError, match=r"`num_memory_slots=\d+` is less than the 625 patches of an image"):
+        model(**{**inputs, "pixel_values": torch.zeros(1, 2, 3, 100, 100)})
 
 
 @torch.no_grad()
