@@ -1,10 +1,14 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Each benchmark is a module, run with `python -m benchmarks.<name>`. The reports are in `benchmarks/results`."""
+"""
+Each benchmark is a module, run with `python -m benchmarks.<name>`, except `fusers`, which `pretrained` imports. The
+reports are in `benchmarks/results`.
+"""
 
 import json
 import os
 import platform
 import re
+import shlex
 import statistics
 import sys
 from argparse import ArgumentTypeError
@@ -86,10 +90,15 @@ def require_writable(folder: Path):
         sys.exit(f"The report cannot be written to {folder}. Use a folder that you can write to.")
 
 
-def read_runs(folder: Path, name: str) -> dict[str, list[dict]]:
-    """The training runs in the report that `save_report` wrote to `folder`, by row; empty if there is no report."""
+def command_line(name: str) -> str:
+    """The command of this benchmark with its arguments."""
+    return shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
+
+
+def read_report(folder: Path, name: str) -> dict:
+    """The report that `save_report` wrote to `folder`; empty if there is none."""
     file = folder / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8"))["runs"] if file.is_file() else {}
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def save_report(folder: Path, name: str, report: dict, markdown: Callable, draw: Callable | None = None):

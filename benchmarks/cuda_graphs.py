@@ -128,7 +128,8 @@ def main():
     # Graphs must be captured on a side stream, and the gradients must be allocated on the same stream
     with torch.cuda.stream(torch.cuda.Stream()) if preset.device == "cuda" else nullcontext():
         report["samples"] = measure(preset)
-    save_report(RESULTS, "cuda_graphs", report, markdown)
+    name = speed.report_name("cuda_graphs", arguments.preset, default="llama-7b")
+    save_report(RESULTS, name, report, markdown)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ input, the class features of each vision layer, differs between the images.
 
 import argparse
 import json
-import shlex
+import os
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,8 +20,8 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import set_seed
 
-from benchmarks import describe_machine, require_writable
-from tasks import get_task, require_files
+from benchmarks import command_line, describe_machine, require_writable
+from tasks import get_task
 from training.arguments import complete_arguments, parse_arguments
 from training.checkpoints import RESULTS_FILE
 from training.data import Collator, load_splits
@@ -159,10 +159,13 @@ def main():
     parser.add_argument("--output_file", type=Path, help="JSON file to write the report to")
     options, flags = parser.parse_known_args()
     results = Path(options.adapter) / RESULTS_FILE
-    require_files([results], "Give the `--output_dir` of a finished run of train.py.")
+    if not results.is_file():
+        sys.exit(f"There is no {results}. Give the `--output_dir` of a finished run of train.py.")
     results = json.loads(results.read_text(encoding="utf-8"))
-    if options.output_file:
-        require_writable(options.output_file.parent)
+    if file := options.output_file:
+        require_writable(file.parent)
+        if file.is_dir() or file.exists() and not os.access(file, os.W_OK):
+            sys.exit(f"`--output_file` is {file}, which cannot be written. Give the name of a JSON file.")
     given = {name: results[name] for name in SOURCE_OF_ROWS if results.get(name) is not None}
     data = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     with TemporaryDirectory() as folder:
@@ -170,7 +173,7 @@ def main():
         report = measure([*data, *fixed, *flags])
     report = {
         "machine": describe_machine(),
-        "command": shlex.join(["python", "-m", "benchmarks.fusion", *sys.argv[1:]]),
+        "command": command_line("fusion"),
         "adapter": options.adapter,
         **report,
     }

@@ -24,7 +24,17 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM
 
-from benchmarks import RESULTS, heading, machine_in_words, memory, require_writable, save_report, speed, table
+from benchmarks import (
+    RESULTS,
+    command_line,
+    heading,
+    machine_in_words,
+    memory,
+    require_writable,
+    save_report,
+    speed,
+    table,
+)
 from dehvf import injection
 
 
@@ -166,7 +176,7 @@ def main():
     jobs = {form: training_job(preset, form) for form in TRAINED_FORMS}
     peaks = memory.peaks_in_fresh_processes("benchmarks.injection", arguments.preset, TRAINED_FORMS, num_runs=1)
     report = {
-        "command": "python -m benchmarks.injection",
+        "command": command_line("injection"),
         "preset": arguments.preset,
         "note": f"Preset `{arguments.preset}` in {str(preset.dtype).removeprefix('torch.')}: "
         f"{preset.patches_per_side[0] ** 2} patches and {preset.text_tokens[0]} text tokens; one prompt at a time, "
@@ -178,7 +188,7 @@ def main():
         "training": speed.interleave(jobs, 0),
         "training_peaks": peaks and {form: peak for form, (peak,) in peaks.items()},
     }
-    save_report(RESULTS, "injection", report, markdown, draw)
+    save_report(RESULTS, speed.report_name("injection", arguments.preset), report, markdown, draw)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,17 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
 
-from benchmarks import RESULTS, heading, machine_in_words, operations, require_writable, save_report, speed, table
+from benchmarks import (
+    RESULTS,
+    command_line,
+    heading,
+    machine_in_words,
+    operations,
+    require_writable,
+    save_report,
+    speed,
+    table,
+)
 from dehvf import ROOT, DehvfForConditionalGeneration
 
 
@@ -431,7 +441,7 @@ def main():
         return
     require_writable(RESULTS)
     report = {
-        "command": "python -m benchmarks.memory",
+        "command": command_line("memory"),
         "preset": arguments.preset,
         "shapes": {name: measure(shape) for name, shape in operations.SHAPES.items()},
         "training_peaks": peaks_in_fresh_processes("benchmarks.memory", arguments.preset, PEAK_METHODS, PEAK_RUNS),
@@ -449,7 +459,7 @@ def main():
         "is not converted stays in the mapped file. If it is converted, the mapped pages count in addition to the "
         f"copy until loading ends, although the system may drop them when memory is short. {machine_in_words()}."
     )
-    save_report(RESULTS, "memory", report, markdown, draw)
+    save_report(RESULTS, speed.report_name("memory", arguments.preset), report, markdown, draw)
 
 
 if __name__ == "__main__":

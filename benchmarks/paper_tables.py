@@ -25,7 +25,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from baselines import METHODS
-from benchmarks import RESULTS, heading, machine_in_words, require_writable, save_report, spread, table
+from benchmarks import RESULTS, heading, machine_in_words, read_report, require_writable, save_report, spread, table
 from dehvf import ROOT
 
 
@@ -226,14 +226,20 @@ def measure_seconds() -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def collect() -> dict:
-    """Table -> row -> the number of trained parameters and, for each column, the accuracy of each finished seed."""
+def collect(reported: dict) -> dict:
+    """
+    Table -> row -> the number of trained parameters and, for each column, the accuracy of each finished seed. A row of
+    which this machine has fewer runs than the tables of an earlier report is taken from these.
+    """
     tables = {}
     for title, rows in TABLES.items():
         tables[title] = {}
         for name, row in rows.items():
             runs = {seed: run for seed in SEEDS if (run := read_run(row, seed))}
-            if runs:
+            earlier = reported.get(title, {}).get(name, {"flags": None})
+            if earlier["flags"] == row and len(earlier["seeds"]) > len(runs):
+                tables[title][name] = earlier
+            elif runs:
                 tables[title][name] = {
                     "flags": row,
                     "seeds": list(runs),
@@ -318,11 +324,18 @@ def draw(report: dict, file: Path):
     figure.savefig(file, dpi=130)
 
 
-def write_report():
-    seconds_file = RUNS / "seconds.json"
-    if not seconds_file.is_file():
-        seconds_file.write_text(json.dumps(measure_seconds()))
-    tables, seconds = collect(), json.loads(seconds_file.read_text(encoding="utf-8"))
+def write_report(only_existing: bool = False):
+    """`only_existing`: without a measurement of seconds on this machine, takes that of the earlier report."""
+    seconds_file, earlier = RUNS / "seconds.json", read_report(RESULTS, "paper_tables")
+    tables = collect(earlier.get("tables", {}))
+    if only_existing and not seconds_file.is_file():
+        if not earlier:
+            sys.exit(f"There is no report in {RESULTS} and no measurement in {RUNS}. Run it without `--report`.")
+        seconds = {"machine": earlier["seconds_machine"], "methods": earlier["seconds"]}
+    else:
+        if not seconds_file.is_file():
+            seconds_file.write_text(json.dumps(measure_seconds()))
+        seconds = json.loads(seconds_file.read_text(encoding="utf-8"))
     versions = sorted({version for rows in tables.values() for row in rows.values() for version in row["torch"]})
     report = {
         "command": "python -m benchmarks.paper_tables",
@@ -340,6 +353,7 @@ def write_report():
         "tables": tables,
         "paper_order": compare_with_paper(tables),
         "seconds": seconds["methods"],
+        "seconds_machine": seconds["machine"],
     }
     save_report(RESULTS, "paper_tables", report, markdown, draw)
 
@@ -352,7 +366,7 @@ def main():
     arguments = parser.parse_args()
     require_writable(RESULTS)
     failed = [] if arguments.report else train_missing()
-    write_report()
+    write_report(only_existing=arguments.report)
     if failed:
         sys.exit("\n".join(failed))
 

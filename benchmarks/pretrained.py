@@ -47,7 +47,7 @@ from benchmarks import (
     heading,
     machine_in_words,
     positive,
-    read_runs,
+    read_report,
     require_writable,
     save_report,
     spread,
@@ -694,7 +694,7 @@ def find_runs(rows: dict[str, Row], reported: dict[str, list[dict]]) -> dict[str
 
 
 def write_report(rows: dict[str, Row]):
-    runs = find_runs(rows, read_runs(RESULTS, "pretrained"))
+    runs = find_runs(rows, read_report(RESULTS, "pretrained").get("runs", {}))
     machines = dict.fromkeys(run["machine"] for found in runs.values() for run in found)
     report = {
         "command": "python -m benchmarks.pretrained",

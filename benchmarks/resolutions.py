@@ -34,7 +34,7 @@ from benchmarks import (
     operations,
     positive,
     pretrained,
-    read_runs,
+    read_report,
     require_writable,
     save_report,
     speed,
@@ -291,7 +291,7 @@ def main():
             trained = {f"{size} px": ROWS[f"{size} px"] for size in arguments.sizes}
             pretrained.train_missing(trained, arguments.seeds, arguments.at_once, only_scores=True)
         measured = measure(device)
-    runs = pretrained.find_runs(ROWS, read_runs(RESULTS, "resolutions"))
+    runs = pretrained.find_runs(ROWS, read_report(RESULTS, "resolutions").get("runs", {}))
     write_report(measured, {name: done for name in runs if (done := [run for run in runs[name] if "scores" in run])})
 
 

@@ -20,7 +20,6 @@ import io
 import json
 import multiprocessing
 import os
-import shlex
 import socket
 import statistics
 import sys
@@ -37,7 +36,17 @@ from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM
 
 from baselines import BaselineArguments, assemble
-from benchmarks import RESULTS, heading, machine_in_words, positive, require_writable, save_report, table, verdict
+from benchmarks import (
+    RESULTS,
+    command_line,
+    heading,
+    machine_in_words,
+    positive,
+    require_writable,
+    save_report,
+    table,
+    verdict,
+)
 from benchmarks.pretrained import TEXT_MODEL, VISION_MODEL
 from benchmarks.speed import DEHVF, MERGED, TEXT_ONLY
 from dehvf import DehvfForConditionalGeneration, DehvfProcessor
@@ -363,7 +372,7 @@ def main():
         known = measure_known(urls, setting)
         rows = measure_load(urls, setting, arguments.rounds)
     report = {
-        "command": shlex.join(["python", "-m", "benchmarks.serving", *sys.argv[1:]]),
+        "command": command_line("serving"),
         "setting": asdict(setting),
         "rounds": arguments.rounds,
         "threads": arguments.threads,

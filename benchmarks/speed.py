@@ -17,7 +17,6 @@ Other load on the machine therefore affects all of them. A ratio is the median o
 """
 
 import argparse
-import shlex
 import statistics
 import sys
 import time
@@ -40,7 +39,17 @@ from transformers import (
 )
 
 from baselines import BaselineArguments, ImageTokensForConditionalGeneration, assemble
-from benchmarks import RESULTS, heading, machine_in_words, operations, positive, require_writable, save_report, table
+from benchmarks import (
+    RESULTS,
+    command_line,
+    heading,
+    machine_in_words,
+    operations,
+    positive,
+    require_writable,
+    save_report,
+    table,
+)
 from dehvf import DehvfConfig, DehvfForConditionalGeneration
 
 
@@ -574,6 +583,11 @@ def draw(report: dict, file: Path):
     figure.savefig(file)
 
 
+def report_name(benchmark: str, preset: str, default: str = "small") -> str:
+    """The name of a report, so that another preset than the default does not replace the report of that."""
+    return benchmark if preset == default else f"{benchmark}-{preset}"
+
+
 def note(name: str, preset: Preset, clock: str) -> str:
     unmeasured = [other for other, sizes in PRESETS.items() if sizes.device == "cuda" and other != name]
     return (
@@ -628,15 +642,14 @@ def main():
         sys.exit("`--clock cpu` does not include the time of a CUDA device. Use `--clock wall`.")
     torch.set_num_threads(arguments.threads)
     report = {
-        "command": shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]),
+        "command": command_line("speed"),
         "preset": arguments.preset,
         "threads": arguments.threads,
         "clock": arguments.clock,
         "note": note(arguments.preset, preset, arguments.clock),
         **measure(arguments.preset, preset, arguments.clock),
     }
-    name = "speed" if arguments.preset == "small" else f"speed-{arguments.preset}"
-    save_report(RESULTS, name, report, markdown, draw)
+    save_report(RESULTS, report_name("speed", arguments.preset), report, markdown, draw)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import re
+import shutil
 import sys
 from importlib import import_module
 
@@ -23,7 +24,7 @@ from benchmarks import (
     operations,
     paper_tables,
     pretrained,
-    read_runs,
+    read_report,
     resolutions,
     scaling,
     serving,
@@ -96,6 +97,28 @@ def test_the_report_has_means_deviations_and_reversed_orders(runs):
     assert "| DEHVF | MemVP | -10.0 | **reversed** in every seed |" in table
     assert "| MemVP | LLaVA-LoRA | +6.0 | not decided: seeds overlap |" in table
     assert (paper_tables.RESULTS / "paper_tables.png").stat().st_size > 10_000
+
+
+def test_rows_with_fewer_runs_on_this_machine_are_taken_from_the_earlier_report(runs, monkeypatch):
+    rows = paper_tables.TABLES["Methods (the paper's Tables 1 and 2)"]
+    monkeypatch.setattr(paper_tables, "measure_seconds", lambda: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match="There is no report in .* Run it without `--report`"):
+        paper_tables.write_report(only_existing=True)
+    for name in ("DEHVF", "MemVP"):
+        for seed in (0, 1):
+            write_run(rows[name], seed, 60.0)
+    seconds = {"machine": "a machine", "methods": {"DEHVF": {"training": 0.1}}}
+    (paper_tables.RUNS / "seconds.json").write_text(json.dumps(seconds))
+    paper_tables.write_report()
+    shutil.rmtree(paper_tables.RUNS)
+    write_run(rows["DEHVF"], 0, 70.0)
+    for seed in (0, 1):
+        write_run(rows["MemVP"], seed, 80.0)
+    paper_tables.write_report(only_existing=True)
+    report = read_report(paper_tables.RESULTS, "paper_tables")
+    tables = report["tables"]["Methods (the paper's Tables 1 and 2)"]
+    assert (tables["DEHVF"]["scores"]["IMG"], tables["MemVP"]["scores"]["IMG"]) == ([60.0, 60.0], [80.0, 80.0])
+    assert (report["seconds"], report["seconds_machine"]) == (seconds["methods"], "a machine")
 
 
 @pytest.mark.slow
@@ -188,7 +211,7 @@ def test_simultaneous_runs_on_pretrained_bases_equal_single_runs(bench, capsys):
 
 
 def found_runs(rows):
-    return pretrained.find_runs(rows, read_runs(pretrained.RESULTS, "pretrained"))
+    return pretrained.find_runs(rows, read_report(pretrained.RESULTS, "pretrained")["runs"])
 
 
 def test_the_report_on_pretrained_bases_includes_stopped_runs_and_those_of_an_earlier_report(bench):

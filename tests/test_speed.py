@@ -248,12 +248,12 @@ def test_the_report_has_bytes_of_images_checkpoints_and_training(tmp_path, monke
     monkeypatch.setattr(memory, "PEAK_RUNS", 1)
     monkeypatch.setattr(memory, "LOADED_LAYERS", 2)
     run_main(memory, tmp_path, monkeypatch, "--preset", "tiny")
-    report = json.loads((tmp_path / "memory.json").read_text())
+    report = json.loads((tmp_path / "memory-tiny.json").read_text())
     image = report["shapes"]["tiny"]["image"]
     assert image["visual memory"]["tensors"] == image["visual memory"]["closed_form"] > 0
     peaks = report["training_peaks"]
     assert peaks is None or peaks[speed.DEHVF][0] > 0
-    table = (tmp_path / "memory.md").read_text()
+    table = (tmp_path / "memory-tiny.md").read_text()
     assert "| tiny | 0.0 | 0.0 | 0.0 |" in table
     assert ("Not measured" in table) == (peaks is None)
     assert (tmp_path / "memory.png").stat().st_size > 10_000
@@ -283,11 +283,11 @@ def test_naive_injection_gives_the_same_logits_with_full_keys_and_values():
 @pytest.mark.extended
 def test_the_report_compares_the_forms_of_injection(tmp_path, monkeypatch):
     run_main(injection, tmp_path, monkeypatch, "--preset", "tiny")
-    report = json.loads((tmp_path / "injection.json").read_text())
+    report = json.loads((tmp_path / "injection-tiny.json").read_text())
     assert report["reading"]["bytes"].keys() == {"naive", "materialised", "factored"}
     assert report["reading"]["samples"].keys() == report["reading"]["bytes"].keys()
     assert report["training"].keys() == {"materialised", "factored"}
-    table = (tmp_path / "injection.md").read_text()
+    table = (tmp_path / "injection-tiny.md").read_text()
     assert "| naive | 0.0 |" in table and "| naive, materialised | " in table
     assert (tmp_path / "injection.png").stat().st_size > 10_000
 
