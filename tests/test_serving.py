@@ -755,7 +755,7 @@ def test_special_tokens_and_image_markers_in_a_question_are_text(server):
         text = question.replace("<image>", "")
         assert ids[1:] == tokenizer(f"{text}\nResponse:", split_special_tokens=True).input_ids[1:]
         expected = server.processor(images=PICTURE, text="", return_tensors="pt")
-        assert torch.equal(inputs["pixel_values"], expected["pixel_values"]) and inputs["image_mask"].all()
+        assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
     texts = (f"<image>\n{QUESTION}", f"{QUESTION}<ima<image>ge><ima<image>ge>", QUESTION)
     answers = [server.ask(PICTURE, text).choices[0].message.content for text in texts]
     assert answers[0] == answers[2]

@@ -352,6 +352,8 @@ class Collator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         images = self.processor(images=[row["image"] for row in rows], return_tensors="pt")
+        if images:  # always with a mask, so that all batches have the same inputs
+            images.setdefault("image_mask", torch.ones(images["pixel_values"].shape[:-3], dtype=torch.bool))
         numbers = images["image_mask"].view(len(rows), -1).sum(dim=1).tolist() if images else [0] * len(rows)
         batch = {**self._pad_texts(rows, numbers), "index": torch.tensor([row["index"] for row in rows])}
         if "answered" in rows[0]:
