@@ -662,9 +662,13 @@ def trained(scienceqa, tmp_path):
     ), tmp_path / "trained"
 
 
-def test_saved_adapters_are_evaluated_as_they_were(trained, tmp_path):
+def test_saved_adapters_are_evaluated_as_they_were(trained, tmp_path, monkeypatch):
     flags, folder = trained
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(AnswerTrainer, "predict", lambda *_, **__: 1 / 0)
+        train.main(flags)
     train.main(flags)
+    assert len([*tmp_path.glob("again*")]) == 1, "an interrupted evaluation is replaced: it has trained nothing"
     assert read_predictions(tmp_path / "again") == read_predictions(folder)
     before, after = (json.loads((path / "results.json").read_text()) for path in (folder, tmp_path / "again"))
     assert before["scores"] == after["scores"] and before["adapter_sha256"] == after["adapter_sha256"]
