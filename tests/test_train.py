@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -820,11 +821,36 @@ def test_answers_are_kept_when_scoring_fails_and_can_be_scored_alone(trained, tm
     flags, folder = trained
     with monkeypatch.context() as patch:
         patch.setattr(get_task("scienceqa"), "score", lambda records, size: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError) as error:
             train.main(flags)
+    assert f"run `python -m tasks score {tmp_path / 'again'}`" in error.value.__notes__[0]
     assert "scores" not in json.loads((tmp_path / "again" / "results.json").read_text())
     scored = score_folder(tmp_path / "again")
     assert scored["scores"] == json.loads((folder / "results.json").read_text())["scores"]
+
+
+@pytest.mark.parametrize("name", ["predictions.jsonl", "results.json.tmp"])
+def test_answers_are_kept_when_the_disk_is_full(trained, tmp_path, monkeypatch, name):
+    flags, folder = trained
+    write = Path.write_text
+
+    def fail(self, text, *args, **kwargs):
+        if self == tmp_path / "again" / name:
+            write(self, text[:9])
+            raise OSError(28, "No space left on device")
+        return write(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match="again could not be written: .*No space") as error,
+    ):
+        patch.setattr(Path, "write_text", fail)
+        train.main(flags)
+    saved = re.search(r"`python -m tasks score (\S+)`", str(error.value))[1]
+    assert score_folder(saved)["scores"] == json.loads((folder / "results.json").read_text())["scores"]
+    assert not (tmp_path / "again" / "predictions.jsonl").exists(), "half of it"
+    assert "The adapters are complete" in error.value.__notes__[0]
 
 
 @pytest.mark.slow
