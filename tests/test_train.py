@@ -474,6 +474,27 @@ def test_images_are_the_right_way_up(tmp_path):
     assert (read.size, read.mode) == ((20, 40), "RGB")
 
 
+def test_rows_that_are_too_long_with_their_images_are_named(scienceqa):
+    split, processor = make_split(scienceqa[0], max_new_tokens=1), tiny_processor()
+    longest = max(len(row["input_ids"]) for row in split)
+    processor.tokenizer.model_max_length = longest + 15
+    split.check_lengths(processor, 1)
+    message = f"has {longest + 16} tokens with the 16 of each image or tile, more than the {longest + 15}"
+    with pytest.raises(ValueError, match=f"Row 1 of the train split {message}"):
+        split.check_lengths(processor, 1, 16)
+    with pytest.raises(ValueError, match=message):
+        Collator(processor, image_tokens=[9] * 16)([*split])
+
+
+def test_a_cache_that_cannot_be_created_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(
+        OSError, match="cannot be created: .*file/cache.*Set the environment variable HF_DATASETS_CACHE"
+    ):
+        load_splits(None, None, None, SimpleNamespace(process_index=0))
+
+
 def test_rows_without_an_image_can_be_left_out_of_training(scienceqa):
     split = make_split(scienceqa[0], only_images=True)
     assert len(split) == 3 and all(row["image"] is not None for row in split)

@@ -489,6 +489,10 @@ def test_the_mixed_precision_of_accelerate_is_checked_as_that_of_a_flag(flags, e
             {"max_new_tokens": 500},
             r"Row \d of the test split has \d+ tokens, and its answer may have 500, together more than the 512",
         ),
+        (
+            {"method": "llava", "max_new_tokens": 420},
+            r"Row 1 of the test split has 100 tokens with the 16 of each image or tile, and its answer .* the 512",
+        ),
     ],
 )
 def test_what_the_rows_do_not_allow_is_refused_before_training(folder, flags, message):
