@@ -396,6 +396,9 @@ class DehvfProcessor(ProcessorMixin):
         """
         Uploads the processor's files to a repository on the Hub, in one commit. It does not write a card; the model's
         `push_to_hub`, which has the same arguments, does.
+
+        Raises:
+            TypeError, ValueError: for the same arguments as there. Then nothing is on the Hub.
         """
         check_upload(kwargs)
         repo_id = open_repository(repo_id, private, token, kwargs.get("revision"))

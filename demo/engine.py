@@ -64,6 +64,8 @@ class Answer:
 
     def end(self, reason: str):
         self.finish_reason = reason
+        if reason == "length":  # which may have been reached in the middle of a character
+            self.text = self.text.rstrip("\N{REPLACEMENT CHARACTER}")
         self._send(len(self.text))
 
     def tokens(self, end: int | None = None) -> list[Token]:

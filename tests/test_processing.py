@@ -521,6 +521,19 @@ def test_an_image_is_read_from_where_it_is(form, tmp_path):
     server.shutdown()
 
 
+def png_with_transparent_colour() -> bytes:
+    """[`drawing`] as a PNG file of 16 bits, which Pillow does not write, on a coloured ground that is transparent."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    ground = (0x1234, 0x5678, 0x9ABC)
+    pixels = np.where(np.asarray(drawing())[..., 3:], 0, ground).astype(">u2")
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in pixels))
+    chunks = (b"IHDR", struct.pack(">IIBBBBB", 32, 24, 16, 2, 0, 0, 0)), (b"tRNS", struct.pack(">HHH", *ground))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in (*chunks, (b"IDAT", data), (b"IEND", b"")))
+
+
 TRANSPARENT = {
     "RGBA": drawing(),
     "LA": drawing().convert("LA"),
@@ -533,6 +546,10 @@ TRANSPARENT = {
         Image.fromarray(257 * np.asarray(ImageChops.invert(drawing().getchannel("A"))).astype(np.uint16)),
         transparency=65535,
     ),
+    "PNG with a transparent colour": file_of(
+        Image.alpha_composite(Image.new("RGBA", (32, 24), "red"), drawing()).convert("RGB"), transparency=(255, 0, 0)
+    ),
+    "PNG of 16 bits with a transparent colour": png_with_transparent_colour(),
     "WebP": file_of(drawing(), "WEBP", lossless=True),
     "array": np.asarray(drawing()),
 }
@@ -562,7 +579,10 @@ def png_of(width: int, height: int) -> bytes:
         (b"no image", "cannot identify"),
         (png_of(10, 10), "truncated"),
         (png_of(100_000, 100_000), "decompression bomb"),
-        (png_of(13_000, 13_000), "13000 x 13000 pixels. At most 89478485 pixels.*raise `PIL.Image.MAX_IMAGE_PIXELS`"),
+        (
+            png_of(13_000, 13_000),
+            "13000 x 13000 pixels. At most 89478485 pixels.*`PIL.Image.MAX_IMAGE_PIXELS`.*Resize",
+        ),
         (image(size=(8000, 1)), "8000 x 1 pixels. At most .* an aspect ratio of 341"),
         (png_of(0, 5), "cannot identify"),
         (Image.new("RGB", (0, 5)), "0 x 5 pixels"),
