@@ -364,6 +364,8 @@ class Source:
                 return "README.md declares other files. Add it to `configs` there"
             if is_flat and file.parent != folder:
                 return f"{folder} itself contains data. Move it there"
+            if own := split_of_file(file, folder):
+                return f"another file is named `{own}`. To read both, name it `{own}-2`"
             return "its name has no split, unlike those of others. Add the split, as in `train-2`"
 
         files, notes = survey(folder)
@@ -397,9 +399,9 @@ class Source:
 
     def _part(self, split: str) -> list[Path] | Rows:
         takes = "Add it, or take one from the train split: `--holdout 0.05` takes 5 % of the rows."
-        can_take = split != "train" and not hasattr(self.task, "PARTS")
+        can_take = split not in ("train", *map(split_of, self.splits)) and not hasattr(self.task, "PARTS")
         try:
-            return choose_split(self.splits, split, self.path)
+            return choose_split(self.splits, split, self.path, self.files)
         except ValueError as error:
             advice = self.find_unread(split) or [takes] * can_take
             raise ValueError(" ".join([str(error), *advice])) from None
