@@ -378,7 +378,13 @@ CHAT_FAULTS = [
     ({"messages": [{**USER, "train": True}, ASSISTANT]}, "message 1 (user) has the train True"),
     *(
         ({"messages": [USER, {**ASSISTANT, key: value}]}, f"message 2 (assistant) has the {key} {value}")
-        for key, value in [("loss_weight", 0.0), ("loss_mask", 0), ("weights", 0), ("trainable", False)]
+        for key, value in [
+            ("loss_weight", 0.0),
+            ("loss_mask", 0),
+            ("loss_scale", 0),
+            ("weights", 0),
+            ("trainable", False),
+        ]
         + [("training", False), ("mask", True), ("masked", 1)]
     ),
     ({"messages": [USER, {**ASSISTANT, "reasoning_content": "so"}]}, "(assistant) has `reasoning_content`, which"),
@@ -403,6 +409,8 @@ CHAT_FAULTS = [
         "message 1 (user) has `images`, which is not read. Give",
     ),
     ({"messages": [{**USER, "attachments": ["a.png"]}, ASSISTANT]}, "message 1 (user) has `attachments`"),
+    ({"messages": [USER, {**ASSISTANT, "content": "<bbox>"}]}, "message 2 (assistant) has `<bbox>`, which would"),
+    ({"messages": [{**USER, "content": "Where is <ref-object>?"}, ASSISTANT]}, "(user) has `<ref-object>`, which"),
     ([MESSAGES], "is not a row"),
 ]
 
@@ -609,6 +617,15 @@ AMBIGUOUS = [
     (vqa, {"answer": "red", "answers": {"text": ["red"]}}, "`answers` is .* Make it a list of texts"),
     (vqa, {"answer": "['red', 'blue']"}, "`answer` is .*, which is not JSON"),
     (vqa, {"answer": "red", "choices": "['red', 'blue']"}, "`choices` is .* with double quotes in CSV"),
+    *(
+        (vqa, {"answer": "x", column: value}, f"it has `{column}`, which is not read: give .*`--task chat`")
+        for column, value in [("history", [["hi", "ho"]]), ("system", "be"), ("system_prompt", "be")]
+    ),
+    (vqa, {"answer": "x", "tools": [{"name": "f"}]}, "it has `tools`, which is not read"),
+    *(
+        (chat, {"messages": [USER, ASSISTANT], column: value}, f"it has the {column} .*Remove the row")
+        for column, value in [("weight", 0.0), ("loss_mask", [1, 0]), ("loss_scale", 0), ("train", False)]
+    ),
     (chat, {"messages": [USER, ASSISTANT], "system": ["Be brief."]}, "`system` is .*Make it a text in quotes"),
     (
         chat,
@@ -916,6 +933,27 @@ def test_only_files_that_are_named_alike_are_read_together(names, splits, suffix
     if any(" be " in expected for expected in splits.values()):
         with pytest.raises(ValueError, match=" be "):
             check(str(tmp_path), columns="image=none")
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "csv", "parquet", "labels"])
+def test_a_column_that_names_several_splits_is_a_fault(layout, tmp_path, capsys):
+    rows = [{"question": "?", "answer": "x", "split": name} for name in ("train", "restval", "test")]
+    if layout in ("jsonl", "csv"):
+        (write_lines if layout == "jsonl" else write_csv)(tmp_path / f"x.{layout}", rows)
+    else:
+        saved, labels = Dataset.from_list(rows), ClassLabel(names=["train", "restval", "test"])
+        saved = saved if layout == "parquet" else saved.cast_column("split", labels)
+        saved.to_parquet(tmp_path / "x.parquet")
+    message = "the column `split` has the values test, train, but is not read.*Write a file for each split"
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=message):
+            vqa.load("train", str(tmp_path), streaming=streaming, columns="image=none")
+    assert not check(str(tmp_path), columns="image=none") and re.search(message, capsys.readouterr().out)
+    assert len(read(vqa, tmp_path, columns="image=none,context=split")) == 3
+    for file in tmp_path.iterdir():
+        file.unlink()
+    write_lines(tmp_path / "test.jsonl", [{**rows[0], "split": "val"}, rows[1]])
+    assert len(read(vqa, tmp_path, "test", columns="image=none")) == 2, "the test split may be the validation split"
 
 
 def test_a_system_message_may_be_in_a_column(tmp_path):
