@@ -34,23 +34,26 @@ DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", 
 # What a run of `train.py` writes into its folder, which may be that of the data
 WRITTEN_BY_RUNS = (RUN_FILE, RESULTS_FILE, PREDICTIONS_FILE, "*config.json", "*token*.json", "vocab.json")
 WRITTEN_BY_RUNS += ("checkpoint-*",)
-# Words that number the files of a split
-WORDS_OF_SHARDS = ("of", "part", "shard", "chunk")
 MOST_NAMES = 10  # in a message
 
 
 # --- splits ---
 
 
-def words_of(name: str) -> list[str]:
-    """The words of a name in lower case ("testData-2" -> "test", "data")."""
-    return [word.lower() for word in re.split(r"[^a-zA-Z]+|(?<=[a-z])(?=[A-Z])", name) if word]
+def keyword_of(name: str) -> tuple[str, str] | None:
+    """
+    The split that a name refers to and the word that says so ("val2014" and "valData" -> "validation", "val"), or
+    `None`.
+    """
+    words = re.split(r"[^a-zA-Z]+|(?<=[a-z])(?=[A-Z])", name)
+    words = [re.sub("(?:set|data|split)$", "", word.lower()) for word in words]
+    found = ((str(split), word) for split, keywords in SPLIT_KEYWORDS.items() for word in words if word in keywords)
+    return next(found, None)
 
 
 def split_of(name: str) -> str | None:
-    """The split that a name refers to ("val2014" and "devset" -> "validation"), or `None`."""
-    words = {re.sub("(?:set|data|split)$", "", word) for word in words_of(name)}
-    return next((str(split) for split, keywords in SPLIT_KEYWORDS.items() if words & set(keywords)), None)
+    """The split that a name refers to, or `None`."""
+    return (keyword_of(name) or (None,))[0]
 
 
 def choose_split(splits: dict, split: str, path: str, files: dict[str, list[Path]] | None = None):
@@ -171,22 +174,21 @@ def split_of_file(file: Path, folder: Path) -> str | None:
 
 def name_of_split(file: Path, folder: Path, split: str) -> str:
     """
-    The name that a file's path has for its split, without the numbers of shards ("dev-00000-of-00002" -> "dev"): the
-    split's own if the file or a folder that contains it has that, or else that of the outermost of them.
+    The word that a file's path has for its split ("dev" of "dev-00000-of-00002"): the split's own if the file or a
+    folder that contains it has that, or else that of the outermost of them.
     """
-    parts = [part for part in file.relative_to(folder).with_suffix("").parts if split_of(part) == split]
-    # A hash may follow the number of a shard
-    words = [words_of(re.sub(r"\d+-of-\d+(-[0-9a-f]{16}$)?", "", part)) for part in parts]
-    names = ["_".join(word for word in part if word not in WORDS_OF_SHARDS) for part in words]
+    found = filter(None, map(keyword_of, file.relative_to(folder).with_suffix("").parts))
+    names = [word for own, word in found if own == split]
     return split if split in names else names[0]
 
 
 def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
     """
     The files of each split: those that a README.md declares, or else according to their names or the names of their
-    folders. Of files with several names for a split, those with its own name are read; without these, each name is a
-    split in the result. Files with other names are the train split if no other file is, and are not read otherwise.
-    Subfolders are searched if the folder itself contains no files. A `path` that is a file is the train split.
+    folders. Of files with different words for a split, such as `eval` and `test`, those with its own name are read;
+    without these, each word is a split in the result. Files with other names are the train split if no other file is,
+    and are not read otherwise. Subfolders are searched if the folder itself contains no files. A `path` that is a file
+    is the train split.
 
     Raises:
         ValueError: if only some of the files with other names have "train" in them.

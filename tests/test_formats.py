@@ -899,24 +899,24 @@ NAMED = [
     ("trainset testset devset", {"train": "trainset", "test": "testset", "validation": "devset"}),
     ("trainData testData", {"train": "trainData", "test": "testData"}),
     ("train eval test", {"train": "train", "test": "test"}),
-    ("train train_old TRAIN-part2 train_3", {"train": "TRAIN-part2 train train_3"}),
+    (
+        "train_cats train_dogs val_seen val_unseen",
+        {"train": "train_cats train_dogs", "validation": "val_seen val_unseen"},
+    ),
+    ("train train_old TRAIN-part2 train_3", {"train": "TRAIN-part2 train train_3 train_old"}),
     ("train val dev", {"train": "train", "validation": SEVERAL.format("dev.{0}, val.{0}")}),
-    ("train-0 test_a-1 test_b", {"train": "train-0", "test": SEVERAL.format("test_a-1.{0}, test_b.{0}")}),
-    ("eval_on_train llava_train", {"train": SEVERAL.format("eval_on_train.{0}, llava_train.{0}")}),
+    ("train-0 test_a-1 test_b", {"train": "train-0", "test": "test_a-1 test_b"}),
+    ("train eval-1 eval-2 testing", {"train": "train", "test": SEVERAL.format("eval-1.{0}, eval-2.{0}, testing.{0}")}),
     ("vqatrain vqatest", dict.fromkeys(("train", "test", "validation"), "vqatrain.{0} seems to be .*vqatest.{0} an")),
     ("cats dogs latest test", {"train": "cats dogs latest", "test": "test"}),
     ("train/cats_train train/dogs val/val_a val/val_b", {"train": "cats_train dogs", "validation": "val_a val_b"}),
-    ("a/train b/train old_train/x", {"train": "train train"}),
-    (
-        "train-00000-of-00002-0123456789abcdef train-00001-of-00002-fedcba9876543210 train_old",
-        {"train": "train-00000-of-00002-0123456789abcdef train-00001-of-00002-fedcba9876543210"},
-    ),
+    ("a/train b/train old_train/x", {"train": "train train x"}),
 ]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("names, splits", NAMED, ids=[names for names, _ in NAMED])
-def test_only_files_that_are_named_alike_are_read_together(names, splits, suffix, tmp_path):
+def test_files_with_the_same_word_for_their_split_are_read_together(names, splits, suffix, tmp_path):
     """A split is chosen from several names as in a data set of `save_to_disk`."""
     for name in names.split():
         rows, file = [{"question": name.rpartition("/")[2], "answer": "x"}], tmp_path / f"{name}.{suffix}"
@@ -1439,7 +1439,7 @@ def test_the_check_command_notes_what_may_be_a_mistake(tmp_path, capsys):
     row = {"question": "<image>\nWhat?", "answer": "red</s>", "image": "a.png"}
     write_lines(tmp_path / "train.jsonl", [row, row, {**row, "answer": "Zoë"}])
     write_lines(tmp_path / "test.jsonl", [{**row, "question": "What?"}])
-    for name in ("train-2", "train_old"):
+    for name in ("train_old", "training"):
         write_lines(tmp_path / f"{name}.jsonl", [{**row, "answer": "blue"}])
     (tmp_path / "validation.csv").write_text("question,answer\n")
     assert check(str(tmp_path))
@@ -1449,8 +1449,8 @@ def test_the_check_command_notes_what_may_be_a_mistake(tmp_path, capsys):
         vqa.load("validation", str(tmp_path))
     for note in (
         f"note: {unread}",
-        f"read from 2 files, {tmp_path / 'train-2.jsonl'} to {tmp_path / 'train.jsonl'}",
-        f"{tmp_path / 'train_old.jsonl'} is not read, since another file is named `train`. To read both, name it",
+        f"read from 2 files, {tmp_path / 'train.jsonl'} to {tmp_path / 'train_old.jsonl'}",
+        f"{tmp_path / 'training.jsonl'} is not read, since another file is named `train`. To read both, name it",
         f"note: 2 times `</s>` in `answer`, which is treated as ordinary text, the first at {tmp_path}",
         f"note: 1 times a row that is repeated, the first at {tmp_path / 'train.jsonl'}:2",
         f"note: 1 times a row that is also in the train split, the first at {tmp_path / 'test.jsonl'}:1",
