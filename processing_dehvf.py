@@ -528,10 +528,6 @@ class DehvfProcessor(ProcessorMixin):
             views += cut_tiles(fit_image(image, self.image_fit, self.image_processor, rows, columns), rows, columns)
         return views
 
-    @property
-    def model_input_names(self):
-        return [*super().model_input_names, "image_mask"]
-
 
 DehvfProcessor.register_for_auto_class()
 

@@ -430,9 +430,17 @@ def read_object(file: Path) -> Iterator[Record]:
     values = whole.values() if isinstance(whole, dict) else ()
     are_rows = values and all(isinstance(value, dict) for value in values)
     are_splits = values and all(isinstance(whole[key], list) and split_of(key) for key in whole)
-    if are_rows or are_splits:
-        fault = "it is one object with a row for each key. Write a list of its values."
-        yield str(file), None, [fault if are_rows else "it has several splits. Write a file for each of them."]
+    are_columns = are_rows and all(key.isdigit() for value in values for key in value)
+    if are_columns:
+        yield (
+            str(file),
+            None,
+            ['it has columns, as pandas writes them. Write rows: `to_json(file, orient="records")`.'],
+        )
+    elif are_rows:
+        yield str(file), None, ["it is one object with a row for each key. Write a list of its values."]
+    elif are_splits:
+        yield str(file), None, ["it has several splits. Write a file for each of them."]
     elif len(keys) != 1:
         yield from read_lines(file)
     else:

@@ -436,6 +436,8 @@ class Source:
             return choose_split(self.splits, split, self.path, self.files)
         except ValueError as error:
             advice = self.find_unread(split) or [takes] * can_take
+            if split == "train" and split not in map(split_of, self.splits):
+                advice.append("A file, or the folder of one split, is read as the train split: give its path.")
             raise ValueError(" ".join([str(error), *advice])) from None
 
     def _reader(self, split: str, *folders: Path) -> Reader:

@@ -874,7 +874,10 @@ def test_a_stream_without_a_column_of_images_must_be_meant(tmp_path):
 
 @pytest.mark.parametrize(
     "splits, message",
-    [({"all": ["?"]}, "has no split `train`. It has: all"), ({"test": []}, "has a split without rows")],
+    [
+        ({"all": ["?"]}, "has no split `train`. It has: all"),
+        ({"test": []}, "has a split without rows"),
+    ],
 )
 def test_a_data_set_without_rows_to_train_on_is_a_fault(splits, message, tmp_path):
     rows = {name: Dataset.from_dict({"question": texts, "answer": texts}) for name, texts in splits.items()}
@@ -882,6 +885,10 @@ def test_a_data_set_without_rows_to_train_on_is_a_fault(splits, message, tmp_pat
     for read_it in (check, lambda path, **values: vqa.load("train", path, **values)):
         with pytest.raises(ValueError, match=message):
             read_it(str(tmp_path), columns="image=none")
+    if "all" in splits:
+        with pytest.raises(ValueError, match="the folder of one split, is read as the train split: give its path"):
+            vqa.load("train", str(tmp_path), columns="image=none")
+        assert len(read(vqa, tmp_path / "all", columns="image=none")) == 1
 
 
 def test_two_splits_that_may_be_the_test_split_are_named(tmp_path):
@@ -1238,6 +1245,11 @@ FILES = [
     ("train.csv", b'question,answer\n?,x\n"an "x"?",y\n', 'train.csv:3: not CSV: .* Write "" for a quote'),
     ("train.csv", b'question,"answer\n?,x\n', "train.csv:1: not CSV"),
     ("train.json", b'{"0": {"question": "?", "answer": "x"}}', "train.json: it is one object with a row for each"),
+    (
+        "train.json",
+        b'{"question": {"0": "?"}, "answer": {"0": "x"}}',
+        r"train.json: it has columns, as pandas .* rows: `to_json\(file, orient=\"records\"\)`",
+    ),
     ("train.json", b'{"train": [{"question": "?"}], "test": []}', "train.json: it has several splits. Write a file"),
     (
         "train.jsonl",
