@@ -623,6 +623,7 @@ def test_the_scienceqa_recipe_trains_on_a_stand_in(scienceqa, tmp_path, launcher
         assert "Response:" in run("python", "-c", code), "the lines of Python that a run ends with work"
     card = (output / "README.md").read_text()
     assert code.strip() in card and "pipeline_tag: image-text-to-text" in card
+    assert "folders are those of the machine" in card and f"| `{vision}` |" in card
 
 
 def tiny_flags(tmp_path, scienceqa_folder, output, **flags) -> list[str]:
@@ -662,9 +663,10 @@ def trained(scienceqa, tmp_path):
     ), tmp_path / "trained"
 
 
-def test_saved_adapters_are_evaluated_as_they_were(trained, tmp_path):
+def test_saved_adapters_are_evaluated_as_they_were(trained, tmp_path, caplog):
     flags, folder = trained
     train.main(flags)
+    assert "You are using a model of type" not in caplog.text
     assert read_predictions(tmp_path / "again") == read_predictions(folder)
     before, after = (json.loads((path / "results.json").read_text()) for path in (folder, tmp_path / "again"))
     assert before["scores"] == after["scores"] and before["adapter_sha256"] == after["adapter_sha256"]
