@@ -256,7 +256,7 @@ class AdapterMixin:
         model = cls._from_places(config, places, {**dtype, **kwargs})
         own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
         model.base_model.load_state_dict(own, strict=False)
-        model.name_or_path = str(location)
+        model.name_or_path = model.config.name_or_path = str(location)
         model.base_model.set_source("default", location, source)
         model._has_merged_bases, model._given_bases = config.merged_base and len(given) < len(places), given
         if generation_config is not None:
@@ -463,9 +463,9 @@ class AdapterMixin:
             if resized and not has_bases:
                 lost += f", and the adapter cannot be loaded, since {resized[0]} has another shape"
             logger.warning(
-                f"{len(changed)} tensors of the base models have changed since they were loaded, such as "
-                f"{changed[0]}. Only the adapter is saved, so {lost}. Save with "
-                "`model.save_pretrained(folder, merge_base=True)` to keep them."
+                f"{len(changed)} tensors of the base models have changed or been overwritten since they were loaded, "
+                f"such as {changed[0]}. Only the adapter is saved, so {lost}, unless the values are the same. Save "
+                "with `model.save_pretrained(folder, merge_base=True)` to keep them."
             )
         for key, place in self._given_bases.items():
             if place != (named := getattr(self.config, f"{key}_model_id")):

@@ -100,9 +100,20 @@ def check_hub_ids(**bases: str | None):
 
 
 def check_upload(options: dict):
-    """Raises `ValueError` for an argument of `push_to_hub` with which nothing useful would be on the Hub."""
-    if isinstance(tags := options.get("tags"), str):
-        raise ValueError(f"`tags` is {tags!r}, but must be a list of texts. Give `tags=[{tags!r}]`.")
+    """
+    Checks the arguments of `push_to_hub`, before anything is on the Hub.
+
+    Raises:
+        TypeError: for one that `upload_folder` does not have.
+        ValueError: for one with which nothing useful would be on the Hub.
+    """
+    signature(upload_folder).bind(repo_id="", folder_path="", **options)
+    for name in ("allow_patterns", "ignore_patterns"):
+        if (patterns := options.get(name)) is not None:
+            raise ValueError(
+                f"`{name}` is {patterns!r}, but the files of an adapter or processor belong together. Leave it out, "
+                "or choose the files with `save_pretrained` and `huggingface_hub.upload_folder`."
+            )
     if path := options.get("path_in_repo"):
         raise ValueError(
             f"`path_in_repo` is {path!r}, but adapters and processors are loaded from the root of a repository. Leave "
@@ -269,15 +280,15 @@ class HubMixin:
         Raises:
             TypeError: if `upload_folder` does not have such an argument.
             ValueError: if the config has a local folder instead of a Hub id for a base model that is not merged,
-                `run_as_future` or `path_in_repo` is given, `tags` is a text, or the adapter cannot be saved. Then
-                nothing is on the Hub.
+                `run_as_future`, `path_in_repo`, `allow_patterns` or `ignore_patterns` is given, `tags` is a text, or
+                the adapter cannot be saved. Then nothing is on the Hub.
         """
         config = self.config
         if not merge_base:
             check_hub_ids(vision=config.vision_model_id, text=config.text_model_id)
-        check_upload({"tags": tags, **kwargs})
-        options = {"commit_message": "Upload DEHVF adapter", "token": token, **kwargs}
-        signature(upload_folder).bind(repo_id=repo_id, folder_path=".", **options)
+        if isinstance(tags, str):
+            raise ValueError(f"`tags` is {tags!r}, but must be a list of texts. Give `tags=[{tags!r}]`.")
+        check_upload(kwargs)
         self._check_before_saving(repo_id, merge_base=merge_base)
         repo_id = open_repository(repo_id, private, token, kwargs.get("revision"))
         with TemporaryDirectory() as folder:
@@ -311,5 +322,9 @@ class HubMixin:
                 card.save(os.path.join(folder, "README.md"))
             elif _update_card(card, has_bases, tags or []):
                 card.save(os.path.join(folder, "README.md"))
-            options.setdefault("delete_patterns", find_old_scores(repo_id, adapter_digest, **source))
+            given = kwargs.get("delete_patterns") or []
+            given = [given] if isinstance(given, str) else given
+            old_scores = find_old_scores(repo_id, adapter_digest, **source) or []
+            options = {"commit_message": "Upload DEHVF adapter", "token": token, **kwargs}
+            options["delete_patterns"] = [*given, *old_scores] or None
             return upload_folder(repo_id=repo_id, folder_path=folder, **options)

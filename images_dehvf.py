@@ -130,6 +130,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(255 - shades if white_is_zero else shades)
         if transparent is not None:
             image.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, tuple) and max(transparent) > 255:  # of 16 bits, but Pillow reads 8 bits of each pixel
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -142,5 +145,5 @@ def _check_size(width: int, height: int):
     if limit is not None and max(width * height, aspect_ratio * RESIZED_SIDE**2) > limit:
         raise ValueError(
             f"its size is {width} x {height} pixels. At most {limit} pixels and an aspect ratio of "
-            f"{limit // RESIZED_SIDE**2} are allowed. Resize or crop it, or raise `PIL.Image.MAX_IMAGE_PIXELS`"
+            f"{limit // RESIZED_SIDE**2} are allowed (`PIL.Image.MAX_IMAGE_PIXELS`). Resize or crop it"
         )

@@ -88,6 +88,17 @@ def check_image_mask(image_mask: torch.Tensor, expected: tuple[int, ...], of_wha
         )
 
 
+def check_instruction_is_marked(model: nn.Module, pixel_values, instruction_mask):
+    """Raises `ValueError` in training if the fuser reads the user's text without knowing where the answers begin."""
+    if model.training and model.config.reads_instruction and pixel_values is not None and instruction_mask is None:
+        raise ValueError(
+            "The fuser of this model reads the user's text, but the training batch does not say which tokens are the "
+            "user's: the fuser would read the answers too. Give `labels`, or `instruction_mask` of the shape of "
+            "`input_ids` with 1 for tokens of the user. Trainers that compute the loss themselves, as with "
+            "`label_smoothing_factor` and in TRL, do not pass `labels`: add `instruction_mask` in the collator."
+        )
+
+
 def check_instruction_is_whole(config: DehvfConfig, pixel_values: torch.Tensor | None, cache):
     """Raises `ValueError` if the fuser needs the user's text and a part of it is only in the cache."""
     if config.reads_instruction and pixel_values is not None and cache is not None and cache.get_seq_length():

@@ -52,6 +52,7 @@ from .inputs_dehvf import (
     as_encoder_input,
     check_image_mask,
     check_instruction,
+    check_instruction_is_marked,
     check_instruction_is_whole,
     check_is_not_empty,
     check_no_image,
@@ -75,7 +76,7 @@ from .memory_dehvf import (
     join_images,
     mask_images,
 )
-from .outputs_dehvf import DehvfCausalLMOutputWithPast, DehvfModelOutputWithPast, compute_logits
+from .outputs_dehvf import DehvfCausalLMOutputWithPast, DehvfModelOutputWithPast, compute_logits, keep_positions
 from .switching_dehvf import BASE_MODEL, AdapterSet, SwitchingMixin
 
 
@@ -474,6 +475,7 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
             if self.has_position_embeddings and kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = find_positions(attention_mask, inputs_embeds.shape[1], cache)
             if layer_memories is None:
+                check_instruction_is_marked(self, pixel_values, instruction_mask)
                 mask = attention_mask if instruction_mask is None else instruction_mask
                 states = {
                     name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs
@@ -656,11 +658,9 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         """
         Args:
             labels: `(batch_size, sequence_length)` token ids, -100 for tokens without a loss.
-            logits_to_keep: number of last positions for which logits and loss are computed, 0 for all; or a tensor of
-                positions.
+            logits_to_keep: positions for which logits and loss are computed, see [`keep_positions`].
 
-        All others as in [`DehvfModel.forward`]. With `labels`, the default `instruction_mask` is the tokens without a
-        loss.
+        All others as in [`DehvfModel.forward`]. With `labels`, `instruction_mask` is 1 without a label by default.
         """
         reads_instruction = self.model.config.reads_instruction or adapter_names is not None  # one of them may
         if reads_instruction and instruction_mask is None and labels is not None:
@@ -677,16 +677,16 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
             adapter_names=adapter_names,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         text_config, loss = self.config.text_config, None
         # Contiguous, since `nn.Linear` multiplies each row of a slice separately, which takes 8 times as long in a
         # backward pass on a CPU. In bfloat16 it also copies the weight of the head for each row.
-        hidden_states = outputs.last_hidden_state[:, kept].contiguous()
+        hidden_states = keep_positions(outputs.last_hidden_state, logits_to_keep).contiguous()
         logits = compute_logits(self.lm_head, hidden_states, text_config)
         if labels is not None:
             # Of all tokens, since the token after a kept one need not be kept
-            shifted = {"shift_labels": F.pad(labels[:, 1:], (0, 1), value=-100)[:, kept].contiguous(), **kwargs}
-            loss = self.loss_function(logits, labels[:, kept], vocab_size=text_config.vocab_size, **shifted)
+            shifted = keep_positions(F.pad(labels[:, 1:], (0, 1), value=-100), logits_to_keep).contiguous()
+            shifted = {"shift_labels": shifted, "vocab_size": text_config.vocab_size, **kwargs}
+            loss = self.loss_function(logits, keep_positions(labels, logits_to_keep), **shifted)
         # The cache among these is `past_key_values` or `cache`, depending on the release
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return DehvfCausalLMOutputWithPast(loss=loss, logits=logits, **rest)

@@ -63,13 +63,31 @@ CAPS = {
 }
 
 
+def keep_positions(tensor: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """
+    The positions of `tensor`, `(batch_size, num_tokens, ...)`, for which logits are computed, as in `transformers`.
+
+    Args:
+        logits_to_keep: the number of last positions, 0 for all; positions of all samples, `(num_positions,)`, or of
+            each, `(batch_size, num_positions)`; or a mask, `(batch_size, num_tokens)` booleans, whose positions are
+            returned in one dimension.
+    """
+    if isinstance(logits_to_keep, int):
+        return tensor[:, slice(-logits_to_keep, None)]
+    if logits_to_keep.ndim == 1:
+        return tensor[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return tensor[logits_to_keep]
+    return torch.take_along_dim(tensor, logits_to_keep.view(*logits_to_keep.shape, *[1] * (tensor.ndim - 2)), dim=1)
+
+
 def compute_logits(lm_head: nn.Module, hidden_states: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
     """
     Computes the logits bit for bit as the language model itself does: some types scale or cap the output of their head
     with a value of their config. Others ignore a value of the same name, as MPT does.
 
     Args:
-        hidden_states: `(batch_size, num_tokens, language_hidden_size)`.
+        hidden_states: `(batch_size, num_tokens, language_hidden_size)`, or without the first dimension.
     """
     model_type = text_config.model_type
     if model_type == "minicpm3":

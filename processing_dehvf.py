@@ -271,9 +271,10 @@ class DehvfProcessor(ProcessorMixin):
     an image, and image `i` belongs to text `i`. For a text with several images, entry `i` of `images` is a list.
 
     A call with `images` and `text` returns `input_ids` and `attention_mask`, padded on the left, and, if any sample
-    has an image, `pixel_values` of shape `(batch_size, num_channels, height, width)` and `image_mask` of shape
-    `(batch_size,)`, which is false for samples without an image (their pixels are zero). If any sample has several,
-    or tiles, the shapes are `(batch_size, num_images, num_channels, height, width)` and `(batch_size, num_images)`:
+    has an image, `pixel_values` of shape `(batch_size, num_channels, height, width)`. If another sample has none, its
+    pixels are zero, and `image_mask` of shape `(batch_size,)` is false for it; there is no `image_mask` otherwise,
+    since some trainers, such as TRL's `GRPOTrainer`, only pass on inputs that they know. If any sample has several, or
+    tiles, the shapes are `(batch_size, num_images, num_channels, height, width)` and `(batch_size, num_images)`:
     the images of a sample in their order, each followed by its tiles, row by row. A single text gives a batch of one.
     No special tokens are added to texts that already begin with the beginning-of-sequence token, such as the output of
     the chat template, and end-of-sequence tokens that the tokenizer appends are removed. A text with images may
@@ -395,6 +396,9 @@ class DehvfProcessor(ProcessorMixin):
         """
         Uploads the processor's files to a repository on the Hub, in one commit. It does not write a card; the model's
         `push_to_hub`, which has the same arguments, does.
+
+        Raises:
+            TypeError, ValueError: for the same arguments as there. Then nothing is on the Hub.
         """
         check_upload(kwargs)
         repo_id = open_repository(repo_id, private, token, kwargs.get("revision"))
@@ -510,9 +514,10 @@ class DehvfProcessor(ProcessorMixin):
         pixel_values[where] = pixels
         image_mask = np.zeros(shape, dtype=bool)
         image_mask[where] = True
+        masks = {} if image_mask.all() else {"image_mask": image_mask}
         if shape[1] == 1:
-            pixel_values, image_mask = pixel_values[:, 0], image_mask[:, 0]
-        return {"pixel_values": pixel_values, "image_mask": image_mask}, []
+            pixel_values, masks = pixel_values[:, 0], {name: mask[:, 0] for name, mask in masks.items()}
+        return {"pixel_values": pixel_values, **masks}, []
 
     def _views(self, image: Image.Image, rows: int, columns: int) -> list[Image.Image]:
         """The inputs of the image processor for an image: the whole image, and its tiles if it is large."""

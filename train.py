@@ -35,7 +35,7 @@ from dehvf import adapters  # noqa: E402
 from tasks import get_task, write_json  # noqa: E402
 from training.arguments import check_arguments, complete_arguments, parse_arguments  # noqa: E402
 from training.checkpoints import RUN_FILE, check_same_rows, choose_start  # noqa: E402
-from training.data import Collator, digest_rows, load_splits  # noqa: E402
+from training.data import Collator, Split, digest_rows, load_splits  # noqa: E402
 from training.engines import start_engine  # noqa: E402
 from training.models import end_at_turns, load_model, load_processor, method_of  # noqa: E402
 from training.results import check_metric, command_of, evaluate, make_records, open_repository, push  # noqa: E402
@@ -101,14 +101,16 @@ def make_trainer(task, processor, splits: dict, model, data_args, training_args,
         records = make_records(task, processor, splits["validation"], output)
         return task.score(records, len(splits["validation"]))
 
+    image_tokens = getattr(model, "image_tokens", [])
+    for split in splits.values():
+        if image_tokens and isinstance(split, Split):
+            split.check_lengths(processor, data_args.max_new_tokens, len(image_tokens))
     trainer = AnswerTrainer(
         model=model,
         args=training_args,
         train_dataset=splits.get("train"),
         eval_dataset=splits.get("validation"),
-        data_collator=Collator(
-            processor, getattr(model, "image_tokens", []), getattr(model.config, "reads_instruction", False)
-        ),
+        data_collator=Collator(processor, image_tokens, getattr(model.config, "reads_instruction", False)),
         processing_class=processor,
         compute_metrics=compute_metrics,
         max_new_tokens=data_args.max_new_tokens,

@@ -33,6 +33,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it du
 
 import gradio as gr  # noqa: E402
 
+from dehvf import processing  # noqa: E402
 from demo.engine import MAX_CHARACTERS_PER_TOKEN  # noqa: E402
 from demo.pictures import (  # noqa: E402
     draw_fusion_weights,
@@ -44,7 +45,7 @@ from demo.pictures import (  # noqa: E402
 )
 from demo.serve import remember_images  # noqa: E402
 from tasks import get_task  # noqa: E402
-from training.chats import render  # noqa: E402
+from training.chats import ChatTokenizer, render  # noqa: E402
 from training.data import read_image  # noqa: E402
 from training.flags import is_commit  # noqa: E402
 
@@ -115,10 +116,14 @@ def read_upload(upload) -> Image.Image | None:
 
 
 def make_inputs(model, processor, image, message: str) -> dict[str, torch.Tensor]:
-    """The model's inputs for a message about an image."""
-    content = [{"type": "image", "image": image}, {"type": "text", "text": message.strip()}]
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    return processor.apply_chat_template([{"role": "user", "content": content}], **options).to(model.device)
+    """The model's inputs for a message about an image. Special tokens in the message are text, as in training."""
+    text, _ = processing.remove_image_markers(message.strip())
+    chats = ChatTokenizer(processor)
+    tokens, _ = chats.encode(chats.render([{"role": "user", "content": text}], add_generation_prompt=True))
+    inputs = processor(images=image, return_tensors="pt")
+    input_ids = torch.tensor([tokens])
+    inputs.update(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+    return inputs.to(model.device)
 
 
 def ask(model, processor, image, message: str | None):
@@ -242,7 +247,7 @@ def build(model, processor, examples: list[list]) -> gr.Blocks:
     """The page, with examples: images and messages."""
     with gr.Blocks(title="DEHVF") as page:
         gr.Markdown("# DEHVF\nA frozen language model that reads images as visual memory in its FFNs.")
-        message = gr.Textbox(label="Question, with its options if any", lines=4, max_length=2000, render=False)
+        message = gr.Textbox(label="Question, with its options if any", lines=4, render=False)
         with gr.Row():
             with gr.Column():
                 image = gr.Image(label="Image", type="pil", height=300, elem_id="image")

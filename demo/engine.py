@@ -64,6 +64,8 @@ class Answer:
 
     def end(self, reason: str):
         self.finish_reason = reason
+        if reason == "length":  # which may have been reached in the middle of a character
+            self.text = self.text.rstrip("\N{REPLACEMENT CHARACTER}")
         self._send(len(self.text))
 
     def tokens(self, end: int | None = None) -> list[Token]:
@@ -142,15 +144,13 @@ class Job:
 
 def stack_images(rows: list[dict]) -> dict[str, torch.Tensor]:
     """`pixel_values` and `image_mask` of samples that were processed one by one and may have any number of images."""
-    masks = [row["image_mask"].flatten() if "image_mask" in row else torch.zeros(0, dtype=torch.bool) for row in rows]
-    if not (most := max(map(len, masks))):
+    images = {index: row["pixel_values"].flatten(0, -4) for index, row in enumerate(rows) if "pixel_values" in row}
+    if not images:
         return {}
-    shape = next(row["pixel_values"].shape[-3:] for row in rows if "pixel_values" in row)
+    most, shape = max(map(len, images.values())), next(iter(images.values())).shape[1:]
     pixel_values, image_mask = torch.zeros(len(rows), most, *shape), torch.zeros(len(rows), most, dtype=torch.bool)
-    for index, (row, mask) in enumerate(zip(rows, masks)):
-        if len(mask):
-            pixel_values[index, : len(mask)] = row["pixel_values"].view(-1, *shape)
-            image_mask[index, : len(mask)] = mask
+    for index, own in images.items():
+        pixel_values[index, : len(own)], image_mask[index, : len(own)] = own, True
     if most == 1:
         return {"pixel_values": pixel_values[:, 0], "image_mask": image_mask[:, 0]}
     return {"pixel_values": pixel_values, "image_mask": image_mask}

@@ -185,6 +185,7 @@ class Request(BaseModel):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict | None = None
     parallel_tool_calls: bool | None = None
 
 
@@ -306,14 +307,15 @@ def count_parts(messages) -> int:
 def parse(request_class: type[Request], unsupported: dict[str, tuple], body: dict[str, Any]) -> Request:
     """Checks a request. Raises `RequestError` for unknown fields, wrong types or values, and unsupported features."""
     for name, value in body.items():
-        if name not in unsupported and name not in request_class.model_fields:
+        if value is None or name in request_class.model_fields:
+            continue
+        if name not in unsupported:
             raise RequestError(
                 f"`{name}` is {shorten(value)}, but this server does not know this field. Remove it.",
                 param=name,
                 code="unknown_parameter",
             )
-        neutral = unsupported.get(name, (value,))
-        if value is not None and value not in neutral:
+        if value not in (neutral := unsupported[name]):
             instead = f" or give {' or '.join(map(json.dumps, neutral))}" if neutral else ""
             raise RequestError(
                 f"`{name}` is {shorten(value)}, which this server does not support. Remove it{instead}.",
@@ -432,7 +434,8 @@ class ChatWriter:
 
     def _chunk(self, index: int, delta: dict, logprobs: dict | None = None, reason: str | None = None) -> str:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return event({**self.base, "object": "chat.completion.chunk", "choices": [choice]})
+        usage = {"usage": None} if self.has_usage else {}  # as in OpenAI's API, until the last chunk
+        return event({**self.base, "object": "chat.completion.chunk", "choices": [choice], **usage})
 
     def _logprobs(self, tokens: list[Token]) -> dict | None:
         if not self.request.logprobs:

@@ -69,9 +69,9 @@ def questions(kind: str, rng: random.Random) -> list[tuple[str, str]]:
 
 
 def make(package: Path, folder: Path):
-    """Writes `train.jsonl`, `test.jsonl` and `images` to `folder`."""
+    """Writes `train.jsonl`, `test.jsonl` and `images` to an existing folder."""
     rng = random.Random(0)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(exist_ok=True)
     rows = {"train": [], "test": []}
     with tarfile.open(package) as archive:
         drawings = json.load(archive.extractfile("package/emoji.json"))
@@ -97,7 +97,12 @@ def make(package: Path, folder: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="output folder")
-    make(download(), parser.parse_args().folder)
+    folder = parser.parse_args().folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"{folder} cannot be the output folder ({error}). Give another one.")
+    make(download(), folder)
 
 
 if __name__ == "__main__":

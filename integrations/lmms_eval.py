@@ -13,6 +13,9 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from dehvf import processing
+from training.chats import ChatTokenizer
+
 
 class Dehvf(lmms):
     """
@@ -93,11 +96,21 @@ class Dehvf(lmms):
             chosen.pop("top_p", None)
         return {"max_new_tokens": 128, **chosen}, [until] if isinstance(until, str) else until
 
+    def encode(self, chats: list[list[dict]]):
+        """The model's inputs, padded on the left. Special tokens in a message are text, as in training."""
+        tokenizer, tokens, images = ChatTokenizer(self.processor), [], []
+        for chat in map(processing.remove_markers_of_chat, processing.read_chats(chats)):
+            images.append([part["image"] for message in chat for part in message["content"] if "image" in part])
+            texts = [[part["text"] for part in message["content"] if "text" in part] for message in chat]
+            chat = [{**message, "content": "\n".join(own)} for message, own in zip(chat, texts)]
+            tokens.append(tokenizer.encode(tokenizer.render(chat, add_generation_prompt=True))[0])
+        inputs = self.processor.tokenizer.pad({"input_ids": tokens}, return_tensors="pt")
+        inputs.update(self.processor(images=images, return_tensors="pt"))
+        return inputs
+
     @torch.no_grad()
     def answer(self, chats: list[list[dict]], options: dict, until: list[str]) -> list[str]:
-        inputs = self.processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
-        ).to(self.model.device)
+        inputs = self.encode(chats).to(self.model.device)
         tokens = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         answers = self.processor.batch_decode(tokens, skip_special_tokens=True)
         for end in filter(None, until):

@@ -51,7 +51,7 @@ def check(path: str, task: str | None = None, columns: str | None = None) -> boo
         known, trained, num_faults = {*map(split_of, names), *names}, Trained(), 0
         splits = [source.find_split(split) for split in ("train", "validation", "test")]
         for split in [split for split in dict.fromkeys(splits) if split in known] or splits[:1]:
-            num_faults += check_split(source, choose_split(names, split, path), split, trained)
+            num_faults += check_split(source, choose_split(names, split, path, source.files), split, trained)
         for unread in source.find_unread():
             print(f"note: {unread}")
         if "train" not in known:

@@ -34,31 +34,44 @@ DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", 
 # What a run of `train.py` writes into its folder, which may be that of the data
 WRITTEN_BY_RUNS = (RUN_FILE, RESULTS_FILE, PREDICTIONS_FILE, "*config.json", "*token*.json", "vocab.json")
 WRITTEN_BY_RUNS += ("checkpoint-*",)
+MOST_NAMES = 10  # in a message
 
 
 # --- splits ---
 
 
+def keyword_of(name: str) -> tuple[str, str] | None:
+    """
+    The split that a name refers to and the word that says so ("val2014" and "valData" -> "validation", "val"), or
+    `None`.
+    """
+    words = re.split(r"[^a-zA-Z]+|(?<=[a-z])(?=[A-Z])", name)
+    words = [re.sub("(?:set|data|split)$", "", word.lower()) for word in words]
+    found = ((str(split), word) for split, keywords in SPLIT_KEYWORDS.items() for word in words if word in keywords)
+    return next(found, None)
+
+
 def split_of(name: str) -> str | None:
-    """The split that a name refers to ("val2014" -> "validation"), or `None`."""
-    words = set(re.split(r"[^a-z]+", name.lower()))
-    return next((str(split) for split, keywords in SPLIT_KEYWORDS.items() if words & set(keywords)), None)
+    """The split that a name refers to, or `None`."""
+    return (keyword_of(name) or (None,))[0]
 
 
-def choose_split(splits: dict, split: str, path: str):
+def choose_split(splits: dict, split: str, path: str, files: dict[str, list[Path]] | None = None):
     """
     The value of a split, under its own name or, if exactly one other name refers to it, under that name (`dev`,
-    `train_sft`).
+    `train_sft`). `files` are those of each split, for the message.
 
     Raises:
         ValueError: if there is no such split, or if several names refer to it.
     """
     names = [split] if split in splits else [name for name in splits if split_of(name) == split]
     if len(names) > 1:
-        raise ValueError(
-            f"{path} has no split `{split}`, but several that may be it: {', '.join(names)}. Choose one: load the "
-            f"data set, rename that split to `{split}`, and save it with `save_to_disk`."
-        )
+        advice = f"load the data set, rename that split to `{split}`, and save it with `save_to_disk`"
+        if files:
+            names = [str(file.relative_to(path)) for name in names for file in files.get(name, ())] or names
+            advice = f"name it `{split}`. To read all of them, name them `{split}-1`, `{split}-2` and so on"
+        listed = ", ".join(names[:MOST_NAMES]) + ", ..." * (len(names) > MOST_NAMES)
+        raise ValueError(f"{path} has no split `{split}`, but several that may be it: {listed}. Choose one: {advice}.")
     if not names:
         raise ValueError(f"{path} has no split `{split}`. It has: {', '.join(splits)}.")
     return splits[names[0]]
@@ -159,11 +172,26 @@ def split_of_file(file: Path, folder: Path) -> str | None:
     return next((split_of(part) for part in reversed(parts) if split_of(part)), None)
 
 
+def name_of_split(file: Path, folder: Path, split: str) -> str:
+    """
+    The word that a file's path has for its split ("dev" of "dev-00000-of-00002"): the split's own if the file or a
+    folder that contains it has that, or else that of the outermost of them.
+    """
+    found = filter(None, map(keyword_of, file.relative_to(folder).with_suffix("").parts))
+    names = [word for own, word in found if own == split]
+    return split if split in names else names[0]
+
+
 def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
     """
     The files of each split: those that a README.md declares, or else according to their names or the names of their
-    folders. Files with other names are the train split if no other file is, and are not read otherwise. Subfolders are
-    searched if the folder itself contains no files. A `path` that is a file is the train split.
+    folders. Of files with different words for a split, such as `eval` and `test`, those with its own name are read;
+    without these, each word is a split in the result. Files with other names are the train split if no other file is,
+    and are not read otherwise. Subfolders are searched if the folder itself contains no files. A `path` that is a file
+    is the train split.
+
+    Raises:
+        ValueError: if only some of the files with other names have "train" in them.
     """
     if path.is_file():
         return {"train": [path]} if path.match(pattern) else {}
@@ -172,14 +200,30 @@ def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
         return {split: files for split, files in found.items() if files}
     files = [file for file in path.glob(pattern) if is_data(file, path)]
     files = files or [file for file in walk(path) if file.match(pattern) and is_data(file, path)]
-    splits = {}
+    found, others = {str(split): {} for split in SPLIT_KEYWORDS}, []
     for file in sorted(files):
-        if not file.name.startswith("."):
-            splits.setdefault(split_of_file(file, path), []).append(file)
-    others = splits.pop(None, [])
-    if others and "train" not in splits:
-        splits["train"] = others
-    return {str(split): splits[split] for split in SPLIT_KEYWORDS if split in splits}
+        if file.name.startswith("."):
+            continue
+        if split := split_of_file(file, path):
+            found[split].setdefault(name_of_split(file, path, split), []).append(file)
+        else:
+            others.append(file)
+    if others and not found["train"]:
+        found["train"] = {"train": others}
+        trained = [file for file in others if "train" in str(file.relative_to(path)).lower()]
+        if 0 < len(trained) < len(others):
+            other = next(file for file in others if file not in trained)
+            raise ValueError(
+                f"{trained[0]} seems to be the train split, and {other} another one. Name each file after its split, "
+                "as in `vqa-train` and `vqa-test`, or files that are all trained on `train-1` and `train-2`."
+            )
+    splits = {}
+    for split, names in found.items():
+        if split in names or len(names) == 1:
+            splits[split] = names.get(split) or next(iter(names.values()))
+        else:
+            splits |= names
+    return splits
 
 
 def is_saved(folder: Path) -> bool:

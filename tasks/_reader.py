@@ -20,6 +20,7 @@ from tasks._values import (
     BASE64_IMAGE,
     ENCODED_IMAGE,
     PLACE_OF_IMAGE,
+    as_list,
     decode_base64,
     image_values,
     is_no_image,
@@ -29,6 +30,7 @@ from tasks._values import (
 
 
 IMAGE_FOLDERS = ("", "images", "image", "imgs")  # relative to the folder of the file
+TEXTS_OF_CHATS = ("history", "system", "system_prompt")  # columns that only `--task chat` can express
 LONGEST_FILE_NAME = 255  # of the usual file systems; longer texts may be base64
 
 
@@ -110,12 +112,21 @@ class Reader:
 
     def _find_lost(self, record: dict) -> list[str]:
         """Faults for columns with a value that would be lost: those in `lost`, and a second one with messages."""
-        faults = [
-            f"it has `{column}`, which is not read: video, audio and tools are not supported. Remove the row, or the "
-            "column if it is not needed. `--columns image=COLUMN` ignores video and audio."
-            for column in self.lost
-            if record.get(column) and not is_no_image(record[column])
-        ]
+        faults, weights = [], getattr(import_module(self.task_name), "WEIGHTS", ())
+        for column in self.lost:
+            value = as_list(record.get(column))
+            if column in weights:
+                if 0 in (value if isinstance(value, list) else [value]):  # also False
+                    faults.append(
+                        f"it has the {column} {reprlib.repr(value)}, but the model is trained on all rows and all "
+                        "messages of the assistant. Remove the row, or split it."
+                    )
+            elif value and not is_no_image(value):
+                kind = "video, audio and tools are not supported. Remove the row, or the column if it is not needed"
+                if column in TEXTS_OF_CHATS:
+                    kind = "give the texts as messages with `--task chat`, or remove the column if it is not needed"
+                media = " `--columns image=COLUMN` ignores video and audio." * (column not in TEXTS_OF_CHATS)
+                faults.append(f"it has `{column}`, which is not read: {kind}.{media}")
         filled = [column for column in self.fields.get("messages", ()) if record.get(column) not in (None, "", [])]
         return faults + [
             f"`{filled[0]}` and `{column}` both have messages. Give `--columns messages={filled[0]}` to read that "

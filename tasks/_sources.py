@@ -11,6 +11,7 @@ A task that reads such data (`tasks/vqa.py`, `tasks/chat.py`) has, in addition t
     find_images(record)       optional: the images of a row that has none in a column
     find_unread_keys(record)  optional: the keys inside of a field that are not read
     LOST                      optional: columns without which a row has another meaning, and that are not read
+    WEIGHTS                   optional: columns that say with 0 or false that a row or a part of it is not trained on
     PARTS                     optional: each split with the names that it may have in the data, in this order
 """
 
@@ -22,6 +23,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache, reduce
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -56,7 +58,7 @@ from tasks._formats import (
     survey,
 )
 from tasks._holdout import KEPT_TOGETHER, split_rows
-from tasks._reader import Reader, generate_rows, map_rows, undecoded
+from tasks._reader import Reader, convert, generate_rows, map_rows, undecoded
 from tasks._values import IMAGE_FEATURES, is_no_image
 
 
@@ -77,6 +79,8 @@ SYNONYMS = {
 NUMBERED_IMAGE = re.compile(r"(image|img|picture|photo)[ _-]?\d+", re.IGNORECASE)
 # Columns of data sets that have one column for each option of a row
 OPTION = re.compile(r"[A-F]|(?:choice|option)[ _-]?(?:[a-f]|\d+)", re.IGNORECASE)
+# Columns that may name the split of each row
+COLUMNS_OF_SPLITS = ("split", "subset", "partition")
 # Columns that may have what a row is about, and that no task reads
 MEDIA = ("video", "videos", "audio", "audios")
 MOST_NOTES = 5  # about files that are not read
@@ -268,6 +272,7 @@ class Source:
         it is the image. A stream may have images in later rows.
         """
         names, faults = self.names(split), self._find_numbered_images(split) + self._find_separate_options(split)
+        faults += self._find_several_splits(split)
         # Fields that are read into others, such as `system` into `messages`
         inner = [
             name for name in self.fields if name not in self.task.FEATURES and not {*self.fields[name]} & {*names}
@@ -325,6 +330,29 @@ class Source:
             "`--columns choices=none` to train without them."
         ]
 
+    def _find_several_splits(self, split: str) -> list[str]:
+        """A fault for a column whose values name several splits. Of a stream, the first 1,000 rows are read."""
+        part, read = self._part(split), {column for columns in self.fields.values() for column in columns}
+        for column in self.names(split):
+            if column.lower() not in COLUMNS_OF_SPLITS or column in read:
+                continue
+            if self.has_files:
+                values = (record.get(column) for file in part for _, record, _ in read_records(file) if record)
+            elif self.streaming:
+                values = (row[column] for row in part.select_columns(column))
+            else:
+                values = part.unique(column)
+            feature = None if self.has_files or part.features is None else part.features[column]
+            values = (convert(value, feature) for value in islice(values, 1000 if self.streaming else None))
+            named = sorted({value for value in values if isinstance(value, str) and split_of(value)})
+            if len({*map(split_of, named)}) > 1:
+                return [
+                    f"{self.label(split)}: the column `{column}` has the values {', '.join(named)}, but is not read, "
+                    "so all rows would be in one split. Write a file for each split, such as `train.jsonl` and "
+                    "`test.jsonl`, or remove the column."
+                ]
+        return []
+
     def find_similar(self, split: str) -> dict[str, tuple[str, str]]:
         """
         Names of columns, in lower case, that are not read because a column with a similar name is: maps each to its
@@ -340,9 +368,13 @@ class Source:
         return similar
 
     def find_lost(self) -> tuple[str, ...]:
-        """Columns that must be empty: those in `LOST`, and `MEDIA` unless a column with the images was chosen."""
+        """
+        Columns that must be empty if they are not read: those in `LOST`, and `MEDIA` unless a column with the images
+        was chosen. Those in `WEIGHTS` must have no zero.
+        """
         media = MEDIA if self.fields["image"] == self.task.FIELDS["image"] else ()
-        return (*getattr(self.task, "LOST", ()), *media)
+        lost = (*getattr(self.task, "LOST", ()), *getattr(self.task, "WEIGHTS", ()), *media)
+        return tuple(column for column in lost if all(column not in columns for columns in self.fields.values()))
 
     def _similar_names(self, name: str) -> list[str]:
         """Names, in lower case, that the column of a field may have: its own, and those of other data sets."""
@@ -364,6 +396,8 @@ class Source:
                 return "README.md declares other files. Add it to `configs` there"
             if is_flat and file.parent != folder:
                 return f"{folder} itself contains data. Move it there"
+            if own := split_of_file(file, folder):
+                return f"another file is named `{own}`. To read both, name it `{own}-2`"
             return "its name has no split, unlike those of others. Add the split, as in `train-2`"
 
         files, notes = survey(folder)
@@ -397,9 +431,9 @@ class Source:
 
     def _part(self, split: str) -> list[Path] | Rows:
         takes = "Add it, or take one from the train split: `--holdout 0.05` takes 5 % of the rows."
-        can_take = split != "train" and not hasattr(self.task, "PARTS")
+        can_take = split not in ("train", *map(split_of, self.splits)) and not hasattr(self.task, "PARTS")
         try:
-            return choose_split(self.splits, split, self.path)
+            return choose_split(self.splits, split, self.path, self.files)
         except ValueError as error:
             advice = self.find_unread(split) or [takes] * can_take
             raise ValueError(" ".join([str(error), *advice])) from None

@@ -15,6 +15,7 @@ the system message of a row that has none in its messages. Other columns are ign
 check FOLDER --task chat` lists invalid rows.
 """
 
+import re
 import reprlib
 import sys
 from functools import partial
@@ -42,8 +43,10 @@ UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thin
 # Keys of a message that may have its images, in the formats of Ollama and others
 IMAGE_KEYS = ("images", "image", "videos", "video", "audios", "audio", "attachments", "files")
 # Whether a message is trained on, in the formats of OpenAI, ms-swift, Axolotl and others
-WEIGHTS = ("weight", "weights", "loss", "loss_weight", "loss_mask", "train", "training", "trainable")
+WEIGHTS = ("weight", "weights", "loss", "loss_weight", "loss_scale", "loss_mask", "train", "training", "trainable")
 MASKS = ("mask", "masked")  # whether it is not
+# Placeholders of ms-swift for what is in the column `objects`. A tag with an end has its content in the text.
+PLACEHOLDER = re.compile(r"<(bbox|ref-object)>(?!.*</\1>)", re.DOTALL)
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
@@ -116,6 +119,11 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
             faults += _values.find_text_faults(name, text)
         if markers and ROLES.get(role) != "user":
             faults.append(f"message {number} ({role}) has `<image>`, which only a user's message may have. Remove it.")
+        if isinstance(text, str) and (placeholder := PLACEHOLDER.search(text)):
+            faults.append(
+                f"message {number} ({role}) has `{placeholder[0]}`, which would be read as text, since the column "
+                "`objects` is not read. Write the name or the box in its place."
+            )
         num_markers += markers
         if is_answer and isinstance(text, str):
             text = text.strip()  # the tokens of an answer begin after the generation prompt

@@ -43,6 +43,7 @@ FIELDS = {
     "context": ("context",),
 }
 REQUIRED = ("question", "answer")
+LOST = ("history", "system", "system_prompt", "tools")
 NUMBER = r"(?:[$€£¥₹₩₽] *)?\.?[\d¼-¾⅐-⅞]"  # how one begins: 5, .5, $5, ½
 
 

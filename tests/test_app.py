@@ -77,6 +77,18 @@ def test_a_question_that_is_too_long_is_refused(loaded, text, words, monkeypatch
         next(app.ask(*loaded, Image.new("RGB", (8, 8)), text))
 
 
+def test_the_page_does_not_cut_a_question(loaded):
+    boxes = [block for block in app.build(*loaded, []).blocks.values() if isinstance(block, gr.Textbox)]
+    assert [box.max_length for box in boxes] == [None, None]
+
+
+def test_special_tokens_and_image_markers_in_a_message_are_text(loaded, image):
+    tokenizer = loaded[1].tokenizer
+    inputs = app.make_inputs(*loaded, image, "who</s>\n<image><s>what")
+    expected = tokenizer("who</s>\n<s>what\nResponse:", split_special_tokens=True).input_ids[1:]
+    assert inputs["input_ids"].tolist() == [[tokenizer.bos_token_id, *expected]]
+
+
 def test_an_error_of_the_model_ends_the_answer(loaded, image, monkeypatch):
     def fail(**kwargs):
         raise RuntimeError("out of memory")
@@ -244,11 +256,13 @@ def test_a_client_sees_why_an_image_is_refused(kind, reason, url, image, tmp_pat
 def test_the_page_shows_every_error_of_reading(tmp_path):
     """Other exceptions are shown only where the page was launched with `show_error`."""
     (tmp_path / "broken.png").write_bytes(b"no image")
+    Image.new("1", (11_000, 1)).save(tmp_path / "long.png")
     unreadable = "^.The image cannot be read: .*Upload another file"
     for upload, message in (
         (ImageData(path=str(tmp_path / "broken.png")), unreadable),
         (ImageData(path="http://127.0.0.1:1/a"), unreadable),
         (ImageData(path=str(tmp_path / "broken.png"), orig_name="a.png"), "The image a.png cannot be read"),
+        (ImageData(path=str(tmp_path / "long.png")), r"are allowed \(.*\). Resize or crop it. Upload another file"),
         (ImageData(), "^.No image was uploaded. Upload a file"),
         (ImageData(url="http://127.0.0.1:1/a"), "^.No image was uploaded. Upload a file"),
     ):

@@ -15,6 +15,7 @@ from tiny import ROOT, tiny_text_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from assets import make_assets, real_bases
+from examples import emoji
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,16 @@ def test_no_flag_trains_and_overwrites_the_base_models(flag, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["make_assets", flag])
     with pytest.raises(SystemExit):
         make_assets.main()
+
+
+def test_drawings_are_not_downloaded_for_a_folder_that_is_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(emoji, "download", lambda: pytest.fail("downloads"))
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "folder"):
+        monkeypatch.setattr(sys, "argv", ["emoji.py", str(folder)])
+        with pytest.raises(SystemExit):
+            emoji.main()
+        assert f"{folder} cannot be the output folder" in capsys.readouterr().err
 
 
 EXAMPLE = ROOT / "examples" / "easy-vqa"

@@ -37,7 +37,7 @@ from training.checkpoints import (
     find_last_checkpoint,
     find_start,
     list_checkpoints,
-    move_finished_run,
+    move_run,
     read_manifest,
     write_manifest,
 )
@@ -503,12 +503,48 @@ def test_a_finished_run_with_other_arguments_is_moved(interrupted):
     before, weights = json.loads((output / "results.json").read_text()), adapters(output)
     for name in ("adapter", "data_path", "captions"):
         with pytest.raises(ValueError, match=f"`--{name} .* is in the output folder .* Give another `--output_dir`"):
-            move_finished_run(output, before["run"], {name: str(output / "checkpoint-4")})
+            move_run(output, before["run"], {name: str(output / "checkpoint-4")}, "results")
     train.main(flags(output, learning_rate=0.01))
     moved = output.with_name(f"{output.name}-{before['run'][:8]}")
     assert json.loads((moved / "results.json").read_text()) == before
     assert all(torch.equal(tensor, weights[name]) for name, tensor in adapters(moved).items())
     assert json.loads((output / "results.json").read_text())["run"] != before["run"]
+
+
+@pytest.mark.parametrize(
+    "values, interrupted, place",
+    [
+        ({"save_strategy": "no"}, (AnswerTrainer, "predict"), ""),
+        ({"save_only_model": True, "save_steps": 2, **SAVING}, (train, "evaluate"), "checkpoint-3"),
+    ],
+    ids=["in its evaluation", "without optimizer states"],
+)
+def test_adapters_of_a_run_that_cannot_be_resumed_are_moved(
+    scienceqa,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    caplog,
+    values,
+    interrupted,
+    place,
+):
+    output = tmp_path / "output"
+
+    def interrupt(owner, name, **others):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(owner, name, lambda *_, **__: 1 / 0)
+            train.main(tiny_flags(tmp_path, scienceqa[0], output, **{**values, **others}))
+
+    interrupt(AnswerTrainer, "train")
+    interrupt(*interrupted)
+    assert [path.name for path in tmp_path.glob("output*")] == ["output"], "the first had saved nothing"
+    run = json.loads((output / "run.json").read_text())["run"]
+    before, moved = adapters(output / place), tmp_path / f"output-{run[:8]}"
+    train.main(tiny_flags(tmp_path, scienceqa[0], output, **{**values, "learning_rate": 0.01}))
+    assert f"a run that was not finished and cannot be resumed. They were moved to {moved}." in caplog.text
+    assert f"To use these adapters, give `--adapter {moved / place}`, another `--output_dir`" in caplog.text
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapters(moved / place).items())
+    assert json.loads((output / "results.json").read_text())["run"] != run
 
 
 def test_a_run_interrupted_after_its_last_step_takes_no_further_step(scienceqa, tmp_path):  # noqa: F811
@@ -694,6 +730,13 @@ def test_an_output_folder_must_be_a_folder(tmp_path):
                 find_start(tmp_path / name, asked, {})
 
 
+def test_an_output_folder_that_cannot_be_created_is_named_before_the_data_are_read(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(train, "load_processor", lambda *_: pytest.fail("too late"))
+    with pytest.raises(ValueError, match="`--output_dir .*file/output` cannot be created: .* that you can write to"):
+        train.main(["--output_dir", str(tmp_path / "file" / "output")])
+
+
 @pytest.mark.parametrize("name", ["README.md", "config.json"])
 def test_files_that_no_run_wrote_are_not_replaced(name, tmp_path):
     (tmp_path / name).write_text("{}")
@@ -712,6 +755,7 @@ def test_the_recorded_commit_is_that_of_this_checkout(tmp_path, monkeypatch):
     git("add", "file")
     git("commit", "-qm", "x")
     monkeypatch.setattr("training.checkpoints.ROOT", tmp_path)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # as in a container
     clean = describe_code()["commit"]
     assert re.fullmatch("[0-9a-f]{40}", clean)
     (tmp_path / "file").write_text("2")

@@ -55,6 +55,40 @@ def test_trl_trains_on_chats(with_image, assistant_only, tmp_path):
     assert expected <= changed <= (set(before) if with_image else expected)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_trl_trains_on_rewards_with_a_reference_model(name, tmp_path):
+    trl = pytest.importorskip("trl")
+    saved = str(tmp_path / "adapter")
+    sizes = {**DEHVF_SIZES, "memory_dropout": 0.0, "vision_adapter_dropout": 0.0}
+    new = DehvfForConditionalGeneration.from_vision_text_pretrained(*save_tiny_bases(tmp_path), **sizes)
+    new.save_pretrained(saved)
+    model = DehvfForConditionalGeneration.from_pretrained(saved)
+    assert model.config.name_or_path == saved
+    rows = [{"prompt": [{"role": "user", "content": question}], "image": IMAGE} for question in ("abc", "de")]
+    arguments = getattr(trl, f"{name}Config")(
+        str(tmp_path / "run"),
+        per_device_train_batch_size=2,
+        num_generations=2,
+        max_completion_length=3,
+        max_steps=1,
+        beta=0.1,
+        model_init_kwargs={"trust_remote_code": True},
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+    )
+    trainer = getattr(trl, f"{name}Trainer")(
+        model,
+        reward_funcs=lambda completions, **_: [float(index) for index in range(len(completions))],
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny_processor(),
+    )
+    trainer.train()
+    assert next(entry["kl"] for entry in trainer.state.log_history if "kl" in entry) == pytest.approx(0, abs=1e-4)
+
+
 @pytest.mark.parametrize("task", ["image-text-to-text", "any-to-any"])
 def test_pipelines_answer_chats_and_plain_questions(task, tmp_path, monkeypatch):
     monkeypatch.setattr(any_to_any, "requires_backends", lambda *_: None)  # torchvision, for videos

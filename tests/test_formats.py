@@ -378,7 +378,13 @@ CHAT_FAULTS = [
     ({"messages": [{**USER, "train": True}, ASSISTANT]}, "message 1 (user) has the train True"),
     *(
         ({"messages": [USER, {**ASSISTANT, key: value}]}, f"message 2 (assistant) has the {key} {value}")
-        for key, value in [("loss_weight", 0.0), ("loss_mask", 0), ("weights", 0), ("trainable", False)]
+        for key, value in [
+            ("loss_weight", 0.0),
+            ("loss_mask", 0),
+            ("loss_scale", 0),
+            ("weights", 0),
+            ("trainable", False),
+        ]
         + [("training", False), ("mask", True), ("masked", 1)]
     ),
     ({"messages": [USER, {**ASSISTANT, "reasoning_content": "so"}]}, "(assistant) has `reasoning_content`, which"),
@@ -403,6 +409,8 @@ CHAT_FAULTS = [
         "message 1 (user) has `images`, which is not read. Give",
     ),
     ({"messages": [{**USER, "attachments": ["a.png"]}, ASSISTANT]}, "message 1 (user) has `attachments`"),
+    ({"messages": [USER, {**ASSISTANT, "content": "<bbox>"}]}, "message 2 (assistant) has `<bbox>`, which would"),
+    ({"messages": [{**USER, "content": "Where is <ref-object>?"}, ASSISTANT]}, "(user) has `<ref-object>`, which"),
     ([MESSAGES], "is not a row"),
 ]
 
@@ -609,6 +617,15 @@ AMBIGUOUS = [
     (vqa, {"answer": "red", "answers": {"text": ["red"]}}, "`answers` is .* Make it a list of texts"),
     (vqa, {"answer": "['red', 'blue']"}, "`answer` is .*, which is not JSON"),
     (vqa, {"answer": "red", "choices": "['red', 'blue']"}, "`choices` is .* with double quotes in CSV"),
+    *(
+        (vqa, {"answer": "x", column: value}, f"it has `{column}`, which is not read: give .*`--task chat`")
+        for column, value in [("history", [["hi", "ho"]]), ("system", "be"), ("system_prompt", "be")]
+    ),
+    (vqa, {"answer": "x", "tools": [{"name": "f"}]}, "it has `tools`, which is not read"),
+    *(
+        (chat, {"messages": [USER, ASSISTANT], column: value}, f"it has the {column} .*Remove the row")
+        for column, value in [("weight", 0.0), ("loss_mask", [1, 0]), ("loss_scale", 0), ("train", False)]
+    ),
     (chat, {"messages": [USER, ASSISTANT], "system": ["Be brief."]}, "`system` is .*Make it a text in quotes"),
     (
         chat,
@@ -875,6 +892,68 @@ def test_two_splits_that_may_be_the_test_split_are_named(tmp_path):
             vqa.load("test", str(tmp_path), columns="image=none", **arguments)
     with pytest.raises(ValueError, match="several that may be it"):
         check(str(tmp_path), columns="image=none")
+
+
+SEVERAL = "several that may be it: {}. Choose one: name it"
+NAMED = [
+    ("trainset testset devset", {"train": "trainset", "test": "testset", "validation": "devset"}),
+    ("trainData testData", {"train": "trainData", "test": "testData"}),
+    ("train eval test", {"train": "train", "test": "test"}),
+    (
+        "train_cats train_dogs val_seen val_unseen",
+        {"train": "train_cats train_dogs", "validation": "val_seen val_unseen"},
+    ),
+    ("train train_old TRAIN-part2 train_3", {"train": "TRAIN-part2 train train_3 train_old"}),
+    ("train val dev", {"train": "train", "validation": SEVERAL.format("dev.{0}, val.{0}")}),
+    ("train-0 test_a-1 test_b", {"train": "train-0", "test": "test_a-1 test_b"}),
+    ("train eval-1 eval-2 testing", {"train": "train", "test": SEVERAL.format("eval-1.{0}, eval-2.{0}, testing.{0}")}),
+    ("vqatrain vqatest", dict.fromkeys(("train", "test", "validation"), "vqatrain.{0} seems to be .*vqatest.{0} an")),
+    ("cats dogs latest test", {"train": "cats dogs latest", "test": "test"}),
+    ("train/cats_train train/dogs val/val_a val/val_b", {"train": "cats_train dogs", "validation": "val_a val_b"}),
+    ("a/train b/train old_train/x", {"train": "train train x"}),
+]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("names, splits", NAMED, ids=[names for names, _ in NAMED])
+def test_files_with_the_same_word_for_their_split_are_read_together(names, splits, suffix, tmp_path):
+    """A split is chosen from several names as in a data set of `save_to_disk`."""
+    for name in names.split():
+        rows, file = [{"question": name.rpartition("/")[2], "answer": "x"}], tmp_path / f"{name}.{suffix}"
+        file.parent.mkdir(exist_ok=True)
+        write_lines(file, rows) if suffix == "jsonl" else Dataset.from_list(rows).to_parquet(file)
+    for split in ("train", "test", "validation"):
+        expected = splits.get(split, f"has no split `{split}`")
+        if " be " in expected or expected.startswith("has no"):
+            with pytest.raises(ValueError, match=expected.format(suffix)):
+                vqa.load(split, str(tmp_path), columns="image=none")
+        else:
+            rows = vqa.load(split, str(tmp_path), columns="image=none")
+            assert " ".join(rows["question"]) == expected
+    if any(" be " in expected for expected in splits.values()):
+        with pytest.raises(ValueError, match=" be "):
+            check(str(tmp_path), columns="image=none")
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "csv", "parquet", "labels"])
+def test_a_column_that_names_several_splits_is_a_fault(layout, tmp_path, capsys):
+    rows = [{"question": "?", "answer": "x", "split": name} for name in ("train", "restval", "test")]
+    if layout in ("jsonl", "csv"):
+        (write_lines if layout == "jsonl" else write_csv)(tmp_path / f"x.{layout}", rows)
+    else:
+        saved, labels = Dataset.from_list(rows), ClassLabel(names=["train", "restval", "test"])
+        saved = saved if layout == "parquet" else saved.cast_column("split", labels)
+        saved.to_parquet(tmp_path / "x.parquet")
+    message = "the column `split` has the values test, train, but is not read.*Write a file for each split"
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=message):
+            vqa.load("train", str(tmp_path), streaming=streaming, columns="image=none")
+    assert not check(str(tmp_path), columns="image=none") and re.search(message, capsys.readouterr().out)
+    assert len(read(vqa, tmp_path, columns="image=none,context=split")) == 3
+    for file in tmp_path.iterdir():
+        file.unlink()
+    write_lines(tmp_path / "test.jsonl", [{**rows[0], "split": "val"}, rows[1]])
+    assert len(read(vqa, tmp_path, "test", columns="image=none")) == 2, "the test split may be the validation split"
 
 
 def test_a_system_message_may_be_in_a_column(tmp_path):
@@ -1360,7 +1439,8 @@ def test_the_check_command_notes_what_may_be_a_mistake(tmp_path, capsys):
     row = {"question": "<image>\nWhat?", "answer": "red</s>", "image": "a.png"}
     write_lines(tmp_path / "train.jsonl", [row, row, {**row, "answer": "Zoë"}])
     write_lines(tmp_path / "test.jsonl", [{**row, "question": "What?"}])
-    write_lines(tmp_path / "train_old.jsonl", [{**row, "answer": "blue"}])
+    for name in ("train_old", "training"):
+        write_lines(tmp_path / f"{name}.jsonl", [{**row, "answer": "blue"}])
     (tmp_path / "validation.csv").write_text("question,answer\n")
     assert check(str(tmp_path))
     printed = capsys.readouterr().out
@@ -1370,6 +1450,7 @@ def test_the_check_command_notes_what_may_be_a_mistake(tmp_path, capsys):
     for note in (
         f"note: {unread}",
         f"read from 2 files, {tmp_path / 'train.jsonl'} to {tmp_path / 'train_old.jsonl'}",
+        f"{tmp_path / 'training.jsonl'} is not read, since another file is named `train`. To read both, name it",
         f"note: 2 times `</s>` in `answer`, which is treated as ordinary text, the first at {tmp_path}",
         f"note: 1 times a row that is repeated, the first at {tmp_path / 'train.jsonl'}:2",
         f"note: 1 times a row that is also in the train split, the first at {tmp_path / 'test.jsonl'}:1",

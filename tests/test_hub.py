@@ -121,19 +121,31 @@ def pushed(hub, tmp_path_factory):
         facts["has scores"] = []
         pathlib.Path("scored/.eval_results").mkdir()
         pathlib.Path("scored/.eval_results/digits.yaml").write_text("[]")
-        for digest in (own, "of another adapter"):
+        pathlib.Path("scored/old.bin").write_text("old")
+        other = "of another adapter"
+        for digest, options in (
+            (own, {}),
+            (own, {"delete_patterns": ["*.bin"]}),
+            (other, {}),
+            (other, {"delete_patterns": None}),
+            (other, {"delete_patterns": "*.bin"}),
+        ):
             scores = {"adapter_sha256": {"model.safetensors": digest}}
             pathlib.Path("scored/results.json").write_text(json.dumps(scores))
             push_folder("dehvf-scored", "scored")
-            push(model, "dehvf-scored")
-            names = "results.json", ".eval_results/digits.yaml"
+            push(model, "dehvf-scored", **options)
+            names = "results.json", ".eval_results/digits.yaml", "old.bin"
             facts["has scores"].append([HfApi().file_exists("org/dehvf-scored", name) for name in names])
         for tags in (["digits"], ["more"], None):
             push(model, "dehvf-branch", revision="dev", tags=tags)
-        try:
-            model.push_to_hub("org/dehvf-typo", comit_message="Oh")
-        except TypeError as error:
-            facts["typo"] = str(error)
+        for name, pushed, options in (
+            ("typo", model, {"comit_message": "Oh"}),
+            ("shards", tiny_processor(), {"max_shard_size": "1GB"}),
+        ):
+            try:
+                pushed.push_to_hub("org/dehvf-typo", **options)
+            except TypeError as error:
+                facts[name] = str(error)
         changed = make_model()
         changed.config.num_memory_slots = 50
         for name, pushed, options in (
@@ -143,6 +155,8 @@ def pushed(hub, tmp_path_factory):
             ("folder", model, {"path_in_repo": "sub"}),
             ("folder", tiny_processor(), {"path_in_repo": "sub"}),
             ("tags", model, {"tags": "abc"}),
+            ("allowed", model, {"allow_patterns": "*.safetensors"}),
+            ("ignored", tiny_processor(), {"ignore_patterns": ["*.py"]}),
         ):
             try:
                 pushed.push_to_hub("org/dehvf-refused", **options)
@@ -199,7 +213,9 @@ def trained(hub, pushed, tmp_path_factory):
         **{"output_dir": folder / "run", "push_to_hub": True, "hub_model_id": "org/dehvf-trained"},
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    run_as("writer", hub, folder, ROOT / "train.py", *words)
+    # As if the published test split had these rows only
+    code = "import sys, train; from tasks import scienceqa; scienceqa.DATASET_ROWS = 4; train.main(sys.argv[1:])"
+    run_as("writer", hub, folder, "-c", code, *words)
     return folder / "run"
 
 
@@ -304,7 +320,8 @@ def test_a_push_to_a_branch_leaves_main_alone(hub, pushed):
 
 
 def test_scores_of_another_adapter_are_removed(pushed):
-    assert read_json(pushed / "facts.json")["has scores"] == [[True, True], [False, False]]
+    expected = [[True, True, True], [True, True, False], [False, False, True], [False, False, True], 3 * [False]]
+    assert read_json(pushed / "facts.json")["has scores"] == expected
 
 
 def test_a_processor_is_pushed_alone_and_leaves_the_card(hub, pushed):
@@ -331,7 +348,8 @@ def test_a_push_does_not_combine_an_adapter_with_other_merged_bases(hub, pushed)
 
 def test_a_push_that_is_refused_leaves_nothing_on_the_hub(hub, pushed):
     facts = read_json(pushed / "facts.json")
-    assert "comit_message" in facts["typo"] and facts["folders"].keys() == {"vision", "text"}
+    assert "comit_message" in facts["typo"] and "max_shard_size" in facts["shards"]
+    assert facts["folders"].keys() == {"vision", "text"}
     for key, message in facts["folders"].items():
         assert str(pushed / "bases0" / key) in message and f"`--{key}_model_id org/name`" in message
         assert f"model.config.{key}_model_id" in message
@@ -339,6 +357,8 @@ def test_a_push_that_is_refused_leaves_nothing_on_the_hub(hub, pushed):
     assert "`run_as_future` is not supported" in facts["future"]
     assert "`path_in_repo` is 'sub', but adapters and processors are loaded from the root" in facts["folder"]
     assert "`tags` is 'abc', but must be a list of texts. Give `tags=['abc']`" in facts["tags"]
+    assert "`allow_patterns` is '*.safetensors', but the files of an adapter" in facts["allowed"]
+    assert "`ignore_patterns` is ['*.py']" in facts["ignored"]
     assert not {"org/dehvf-typo", "org/dehvf-folders", "org/dehvf-refused"} & hub.repositories.keys()
 
 
@@ -513,6 +533,7 @@ def test_a_push_that_fails_loses_nothing_and_can_be_repeated(tmp_path, monkeypat
         assert delete_patterns == ["old scores"]
         raise OSError("the Hub is away")
 
+    monkeypatch.setattr("tasks.scienceqa.DATASET_ROWS", 4)
     # A card that a person has written is kept
     monkeypatch.setattr(dehvf.hub, "find_card", lambda *_, **__: (ModelCard("# My own words"), None))
     monkeypatch.setattr(dehvf.hub, "find_old_scores", lambda *_, **__: ["old scores"])

@@ -73,6 +73,15 @@ def test_requests_are_answered_in_their_order_and_with_their_own_options(model):
     assert model.generate_until([request(0, max_new_tokens=6, until=None)]) == together[:1]
 
 
+def test_special_tokens_and_image_markers_in_a_document_are_text(model):
+    inputs = model.encode([document("a</s>\n<image><s>b", "image"), document("a")])
+    tokenizer = model.processor.tokenizer
+    expected = tokenizer("a</s>\n<s>b\nResponse:", split_special_tokens=True).input_ids[1:]
+    assert inputs["input_ids"][0].tolist() == [tokenizer.bos_token_id, *expected]
+    assert inputs["input_ids"].shape == inputs["attention_mask"].shape and not inputs["attention_mask"][1, 0]
+    assert inputs["image_mask"].tolist() == [True, False]
+
+
 @pytest.mark.parametrize("kinds, message", [(("image", "image"), "2 images"), (("video",), "1 videos")])
 def test_what_is_not_one_image_is_refused(model, kinds, message):
     model.task_dict = {"dots": {"test": [document("a", *kinds)]}}

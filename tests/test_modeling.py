@@ -919,16 +919,39 @@ def test_the_loss_is_that_of_the_labels():
     torch.testing.assert_close(model(**inputs, labels=labels, logits_to_keep=4).loss, expected)
 
 
-@pytest.mark.parametrize("kept", [[2, 4], [5, 1], [0], [3, 4, 5, 6]], ids=str)
+@pytest.mark.parametrize("kept", [[2, 4], [5, 1], [0], [3, 4, 5, 6], [[2, 4], [5, 1]], "mask"], ids=str)
 def test_the_loss_of_kept_positions_is_that_of_the_tokens_after_them(kept):
     model, inputs = tiny_model(), tiny_inputs()
-    outputs = model(**inputs, labels=inputs["input_ids"], logits_to_keep=torch.tensor(kept))
-    following = F.pad(inputs["input_ids"], (0, 1), value=-100)[:, torch.tensor(kept) + 1]
-    torch.testing.assert_close(outputs.logits, model(**inputs).logits[:, kept])
-    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits.flatten(0, 1), following.flatten()))
+    following, logits = F.pad(inputs["input_ids"][:, 1:], (0, 1), value=-100), model(**inputs).logits
+    if kept == "mask":  # another number of positions in each sample
+        kept = inputs["input_ids"] % 3 == 0
+        assert len(set(kept.sum(dim=1).tolist())) > 1
+        expected, following = logits[kept], following[kept]
+    else:
+        kept = torch.tensor(kept)
+        rows = [(row, kept if kept.ndim == 1 else kept[row]) for row in range(len(logits))]
+        expected, following = (torch.stack([whole[row, own] for row, own in rows]) for whole in (logits, following))
+    outputs = model(**inputs, labels=inputs["input_ids"], logits_to_keep=kept)
+    torch.testing.assert_close(outputs.logits, expected)
+    torch.testing.assert_close(outputs.loss, F.cross_entropy(expected.view(-1, logits.shape[-1]), following.flatten()))
 
 
 # --- bad input ---
+
+
+@pytest.mark.parametrize("given", ["labels", "instruction_mask"])
+def test_training_a_fuser_that_reads_the_users_text_needs_to_know_which_it_is(given):
+    model = tiny_model(fuser_query="layer+instruction", vision_adapter_dropout=0.0, memory_dropout=0.0).train()
+    inputs = tiny_inputs()
+    labels = inputs["input_ids"].where(torch.arange(inputs["input_ids"].shape[1]) > 3, -100)
+    for call in (model, model.model):
+        with pytest.raises(ValueError, match="reads the user's text.*Give `labels`, or `instruction_mask`.*collator"):
+            call(**inputs)
+    known = {"labels": labels, "instruction_mask": labels == -100}
+    memory = model(**inputs, **{given: known[given]}).visual_memory
+    expected = model.eval()(**inputs, instruction_mask=labels == -100).visual_memory
+    torch.testing.assert_close(memory, expected)
+    model.train()(input_ids=inputs["input_ids"])  # without an image, nothing is read
 
 
 def test_unsupported_ffn_layout_is_refused_by_name():

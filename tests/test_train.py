@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -476,6 +477,27 @@ def test_images_are_the_right_way_up(tmp_path):
     assert (read.size, read.mode) == ((20, 40), "RGB")
 
 
+def test_rows_that_are_too_long_with_their_images_are_named(scienceqa):
+    split, processor = make_split(scienceqa[0], max_new_tokens=1), tiny_processor()
+    longest = max(len(row["input_ids"]) for row in split)
+    processor.tokenizer.model_max_length = longest + 15
+    split.check_lengths(processor, 1)
+    message = f"has {longest + 16} tokens with the 16 of each image or tile, more than the {longest + 15}"
+    with pytest.raises(ValueError, match=f"Row 1 of the train split {message}"):
+        split.check_lengths(processor, 1, 16)
+    with pytest.raises(ValueError, match=message):
+        Collator(processor, image_tokens=[9] * 16)([*split])
+
+
+def test_a_cache_that_cannot_be_created_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(
+        OSError, match="cannot be created: .*file/cache.*Set the environment variable HF_DATASETS_CACHE"
+    ):
+        load_splits(None, None, None, SimpleNamespace(process_index=0))
+
+
 def test_rows_without_an_image_can_be_left_out_of_training(scienceqa):
     split = make_split(scienceqa[0], only_images=True)
     assert len(split) == 3 and all(row["image"] is not None for row in split)
@@ -666,10 +688,14 @@ def trained(scienceqa, tmp_path):
     ), tmp_path / "trained"
 
 
-def test_saved_adapters_are_evaluated_as_they_were(trained, tmp_path, caplog):
+def test_saved_adapters_are_evaluated_as_they_were(trained, tmp_path, monkeypatch, caplog):
     flags, folder = trained
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(AnswerTrainer, "predict", lambda *_, **__: 1 / 0)
+        train.main(flags)
     train.main(flags)
     assert "You are using a model of type" not in caplog.text
+    assert len([*tmp_path.glob("again*")]) == 1, "an interrupted evaluation is replaced: it has trained nothing"
     assert read_predictions(tmp_path / "again") == read_predictions(folder)
     before, after = (json.loads((path / "results.json").read_text()) for path in (folder, tmp_path / "again"))
     assert before["scores"] == after["scores"] and before["adapter_sha256"] == after["adapter_sha256"]
@@ -821,11 +847,36 @@ def test_answers_are_kept_when_scoring_fails_and_can_be_scored_alone(trained, tm
     flags, folder = trained
     with monkeypatch.context() as patch:
         patch.setattr(get_task("scienceqa"), "score", lambda records, size: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError) as error:
             train.main(flags)
+    assert f"run `python -m tasks score {tmp_path / 'again'}`" in error.value.__notes__[0]
     assert "scores" not in json.loads((tmp_path / "again" / "results.json").read_text())
     scored = score_folder(tmp_path / "again")
     assert scored["scores"] == json.loads((folder / "results.json").read_text())["scores"]
+
+
+@pytest.mark.parametrize("name", ["predictions.jsonl", "results.json.tmp"])
+def test_answers_are_kept_when_the_disk_is_full(trained, tmp_path, monkeypatch, name):
+    flags, folder = trained
+    write = Path.write_text
+
+    def fail(self, text, *args, **kwargs):
+        if self == tmp_path / "again" / name:
+            write(self, text[:9])
+            raise OSError(28, "No space left on device")
+        return write(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match="again could not be written: .*No space") as error,
+    ):
+        patch.setattr(Path, "write_text", fail)
+        train.main(flags)
+    saved = re.search(r"`python -m tasks score (\S+)`", str(error.value))[1]
+    assert score_folder(saved)["scores"] == json.loads((folder / "results.json").read_text())["scores"]
+    assert not (tmp_path / "again" / "predictions.jsonl").exists(), "half of it"
+    assert "The adapters are complete" in error.value.__notes__[0]
 
 
 @pytest.mark.slow

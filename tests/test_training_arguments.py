@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 import train
+from dehvf import DehvfConfig
 from tasks import get_task
 from training.arguments import KEPT, OPTIMIZERS, SCORE_SCHEDULES, check_arguments, complete_arguments, parse_arguments
 from training.engines import name_precision
@@ -488,6 +489,10 @@ def test_the_mixed_precision_of_accelerate_is_checked_as_that_of_a_flag(flags, e
             {"max_new_tokens": 500},
             r"Row \d of the test split has \d+ tokens, and its answer may have 500, together more than the 512",
         ),
+        (
+            {"method": "llava", "max_new_tokens": 420},
+            r"Row 1 of the test split has 100 tokens with the 16 of each image or tile, and its answer .* the 512",
+        ),
     ],
 )
 def test_what_the_rows_do_not_allow_is_refused_before_training(folder, flags, message):
@@ -603,6 +608,12 @@ def test_texts_in_a_recipe_that_look_like_other_values_are_read_as_written(name,
         ("lora_rank: 8\n", [], "`--lora_rank` has no effect with `--method dehvf`"),
         ("hub_model_id: org/name\n", [], "`--hub_model_id` has no effect without `--push_to_hub true`"),
         ("adapter: assets\nvisual_scale: 0.9\n", [], "`--visual_scale` was given, but `--adapter .*` already defines"),
+        (
+            "adapter: assets\nvisual_scale: 0.9\n",
+            ["--num_groups", "2"],
+            "`--num_groups` and `--visual_scale` were given, .* Remove them from .*row.yaml and the command",
+        ),
+        ("num_groups: 2\n", ["--adapter=assets", "--num_groups", "2"], "`--num_groups` was .* from the command"),
         ("seed: 1\n", ["--seed", "2", "other.yaml"], "Give the recipe other.yaml before all flags"),
         ("method: llava\nvisual_prompts: none\n", [], "`--visual_prompts` has no effect with `--method llava`"),
         ("learning_rate: [0.1, 0.2]\n", [], "`--learning_rate` takes one value. Remove '0.2'"),
@@ -620,6 +631,17 @@ def test_a_recipe_that_cannot_be_meant_is_refused(recipe, flags, message, tmp_pa
     with pytest.raises(ValueError, match=message):
         parsed = parse_arguments(arguments)
         check_arguments(arguments, *parsed[1:4], parsed[-1])
+
+
+def test_the_values_of_a_recipe_for_new_adapters_are_ignored_for_saved_ones(tmp_path):
+    recipe = "method: memvp\nnum_groups: 2\nchat_template: plain\nimage_fit: pad\nmax_images: 2\nseed: 5\n"
+    (tmp_path / "row.yaml").write_text(recipe)
+    arguments = [str(tmp_path / "row.yaml"), "--adapter", "assets"]
+    _, data, model, adapter, _, training = parse_arguments(arguments)
+    check_arguments(arguments, data, model, adapter, training)
+    assert (model.method, model.chat_template, model.image_fit) == ("dehvf", None, None)
+    assert (adapter.num_groups, adapter.layer_fusion) == (DehvfConfig.num_groups, "adaptive")
+    assert (adapter.max_images, training.seed) == (2, 5)
 
 
 @pytest.mark.parametrize(

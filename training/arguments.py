@@ -266,7 +266,7 @@ def parse_arguments(arguments: list[str]):
     """
     parser = make_parser()
     recipe, values, flags = read_command(arguments)
-    values = without_partners(values, flags)
+    values = without_adapter_values(without_partners(values, flags), flags)
     words = [f"--output_dir=outputs/{recipe.stem}"]
     for name, value in values.items():
         if isinstance(value, dict) and name == "columns":
@@ -309,6 +309,17 @@ def parse_arguments(arguments: list[str]):
                 setattr(model_args, name, None)
     set_method(model_args, adapter_args, flags)
     return recipe, *parsed
+
+
+def without_adapter_values(values: dict, flags: Collection[str]) -> dict:
+    """
+    Values of a recipe without those that the adapters of a command define, since these values are for new adapters. A
+    baseline has to be named with its sizes, and `max_images` may be increased.
+    """
+    defined = {field.name for field in dataclasses.fields(adapter_arguments())} | {"chat_template", "image_fit"}
+    defined -= {"max_images", "image_size" if values.get("method") in BASELINES else ""}
+    defined |= {"method"} if values.get("method") in DEHVF_METHODS else set()
+    return {name: value for name, value in values.items() if "adapter" not in flags or name not in defined}
 
 
 def set_method(model_args, adapter_args, flags: Collection[str]):
@@ -402,7 +413,7 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
     of_command = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in flags if word.startswith("--")}
     given, values = of_command, {}
     if recipe := find_recipe(flags):
-        values = without_partners(read_yaml(recipe), given)
+        values = without_adapter_values(without_partners(read_yaml(recipe), given), given)
         given = given | {name for name, value in values.items() if value is not None}
     # A command may override what a key of its recipe needs
     check_ignored(of_command, model_args, training_args)
@@ -460,8 +471,12 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
             values -= {"image_size"}
         own = ["method"] if method in DEHVF_METHODS and method != "dehvf" else sorted(given & values)
         if own:
+            names = " and ".join(f"`--{name}`" for name in own)
+            were, them = ("was", "it") if len(own) == 1 else ("were", "them")
+            where = "the command" if of_command.issuperset(own) else f"{recipe} and the command"
             raise ValueError(
-                f"`--{own[0]}` was given, but `--adapter {model_args.adapter}` already defines it. Remove one."
+                f"{names} {were} given, but `--adapter {model_args.adapter}` already defines {them}. Remove {them} "
+                f"from {where}."
             )
     check_engine(is_baseline, method, training_args)
     if training_args.push_to_hub:

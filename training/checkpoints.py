@@ -22,7 +22,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from tasks import RESULTS_FILE, RUN_FILE, write_json
 from training.engines import ENGINE_OF_ONE, name_engine, name_precision
@@ -151,7 +151,8 @@ def commit_of_this_code() -> str | None:
     """The commit of this repository, with "-dirty" if files were changed; `None` outside of a checkout of its own."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
+        # git refuses a checkout of another user, as in a container, unless it is declared safe
+        command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
@@ -219,19 +220,26 @@ def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | No
 
     Args:
         asked: `auto` resumes an interrupted run in `output_dir`, replaces a finished one with the same arguments, and
-            moves a finished one with other arguments to another folder; `never` replaces any run; any other value is
-            the path of a checkpoint in `output_dir`. The Trainer's `true` and `false` mean `auto` and `never`.
+            moves a finished one with other arguments, or the adapters of one that cannot be resumed, to another
+            folder; `never` replaces any run; any other value is the path of a checkpoint in `output_dir`. The
+            Trainer's `true` and `false` mean `auto` and `never`.
         run: `arguments`, `engine`, `processes`, `versions` and `commit` of this run.
 
     Returns:
         `run` with an id and the seconds trained so far; and the checkpoint to resume from, if any.
 
     Raises:
-        ValueError: if `output_dir` is not a folder, the run to resume has other arguments, or the requested checkpoint
-            is not complete.
+        ValueError: if `output_dir` is not a folder or cannot be created, the run to resume has other arguments, or the
+            requested checkpoint is not complete.
     """
     if os.path.lexists(output_dir) and not output_dir.is_dir():
         raise ValueError(f"`--output_dir {output_dir}` is not a folder. Give another name, or remove what is there.")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"`--output_dir {output_dir}` cannot be created: {error}. Give a folder that you can write to."
+        ) from error
     foreign = [name for name in ("README.md", CONFIG_NAME, RESULTS_FILE) if (output_dir / name).exists()]
     if foreign and not (output_dir / RUN_FILE).exists():
         raise ValueError(
@@ -244,11 +252,14 @@ def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | No
     if asked.lower() in ("auto", "true"):
         earlier, results = read_json(output_dir / RUN_FILE), read_json(output_dir / RESULTS_FILE)
         finished = earlier and "scores" in results and results.get("run") == earlier.get("run")
-        if finished and find_differing(run["arguments"], earlier["arguments"]):
-            move_finished_run(output_dir, earlier["run"], run["arguments"])
         if not earlier and (left := list_checkpoints(output_dir)):
             logger.warning(f"{output_dir} has no {RUN_FILE}, so this run does not resume from {left[-1]}.")
         found = None if finished or not earlier else find_last_checkpoint(output_dir, earlier["run"])
+        if finished and find_differing(run["arguments"], earlier["arguments"]):
+            what = "the results of a finished run with other arguments"
+            move_run(output_dir, earlier["run"], run["arguments"], what)
+        elif earlier and not finished and found is None:
+            keep_adapters(output_dir, earlier, run["arguments"])
         if found is None:
             return new, None
         checkpoint, manifest = found
@@ -284,25 +295,41 @@ def read_named_checkpoint(checkpoint: Path, output_dir: Path) -> dict:
     return manifest
 
 
-def move_finished_run(output_dir: Path, run: str, arguments: dict):
-    """Renames the folder of a finished run, so that a run with other arguments does not overwrite its results."""
+def keep_adapters(output_dir: Path, earlier: dict, arguments: dict):
+    """Moves the adapters of a run that cannot be resumed. A run without training has only a copy of its adapters."""
+    complete = [checkpoint for checkpoint in list_checkpoints(output_dir) if (checkpoint / MANIFEST).is_file()]
+    places = [place for place in (output_dir, *complete[-1:]) if (place / SAFE_WEIGHTS_NAME).is_file()]
+    if places and earlier["arguments"]["num_train_epochs"] > 0:
+        what = "the adapters of a run that was not finished and cannot be resumed"
+        target = move_run(output_dir, earlier["run"], arguments, what)
+        moved = " or ".join(f"`--adapter {target / place.relative_to(output_dir)}`" for place in places)
+        logger.warning(
+            f"This run starts from the beginning. To use these adapters, give {moved}, another `--output_dir` and, to "
+            "evaluate them without training, `--num_train_epochs 0`."
+        )
+
+
+def move_run(output_dir: Path, run: str, arguments: dict, what: str) -> Path:
+    """
+    Renames the folder of an earlier run, so that a run with these arguments does not overwrite it. Returns the new
+    folder. `what` names the content that is kept.
+    """
     for name in FILE_FLAGS:
         if (place := arguments.get(name)) and Path(place).resolve().is_relative_to(output_dir.resolve()):
             raise ValueError(
-                f"`--{name} {place}` is in the output folder {output_dir}, which has the results of a finished run "
-                "and would be renamed. Give another `--output_dir`."
+                f"`--{name} {place}` is in the output folder {output_dir}, which has {what} and would be renamed. "
+                "Give another `--output_dir`."
             )
     target = output_dir.absolute().with_name(f"{output_dir.absolute().name}-{run[:8]}")
     try:
         output_dir.rename(target)
     except OSError as error:
         raise ValueError(
-            f"{output_dir} has the results of a finished run with other arguments, and cannot be moved to {target} "
-            f"({error}). Give another `--output_dir`, or `--resume_from_checkpoint never` to replace them."
+            f"{output_dir} has {what}, and cannot be moved to {target} ({error}). Give another `--output_dir`, or "
+            "`--resume_from_checkpoint never` to replace them."
         ) from error
-    logger.warning(
-        f"{output_dir} had the results of a finished run with other arguments. They were moved to {target}."
-    )
+    logger.warning(f"{output_dir} had {what}. They were moved to {target}.")
+    return target
 
 
 def find_differing(now: dict, earlier: dict) -> list[str]:

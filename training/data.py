@@ -13,7 +13,9 @@ import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from logging import NOTSET, WARNING, disable
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,6 +25,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers.utils import logging
 
+from dehvf import configuration
 from tasks import ADDED_COLUMNS, NAMES, get_task
 from tasks._reader import filter_rows
 from tasks._values import IMAGE_FEATURES, list_images, read_image
@@ -131,7 +134,7 @@ class Split(torch.utils.data.Dataset):
         self.encoded = RowEncoder(task, name, processor, limit, training).encode(texts)
         self.answered = RowEncoder(task, name, processor, limit, training=True).encode(texts) if with_loss else None
         if not training and arguments.max_new_tokens is not None:
-            self._check_lengths(arguments.max_new_tokens, processor.tokenizer.model_max_length)
+            self.check_lengths(processor, arguments.max_new_tokens)
         self.num_shortened = int(self.encoded.with_format("numpy")["shortened"][:].sum())
         if self.num_shortened:
             logger.warning(
@@ -169,15 +172,36 @@ class Split(torch.utils.data.Dataset):
                 "them, or remove these rows from the split."
             )
 
-    def _check_lengths(self, max_new_tokens: int, limit: int):
-        lengths = pc.list_value_length(self.encoded.with_format("arrow")["input_ids"][:])
-        row = pc.index(lengths, longest := pc.max(lengths)).as_py()
-        if longest.as_py() + max_new_tokens > limit:
-            raise ValueError(
-                f"Row {row} of the {self.name} split has {longest} tokens, and its answer may have {max_new_tokens}, "
-                f"together more than the {limit} that the language model reads. Lower `--max_new_tokens` or "
-                "`--max_prompt_length`, or leave the row out."
-            )
+    def check_lengths(self, processor, max_new_tokens: int, image_tokens: int = 0):
+        """
+        Raises `ValueError` if a row, with `image_tokens` for each image and tile, and with a new answer in evaluation,
+        is longer than the language model reads.
+        """
+        limit, (rows, columns) = processor.tokenizer.model_max_length, configuration.read_tiles(processor.image_tiles)
+        added = image_tokens * (1 + rows * columns) * self._count_images() if image_tokens else 0
+        new = 0 if self.training else max_new_tokens
+        for part, more in ((self.encoded, new), (self.answered, 0)):
+            if part is None:
+                continue
+            lengths = pc.list_value_length(part.with_format("arrow")["input_ids"][:]).to_numpy() + added
+            row = int(lengths.argmax())
+            if lengths[row] + more > limit:
+                images = f" with the {image_tokens} of each image or tile" if image_tokens else ""
+                answer = f", and its answer may have {more}, together" if more else ","
+                raise ValueError(
+                    f"Row {row} of the {self.name} split has {lengths[row]} tokens{images}{answer} more than the "
+                    f"{limit} that the language model reads. Lower `--max_new_tokens` or `--max_prompt_length`, or "
+                    "leave the row out."
+                )
+
+    def _count_images(self) -> np.ndarray:
+        numbers = []
+        for batch in self.images.with_format("arrow").iter(1000):
+            own = batch["image"].is_valid().to_numpy().astype(int)
+            if "images" in batch.column_names:
+                own = np.maximum(own, pc.fill_null(pc.list_value_length(batch["images"]), 0).to_numpy())
+            numbers.append(own)
+        return np.concatenate(numbers)
 
     def digest(self) -> str:
         """SHA-256 of the tokens of all rows, and of the paths and sizes of their images."""
@@ -281,6 +305,13 @@ def load_splits(task, processor, data_args, training_args) -> dict[str, Split | 
     read its result.
     """
     splits, is_main = {}, training_args.process_index == 0
+    try:
+        Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"The folder for encoded rows cannot be created: {error}. Set the environment variable HF_DATASETS_CACHE "
+            "to a folder that you can write to."
+        ) from error
     quiet = nullcontext if is_main else without_warnings  # the main process has already warned
     with quiet(), training_args.main_process_first(desc="encode the data"):
         if prints_date(processor):
@@ -352,6 +383,8 @@ class Collator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         images = self.processor(images=[row["image"] for row in rows], return_tensors="pt")
+        if images:  # always with a mask, so that all batches have the same inputs
+            images.setdefault("image_mask", torch.ones(images["pixel_values"].shape[:-3], dtype=torch.bool))
         numbers = images["image_mask"].view(len(rows), -1).sum(dim=1).tolist() if images else [0] * len(rows)
         batch = {**self._pad_texts(rows, numbers), "index": torch.tensor([row["index"] for row in rows])}
         if "answered" in rows[0]:
@@ -371,7 +404,12 @@ class Collator:
         added = [self.image_tokens * number for number in numbers]
         tokens = [[*row["input_ids"][:1], *new, *row["input_ids"][1:]] for row, new in zip(rows, added)]
         batch = dict(self.processor.tokenizer.pad({"input_ids": tokens}, return_tensors="pt"))
-        length = batch["input_ids"].shape[1]
+        length, limit = batch["input_ids"].shape[1], self.processor.tokenizer.model_max_length
+        if self.image_tokens and length > limit:  # in a stream, whose rows are not known before
+            raise ValueError(
+                f"A row has {length} tokens with the {len(self.image_tokens)} of each image or tile, more than the "
+                f"{limit} that the language model reads. Shorten it or leave it out."
+            )
 
         def pad(values: list[list[int]], filler: int) -> torch.Tensor:
             return torch.tensor([[filler] * (length - len(row)) + row for row in values])

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,14 @@ def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, mo
     trainer.fusion.figures()  # discards the statistics of training
     try:
         output = trainer.predict(split)
+        facts |= {"fusion": trainer.fusion.figures()}
+        if training_args.process_index == 0:
+            records = make_records(task, processor, split, output)
+            facts |= {"shortened_prompts": {name: split.num_shortened for name, split in splits.items()}}
+            if data_args.max_new_tokens > 1:
+                facts["cut_answers"] = sum(record["cut"] for record in records)
+            facts |= describe_run(task, processor, trainer.model, split, data_args, model_args, training_args)
+            save_answers(folder, records, facts)
     except Exception as error:
         error.add_note(
             f"The adapters are complete in {folder}. To evaluate them without training again, give `--adapter "
@@ -55,18 +64,38 @@ def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, mo
             "its `--method`, bases and sizes), perhaps with a smaller `--per_device_eval_batch_size`."
         )
         raise
-    facts |= {"fusion": trainer.fusion.figures()}
     if training_args.process_index == 0:
-        # Before scoring, so that an error in it loses no answers: `python -m tasks score` repeats the scoring
-        records = make_records(task, processor, split, output)
-        lines = [json.dumps(record, default=str) + "\n" for record in records]
-        (folder / PREDICTIONS_FILE).write_text("".join(lines), encoding="utf-8")
-        facts |= {"shortened_prompts": {name: split.num_shortened for name, split in splits.items()}}
-        if data_args.max_new_tokens > 1:
-            facts["cut_answers"] = sum(record["cut"] for record in records)
-        facts |= describe_run(task, processor, trainer.model, split, data_args, model_args, training_args)
+        try:
+            report(folder, task, processor, split)
+        except Exception as error:
+            error.add_note(
+                f"The answers are complete in {folder}. To score them, run `python -m tasks score {folder}`."
+            )
+            raise
+
+
+def save_answers(folder: Path, records: list[dict], facts: dict):
+    """
+    Writes the answers before they are scored, so that an error in the scoring does not lose them.
+
+    Raises:
+        OSError: if the folder cannot be written. The answers are in a temporary folder, whose name is in the message.
+    """
+    lines = "".join(json.dumps(record, default=str) + "\n" for record in records)
+
+    def write(folder: Path):
+        (folder / PREDICTIONS_FILE).write_text(lines, encoding="utf-8")
         write_json(folder / RESULTS_FILE, facts)
-        report(folder, task, processor, split)
+
+    try:
+        write(folder)
+    except OSError as error:
+        write(other := Path(tempfile.mkdtemp(prefix="dehvf-")))
+        (folder / PREDICTIONS_FILE).unlink(missing_ok=True)  # it may be incomplete
+        raise OSError(
+            f"{folder} could not be written: {error}. The answers were saved to {other} instead. To score them, run "
+            f"`python -m tasks score {other}`."
+        ) from error
 
 
 def make_records(task, processor, split: Split, output) -> list[dict]:
