@@ -165,6 +165,10 @@ def _explain_base_errors(location, key: str):
         # The error of the Hub is more precise than the message of `transformers`
         cause = error if isinstance(error, HTTPError) else error.__cause__ or error
         advice = f"If you have a copy of it, pass `{key}_model=` with its folder."
+        # safetensors says of such a file that it does not exist
+        if unreadable := [file for file in Path(location).glob("*.safetensors") if not os.access(file, os.R_OK)]:
+            cause = f"you have no permission to read {unreadable[0]}."
+            advice = f"Ask its owner for `chmod a+r {unreadable[0]}`, or pass `{key}_model=` with another copy."
         if isinstance(cause, HTTPError):
             advice += (
                 " If it is private or gated, ask for access on its page and log in (`hf auth login`) or pass `token=`."

@@ -62,11 +62,12 @@ def read_tensors(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
     Tensors and metadata of a safetensors file.
 
     Raises:
-        OSError: if it is damaged: truncated, not a safetensors file, or its tensors do not match the stored SHA-256.
-            Files of other programs, which have no SHA-256, are read without this check.
+        OSError: if it cannot be opened, or is damaged: truncated, not a safetensors file, or its tensors do not match
+            the stored SHA-256. Files of other programs, which have no SHA-256, are read without this check.
         ValueError: if a tensor is not of `FILE_DTYPES`, or not finite.
     """
     remedy = "Copy or download it again (in a clone: `git lfs pull`), or use an earlier checkpoint."
+    open(file, "rb").close()  # safetensors says of a file that must not be read that it does not exist
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}

@@ -47,6 +47,9 @@ An adapter of the method `{method}`: {trained_parameters:,} trained parameters. 
 {versions}
 """
 BASES_ELSEWHERE = "The frozen base models are loaded from\ntheir own repositories"
+BASES_IN_FOLDERS = """\
+The frozen base models are loaded from
+these places; folders are those of the machine on which this card was written"""
 BASES_HERE = """\
 The frozen base models are
 in this repository, in `text_model` and `vision_model`. They may have been changed after they were loaded from"""
@@ -164,6 +167,7 @@ def make_card(
         metadata: further fields of `huggingface_hub.ModelCardData`, such as `datasets` and `eval_results`.
     """
     known = [base for base in bases if is_hub_id(base)]
+    place_of_bases = BASES_ELSEWHERE if len(known) == len(bases) else BASES_IN_FOLDERS
     data = ModelCardData(
         base_model=known or None,
         base_model_relation="adapter" if known else None,
@@ -179,7 +183,7 @@ def make_card(
             name=name,
             method=method,
             trained_parameters=trained_parameters,
-            place_of_bases=BASES_HERE if has_bases else BASES_ELSEWHERE,
+            place_of_bases=BASES_HERE if has_bases else place_of_bases,
             bases="\n".join(f"| `{base}` | {commit or 'not pinned'} |" for base, commit in bases.items()),
             use=USE.format(code=code) if code else "",
             sections=sections,

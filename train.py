@@ -71,7 +71,7 @@ def main(arguments: list[str]):
     facts = {"run": run["run"], "method": method_of(model.config, model_args.method), "trained_parameters": trained}
     if main_process:
         rate = f"learning rate {training_args.learning_rate:g}"
-        print(f"recipe {recipe}, method {facts['method']}, {rate}, {training_args.world_size} processes")
+        print(f"recipe {recipe}, method {facts['method']}, {rate}, processes: {training_args.world_size}")
         print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)")
         if checkpoint is not None:
             print(f"resuming from {checkpoint}")

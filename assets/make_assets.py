@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from dehvf import bases
 from tasks import digits
 from tasks.scienceqa import letter
 
@@ -380,7 +381,7 @@ def main():
 
     for model, parts in ((language_model, tokenizer), (trainer.vision, processor)):
         folder = HERE / ("language_model" if parts is tokenizer else "vision_model")
-        model.save_pretrained(folder)
+        bases.save_base(model, folder, is_main_process=True)
         parts.save_pretrained(folder)
 
     texts = list(draw_rows(rng, 1000, shown=0))

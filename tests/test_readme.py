@@ -7,12 +7,13 @@ import re
 import runpy
 import shlex
 import shutil
+import socket
+import subprocess
 import sys
 from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 from tiny import ROOT, DehvfForConditionalGeneration, DehvfProcessor, run
@@ -27,6 +28,8 @@ COMMANDS = {
     "accelerate launch train.py recipes/scienceqa-llama7b.yaml": "test_recipes.py, with stand-ins for bases and data",
     "python -m tasks check examples/vqa": "test_tasks.py",
     "accelerate launch train.py --task vqa --data_path examples/vqa --output_dir outputs/own": None,
+    "accelerate launch train.py recipes/easy-vqa-smollm2.yaml --task vqa --data_path examples/vqa --image_size 224 "
+    "--num_memory_slots 320 --output_dir outputs/own-smollm2": None,
     "python -m tasks score outputs/digits": None,
     "accelerate launch train.py --adapter outputs/digits --num_train_epochs 0 --output_dir outputs/digits-again": None,
     "accelerate launch --num_processes 2 --use_deepspeed train.py --deepspeed ds_config.json": None,
@@ -41,8 +44,8 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def find(text: str) -> list[str]:
-    """The words of the only command above that has this text."""
-    (command,) = [command for command, place in COMMANDS.items() if text in command and place is None]
+    """The words of the only command above that has these words."""
+    (command,) = [command for command, place in COMMANDS.items() if f" {text} " in f" {command} " and place is None]
     return shlex.split(command)
 
 
@@ -103,13 +106,38 @@ def test_the_main_jobs_adapters_are_scored_and_drawn_again(main_job):
         assert name in printed and (ROOT / "outputs" / "digits" / "pictures" / name).stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_the_server_gives_a_client_the_answer_that_its_page_shows(main_job, monkeypatch):
+    pytest.importorskip("openai", reason="pip install -r requirements-app.txt")
+    (code,), (answer,) = blocks("serving.md", "python"), blocks("serving.md", "text")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = "demo/serve.py", "outputs/digits", "--trust-remote-code", "--port", str(port)
+    server = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        monkeypatch.chdir(ROOT)
+        with redirect_stdout(io.StringIO()) as output:  # the client tries again until the server listens
+            exec(code.replace("8000/v1", f"{port}/v1").replace('"none")', '"none", max_retries=20)'), {})
+        assert output.getvalue().strip() == answer.strip()
+    finally:
+        server.terminate()
+        server.wait()
+
+
 # --- the other pages ---
 
 
 @pytest.mark.slow
 def test_own_data_is_trained_on():
-    run(*find("--data_path examples/vqa"))
+    run(*find("outputs/own"))
     assert results("own")["size"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "assets" / "real").exists(), reason="python -m assets.real_bases was not run")
+def test_own_data_is_trained_on_with_pretrained_bases(tmp_path):
+    run(*find("outputs/own-smollm2"), "--max_steps", 1, "--output_dir", tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["size"] == 4
 
 
 @pytest.mark.slow
@@ -130,21 +158,14 @@ def test_two_processes_under_zero_2_train(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_blocks_of_the_usage_page_run_in_its_order(tmp_path):
-    bases = ROOT / "assets" / "vision_model", ROOT / "assets" / "language_model"
-    processor = DehvfProcessor.from_vision_text_pretrained(*bases)
-    for seed, name in enumerate(("digits", "other")):  # as `train.py` leaves them, but untrained
-        torch.manual_seed(seed)
-        sizes = {"num_memory_slots": 32, "projector_hidden_size": 32}
-        model = DehvfForConditionalGeneration.from_vision_text_pretrained(*bases, **sizes)
-        model.save_pretrained(tmp_path / "outputs" / name)
-        processor.save_pretrained(tmp_path / "outputs" / name)
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "outputs" / "digits" / "example.png")
-    for name in ("assets", "dehvf.py"):
+def test_the_blocks_of_the_usage_page_run_in_its_order_and_print_what_it_shows(main_job, tmp_path):
+    shutil.copytree(ROOT / "outputs" / "digits", tmp_path / "outputs" / "digits")
+    for name in ("assets", "dehvf.py"):  # instead of a clone, into which the blocks would write
         (tmp_path / name).symlink_to(ROOT / name)
-    printed = run("python", "-c", "\n".join(blocks("usage.md", "python")), folder=tmp_path)
-    assert "torch.Size([1, 8, 2, 16, 33])" in printed
-    assert (tmp_path / "outputs" / "everything" / "model.safetensors").is_file()
+    code = "\n".join(blocks("usage.md", "python"))
+    printed = run("python", "-W", "error::FutureWarning", "-c", code, folder=tmp_path)
+    shown = blocks("usage.md", "text")
+    assert len(shown) == 2 and all(output in printed for output in shown)
 
 
 @pytest.mark.extended

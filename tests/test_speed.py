@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_config, tiny_model
+from tiny import ROOT, tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -314,3 +314,8 @@ def test_the_estimate_for_training_at_7b_counts_its_bases_and_adapters():
     per_gpu = {engine: bases(needs, 8) for engine, bases in memory.BASES_PER_GPU.items()}
     assert per_gpu["one GPU, DDP, ZeRO-1, ZeRO-2"] == needs["bases"]
     assert per_gpu["ZeRO-3"] == needs["bases"] // 8 + 2 * 10**9
+
+
+def test_the_page_on_training_has_the_estimated_table():
+    _, printed = memory.estimate_table().split("\n\n")
+    assert printed in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")

@@ -273,6 +273,9 @@ def test_the_listed_flags_are_those_of_the_parser():
     if HELP_FILE.read_text(encoding="utf-8").splitlines()[0] != (expected := arguments.make_help()).splitlines()[0]:
         pytest.skip("docs/flags.txt was written with other versions of Python or transformers")
     assert HELP_FILE.read_text(encoding="utf-8") == expected, "run `python -m training.arguments`"
+    helps = {action.dest: action.help for action in arguments.make_parser()._actions}
+    for name, (_, reason) in arguments.KEPT.items():
+        assert helps[name] == f"Keep the default: {reason}."
 
 
 def test_help_is_printed_without_slow_imports(tmp_path):
@@ -645,6 +648,7 @@ def test_the_scienceqa_recipe_trains_on_a_stand_in(scienceqa, tmp_path, launcher
         assert "Response:" in run("python", "-c", code), "the lines of Python that a run ends with work"
     card = (output / "README.md").read_text()
     assert code.strip() in card and "pipeline_tag: image-text-to-text" in card
+    assert "folders are those of the machine" in card and f"| `{vision}` |" in card
 
 
 def tiny_flags(tmp_path, scienceqa_folder, output, **flags) -> list[str]:
@@ -684,12 +688,13 @@ def trained(scienceqa, tmp_path):
     ), tmp_path / "trained"
 
 
-def test_saved_adapters_are_evaluated_as_they_were(trained, tmp_path, monkeypatch):
+def test_saved_adapters_are_evaluated_as_they_were(trained, tmp_path, monkeypatch, caplog):
     flags, folder = trained
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(AnswerTrainer, "predict", lambda *_, **__: 1 / 0)
         train.main(flags)
     train.main(flags)
+    assert "You are using a model of type" not in caplog.text
     assert len([*tmp_path.glob("again*")]) == 1, "an interrupted evaluation is replaced: it has trained nothing"
     assert read_predictions(tmp_path / "again") == read_predictions(folder)
     before, after = (json.loads((path / "results.json").read_text()) for path in (folder, tmp_path / "again"))
@@ -880,7 +885,7 @@ def test_two_processes_give_the_result_of_one(trained, tmp_path):
     flags, folder = trained
     # Not `accelerate launch`, which starts several processes on CPUs for DeepSpeed alone
     printed = run("torchrun", "--nproc_per_node", 2, "train.py", *flags)
-    assert printed.count(", 2 processes") == 1
+    assert printed.count(", processes: 2") == 1
     assert read_predictions(tmp_path / "again") == read_predictions(folder)
     one, two = (json.loads((path / "results.json").read_text()) for path in (folder, tmp_path / "again"))
     assert two["size"] == two["scores"]["count"] == 5

@@ -30,7 +30,10 @@ from training.engines import ENGINE_OF_ONE, name_engine, name_precision
 from training.flags import HELP_FILE, find_recipe, read_command, read_yaml, without_partners
 
 
-DESCRIPTION = "Trains adapters on frozen bases, evaluates them on the test split and saves them with a model card."
+DESCRIPTION = (
+    "Trains adapters on frozen bases, evaluates them on the test split and saves them with a model card. The values "
+    "of the recipe, recipes/digits.yaml if none is given, replace the defaults below."
+)
 BASES = ("vision", "text")
 # `--method` -> values of `DehvfConfig`. The methods in `baselines/` are not variants of DEHVF.
 DEHVF_METHODS = {
@@ -142,6 +145,9 @@ class DehvfTrainingArguments(TrainingArguments):
     [`check_training_arguments`] refuses arguments that would have no effect or a wrong one.
     """
 
+    output_dir: str | None = HfArg(  # `%(default).0s` hides the default
+        default=None, help="Folder of the run. By default outputs/ and the name of the recipe.%(default).0s"
+    )
     base_learning_rate: float | None = HfArg(
         default=None, help="Learning rate per 256 samples, as in the paper: learning rate = this x total batch / 256."
     )
@@ -156,26 +162,26 @@ class DehvfTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = HfArg(
         default="score", help="`score` (as in the model card), another score of the task, or eval_loss."
     )
-    do_train: bool = HfArg(default=True, help="Keep true: `--num_train_epochs 0` only evaluates.")
-    do_predict: bool = HfArg(default=True, help="Keep true: the test split is always evaluated.")
+    # The help texts of flags that must keep their values are those of `KEPT`
+    do_train: bool = True
+    do_predict: bool = True
+    do_eval: bool = HfArg(default=False, help="Not supported: `--eval_strategy` evaluates the validation split.")
     resume_from_checkpoint: str | None = HfArg(
         default="auto",
         help="`auto`: resume an interrupted run in --output_dir; `never`: replace it; or the path of a checkpoint in "
         "--output_dir to resume from.",
     )
-    restore_callback_states_from_checkpoint: bool = HfArg(
-        default=True, help="Keep true, so that early stopping resumes."
-    )
-    logging_nan_inf_filter: bool = HfArg(default=False, help="Keep false: a NaN loss stops a run.")
-    remove_unused_columns: bool = HfArg(default=False, help="Keep false: all columns are needed.")
+    restore_callback_states_from_checkpoint: bool = True
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = HfArg(
         default=False, help="Keep false: every trained parameter gets a gradient at every step."
     )
-    hub_strategy: str = HfArg(default="end", help="Keep: adapters are pushed once, with their results.")
+    hub_strategy: str = "end"
     report_to: None | str | list[str] = HfArg(
         default="none", help="tensorboard, trackio, ..., or several, separated by commas."
     )
-    use_cpu: bool = HfArg(  # `%(default).0s` hides the default, which depends on the machine
+    use_cpu: bool = HfArg(  # the default depends on the machine
         default=not torch.accelerator.is_available(),
         help="Train on the CPU. By default true if there is no accelerator.%(default).0s",
     )
@@ -226,12 +232,16 @@ def describe_fields(docstring: str) -> dict[str, str]:
 
 
 def make_parser() -> HfArgumentParser:
-    return HfArgumentParser(
+    parser = HfArgumentParser(
         [DataArguments, ModelArguments, adapter_arguments(), BaselineArguments, DehvfTrainingArguments],
         description=DESCRIPTION,
         usage="accelerate launch train.py [recipe.yaml] [--flag value ...]",
         allow_abbrev=False,
     )
+    for action in parser._actions:
+        if action.dest in KEPT:
+            action.help = f"Keep the default: {KEPT[action.dest][1]}."
+    return parser
 
 
 def make_help() -> str:

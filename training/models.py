@@ -30,13 +30,6 @@ def load_processor(model_args, adapter_args):
     try:
         if model_args.adapter is not None:
             source = {"revision": model_args.adapter_revision}
-            processor = DehvfProcessor.from_pretrained(model_args.adapter, **source)
-            if 1 < adapter_args.max_images < processor.max_images:
-                raise ValueError(
-                    f"`--max_images {adapter_args.max_images}` was given, but the adapter {model_args.adapter} reads "
-                    f"{processor.max_images} images of a sample. Give a larger number, or leave it out."
-                )
-            processor.max_images = max(processor.max_images, adapter_args.max_images)
             saved, _ = DehvfConfig.get_config_dict(model_args.adapter, **source)
             if model_args.method not in BASELINES and (method := saved.get("method")) in BASELINES:
                 raise ValueError(
@@ -44,20 +37,28 @@ def load_processor(model_args, adapter_args):
                     "the bases and sizes with which it was trained."
                 )
             kind = AutoConfig if model_args.method in BASELINES else DehvfConfig
-            config = kind.from_pretrained(model_args.adapter, **source).get_text_config()
+            config = kind.from_pretrained(model_args.adapter, **source)
+            # Without the config, the tokenizer reads it as one of another type and warns
+            processor = DehvfProcessor.from_pretrained(model_args.adapter, config=config, **source)
+            if 1 < adapter_args.max_images < processor.max_images:
+                raise ValueError(
+                    f"`--max_images {adapter_args.max_images}` was given, but the adapter {model_args.adapter} reads "
+                    f"{processor.max_images} images of a sample. Give a larger number, or leave it out."
+                )
+            processor.max_images = max(processor.max_images, adapter_args.max_images)
         else:
             options = {"chat_template": chat_template, "image_fit": model_args.image_fit}
             options |= {name: getattr(adapter_args, name) for name in ("image_size", "max_images", "image_tiles")}
             revisions = base_revisions(model_args)
             processor = DehvfProcessor.from_vision_text_pretrained(*bases, **revisions, **options)
-            config = AutoConfig.from_pretrained(bases[1], revision=revisions["text_model_revision"]).get_text_config()
+            config = AutoConfig.from_pretrained(bases[1], revision=revisions["text_model_revision"])
     except OSError as error:
         places = bases if model_args.adapter is None else (model_args.adapter,)
         raise OSError(
             f"No tokenizer and image processor could be loaded from {' and '.join(places)}. Each must be a folder "
             f"that exists, or a repository on the Hub.\n{error}"
         ) from error
-    check_tokenizer(processor.tokenizer, config)
+    check_tokenizer(processor.tokenizer, config.get_text_config())
     return processor
 
 
