@@ -38,7 +38,7 @@ CONTROL_TOKENS = re.compile(
 def check(path: str, task: str | None = None, columns: str | None = None) -> bool:
     """
     Reads all rows of your own data in the same way as training, and opens their images. Prints each fault, the number
-    of rows, and notes about possible mistakes. The exit status is 0 if there is no fault.
+    of rows, and notes about possible mistakes. Returns whether there is no fault; the exit status is then 0.
     """
     published = {file: module for module in PUBLISHED for file in module.find_files(Path(path))}
     if published and not (task or columns):
