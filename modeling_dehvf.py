@@ -660,7 +660,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
             labels: `(batch_size, sequence_length)` token ids, -100 for tokens without a loss.
             logits_to_keep: positions for which logits and loss are computed, see [`keep_positions`].
 
-        All others as in [`DehvfModel.forward`]. With `labels`, `instruction_mask` is 1 without a label by default.
+        All others as in [`DehvfModel.forward`]. With `labels`, the user's tokens are those without a label by default.
         """
         reads_instruction = self.model.config.reads_instruction or adapter_names is not None  # one of them may
         if reads_instruction and instruction_mask is None and labels is not None:
