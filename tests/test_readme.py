@@ -170,10 +170,14 @@ def test_the_blocks_of_the_usage_page_run_in_its_order_and_print_what_it_shows(m
 
 @pytest.mark.extended
 @pytest.mark.slow
-def test_the_block_of_the_trl_page_trains_and_saves_an_adapter(tmp_path):
+@pytest.mark.parametrize("reads_question", [False, True])
+def test_the_blocks_of_the_trl_page_train_and_save_an_adapter(reads_question, tmp_path):
     for name in ("assets", "dehvf.py"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (code,) = blocks("trl.md", "python")
+    code, collator = blocks("trl.md", "python")
+    if reads_question:
+        code = code.replace("num_memory_slots=32", 'num_memory_slots=32, fuser_query="layer+instruction"')
+        code = code.replace("trainer.train()", f"{collator}\ntrainer.train()")
     run("python", "-c", code, folder=tmp_path)
     model = DehvfForConditionalGeneration.from_pretrained(
         tmp_path / "outputs" / "trl",
