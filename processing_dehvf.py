@@ -514,10 +514,11 @@ class DehvfProcessor(ProcessorMixin):
         pixel_values[where] = pixels
         image_mask = np.zeros(shape, dtype=bool)
         image_mask[where] = True
-        masks = {} if image_mask.all() else {"image_mask": image_mask}
         if shape[1] == 1:
-            pixel_values, masks = pixel_values[:, 0], {name: mask[:, 0] for name, mask in masks.items()}
-        return {"pixel_values": pixel_values, **masks}, []
+            pixel_values, image_mask = pixel_values[:, 0], image_mask[:, 0]
+        if image_mask.all():
+            return {"pixel_values": pixel_values}, []
+        return {"pixel_values": pixel_values, "image_mask": image_mask}, []
 
     def _views(self, image: Image.Image, rows: int, columns: int) -> list[Image.Image]:
         """The inputs of the image processor for an image: the whole image, and its tiles if it is large."""

@@ -328,14 +328,15 @@ def write_report(only_existing: bool = False):
     """`only_existing`: without a measurement of seconds on this machine, takes that of the earlier report."""
     seconds_file, earlier = RUNS / "seconds.json", read_report(RESULTS, "paper_tables")
     tables = collect(earlier.get("tables", {}))
-    if only_existing and not seconds_file.is_file():
-        if not earlier:
-            sys.exit(f"There is no report in {RESULTS} and no measurement in {RUNS}. Run it without `--report`.")
+    if seconds_file.is_file():
+        seconds = json.loads(seconds_file.read_text(encoding="utf-8"))
+    elif not only_existing:
+        seconds = measure_seconds()
+        seconds_file.write_text(json.dumps(seconds))
+    elif earlier:
         seconds = {"machine": earlier["seconds_machine"], "methods": earlier["seconds"]}
     else:
-        if not seconds_file.is_file():
-            seconds_file.write_text(json.dumps(measure_seconds()))
-        seconds = json.loads(seconds_file.read_text(encoding="utf-8"))
+        sys.exit(f"There is no report in {RESULTS} and no measurement in {RUNS}. Run it without `--report`.")
     versions = sorted({version for rows in tables.values() for row in rows.values() for version in row["torch"]})
     report = {
         "command": "python -m benchmarks.paper_tables",

@@ -431,16 +431,15 @@ def read_object(file: Path) -> Iterator[Record]:
     are_rows = values and all(isinstance(value, dict) for value in values)
     are_splits = values and all(isinstance(whole[key], list) and split_of(key) for key in whole)
     are_columns = are_rows and all(key.isdigit() for value in values for key in value)
+    fault = None
     if are_columns:
-        yield (
-            str(file),
-            None,
-            ['it has columns, as pandas writes them. Write rows: `to_json(file, orient="records")`.'],
-        )
+        fault = 'it has columns, as pandas writes them. Write rows: `to_json(file, orient="records")`.'
     elif are_rows:
-        yield str(file), None, ["it is one object with a row for each key. Write a list of its values."]
+        fault = "it is one object with a row for each key. Write a list of its values."
     elif are_splits:
-        yield str(file), None, ["it has several splits. Write a file for each of them."]
+        fault = "it has several splits. Write a file for each of them."
+    if fault is not None:
+        yield str(file), None, [fault]
     elif len(keys) != 1:
         yield from read_lines(file)
     else:

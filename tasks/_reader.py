@@ -30,7 +30,13 @@ from tasks._values import (
 
 
 IMAGE_FOLDERS = ("", "images", "image", "imgs")  # relative to the folder of the file
-TEXTS_OF_CHATS = ("history", "system", "system_prompt")  # columns that only `--task chat` can express
+# Columns with texts that only `--task chat` reads, and what to do with these and with all others that would be lost
+TEXTS_OF_CHATS = ("history", "system", "system_prompt")
+MAKE_CHATS = "give the texts as messages with `--task chat`, or remove the column if it is not needed."
+UNSUPPORTED = (
+    "video, audio and tools are not supported. Remove the row, or the column if it is not needed. `--columns "
+    "image=COLUMN` ignores video and audio."
+)
 LONGEST_FILE_NAME = 255  # of the usual file systems; longer texts may be base64
 
 
@@ -122,11 +128,8 @@ class Reader:
                         "messages of the assistant. Remove the row, or split it."
                     )
             elif value and not is_no_image(value):
-                kind = "video, audio and tools are not supported. Remove the row, or the column if it is not needed"
-                if column in TEXTS_OF_CHATS:
-                    kind = "give the texts as messages with `--task chat`, or remove the column if it is not needed"
-                media = " `--columns image=COLUMN` ignores video and audio." * (column not in TEXTS_OF_CHATS)
-                faults.append(f"it has `{column}`, which is not read: {kind}.{media}")
+                advice = MAKE_CHATS if column in TEXTS_OF_CHATS else UNSUPPORTED
+                faults.append(f"it has `{column}`, which is not read: {advice}")
         filled = [column for column in self.fields.get("messages", ()) if record.get(column) not in (None, "", [])]
         return faults + [
             f"`{filled[0]}` and `{column}` both have messages. Give `--columns messages={filled[0]}` to read that "

@@ -24,10 +24,8 @@ COLUMNS = ("image", "images", "statement", "label", "identifier")
 ANSWER_PREFIX = " The answer is"
 MAX_NEW_TOKENS = 4  # some tokenizers have several tokens for "False"
 DATASET, DATASET_ROWS = "lmms-lab/NLVR2", 2316  # test1.json has 4,651 others as well
-CARD = {
-    **{"task_type": "visual-question-answering", "metric_type": "accuracy", "score": "accuracy"},
-    "split": "balanced_test_public",
-}
+CARD = {"task_type": "visual-question-answering", "metric_type": "accuracy", "score": "accuracy"}
+CARD |= {"split": "balanced_test_public"}
 METRIC = Path(__file__).parents[1] / "metrics" / "nlvr2"
 
 LABELS = ("True", "False")

@@ -28,10 +28,8 @@ COLUMNS = ("image", "question", "answer", "answers")
 ANSWER_PREFIX = ""
 MAX_NEW_TOKENS = 10  # an answer is rarely longer than three words
 DATASET, DATASET_ROWS = "lmms-lab/VQAv2", 214_354
-CARD = {
-    **{"task_type": "visual-question-answering", "metric_type": "accuracy", "score": "average"},
-    "split": "validation",  # the answers of the published test split are secret
-}
+CARD = {"task_type": "visual-question-answering", "metric_type": "accuracy", "score": "average"}
+CARD |= {"split": "validation"}  # the answers of the published test split are secret
 METRIC = Path(__file__).parents[1] / "metrics" / "vqav2"
 
 PARTS = {"train": ("train",), "validation": ("train",), "test": ("validation",)}

@@ -316,10 +316,15 @@ def without_adapter_values(values: dict, flags: Collection[str]) -> dict:
     Values of a recipe without those that the adapters of a command define, since these values are for new adapters. A
     baseline has to be named with its sizes, and `max_images` may be increased.
     """
+    if "adapter" not in flags:
+        return values
     defined = {field.name for field in dataclasses.fields(adapter_arguments())} | {"chat_template", "image_fit"}
-    defined -= {"max_images", "image_size" if values.get("method") in BASELINES else ""}
-    defined |= {"method"} if values.get("method") in DEHVF_METHODS else set()
-    return {name: value for name, value in values.items() if "adapter" not in flags or name not in defined}
+    defined.remove("max_images")
+    if values.get("method") in BASELINES:
+        defined.remove("image_size")
+    elif values.get("method") in DEHVF_METHODS:
+        defined.add("method")
+    return {name: value for name, value in values.items() if name not in defined}
 
 
 def set_method(model_args, adapter_args, flags: Collection[str]):
