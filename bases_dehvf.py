@@ -261,15 +261,15 @@ def assemble_causal_lm(language_model: PreTrainedModel, head: torch.nn.Module | 
 
 def check_base_can_be_saved(base: PreTrainedModel, key: str):
     """
-    Raises `ValueError` if a base model cannot be saved as it is quantized, or could not be loaded again, since it
-    lacks tensors of its class.
+    Raises `ValueError` if the quantization of a base model cannot be saved, or if the base model lacks tensors of its
+    class, so that it could not be loaded again.
     """
     if getattr(base, "is_quantized", False):  # its tensors have other names
         if not base.hf_quantizer.is_serializable():
             method = base.hf_quantizer.quantization_config.quant_method
             raise ValueError(
-                f"The {BASE_NAMES[key]} is quantized with {getattr(method, 'value', method)} and cannot be saved like "
-                "this. Load it without quantization to save it with `merge_base=True`, or save only the adapter."
+                f"The {BASE_NAMES[key]} is quantized with {getattr(method, 'value', method)} and cannot be saved in "
+                "this form. Load it without quantization to save it with `merge_base=True`, or save only the adapter."
             )
         return
     auto_class = AutoModelForCausalLM if key == "text" else AutoModel

@@ -270,7 +270,7 @@ class DehvfConfig(PreTrainedConfig):
 
     @_attn_implementation.setter
     def _attn_implementation(self, value: str | dict | None):
-        """Raises `ValueError` if attention is given for something else than the base models, which has no effect."""
+        """Raises `ValueError` for keys other than those of the base models, which would have no effect."""
         if isinstance(value, dict) and (unknown := value.keys() - {"", *BASE_SIZES}):
             raise ValueError(
                 f"`attn_implementation` has the key {min(unknown)!r}. Give one value for both base models, or a dict "

@@ -398,10 +398,12 @@ def test_quantization_is_chosen_at_each_load_and_dequantizing_keeps_the_weights(
     assert "quantization_config" not in json.loads((tmp_path / "full/adapter/text_model/config.json").read_text())
 
 
-def test_base_models_that_cannot_be_saved_as_they_are_quantized_are_not_merged(saved, tmp_path, monkeypatch):
+def test_base_models_whose_quantization_cannot_be_saved_are_not_merged(saved, tmp_path, monkeypatch):
     model = load(saved, quantization_config=NF4)
     monkeypatch.setattr(type(model.hf_quantizer), "is_serializable", lambda self: False)
-    with pytest.raises(ValueError, match="The language model is quantized with bitsandbytes and cannot be saved like"):
+    with pytest.raises(
+        ValueError, match="The language model is quantized with bitsandbytes and cannot be saved in this form"
+    ):
         model.save_pretrained(tmp_path / "merged", merge_base=True)
     assert not (tmp_path / "merged").exists()
 
