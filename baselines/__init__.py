@@ -187,6 +187,15 @@ def spread_layers(num_layers: int, number: int) -> list[int]:
     return [num_layers * (index + 1) // number for index in range(number)]
 
 
+def make_contiguous(module: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """
+    A forward pre-hook of the head. For a slice of the hidden states (`logits_to_keep`), `nn.Linear` with a frozen
+    weight multiplies each row separately. In bfloat16 on a CPU it also copies the weight for each row, which takes
+    longer than the layers.
+    """
+    return (arguments[0].contiguous(),)
+
+
 class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
     """
     The LLaVA class of `transformers` with loaded, frozen bases. Subclasses add the trained modules; only these are
@@ -218,6 +227,7 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         self.model.vision_tower = vision_tower
         self.model.language_model = causal_lm.base_model
         self.lm_head = causal_lm.get_output_embeddings()
+        self.lm_head.register_forward_pre_hook(make_contiguous)
         self.generation_config = causal_lm.generation_config
         self.requires_grad_(False)
         self.model.multi_modal_projector = projector

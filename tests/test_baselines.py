@@ -253,6 +253,16 @@ def test_without_a_mask_all_samples_have_images(make, method):
     assert torch.equal(model(**batch).logits, expected)
 
 
+@all_methods
+def test_the_head_reads_contiguous_hidden_states(make, method):
+    model, contiguous = make(method), []
+    batch = make_batch(model, ROWS)
+    expected = model(**batch).logits[:, -2:]
+    model.lm_head.register_forward_pre_hook(lambda _, arguments: contiguous.append(arguments[0].is_contiguous()))
+    torch.testing.assert_close(model(**batch, logits_to_keep=2).logits, expected)
+    assert contiguous == [True]
+
+
 @pytest.mark.parametrize("method", ["llava", "llava-lora", "lavin", "adem-vl", "igva"])
 def test_placeholders_that_do_not_fit_the_images_are_an_error(make, method):
     model = make(method)
