@@ -7,10 +7,22 @@ import pytest
 import torch
 from datasets import DatasetDict
 from test_train import make_rows, tiny_flags
-from tiny import NUM_TEXT_LAYERS, ROOT, DehvfForConditionalGeneration, DehvfProcessor, tiny_inputs, tiny_model
+from tiny import (
+    IMAGE_SIZE,
+    NUM_PATCHES,
+    NUM_TEXT_LAYERS,
+    NUM_VISION_LAYERS,
+    ROOT,
+    DehvfForConditionalGeneration,
+    DehvfProcessor,
+    tiny_inputs,
+    tiny_model,
+)
+from torch.nn import functional as F
 
 import train
 from benchmarks import fusion
+from dehvf import modeling
 from tasks import digits
 from training.arguments import DehvfTrainingArguments
 from training.fusion import FusionRecorder, FusionStatistics, describe_fusion, fusion_figures
@@ -123,6 +135,55 @@ def test_the_fuser_is_trained_at_a_rate_of_its_own(ratio, tmp_path):
         of_fuser = name.startswith(("model.fuser.", "model.fuser_query."))
         assert rates[id(parameter)] == pytest.approx(0.01 * (ratio if of_fuser else 1)), name
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.1}
+
+
+def test_the_fuser_learns_to_read_the_vision_layer_that_an_image_needs(monkeypatch):
+    """
+    The patches of each vision layer show a label, and the answer is the label of layer 0 or 1. Only the class features
+    say which, and only the fuser reads them, so with the same weights for all images no adapter can answer more than
+    1/2 + 1/2 * 1/8 of the questions.
+    """
+    num_labels, num_rows = 8, 512
+    model = tiny_model(num_groups=1, projector_hidden_size=32, memory_dropout=0, memory_scale=1, visual_scale=0.3)
+    labels = torch.randint(num_labels, (num_rows, NUM_VISION_LAYERS))
+    layer = torch.randint(2, (num_rows,))
+    answers = labels.gather(1, layer[:, None]).flatten()
+    label_features, layer_features = (torch.randn(number, 24) for number in (num_labels, 2))
+
+    def hierarchical_features(adapter, vision_tower, pixel_values):
+        rows = pixel_values[:, 0, 0, 0].long()
+        class_features = layer_features[layer[rows], None].expand(-1, NUM_VISION_LAYERS, -1)
+        patches = label_features[labels[rows]][:, adapter.hierarchy.layers_read, None].expand(-1, -1, NUM_PATCHES, -1)
+        return class_features, adapter.projector.down(patches), vision_tower(pixel_values)
+
+    monkeypatch.setattr(modeling.Adapter, "hierarchical_features", hierarchical_features)
+
+    def logits(rows):
+        pixel_values = rows[:, None, None, None].float().expand(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
+        return model(input_ids=torch.tensor([[1]]).expand(len(rows), -1), pixel_values=pixel_values).logits[:, 0]
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=4e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1, end_factor=0, total_iters=200)
+    for _ in range(200):
+        rows = torch.randint(num_rows, (64,))
+        F.cross_entropy(logits(rows), answers[rows]).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.1)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def accuracy(replacement=None):
+        fuser, weights = model.model.fuser, []
+        with fuser.register_forward_hook(lambda *call: weights.append(call[-1]) or replacement):
+            right = logits(torch.arange(num_rows)).argmax(dim=-1) == answers
+        return right.float().mean().item(), weights[0]
+
+    own, weights = accuracy()
+    replaced = fusion.replacements(weights, model.model.hierarchy.rows)
+    others = {name: accuracy(replaced[name])[0] for name in ("mean over images", "another image's", "uniform")}
+    assert own > 0.9 and max(others.values()) < 0.65, (own, others)
 
 
 # --- replaced weights ---
