@@ -19,6 +19,7 @@ import uuid
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -229,16 +230,18 @@ def find_start(output_dir: Path, asked: str, run: dict) -> tuple[dict, Path | No
         `run` with an id and the seconds trained so far; and the checkpoint to resume from, if any.
 
     Raises:
-        ValueError: if `output_dir` is not a folder or cannot be created, the run to resume has other arguments, or the
-            requested checkpoint is not complete.
+        ValueError: if `output_dir` is not a folder or cannot be written to, the run to resume has other arguments, or
+            the requested checkpoint is not complete.
     """
     if os.path.lexists(output_dir) and not output_dir.is_dir():
         raise ValueError(f"`--output_dir {output_dir}` is not a folder. Give another name, or remove what is there.")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=output_dir).close()
     except OSError as error:
         raise ValueError(
-            f"`--output_dir {output_dir}` cannot be created: {error}. Give a folder that you can write to."
+            f"`--output_dir {output_dir}` cannot be created or written to: {error}. Give a folder to which you can "
+            "write."
         ) from error
     foreign = [name for name in ("README.md", CONFIG_NAME, RESULTS_FILE) if (output_dir / name).exists()]
     if foreign and not (output_dir / RUN_FILE).exists():
