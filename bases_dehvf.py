@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from contextlib import contextmanager
+from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -102,6 +103,8 @@ def _load_base(auto_class, location, key: str, config: DehvfConfig, **kwargs) ->
     warn_of_other_values(found, expected, location)
     found._attn_implementation = expected._attn_implementation
     dtype = found.dtype if kwargs["dtype"] == "auto" else kwargs["dtype"]
+    if key == "text":
+        kwargs = with_names_of_base(kwargs, auto_class._model_mapping[type(found)].base_model_prefix)
     with _explain_base_errors(location, key), _zero3_dtype(dtype):
         base, info = auto_class.from_pretrained(
             location, config=found, revision=revision, output_loading_info=True, **kwargs
@@ -114,6 +117,32 @@ def _load_base(auto_class, location, key: str, config: DehvfConfig, **kwargs) ->
     base.config._name_or_path = getattr(config, f"{key}_model_id")  # a saved config must not name a local folder
     setattr(config, f"{key}_config", base.config)
     return base
+
+
+def with_names_of_base(arguments: dict, prefix: str) -> dict:
+    """
+    In `device_map` and `quantization_config`, replaces names of the loaded model (`model.language_model.layers.0`) by
+    those of the class of its language model (`model.layers.0`), which are valid too.
+
+    Args:
+        prefix: the name of the model without head in that class (`base_model_prefix`).
+    """
+
+    def rename(name: str) -> str:
+        return re.sub(r"^model\.language_model(?=\.|$)", prefix, name)
+
+    device_map = arguments.get("device_map")
+    if isinstance(device_map, dict) and any(rename(name) != name for name in device_map):
+        # The vision encoder and the adapter are placed on the device of the language model
+        own = (name for name in device_map if rename(name) != name or not name.startswith("model."))
+        arguments = {**arguments, "device_map": {rename(name): device_map[name] for name in own}}
+    if quantization := deepcopy(arguments.get("quantization_config")):
+        values = quantization if isinstance(quantization, dict) else vars(quantization)
+        for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
+            if values.get(field):
+                values[field] = [rename(name) for name in values[field]]
+        arguments = {**arguments, "quantization_config": quantization}
+    return arguments
 
 
 def check_base(found, expected, location):

@@ -367,6 +367,16 @@ def test_a_model_in_4_bits_says_so_and_is_not_cast(saved):
     close(logits_of(copy.deepcopy(model)), logits_of(model))
 
 
+@pytest.mark.parametrize("name", ["model.layers.0", "model.language_model.layers.0"])
+@pytest.mark.parametrize("make", [BitsAndBytesConfig, lambda **values: BitsAndBytesConfig(**values).to_dict()])
+def test_modules_that_are_not_quantized_may_be_named_as_in_the_loaded_model(saved, make, name):
+    given = make(load_in_4bit=True, llm_int8_skip_modules=[name, "lm_head"])
+    model = load(saved, quantization_config=given)
+    is_4bit = [type(layer.mlp.up_proj).__name__ == "Linear4bit" for layer in model.model.language_model.layers]
+    assert is_4bit == [False] + [True] * (len(is_4bit) - 1)
+    assert name in (given if isinstance(given, dict) else vars(given))["llm_int8_skip_modules"]
+
+
 @peft_warns
 def test_qlora_on_top_of_a_model_in_4_bits(saved):
     model = peft.prepare_model_for_kbit_training(load(saved, quantization_config=NF4))

@@ -316,11 +316,14 @@ def test_dtype_is_that_of_the_bases_and_adapters_are_fp32(saved):
     assert model(**tiny_inputs()).logits.isfinite().all()
 
 
-def test_a_dispatched_base_reads_the_memory(saved, tmp_path):
+@pytest.mark.parametrize("prefix", ["model", "model.language_model"])
+def test_a_dispatched_base_reads_the_memory(prefix, saved, tmp_path):
     """accelerate's hooks sit on the base's modules before they are extended."""
     expected = torch.load(saved / "logits.pt")
-    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    device_map |= {f"model.layers.{index}": "cpu" if index < 2 else "disk" for index in range(4)}
+    device_map = {f"{prefix}.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")} | {"lm_head": "cpu"}
+    device_map |= {f"{prefix}.layers.{index}": "cpu" if index < 2 else "disk" for index in range(4)}
+    if prefix != "model":  # as `infer_auto_device_map` of accelerate makes it for the loaded model
+        device_map |= {"model.vision_tower": "cpu", "model.projector": "cpu"}
     model = AutoModel.from_pretrained(
         saved / "adapter", trust_remote_code=True, device_map=device_map, offload_folder=tmp_path
     )
