@@ -179,8 +179,9 @@ class Guard:
             ) from error
         if num_bytes > self.max_body_bytes:
             raise RequestError(
-                f"The request has {num_bytes} bytes. This server accepts up to {self.max_body_bytes}. Send a smaller "
-                "image or a shorter text.",
+                f"The request has {num_bytes} bytes. This server accepts up to {self.max_body_bytes}, which includes "
+                "images that are repeated in several messages. Send smaller images, a shorter text or fewer messages, "
+                "or start the server with a larger `--max-image-bytes`.",
                 status=413,
                 code="request_too_large",
             )

@@ -245,8 +245,8 @@ def build(
     app.add_exception_handler(RequestError, lambda request, error: error.response())
     app.add_exception_handler(RequestValidationError, answer_malformed)
     app.add_exception_handler(HTTPException, answer_malformed)  # for JSON that is nested too deep
-    # An image in base64, and a large amount of text
-    max_body_bytes = reader.max_bytes * 4 // 3 + 2**20
+    # As many images in base64 as a request may have, and a large amount of text
+    max_body_bytes = max(1, engine.max_images) * reader.max_bytes * 4 // 3 + 2**20
     app.add_middleware(Guard, hosts=hosts, origins=origins, max_requests=max_requests, max_body_bytes=max_body_bytes)
     if origins:
         allowed = {"allow_origins": origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}

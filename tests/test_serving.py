@@ -57,6 +57,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk  # noqa: E402
 from openai.types.responses import Response  # noqa: E402
 from transformers.cli.serving.server import build_server  # noqa: E402
 
+from benchmarks.serving import SingleModelManager  # noqa: E402
 from demo import serve  # noqa: E402
 from demo.client_images import START_OF_SCAN, ImageReader, is_public  # noqa: E402
 from demo.engine import Batch, Engine, Job, stack_images  # noqa: E402
@@ -1066,6 +1067,20 @@ def test_an_adapter_of_several_images_reads_those_of_a_request_in_their_order(re
         RequestError, match=r"3 different images \(in messages 0, 2, .* reads 2 images for each request"
     ):
         prepare(*before, turn("user", other, image(7), "c"))
+
+
+@pytest.mark.parametrize("max_images, status", [(1, 413), (2, 200)])
+def test_a_request_may_have_each_image_of_the_adapter_at_its_largest_size(max_images, status):
+    processor = DehvfProcessor(tiny_image_processor(), tiny_tokenizer(), max_images=max_images)
+    files = [png(Image.effect_noise((1100, 1100), sigma)) for sigma in (60, 90)]
+    reader = ImageReader(max_bytes=max(map(len, files)))
+    manager = SingleModelManager("tiny", tiny_model(max_images=max_images), processor)
+    client = TestClient(serve.build(manager, reader), base_url="http://localhost")
+    content = [{"type": "image_url", "image_url": {"url": data_url(file)}} for file in files]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 1}
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == status, response.text
+    assert status == 200 or "larger `--max-image-bytes`" in response.json()["error"]["message"]
 
 
 def test_an_adapter_without_visual_memory_refuses_images(reader):
