@@ -40,20 +40,18 @@ MOST_NAMES = 10  # in a message
 # --- splits ---
 
 
-def keyword_of(name: str) -> tuple[str, str] | None:
+def keywords_of(name: str) -> list[tuple[str, str]]:
     """
-    The split that a name refers to and the word that says so ("val2014" and "valData" -> "validation", "val"), or
-    `None`.
+    The words of a name that refer to a split, each after its split: "val2014" and "valData" -> ("validation", "val").
     """
     words = re.split(r"[^a-zA-Z]+|(?<=[a-z])(?=[A-Z])", name)
     words = [re.sub("(?:set|data|split)$", "", word.lower()) for word in words]
-    found = ((str(split), word) for split, keywords in SPLIT_KEYWORDS.items() for word in words if word in keywords)
-    return next(found, None)
+    return [(str(split), word) for word in words for split, keywords in SPLIT_KEYWORDS.items() if word in keywords]
 
 
 def split_of(name: str) -> str | None:
-    """The split that a name refers to, or `None`."""
-    return (keyword_of(name) or (None,))[0]
+    """The split that a name refers to first, or `None`."""
+    return next((split for split, _ in keywords_of(name)), None)
 
 
 def choose_split(splits: dict, split: str, path: str, files: dict[str, list[Path]] | None = None):
@@ -166,20 +164,14 @@ def has_configs(folder: Path) -> bool:
     return readme.is_file() and bool(re.search(r"^configs:", readme.read_text("utf-8", "replace"), re.MULTILINE))
 
 
+def keywords_of_file(file: Path, folder: Path) -> list[tuple[str, str]]:
+    """The result of [`keywords_of`] for the folders below `folder` that contain a file, and for its name."""
+    return [pair for part in file.relative_to(folder).with_suffix("").parts for pair in keywords_of(part)]
+
+
 def split_of_file(file: Path, folder: Path) -> str | None:
-    """The split that a file's name refers to, or else the nearest of the folders that contain it, below `folder`."""
-    parts = file.relative_to(folder).with_suffix("").parts
-    return next((split_of(part) for part in reversed(parts) if split_of(part)), None)
-
-
-def name_of_split(file: Path, folder: Path, split: str) -> str:
-    """
-    The word that a file's path has for its split ("dev" of "dev-00000-of-00002"): the split's own if the file or a
-    folder that contains it has that, or else that of the outermost of them.
-    """
-    found = filter(None, map(keyword_of, file.relative_to(folder).with_suffix("").parts))
-    names = [word for own, word in found if own == split]
-    return split if split in names else names[0]
+    """The split that the path of a file refers to last, or `None`."""
+    return next((split for split, _ in reversed(keywords_of_file(file, folder))), None)
 
 
 def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
@@ -191,7 +183,8 @@ def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
     is the train split.
 
     Raises:
-        ValueError: if only some of the files with other names have "train" in them.
+        ValueError: if a path refers to several splits, or only some of the files with other names have "train" in
+            them.
     """
     if path.is_file():
         return {"train": [path]} if path.match(pattern) else {}
@@ -204,10 +197,17 @@ def find_files(path: Path, pattern: str) -> dict[str, list[Path]]:
     for file in sorted(files):
         if file.name.startswith("."):
             continue
-        if split := split_of_file(file, path):
-            found[split].setdefault(name_of_split(file, path, split), []).append(file)
-        else:
+        if not (keywords := keywords_of_file(file, path)):
             others.append(file)
+            continue
+        if len(dict(keywords)) > 1:
+            words = ", ".join(repr(word) for _, word in keywords)
+            raise ValueError(
+                f"{file} may be of several splits, since its path has the words {words}. Name it and the folders that "
+                "contain it after one split."
+            )
+        (split, word), *_ = keywords
+        found[split].setdefault(split if (split, split) in keywords else word, []).append(file)
     if others and not found["train"]:
         found["train"] = {"train": others}
         trained = [file for file in others if "train" in str(file.relative_to(path)).lower()]

@@ -902,6 +902,7 @@ def test_two_splits_that_may_be_the_test_split_are_named(tmp_path):
 
 
 SEVERAL = "several that may be it: {}. Choose one: name it"
+ANY_SPLIT = ("train", "test", "validation")
 NAMED = [
     ("trainset testset devset", {"train": "trainset", "test": "testset", "validation": "devset"}),
     ("trainData testData", {"train": "trainData", "test": "testData"}),
@@ -914,10 +915,16 @@ NAMED = [
     ("train val dev", {"train": "train", "validation": SEVERAL.format("dev.{0}, val.{0}")}),
     ("train-0 test_a-1 test_b", {"train": "train-0", "test": "test_a-1 test_b"}),
     ("train eval-1 eval-2 testing", {"train": "train", "test": SEVERAL.format("eval-1.{0}, eval-2.{0}, testing.{0}")}),
-    ("vqatrain vqatest", dict.fromkeys(("train", "test", "validation"), "vqatrain.{0} seems to be .*vqatest.{0} an")),
+    ("vqatrain vqatest", dict.fromkeys(ANY_SPLIT, "vqatrain.{0} seems to be .*vqatest.{0} an")),
     ("cats dogs latest test", {"train": "cats dogs latest", "test": "test"}),
     ("train/cats_train train/dogs val/val_a val/val_b", {"train": "cats_train dogs", "validation": "val_a val_b"}),
     ("a/train b/train old_train/x", {"train": "train train x"}),
+    (
+        "train val_from_train test",
+        dict.fromkeys(ANY_SPLIT, "val_from_train.{0} may be of .*'val', 'train'.*after one split"),
+    ),
+    ("train/a val/from_train", dict.fromkeys(ANY_SPLIT, "from_train.{0} may be of several splits")),
+    ("test_dev test_std", dict.fromkeys(ANY_SPLIT, "test_dev.{0} may be of")),
 ]
 
 
@@ -929,7 +936,7 @@ def test_files_with_the_same_word_for_their_split_are_read_together(names, split
         rows, file = [{"question": name.rpartition("/")[2], "answer": "x"}], tmp_path / f"{name}.{suffix}"
         file.parent.mkdir(exist_ok=True)
         write_lines(file, rows) if suffix == "jsonl" else Dataset.from_list(rows).to_parquet(file)
-    for split in ("train", "test", "validation"):
+    for split in ANY_SPLIT:
         expected = splits.get(split, f"has no split `{split}`")
         if " be " in expected or expected.startswith("has no"):
             with pytest.raises(ValueError, match=expected.format(suffix)):
