@@ -327,7 +327,10 @@ def test_smollm2_answers_in_its_own_template():
 
 
 def test_options_are_compared_by_their_whole_likelihood(tmp_path):
-    """Also those that begin with the same token, against the logits of prompt and option in one piece."""
+    """
+    Also those that begin with the same token, against the logits of prompt and option in one piece. The generation
+    config of the language model changes neither them nor the greedy answers.
+    """
     processor, model = tiny_processor(), tiny_model(max_position_embeddings=256)
     prompts = ["how many?", "which one is it?", "say it."]
     options = [[" 1", " 2", " 12"], [" one", " on"], None]
@@ -350,7 +353,11 @@ def test_options_are_compared_by_their_whole_likelihood(tmp_path):
     )
     batch, pixels = collator(rows), tiny_inputs(3)["pixel_values"]
     batch |= {"pixel_values": pixels, "image_mask": torch.tensor([True, True, False])}
-    _, (_, choices), index = trainer.prediction_step(model, dict(batch), False)
+    _, (answers, choices), index = trainer.prediction_step(model, dict(batch), False)
+    model.generation_config.update(num_beams=2, repetition_penalty=5.0, max_time=0.0)
+    _, again, _ = trainer.prediction_step(model, dict(batch), False)
+    assert torch.equal(again[0], answers) and torch.equal(again[1], choices)
+    assert model.generation_config.num_beams == 2
     for row, own, has_image, choice in zip(rows, options, (True, True, False), choices.tolist()):
         likelihoods = []
         for option in row["options"]:

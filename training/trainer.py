@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, GenerationConfig, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -26,6 +26,20 @@ from training.fusion import FusionRecorder
 
 
 logger = logging.get_logger("train")
+
+
+def generate_greedily(model, **kwargs):
+    """
+    Calls `generate` with only the token ids of the model's generation config. `do_sample=False` is not enough: the
+    config of a language model may also have beams, a repetition penalty or a time limit.
+    """
+    given = model.generation_config
+    ids = {name: getattr(given, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
+    try:
+        return model.generate(**kwargs)
+    finally:
+        model.generation_config = given
 
 
 class AnswerTrainer(AdapterTrainer):
@@ -112,10 +126,10 @@ class AnswerTrainer(AdapterTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         index, options, answered = inputs.pop("index"), inputs.pop("options"), inputs.pop("answered", None)
-        generated = self.accelerator.unwrap_model(model).generate(
+        generated = generate_greedily(
+            self.accelerator.unwrap_model(model),
             **inputs,
             max_new_tokens=self.max_new_tokens,
-            do_sample=False,
             synced_gpus=True if self.is_fsdp_enabled else None,  # `generate` sets it itself under ZeRO-3
             return_dict_in_generate=True,
             output_logits=True,
