@@ -122,10 +122,15 @@ class Reader:
         for column in self.lost:
             value = as_list(record.get(column))
             if column in weights:
-                if 0 in (value if isinstance(value, list) else [value]):  # also False
+                given = [
+                    weight
+                    for weight in (value if isinstance(value, list) else [value])
+                    if isinstance(weight, int | float)
+                ]
+                if any(weight != 1 for weight in given if weight == weight):  # NaN is a missing value of pandas
                     faults.append(
-                        f"it has the {column} {reprlib.repr(value)}, but the model is trained on all rows and all "
-                        "messages of the assistant. Remove the row, or split it."
+                        f"it has the {column} {reprlib.repr(value)}, but the model is trained equally on all rows and "
+                        "all messages of the assistant. Remove the row or the column, or split the row."
                     )
             elif value and not is_no_image(value):
                 advice = MAKE_CHATS if column in TEXTS_OF_CHATS else UNSUPPORTED

@@ -77,12 +77,12 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
             f'`messages` is {reprlib.repr(turns)}. Make it a list of {{"role": "user", "content": "..."}}, or, as '
             f'`conversations`, of {{"from": "human", "value": "..."}}.{form}'
         ]
-    messages, faults, num_markers, system = [], [], 0, record["system"]
+    messages, faults, num_markers, indexes, system = [], [], 0, [], record["system"]
     if _values.is_text(system):
         role, content = read_turn(turns[0])
         if role != "system":
             turns = [{"role": "system", "content": system}, *turns]
-        elif content != system:
+        elif read_content(decode_parts(content))[0] != system:
             faults.append("`system` and the system message differ. Give one of them.")
     elif system is not None and not (isinstance(system, str) and not system.strip()):
         faults += _values.find_text_faults("`system`", system)
@@ -96,6 +96,9 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
             faults.append(
                 f"message {number} has the role {role!r}. Use system, user and assistant, or system, human and gpt."
             )
+        contents = [turn[key] for key in KEYS[1] if turn.get(key) not in (None, "")]
+        if contents[1:] and contents[0] != contents[1]:
+            faults.append(f"message {number} ({role}) has `content` and `value`, which differ. Give one of them.")
         if ignored := [key for key in UNREAD if turn.get(key)]:
             faults.append(f"message {number} ({role}) has `{ignored[0]}`, which is not read. Remove it or the row.")
         if misplaced := [key for key in IMAGE_KEYS if turn.get(key)]:
@@ -125,6 +128,8 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
                 "`objects` is not read. Write the name or the box in its place."
             )
         num_markers += markers
+        parts = content if isinstance(content, list) and not unknown else []
+        indexes += [part["index"] for part in parts if kind_of(part) == "image" and part.get("index") is not None]
         if is_answer and isinstance(text, str):
             text = text.strip()  # the tokens of an answer begin after the generation prompt
         messages.append({"role": ROLES.get(role), "content": text})
@@ -136,6 +141,11 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
             "alternate, and the last message must be the assistant's."
         )
     faults += _values.find_marker_faults("the messages have", num_markers, num_images, " (or parts of type 'image')")
+    if any(index != number for number, index in enumerate(indexes)):
+        faults.append(
+            f"the image parts have the `index` values {reprlib.repr(indexes)}, but images are read in the order of "
+            "the row. Put its images into the order of the parts, and remove `index`."
+        )
     return {"messages": messages}, faults
 
 

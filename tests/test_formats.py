@@ -405,11 +405,23 @@ CHAT_FAULTS = [
     ({"conversations": in_llava(), "images": ["a.png"] * 3}, "have 1 `<image>` .*the row has 3 images"),
     ({"messages": MESSAGES, "images": ["lost.png"]}, "lost.png cannot be read"),
     (
+        {
+            "messages": [{"role": "user", "content": [{"type": "image", "index": n} for n in (1, 0)] + parts("x")}]
+            + [ASSISTANT],
+            "images": ["a.png", "a.png"],
+        },
+        "the image parts have the `index` values [1, 0], but images are read in the order",
+    ),
+    (
         {"messages": [{**USER, "images": ["a.png"]}, ASSISTANT]},
         "message 1 (user) has `images`, which is not read. Give",
     ),
     ({"messages": [{**USER, "attachments": ["a.png"]}, ASSISTANT]}, "message 1 (user) has `attachments`"),
     ({"messages": [USER, {**ASSISTANT, "content": "<bbox>"}]}, "message 2 (assistant) has `<bbox>`, which would"),
+    (
+        {"messages": [USER, {**ASSISTANT, "value": "x"}]},
+        "message 2 (assistant) has `content` and `value`, which differ",
+    ),
     ({"messages": [{**USER, "content": "Where is <ref-object>?"}, ASSISTANT]}, "(user) has `<ref-object>`, which"),
     ([MESSAGES], "is not a row"),
 ]
@@ -625,6 +637,7 @@ AMBIGUOUS = [
     *(
         (chat, {"messages": [USER, ASSISTANT], column: value}, f"it has the {column} .*Remove the row")
         for column, value in [("weight", 0.0), ("loss_mask", [1, 0]), ("loss_scale", 0), ("train", False)]
+        + [("weight", 0.5), ("weights", [2, 1])]
     ),
     (chat, {"messages": [USER, ASSISTANT], "system": ["Be brief."]}, "`system` is .*Make it a text in quotes"),
     (
@@ -972,8 +985,11 @@ def test_a_column_that_names_several_splits_is_a_fault(layout, tmp_path, capsys)
 
 def test_a_system_message_may_be_in_a_column(tmp_path):
     rows = [{"system": "Be brief.", "conversations": in_llava("")[1:]}, {"system": "Be brief.", "messages": MESSAGES}]
+    rows.append(
+        {"system": "Be brief.", "messages": [{"role": "system", "content": parts("Be brief.")}, *MESSAGES[1:]]}
+    )
     write_lines(tmp_path / "train.jsonl", rows)
-    assert [chat.messages(row) for row in read(chat, tmp_path, columns="image=none")] == [MESSAGES, MESSAGES]
+    assert [chat.messages(row) for row in read(chat, tmp_path, columns="image=none")] == [MESSAGES] * 3
 
 
 def test_numbers_and_class_labels_of_arrow_are_learned_as_written(tmp_path):

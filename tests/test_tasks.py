@@ -1012,8 +1012,11 @@ FAULTS = [
     ({**FREE, "image": ""}, "`image` is ''"),
     (
         {"question": "<image>Why?", "answer": "so", "images": ["good.png", "good.png"]},
-        "`question` has 1 `<image>`, but the row has 2 images",
+        "`question` and `context` have 1 `<image>`, but the row has 2 images",
     ),
+    ({**FREE, "question": "<image>Why?", "context": "<image>", "image": "good.png"}, "have 2 `<image>`, but the row"),
+    ({**FREE, "answer": "<image>"}, "the answer or option '<image>' has `<image>`, which only a question may have"),
+    ({**CHOICE, "choices": ["a dog", "<image> a cat"]}, "the answer or option '<image> a cat' has `<image>`"),
     ({**FREE, "image": "lost.png"}, "lost.png cannot be read: there is no such file"),
     ({**FREE, "image": "broken.png"}, "broken.png cannot be read"),
     ({**FREE, "image": "cut.png"}, "cut.png cannot be read"),
@@ -1036,11 +1039,12 @@ def test_the_check_command_names_every_bad_row_and_no_other(command, tmp_path):
     for number, (fault, (_, text)) in enumerate(zip(faults, FAULTS, strict=True)):
         assert fault.startswith(f"{file}:{3 + 2 * number}: ") and text in fault
         assert fault.endswith(".")  # what to do
-    assert summary == f"{file}: 27 good rows, 27 with an image, 27 with choices"
+    count = len(FAULTS) + 1
+    assert summary == f"{file}: {count} good rows, {count} with an image, {count} with choices"
     assert longest == "longest texts in characters: question 6, choices 5, answer 5, context 9"
     assert unread.startswith("note: columns that are not read: ") and "id" in unread
-    assert note == f"note: 26 times a row that is repeated, the first at {file}:4"
-    assert "no test split" in missing and total == "26 faults"
+    assert note == f"note: {len(FAULTS)} times a row that is repeated, the first at {file}:4"
+    assert "no test split" in missing and total == f"{len(FAULTS)} faults"
 
 
 def test_the_check_command_names_all_faults_of_one_row(command, tmp_path):

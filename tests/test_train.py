@@ -46,7 +46,7 @@ from dehvf import DehvfProcessor
 from tasks import get_task, score_folder
 from training import arguments
 from training.arguments import DataArguments, DehvfTrainingArguments, parse_arguments
-from training.chats import ChatTokenizer, render
+from training.chats import ChatTokenizer, prints_date, render
 from training.data import Collator, Split, StreamedSplit, load_splits, read_image
 from training.encoding import RowEncoder
 from training.flags import DEFAULT_RECIPE, HELP_FILE, argument_names, argument_types, read_recipe, recipes, show_help
@@ -575,7 +575,8 @@ def test_a_template_that_prints_the_date_is_named_and_rendered_again_each_day(sc
         process_index=0, num_train_epochs=1, eval_strategy="no", main_process_first=lambda desc: nullcontext()
     )
     template = processor.chat_template
-    for day, text in ((1, "{{ strftime_now('%d') }}"), (2, "{{ strftime_now('%d') }}"), (3, "03")):
+    date = "{{ strftime_now('%d') }}"
+    for day, text in ((1, date), (2, date), (3, "03")):
         now = datetime.datetime(2026, 11, day)
         clock = SimpleNamespace(now=lambda now=now: now, today=lambda now=now: now.date())
         monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
@@ -585,6 +586,7 @@ def test_a_template_that_prints_the_date_is_named_and_rendered_again_each_day(sc
         splits = load_splits(get_task("scienceqa"), processor, arguments, training_args)
         prompts.append(processor.tokenizer.decode(splits["test"][0]["input_ids"], skip_special_tokens=True).split()[0])
     assert [prompt[:2] for prompt in prompts] == ["01", "02", "03"]
+    assert prints_date(SimpleNamespace(chat_template={"default": date}))
     assert caplog.text.count("The chat template prints the current date") == 2
 
 

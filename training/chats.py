@@ -22,7 +22,7 @@ def render(processor, prompt: str) -> str:
 
 def prints_date(processor) -> bool:
     """Whether the chat template prints the current date, so that prompts differ from day to day."""
-    return "strftime_now" in (processor.chat_template or "")
+    return "strftime_now" in str(processor.chat_template)  # which may be a dict of several
 
 
 def find_left_out(messages: list[dict], text: str) -> int | None:
