@@ -9,7 +9,8 @@ drawings.
     python -m benchmarks.pretrained --rows DEHVF MemVP --seeds 3 --at-once 2
     python -m benchmarks.pretrained --report            # writes the tables from the existing runs
 
-This needs a GPU: eight simultaneous runs took 160 seconds on an H200, while one run takes hours on two cores. All rows
+On a GPU, eight simultaneous runs of easy-VQA took 160 seconds (one H200). On a CPU with bfloat16 instructions, a run
+with the drawings takes about 18 minutes on one core with `--dtype bfloat16`; one with easy-VQA takes hours. All rows
 with the same batch size train on the same questions in the same order, with the optimizer of `train.py`. During a run,
 the accuracy on the first 1,000 test questions is written ten times to a file in `outputs/pretrained`, which is kept if
 the run is stopped. When the command is run again, it only trains the runs that are not finished. The tables are
@@ -425,7 +426,8 @@ class Run:
         waiting for the GPU would delay the other runs. With `only_scores`, there is only one evaluation, at the end,
         and the fusion weights are not replaced.
         """
-        report = {"row": dataclasses.asdict(self.row), "seed": self.seed, "machine": machine_in_words(), "curve": []}
+        report = {"row": dataclasses.asdict(self.row), "seed": self.seed, "machine": machine_in_words()}
+        report |= {"dtype": self.bench.dtype, "curve": []}
         report |= {"trained_parameters": sum(parameter.numel() for parameter in self.parameters)}
         step, losses, batches, point = Step(self), [], self.batches(), None
         self.model.train()
@@ -514,15 +516,16 @@ class Bench:
 
     def __init__(self, questions: dict[str, Questions], vision: nn.Module, text: nn.Module):
         self.vision, self.text, self.device = vision, text, text.device
+        self.dtype = str(text.dtype).removeprefix("torch.")
         self.num_kept = max(split.num_kept for split in questions.values())
         self.train, self.test = (questions[split].to(self.device) for split in SPLITS)
         self.test_images = questions["test"].image_rows  # on the host, in ascending order
 
 
-def load_bases(device: str) -> tuple[nn.Module, nn.Module]:
+def load_bases(device: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
     """The vision encoder and the language model, frozen."""
     places = {VISION_MODEL: AutoModel, TEXT_MODEL: AutoModelForCausalLM}
-    bases = (auto.from_pretrained(place, dtype=torch.float32).to(device) for place, auto in places.items())
+    bases = (auto.from_pretrained(place, dtype=dtype).to(device) for place, auto in places.items())
     return tuple(base.requires_grad_(False) for base in bases)
 
 
@@ -548,8 +551,13 @@ def has_values(run: dict, row: Row) -> bool:
     return {**dataclasses.asdict(Row()), **run["row"]} == dataclasses.asdict(row)
 
 
-def train_missing(rows: dict[str, Row], seeds: list[int], at_once: int, only_scores: bool = False):
-    """Trains the runs that are not finished, `at_once` at the same time. `only_scores`: see [`Run.train`]."""
+def train_missing(
+    rows: dict[str, Row], seeds: list[int], at_once: int, only_scores: bool = False, dtype: torch.dtype = torch.float32
+):
+    """
+    Trains the runs that are not finished, `at_once` at the same time. `only_scores`: see [`Run.train`]. `dtype`: of
+    the bases; trained modules are in float32.
+    """
     # Seed by seed, so that the tables of a stopped benchmark are complete with fewer seeds
     runs = [(name, row, seed) for seed in seeds for name, row in rows.items()]
     missing = [run for run in runs if "scores" not in (read_run(*run) or {})]
@@ -559,7 +567,7 @@ def train_missing(rows: dict[str, Row], seeds: list[int], at_once: int, only_sco
     device, precision = "cuda" if torch.cuda.is_available() else "cpu", torch.get_float32_matmul_precision()
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
-    bases, benches, active, done = load_bases(device), {}, {}, object()
+    bases, benches, active, done = load_bases(device, dtype), {}, {}, object()
     for task, size in {(row.task, row.image_size) for _, row, _ in missing}:
         processor = load_processor(size)
         questions = {split: load_questions(TASKS[task], split, processor) for split in SPLITS}
@@ -634,7 +642,9 @@ def accuracy_table(rows: dict[str, list[dict]]) -> list[str]:
     for name, runs in rows.items():
         last = [run.get("scores") or run["curve"][-1] for run in runs]
         until = [number for run in runs if (number := questions_until(run))]
-        cells = [name, f"{runs[0]['trained_parameters']:,}", ", ".join(str(run["seed"]) for run in runs)]
+        dtypes = [run.get("dtype", "float32") for run in runs]  # runs of earlier versions were in float32
+        seeds = [f"{run['seed']}{' (bfloat16)' * (dtype == 'bfloat16')}" for run, dtype in zip(runs, dtypes)]
+        cells = [name, f"{runs[0]['trained_parameters']:,}", ", ".join(seeds)]
         numbers = {run["row"]["batch_size"] * run["curve"][-1]["step"] for run in runs}
         cells.append(" to ".join(f"{number:,}" for number in sorted({min(numbers), max(numbers)})))
         cells += [spread([scores[kind] for scores in last]) for kind in kinds]
@@ -708,7 +718,8 @@ def write_report(rows: dict[str, Row]):
             "The most frequent answer to each question text, without the picture, has the accuracy: yes/no 82.5, "
             "shape 34.8, colour 12.0 (easy-VQA), kind 19.9 (emoji). The last column is the change in accuracy with "
             "the best of six replacements of the fusion weights (`benchmarks.fusion`): 0 or more means that the "
-            f"fuser's own weights contribute nothing. {'; '.join(machines)}."
+            "fuser's own weights contribute nothing. The bases are in float32 (on GPUs with TF32 products) unless the "
+            f"column of the seeds says bfloat16. {'; '.join(machines)}."
         ),
         "runs": runs,
     }
@@ -725,11 +736,15 @@ def main():
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--at-once", type=positive, default=1, help="runs that train at the same time")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the bases (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     require_writable(RESULTS)
     if not arguments.report:
         require_bases()
-        train_missing({name: ROWS[name] for name in arguments.rows}, arguments.seeds, arguments.at_once)
+        rows, dtype = {name: ROWS[name] for name in arguments.rows}, getattr(torch, arguments.dtype)
+        train_missing(rows, arguments.seeds, arguments.at_once, dtype=dtype)
     write_report(ROWS)
 
 

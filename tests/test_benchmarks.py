@@ -256,10 +256,12 @@ def drawings(tmp_path, monkeypatch):
 def test_rows_of_the_emoji_table_are_trained_on_the_drawings(bench, drawings):
     row = dataclasses.replace(pretrained.ROWS["emoji: DEHVF"], batch_size=4, steps=2)
     pretrained.train_missing({"emoji: DEHVF": row}, [0], at_once=1)
+    pretrained.train_missing({"emoji: DEHVF": row}, [1], at_once=1, dtype=torch.bfloat16)
     run = pretrained.read_run("emoji: DEHVF", row, 0)
     assert run["scores"].keys() == {"kind", "yes/no", "average"} and run["replaced_questions"] == 6
     pretrained.write_report({"emoji: DEHVF": row})
-    assert f"## {pretrained.EMOJI_TABLE}" in (pretrained.RESULTS / "pretrained.md").read_text()
+    report = (pretrained.RESULTS / "pretrained.md").read_text()
+    assert f"## {pretrained.EMOJI_TABLE}" in report and "| 0, 1 (bfloat16) |" in report
 
 
 @pytest.mark.extended
