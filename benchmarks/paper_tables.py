@@ -327,7 +327,7 @@ def draw(report: dict, file: Path):
 def write_report(only_existing: bool = False):
     """`only_existing`: without a measurement of seconds on this machine, takes that of the earlier report."""
     seconds_file, earlier = RUNS / "seconds.json", read_report(RESULTS, "paper_tables")
-    tables = collect(earlier.get("tables", {}))
+    tables, machine = collect(earlier.get("tables", {})), {}
     if seconds_file.is_file():
         seconds = json.loads(seconds_file.read_text(encoding="utf-8"))
     elif not only_existing:
@@ -335,10 +335,12 @@ def write_report(only_existing: bool = False):
         seconds_file.write_text(json.dumps(seconds))
     elif earlier:
         seconds = {"machine": earlier["seconds_machine"], "methods": earlier["seconds"]}
+        machine = {"machine": earlier["machine"]}
     else:
         sys.exit(f"There is no report in {RESULTS} and no measurement in {RUNS}. Run it without `--report`.")
     versions = sorted({version for rows in tables.values() for row in rows.values() for version in row["torch"]})
     report = {
+        **machine,
         "command": "python -m benchmarks.paper_tables",
         "note": (
             "A small replica, not the paper's experiment: `digits` with the embedded bases, trained on the image "

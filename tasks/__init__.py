@@ -23,9 +23,9 @@ answer), `has_image` and `choice` (the index of the most likely option, None wit
 other names than these. `size` is the number of rows in the split; another number of records is an error. A task may
 also have
 
-    DATASET, DATASET_ROWS            Hub id of its data and number of rows of the published test split, for the model
-                                     card: the score of other rows, such as those of your own files, is not a result
-                                     on this data set
+    DATASET, DATASET_ROWS            Hub id of its data, if they are on the Hub, and number of rows of the published
+                                     test split, for the model card: the score of other rows, such as those of your own
+                                     files, is not a result on this data set
     check_scorer()                   raises an error before training if a requirement of `score` is missing
     load(..., max_samples=None)      to generate a smaller split instead of using the first rows
     load(..., columns=None, holdout=None)

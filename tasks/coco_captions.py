@@ -20,6 +20,7 @@ COLUMNS = ("image", "captions", "image_id")
 ANSWER_PREFIX = ""
 MAX_NEW_TOKENS = 40  # a caption has about 10 words, and rarely more than 25
 CARD = {"task_type": "image-to-text", "metric_type": "cider", "score": "CIDEr"}
+DATASET_ROWS = 5000
 METRIC = Path(__file__).parents[1] / "metrics" / "coco_captions"
 
 PARTS = {"train": ("train", "restval"), "validation": ("val",), "test": ("test",)}

@@ -32,6 +32,7 @@ COLUMNS = ("image", "question", "answer")
 ANSWER_PREFIX = ""
 MAX_NEW_TOKENS = 8  # an answer is one word; the tokenizer in assets/ has up to 6 tokens for it
 CARD = vqa.CARD
+DATASET_ROWS = 9673
 
 REQUIREMENT = "easy-vqa==1.0"
 SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"  # of its wheel

@@ -18,6 +18,7 @@ COLUMNS = ("image", "images", "answer")
 ANSWER_PREFIX = easy_vqa.ANSWER_PREFIX
 MAX_NEW_TOKENS = easy_vqa.MAX_NEW_TOKENS
 CARD = easy_vqa.CARD
+DATASET_ROWS = 1526
 
 PAIRS_OF_EACH = {"train": 5, "validation": 1, "test": 1}  # left pictures, of the same shape and of another one
 FEATURES = Features({**IMAGE_FEATURES, "answer": Value("string")})

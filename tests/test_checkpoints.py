@@ -820,6 +820,7 @@ def terminate_at(step: int, rank: int):
 
 def test_a_terminated_run_does_not_count_as_finished(scienceqa, tmp_path):  # noqa: F811
     values = {"enable_jit_checkpoint": True, "num_train_epochs": 4, **SAVING, "save_steps": 100}
+    values |= {"memory_dropout": 0.1, "vision_adapter_dropout": 0.1}
     flags = partial(tiny_flags, tmp_path, scienceqa[0], **values)
     train.main(flags(tmp_path / "whole"))
     (printed,) = finish(tmp_path, flags(tmp_path / "output"), prepare=partial(terminate_at, 5))
@@ -859,7 +860,7 @@ def test_a_really_full_disk_leaves_the_earlier_checkpoints(six_steps, tmp_path):
     disk.mkdir()
     # Room for one checkpoint and a part of the next
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=520k", "tmpfs", disk], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=560k", "tmpfs", disk], capture_output=True, text=True
     )
     if mounted.returncode:
         pytest.skip(f"a file system of 520 kB cannot be mounted here: {mounted.stderr.strip()}")

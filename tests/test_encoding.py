@@ -188,8 +188,16 @@ def test_private_characters_in_data_are_text():
     assert processor.tokenizer.decode(encoded["input_ids"]).count(text) == 2
 
 
-def test_earlier_answers_of_a_chat_are_the_same_tokens_in_training_and_evaluation(processor):
+ENDS_WITH_A_TOKEN = (  # without a generation prompt, as in Phi-3
+    "{% for message in messages %}{{ '<' + message.role + '>\\n' + message.content + eos_token + '\\n' }}{% endfor %}"
+    "{{ '<assistant>\\n' if add_generation_prompt else eos_token }}"
+)
+
+
+@pytest.mark.parametrize("template", [None, ENDS_WITH_A_TOKEN])
+def test_earlier_answers_of_a_chat_are_the_same_tokens_in_training_and_evaluation(processor, template, monkeypatch):
     """A fuser that reads the question gets the others."""
+    monkeypatch.setattr(processor, "chat_template", template or processor.chat_template)
     texts = ["who?", " the hen </s>", "what?", "me", "why?", "so"]
     messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 3, texts)]
     given = {"messages": lambda row: messages, "answer": lambda row: "so"}

@@ -459,8 +459,9 @@ def test_what_is_wrong_with_vqav2_is_named(command, tmp_path):
     with pytest.raises(ValueError, match="split is 'val'"):
         vqav2.load("val", str(tmp_path))
     save_vqav2(tmp_path)
-    code, output = command("check", tmp_path)
-    assert code == 0 and "train2014_questions.json: 12 good rows" in output and "6 good rows" in output
+    for words in ([], ["--task", "vqav2"]):
+        code, output = command("check", tmp_path, *words)
+        assert code == 0 and "train2014_questions.json: 12 good rows" in output and "6 good rows" in output
     photo = tmp_path / "val2014" / "COCO_val2014_000000000004.jpg"
     photo.write_text("no image")
     annotations = tmp_path / "v2_mscoco_val2014_annotations.json"

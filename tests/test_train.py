@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -711,6 +712,11 @@ def test_a_baseline_whose_evaluation_failed_is_evaluated_from_its_folder(science
         patch.setattr(AnswerTrainer, "prediction_step", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError) as raised:
             train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "failed", **flags))
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerTrainer, "prediction_step", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt) as interrupted:
+            train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "stopped", **flags))
+    assert f"adapters are complete in {tmp_path / 'stopped'}" in interrupted.value.__notes__[0]
     adapter = {"adapter": tmp_path / "failed", "num_train_epochs": 0}
     assert f"give `--adapter {tmp_path / 'failed'} --num_train_epochs 0`" in raised.value.__notes__[0]
     train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "again", **flags, **adapter))
@@ -771,10 +777,13 @@ def test_results_record_how_they_were_made(trained):
         ({"task": "vqa", "data_path": "org/data", "only_images": True}, None),
         ({"task": "vqa", "data_path": "org/data", "holdout": 0.1}, None),
         ({"task": "digits", "max_samples": 5}, "test"),
+        ({"task": "easy_vqa", "size": 9673, "data_path": None}, "test"),
+        ({"task": "easy_vqa", "size": 5, "data_path": None, "max_samples": 5}, None),
     ],
     ids=[
         *("its published rows in a folder", "from the Hub", "vqav2", "a data set on the Hub", "other rows"),
         *("more rows than on the Hub", "its first rows", "images only", "rows of the train split", "made at run time"),
+        *("all rows of a wheel", "its first rows of a wheel"),
     ],
 )
 def test_the_card_claims_a_result_on_a_published_split_only_for_all_its_rows(trained, changed, split):
@@ -783,7 +792,7 @@ def test_the_card_claims_a_result_on_a_published_split_only_for_all_its_rows(tra
     write_card(trained[1], "name", {**results, **changed}, None)
     found = ModelCard.load(trained[1] / "README.md").data.eval_results
     assert [result.dataset_split for result in found or ()] == ([split] if split else [])
-    is_published = split is not None and changed.get("task") != "digits"
+    is_published = split is not None and changed.get("task") not in ("digits", "easy_vqa")  # these are not on the Hub
     assert [path.stem for path in trained[1].glob(".eval_results/*")] == (
         [changed.get("task", "scienceqa")] if is_published else []
     )

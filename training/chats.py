@@ -1,6 +1,7 @@
 # Copyright 2026 The DEHVF authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Renders chats with the chat template of the tokenizer and encodes them into token ids."""
 
+import os
 import re
 import reprlib
 
@@ -139,7 +140,9 @@ class ChatTokenizer:
                 "the chat template of the tokenizer changes messages of the assistant. Give another template: "
                 "`--chat_template plain`."
             )
-        generation_prompt, spans, place = prompt.removeprefix(self.render(messages)), [], 0
+        # Without a generation prompt, some templates end with a token (Phi-3)
+        without = os.path.commonprefix([prompt, self.render(messages)])
+        generation_prompt, spans, place = prompt.removeprefix(without), [], 0
         for before, answer in zip(texts[:-1:2], texts[1::2]):
             place += len(before)
             # Some templates have no generation prompt

@@ -57,7 +57,7 @@ def evaluate(trainer, task, splits: dict[str, Split], facts: dict, data_args, mo
                 facts["cut_answers"] = sum(record["cut"] for record in records)
             facts |= describe_run(task, processor, trainer.model, split, data_args, model_args, training_args)
             save_answers(folder, records, facts)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         error.add_note(
             f"The adapters are complete in {folder}. To evaluate them without training again, give `--adapter "
             f"{folder} --num_train_epochs 0`, another `--output_dir` and the flags of the data (for a baseline also "
@@ -192,15 +192,17 @@ def write_card(folder: Path, name: str, results: dict, code: str | None):
     scores, config = results["scores"], results["config"]
     task = get_task(results["task"])
     path = (results["data_path"] or "").partition(":")[0]
-    dataset = path if path and hub.is_hub_id(path) else getattr(task, "DATASET", None)
+    is_on_hub = path and hub.is_hub_id(path)
+    dataset = path if is_on_hub else getattr(task, "DATASET", None)
     data = {"dataset_type": dataset or results["task"], "dataset_name": results["task"]}
     metric = {"metric_type": task.CARD["metric_type"], "metric_value": round(scores[task.CARD["score"]], 2)}
     split = task.CARD.get("split", results["split"])
     result = EvalResult(task_type=task.CARD["task_type"], dataset_split=split, **data, **metric)
     # The score of other rows than those of a published split is not a result on it
     is_part = results["holdout"] or results["max_samples"] or results["only_images"]
-    has_own_rows = dataset != path and results["size"] != getattr(task, "DATASET_ROWS", results["size"])
-    is_whole = not dataset or not (is_part or has_own_rows)
+    has_own_rows = not is_on_hub and results["size"] != getattr(task, "DATASET_ROWS", results["size"])
+    is_published = dataset or hasattr(task, "DATASET_ROWS")
+    is_whole = not is_published or not (is_part or has_own_rows)
     bases = {
         config.get(f"{base}_model_id", results[f"{base}_model"]): config.get(f"{base}_model_revision")
         for base in reversed(BASES)

@@ -71,6 +71,10 @@ class AnswerTrainer(AdapterTrainer):
         self.add_callback(self.speed)
         self.fusion = FusionRecorder(self.model)
         self.add_callback(StepChecks(self))
+        for callback in self.callback_handler.callbacks:
+            if type(callback).__name__ == "JITCheckpointCallback":
+                # There, dropout has drawn the random numbers of the step that a resumed run repeats
+                callback.on_pre_optimizer_step = lambda *args, **kwargs: None
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Puts the fuser and its query into separate groups if `fuser_lr_ratio` changes their learning rate."""
