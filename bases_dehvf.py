@@ -104,7 +104,8 @@ def _load_base(auto_class, location, key: str, config: DehvfConfig, **kwargs) ->
     found._attn_implementation = expected._attn_implementation
     dtype = found.dtype if kwargs["dtype"] == "auto" else kwargs["dtype"]
     if key == "text":
-        kwargs = with_names_of_base(kwargs, auto_class._model_mapping[type(found)].base_model_prefix)
+        model_class = auto_class._model_mapping.get(type(found), None)  # if there is none, `from_pretrained` says so
+        kwargs = with_names_of_base(kwargs, getattr(model_class, "base_model_prefix", "model"))
     with _explain_base_errors(location, key), _zero3_dtype(dtype):
         base, info = auto_class.from_pretrained(
             location, config=found, revision=revision, output_loading_info=True, **kwargs

@@ -122,12 +122,9 @@ class Reader:
         for column in self.lost:
             value = as_list(record.get(column))
             if column in weights:
-                given = [
-                    weight
-                    for weight in (value if isinstance(value, list) else [value])
-                    if isinstance(weight, int | float)
-                ]
-                if any(weight != 1 for weight in given if weight == weight):  # NaN is a missing value of pandas
+                values = value if isinstance(value, list) else [value]
+                # NaN is a missing value of pandas
+                if any(isinstance(part, int | float) and part == part and part != 1 for part in values):
                     faults.append(
                         f"it has the {column} {reprlib.repr(value)}, but the model is trained equally on all rows and "
                         "all messages of the assistant. Remove the row or the column, or split the row."

@@ -19,7 +19,7 @@ import re
 import reprlib
 import sys
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 
 from datasets import Features, List, Value
 
@@ -141,7 +141,7 @@ def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
             "alternate, and the last message must be the assistant's."
         )
     faults += _values.find_marker_faults("the messages have", num_markers, num_images, " (or parts of type 'image')")
-    if any(index != number for number, index in enumerate(indexes)):
+    if any(index >= following for index, following in pairwise(indexes)):
         faults.append(
             f"the image parts have the `index` values {reprlib.repr(indexes)}, but images are read in the order of "
             "the row. Put its images into the order of the parts, and remove `index`."
