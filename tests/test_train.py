@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from contextlib import nullcontext
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -713,7 +713,7 @@ def test_a_baseline_whose_evaluation_failed_is_evaluated_from_its_folder(science
         with pytest.raises(ZeroDivisionError) as raised:
             train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "failed", **flags))
     with monkeypatch.context() as patch:
-        patch.setattr(AnswerTrainer, "prediction_step", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        patch.setattr(AnswerTrainer, "prediction_step", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt) as interrupted:
             train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "stopped", **flags))
     assert f"adapters are complete in {tmp_path / 'stopped'}" in interrupted.value.__notes__[0]
