@@ -642,8 +642,8 @@ def accuracy_table(rows: dict[str, list[dict]]) -> list[str]:
     for name, runs in rows.items():
         last = [run.get("scores") or run["curve"][-1] for run in runs]
         until = [number for run in runs if (number := questions_until(run))]
-        dtypes = [run.get("dtype", "float32") for run in runs]  # runs of earlier versions were in float32
-        seeds = [f"{run['seed']}{' (bfloat16)' * (dtype == 'bfloat16')}" for run, dtype in zip(runs, dtypes)]
+        # Runs of earlier versions have no `dtype` and were in float32
+        seeds = [f"{run['seed']}" + " (bfloat16)" * (run.get("dtype") == "bfloat16") for run in runs]
         cells = [name, f"{runs[0]['trained_parameters']:,}", ", ".join(seeds)]
         numbers = {run["row"]["batch_size"] * run["curve"][-1]["step"] for run in runs}
         cells.append(" to ".join(f"{number:,}" for number in sorted({min(numbers), max(numbers)})))

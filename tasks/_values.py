@@ -45,13 +45,16 @@ def as_list(value):
     return value
 
 
-def remove_markers(text: str) -> tuple[str, int]:
-    """Removes the `<image>` markers of LLaVA like the processor. Also returns their number."""
-    if "<image>" not in text:
-        return text, 0
+def remove_markers(value) -> tuple:
+    """
+    Removes the `<image>` markers of LLaVA from a text like the processor. Also returns their number. Other values are
+    returned unchanged, with 0.
+    """
+    if not isinstance(value, str) or "<image>" not in value:
+        return value, 0
     from dehvf import processing  # takes seconds
 
-    return processing.remove_image_markers(text)
+    return processing.remove_image_markers(value)
 
 
 def find_marker_faults(name: str, num_markers: int, num_images: int | None, kinds: str = "") -> list[str]:

@@ -172,7 +172,7 @@ def decode_parts(content):
 def read_content(content) -> tuple[str | None, int]:
     """The text of a content (a text or a list of parts), and the number of its image placeholders."""
     if not isinstance(content, list):
-        return _values.remove_markers(content) if isinstance(content, str) else (content, 0)
+        return _values.remove_markers(content)
     texts, num_images = [], 0
     for part in content:
         if (kind := kind_of(part)) is None:

@@ -52,20 +52,16 @@ load = partial(_sources.load, sys.modules[__name__])
 
 def parse(record: dict, num_images: int | None) -> tuple[dict, list[str]]:
     """A row without its images, and the faults of its texts."""
-    asked, markers = {name: record[name] for name in ("question", "context")}, 0
+    question, in_question = _values.remove_markers(record["question"])
+    context, in_context = _values.remove_markers(record["context"])
     answer, answers, answer_faults = read_answers(record["answer"], record["answers"])
     choices = numbers_to_texts(_values.as_list(record["choices"]))
-    for name, text in asked.items():
-        if isinstance(text, str):
-            asked[name], found = _values.remove_markers(text)
-            markers += found
-    question, context = asked.values()
     if isinstance(context, str) and not context.strip():
         context = None
     faults = _values.find_text_faults("`question`", question) + answer_faults
-    faults += _values.find_marker_faults("`question` and `context` have", markers, num_images)
+    faults += _values.find_marker_faults("`question` and `context` have", in_question + in_context, num_images)
     texts = [text for value in (answer, answers, choices) for text in (value if isinstance(value, list) else [value])]
-    if marked := [text for text in texts if isinstance(text, str) and _values.remove_markers(text)[1]]:
+    if marked := [text for text in texts if _values.remove_markers(text)[1]]:
         faults.append(f"the answer or option {marked[0]!r} has `<image>`, which only a question may have. Remove it.")
     faults += _values.find_text_faults("`context`", context) if context is not None else []
     faults += find_choice_faults(choices, [answer, *(other for other in answers or () if other != answer)])
