@@ -7,14 +7,16 @@ drawings.
 
     python -m benchmarks.pretrained                     # trains the missing runs, then writes the tables
     python -m benchmarks.pretrained --rows DEHVF MemVP --seeds 3 --at-once 2
+    python -m benchmarks.pretrained --dtype bfloat16 --only-scores --rows "emoji: MemVP"
     python -m benchmarks.pretrained --report            # writes the tables from the existing runs
 
 On a GPU, eight simultaneous runs of easy-VQA took 160 seconds (one H200). On a CPU with bfloat16 instructions, a run
-with the drawings takes about 18 minutes on one core with `--dtype bfloat16`; one with easy-VQA takes hours. All rows
-with the same batch size train on the same questions in the same order, with the optimizer of `train.py`. During a run,
-the accuracy on the first 1,000 test questions is written ten times to a file in `outputs/pretrained`, which is kept if
-the run is stopped. When the command is run again, it only trains the runs that are not finished. The tables are
-written to `benchmarks/results`: `pretrained.json`, `.md` and `.png`.
+with the drawings takes about 18 minutes on one core with `--dtype bfloat16`, 13 with `--only-scores`; one with
+easy-VQA takes hours. All rows with the same batch size train on the same questions in the same order, with the
+optimizer of `train.py`. During a run, the accuracy on the first 1,000 test questions is written ten times to a file in
+`outputs/pretrained`, which is kept if the run is stopped. When the command is run again, it only trains the runs that
+are not finished. The tables are written to `benchmarks/results`: `pretrained.json`, `.md` and `.png`. Runs in bfloat16
+have a row of their own.
 
 An answer is correct if the most likely next token is the first token of the expected answer. This is unambiguous,
 since the answers of each data set have different first tokens.
@@ -27,6 +29,7 @@ import math
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -71,6 +74,7 @@ VISION_MODEL, TEXT_MODEL = (ROOT / "assets" / "real" / name for name in ("dinov2
 EMOJI = ROOT / "outputs" / "emoji-data"
 CHAT_TEMPLATE = ROOT / "recipes" / "question-answer.jinja"
 SEEDS = (0, 1, 2)
+DTYPES = ("float32", "bfloat16")
 EVALUATIONS, EVALUATION_BATCH = 10, {"cuda": 1024, "cpu": 32}
 FIRST_QUESTIONS, REPLACED_QUESTIONS = 1000, 2000  # of the test split: during training, and with replaced weights
 OWN = "its own"  # the fuser's own weights
@@ -429,13 +433,15 @@ class Run:
         report = {"row": dataclasses.asdict(self.row), "seed": self.seed, "machine": machine_in_words()}
         report |= {"dtype": self.bench.dtype, "curve": []}
         report |= {"trained_parameters": sum(parameter.numel() for parameter in self.parameters)}
-        step, losses, batches, point = Step(self), [], self.batches(), None
+        step, losses, seconds, batches, point = Step(self), [], [], self.batches(), None
         self.model.train()
         for number in range(1, self.row.steps + 1):
             with self.on_stream():
                 for group in self.optimizer.param_groups:
                     group["lr"].fill_(group["peak"] * rate_factor(number - 1, self.row.steps))
+                began = time.perf_counter()
                 losses.append(step(next(batches)))
+                seconds.append(time.perf_counter() - began)
                 if not only_scores and number * EVALUATIONS % self.row.steps < EVALUATIONS:
                     self.record(report, point, file)
                     point = number, torch.stack(losses[-50:]).mean(), *self.evaluate(FIRST_QUESTIONS)
@@ -444,6 +450,8 @@ class Run:
             self.record(report, point, file)
             right, weights = self.evaluate()
             report["scores"] = self.scores(right)
+            if self.bench.device.type == "cpu":  # a GPU overlaps the steps of several runs
+                report["seconds_per_step"] = round(statistics.median(seconds), 3)
             if weights is not None:
                 report["fusion"] = self.figures(weights)
             if weights is not None and not only_scores:
@@ -535,14 +543,19 @@ def require_bases():
         sys.exit(f"There is no {missing[0]}. Run `python -m assets.real_bases`, see docs/bases.md.")
 
 
-def file_of(name: str, seed: int) -> Path:
-    return RUNS / re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") / f"seed-{seed}.json"
+def file_of(name: str, seed: int, dtype: str = "float32") -> Path:
+    end = "" if dtype == "float32" else f"-{dtype}"
+    return RUNS / re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") / f"seed-{seed}{end}.json"
 
 
-def read_run(name: str, row: Row, seed: int) -> dict | None:
+def read_run(file: Path, row: Row) -> dict | None:
     """The results of a run with the current values of its row, finished or not, or `None`."""
-    run = read_json(file_of(name, seed))
+    run = read_json(file)
     return run if run and has_values(run, row) else None
+
+
+def dtype_of(run: dict) -> str:
+    return run.get("dtype", "float32")  # runs of earlier versions have none
 
 
 def has_values(run: dict, row: Row) -> bool:
@@ -559,8 +572,12 @@ def train_missing(
     the bases; trained modules are in float32.
     """
     # Seed by seed, so that the tables of a stopped benchmark are complete with fewer seeds
-    runs = [(name, row, seed) for seed in seeds for name, row in rows.items()]
-    missing = [run for run in runs if "scores" not in (read_run(*run) or {})]
+    runs = [
+        (name, row, seed, file_of(name, seed, str(dtype).removeprefix("torch.")))
+        for seed in seeds
+        for name, row in rows.items()
+    ]
+    missing = [run for run in runs if "scores" not in (read_run(run[3], run[1]) or {})]
     print(f"{len(runs) - len(missing)} runs are finished, {len(missing)} are missing.", flush=True)
     if not missing:
         return
@@ -568,18 +585,17 @@ def train_missing(
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
     bases, benches, active, done = load_bases(device, dtype), {}, {}, object()
-    for task, size in {(row.task, row.image_size) for _, row, _ in missing}:
+    for task, size in {(row.task, row.image_size) for _, row, *_ in missing}:
         processor = load_processor(size)
         questions = {split: load_questions(TASKS[task], split, processor) for split in SPLITS}
         benches[task, size] = Bench(questions, *bases)
     while active or missing:
         while missing and len(active) < at_once:
-            name, row, seed = missing.pop(0)
-            file_of(name, seed).parent.mkdir(parents=True, exist_ok=True)
-            if "scores" in read_json(file_of(name, seed)):
-                sys.exit(f"{file_of(name, seed)} is a finished run of {name} with other values. Move it away first.")
-            run = Run(row, seed, benches[row.task, row.image_size])
-            active[name, seed] = run.train(file_of(name, seed), only_scores)
+            name, row, seed, file = missing.pop(0)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if "scores" in read_json(file):
+                sys.exit(f"{file} is a finished run of {name} with other values. Move it away first.")
+            active[name, seed] = Run(row, seed, benches[row.task, row.image_size]).train(file, only_scores)
         for (name, seed), steps in list(active.items()):
             if next(steps, done) is done:
                 del active[name, seed]
@@ -601,6 +617,13 @@ def load_processor(image_size: int) -> DehvfProcessor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def last_point(run: dict) -> dict:
+    """The scores, fusion figures and steps of a run at its end or, if it was stopped, at its last evaluation."""
+    if "scores" not in run:
+        return run["curve"][-1]
+    return {**run["scores"], **run.get("fusion", {}), "step": run["row"]["steps"]}
+
+
 def questions_until(run: dict) -> int | None:
     """Number of training questions until the accuracy on the first test questions reached `LEARNED`."""
     steps = [point["step"] for point in run["curve"] if point["average"] >= LEARNED]
@@ -612,12 +635,23 @@ def best_replacement(accuracy: dict[str, float]) -> float:
     return max(value for name, value in accuracy.items() if name != OWN) - accuracy[OWN]
 
 
+def split_by_dtype(runs: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The runs of each row, with those in bfloat16 in a row of their own."""
+    split = {}
+    for name, found in runs.items():
+        for run in found:
+            end = "" if dtype_of(run) == "float32" else f", {dtype_of(run)}"
+            split.setdefault(name + end, []).append(run)
+    return split
+
+
 def markdown(report: dict) -> str:
     lines = heading(report["command"], report["note"])
     for title, rows in TABLES.items():
         if found := {name: report["runs"][name] for name in rows if name in report["runs"]}:
-            lines += [f"## {title}", "", *accuracy_table(found), ""]
-    replaced = {name: [run for run in runs if "replaced" in run] for name, runs in report["runs"].items()}
+            lines += [f"## {title}", "", *accuracy_table(split_by_dtype(found)), ""]
+    by_row = split_by_dtype(report["runs"])
+    replaced = {name: [run for run in runs if "replaced" in run] for name, runs in by_row.items()}
     if names := list(dict.fromkeys(name for runs in replaced.values() for run in runs for name in run["replaced"])):
         lines += ["## Replaced fusion weights", ""]
         lines += [
@@ -637,21 +671,20 @@ def markdown(report: dict) -> str:
 def accuracy_table(rows: dict[str, list[dict]]) -> list[str]:
     kinds = [*kinds_of(next(iter(rows.values()))[0]["row"]["task"]), "average"]
     head = ["", "trained", "seeds", "questions", *kinds, f"questions until {LEARNED} %"]
-    head += ["std over layers", "over images", "best replacement of the weights"]
+    head += ["std over layers", "over images", "best replacement of the weights", "seconds per step"]
     lines = []
     for name, runs in rows.items():
-        last = [run.get("scores") or run["curve"][-1] for run in runs]
-        until = [number for run in runs if (number := questions_until(run))]
-        # Runs of earlier versions have no `dtype` and were in float32
-        seeds = [f"{run['seed']}" + " (bfloat16)" * (run.get("dtype") == "bfloat16") for run in runs]
-        cells = [name, f"{runs[0]['trained_parameters']:,}", ", ".join(seeds)]
-        numbers = {run["row"]["batch_size"] * run["curve"][-1]["step"] for run in runs}
+        last, evaluated = [last_point(run) for run in runs], [run for run in runs if run["curve"]]
+        until = [number for run in evaluated if (number := questions_until(run))]
+        cells = [name, f"{runs[0]['trained_parameters']:,}", ", ".join(str(run["seed"]) for run in runs)]
+        numbers = {run["row"]["batch_size"] * point["step"] for run, point in zip(runs, last)}
         cells.append(" to ".join(f"{number:,}" for number in sorted({min(numbers), max(numbers)})))
-        cells += [spread([scores[kind] for scores in last]) for kind in kinds]
-        cells.append(f"{spread(until, 0)} ({len(until)} of {len(runs)})")
+        cells += [spread([point[kind] for point in last]) for kind in kinds]
+        cells.append(f"{spread(until, 0)} ({len(until)} of {len(evaluated)})" if evaluated else "–")
         for figure in ("std_over_layers", "std_over_images"):
-            cells.append(spread([run["curve"][-1][figure] for run in runs if figure in run["curve"][-1]], 3))
+            cells.append(spread([point[figure] for point in last if figure in point], 3))
         cells.append(spread([best_replacement(run["replaced"]) for run in runs if "replaced" in run], 2))
+        cells.append(spread([run["seconds_per_step"] for run in runs if "seconds_per_step" in run], 2))
         lines.append(cells)
     return table(head, lines)
 
@@ -668,7 +701,8 @@ def draw(report: dict, file: Path):
     figure, axes = pyplot.subplots(1, 3, figsize=(17, 5), sharey=True, layout="constrained")
     for axis, (title, names, prefix, kind) in zip(axes, panels):
         for name in names:
-            for number, run in enumerate(report["runs"].get(prefix + name, [])):
+            runs = [run for run in report["runs"].get(prefix + name, []) if run["curve"]]
+            for number, run in enumerate(runs):
                 trained = [run["row"]["batch_size"] * point["step"] / 1000 for point in run["curve"]]
                 scores = [point[kind] for point in run["curve"]]
                 style = {
@@ -689,17 +723,16 @@ def draw(report: dict, file: Path):
 
 def find_runs(rows: dict[str, Row], reported: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """
-    The existing runs of each row, finished or not, by seed: those in `outputs/pretrained`, which this machine may not
-    have, and the others of an earlier report.
+    The existing runs of each row, finished or not, by dtype and seed: those in `outputs/pretrained`, which this
+    machine may not have, and the others of an earlier report.
     """
     found = {}
     for name, row in rows.items():
-        runs = {run["seed"]: run for run in reported.get(name, []) if has_values(run, row)}
-        for file in file_of(name, 0).parent.glob("seed-*.json"):
-            seed = int(file.stem.removeprefix("seed-"))
-            if run := read_run(name, row, seed):
-                runs[seed] = run
-        found[name] = [runs[seed] for seed in sorted(runs)]
+        files = sorted(file_of(name, 0).parent.glob("seed-*.json"))
+        local = [run for file in files if (run := read_run(file, row))]
+        runs = [run for run in reported.get(name, []) if has_values(run, row)] + local
+        by_dtype_and_seed = {(DTYPES.index(dtype_of(run)), run["seed"]): run for run in runs}
+        found[name] = [by_dtype_and_seed[key] for key in sorted(by_dtype_and_seed)]
     return {name: runs for name, runs in found.items() if runs}
 
 
@@ -716,10 +749,11 @@ def write_report(rows: dict[str, Row]):
             "with 1e-3, ADEM-VL with 2e-3. Accuracy in % on the 9,673 and the 1,146 test questions (for a stopped "
             f"run, on the first {FIRST_QUESTIONS:,} at its last evaluation), mean ± standard deviation over seeds. "
             "The most frequent answer to each question text, without the picture, has the accuracy: yes/no 82.5, "
-            "shape 34.8, colour 12.0 (easy-VQA), kind 19.9 (emoji). The last column is the change in accuracy with "
-            "the best of six replacements of the fusion weights (`benchmarks.fusion`): 0 or more means that the "
+            "shape 34.8, colour 12.0 (easy-VQA), kind 19.9 (emoji). Best replacement: the change in accuracy with "
+            "the best of six replacements of the fusion weights (`benchmarks.fusion`); 0 or more means that the "
             "fuser's own weights contribute nothing. The bases are in float32 (on GPUs with TF32 products) unless the "
-            f"column of the seeds says bfloat16. {'; '.join(machines)}."
+            "name of the row says bfloat16. Seconds per step: median of a run on one core of a CPU. "
+            f"{'; '.join(machines)}."
         ),
         "runs": runs,
     }
@@ -736,15 +770,16 @@ def main():
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--at-once", type=positive, default=1, help="runs that train at the same time")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="dtype of the bases (default: %(default)s)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the bases (default: %(default)s)"
+        "--only-scores", action="store_true", help="evaluate once, at the end, and do not replace fusion weights"
     )
     arguments = parser.parse_args()
     require_writable(RESULTS)
     if not arguments.report:
         require_bases()
         rows, dtype = {name: ROWS[name] for name in arguments.rows}, getattr(torch, arguments.dtype)
-        train_missing(rows, arguments.seeds, arguments.at_once, dtype=dtype)
+        train_missing(rows, arguments.seeds, arguments.at_once, arguments.only_scores, dtype)
     write_report(ROWS)
 
 

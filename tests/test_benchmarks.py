@@ -194,10 +194,10 @@ def test_rows_on_pretrained_bases_train_and_do_not_read_the_answer(name, bench):
     before = [parameter.detach().clone() for parameter in run.parameters]
     assert sum(1 for _ in run.train(file)) == 2
     assert not all(map(torch.equal, before, run.parameters))
-    found = pretrained.read_run(name, row, 0)
+    found = pretrained.read_run(file, row)
     assert [point["step"] for point in found["curve"]] == [1, 2] and 0 <= found["scores"]["average"] <= 100
     assert ("replaced" in found) == (getattr(run.model.model, "fuser", None) is not None)
-    assert pretrained.read_run(name, dataclasses.replace(row, steps=3), 0) is None
+    assert pretrained.read_run(file, dataclasses.replace(row, steps=3)) is None
 
 
 def test_simultaneous_runs_on_pretrained_bases_equal_single_runs(bench, capsys):
@@ -205,10 +205,13 @@ def test_simultaneous_runs_on_pretrained_bases_equal_single_runs(bench, capsys):
     pretrained.train_missing(rows, [0, 1], at_once=4)
     assert "0 runs are finished, 6 are missing" in capsys.readouterr().out
     for name, row in rows.items():
-        together = pretrained.read_run(name, row, 1)
-        for _ in pretrained.Run(row, 1, bench).train(pretrained.file_of(name, 1)):
+        file = pretrained.file_of(name, 1)
+        together = pretrained.read_run(file, row)
+        for _ in pretrained.Run(row, 1, bench).train(file):
             pass
-        assert pretrained.read_run(name, row, 1) == together
+        alone = pretrained.read_run(file, row)
+        assert alone.pop("seconds_per_step") > 0 and together.pop("seconds_per_step") > 0
+        assert alone == together
     pretrained.train_missing(rows, [0, 1], at_once=4)
     assert "6 runs are finished, 0 are missing" in capsys.readouterr().out
 
@@ -259,12 +262,18 @@ def drawings(tmp_path, monkeypatch):
 def test_rows_of_the_emoji_table_are_trained_on_the_drawings(bench, drawings):
     row = dataclasses.replace(pretrained.ROWS["emoji: DEHVF"], batch_size=4, steps=2)
     pretrained.train_missing({"emoji: DEHVF": row}, [0], at_once=1)
-    pretrained.train_missing({"emoji: DEHVF": row}, [1], at_once=1, dtype=torch.bfloat16)
-    run = pretrained.read_run("emoji: DEHVF", row, 0)
+    pretrained.train_missing({"emoji: DEHVF": row}, [0, 1], at_once=1, only_scores=True, dtype=torch.bfloat16)
+    run = pretrained.read_run(pretrained.file_of("emoji: DEHVF", 0), row)
     assert run["scores"].keys() == {"kind", "yes/no", "average"} and run["replaced_questions"] == 6
     pretrained.write_report({"emoji: DEHVF": row})
     report = (pretrained.RESULTS / "pretrained.md").read_text()
-    assert f"## {pretrained.EMOJI_TABLE}" in report and "| 0, 1 (bfloat16) |" in report
+    assert f"## {pretrained.EMOJI_TABLE}" in report
+    table = report.split("## Replaced")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| emoji")]
+    assert [row[0] for row in rows] == ["emoji: DEHVF", "emoji: DEHVF, bfloat16"]
+    assert [row[2:4] for row in rows] == [["0", "8"], ["0, 1", "8"]], "seeds and questions"
+    assert rows[0][7] == "– (0 of 1)" and rows[1][7] == "–", "only the first run was evaluated during training"
+    assert rows[0][-2] != "–" and rows[1][-2] == "–", "and only its weights were replaced"
 
 
 @pytest.mark.extended
