@@ -1,5 +1,5 @@
 """
-Damaged and hostile adapters, configs and images: named cases, and 1,200 mutated files, each of which ends in a clear
+Damaged and hostile adapters, configs and images: named cases, and 1,000 mutated files, each of which ends in a clear
 error or a correct load.
 
 A clear error is one of `CLEAR_ERRORS` with a sentence. A correct load gives the tensors that the bytes of the file
