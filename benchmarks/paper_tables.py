@@ -282,7 +282,7 @@ def markdown(report: dict) -> str:
             cells = [name, f"{row['trained_parameters']:,}", str(len(row["seeds"]))]
             cells += [spread(row["scores"][column]) for column in COLUMNS]
             for figure in FUSION_FIGURES:
-                values = [run[figure] for run in row["fusion"]]
+                values = [run[figure] for run in row["fusion"] if figure in run]  # none with one layer in each group
                 cells.append(" to ".join(dict.fromkeys(f"{end(values):.3f}" for end in (min, max))) if values else "–")
             if timed:
                 cells += [f"{seconds:.3f}" for seconds in report["seconds"].get(name, {}).values()]

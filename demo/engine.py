@@ -150,7 +150,9 @@ def stack_images(rows: list[dict]) -> dict[str, torch.Tensor]:
     most, shape = max(map(len, images.values())), next(iter(images.values())).shape[1:]
     pixel_values, image_mask = torch.zeros(len(rows), most, *shape), torch.zeros(len(rows), most, dtype=torch.bool)
     for index, own in images.items():
-        pixel_values[index, : len(own)], image_mask[index, : len(own)] = own, True
+        # Tiles of a small image are blank, and masked wherever another image follows
+        pixel_values[index, : len(own)] = own
+        image_mask[index, : len(own)] = rows[index]["image_mask"].flatten() if "image_mask" in rows[index] else True
     if most == 1:
         return {"pixel_values": pixel_values[:, 0], "image_mask": image_mask[:, 0]}
     return {"pixel_values": pixel_values, "image_mask": image_mask}

@@ -25,7 +25,7 @@ from benchmarks import fusion
 from dehvf import modeling
 from tasks import digits
 from training.arguments import DehvfTrainingArguments
-from training.fusion import FusionRecorder, FusionStatistics, describe_fusion, fusion_figures
+from training.fusion import DIMENSIONS, FusionRecorder, FusionStatistics, describe_fusion, fusion_figures
 from training.trainer import AnswerTrainer
 
 
@@ -46,6 +46,20 @@ def test_only_the_deviation_over_what_differs_is_above_zero(differs):
     figures = fusion_figures(with_a_second_group(weights), ROWS)
     above = {name for name, value in figures.items() if name != "entropy" and value}
     assert above == (set() if differs == "nothing" else {f"std_over_{differs}"})
+
+
+def test_what_cannot_be_compared_has_no_deviation():
+    torch.manual_seed(0)
+    weights = torch.randn(3, 2, 2, 3).softmax(-1)
+    cases = {
+        "layers": fusion_figures(weights, [[0, 1, 4], [2, 3, 4]]),  # two groups of one layer each
+        "positions": fusion_figures(weights[:, :, :1], ROWS[:2]),
+        "images": fusion_figures(weights[:1], ROWS[:2]),
+    }
+    for missing, figures in cases.items():
+        assert figures.keys() == {"entropy"} | {f"std_over_{name}" for name in DIMENSIONS if name != missing}
+        assert f"over {missing}" not in describe_fusion(figures) and "hardly" not in describe_fusion(figures)
+    assert "standard" not in describe_fusion({"entropy": 1.0})
 
 
 def test_figures_are_those_of_loops_over_their_definitions():
@@ -90,6 +104,21 @@ def test_the_recorder_reads_what_the_model_mixed():
     assert weights.shape[1] == NUM_TEXT_LAYERS
     assert figures == recorder.figures() and figures["entropy"] > 0 and recorder.figures() == {}
     assert FusionRecorder(tiny_model(layer_fusion="mean")).figures() == {}
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_the_recorder_does_not_count_blank_images(is_compiled):
+    model, inputs = tiny_model(vision_adapter_dropout=0.0).train(), tiny_inputs(3)
+    recorder = FusionRecorder(model)
+    forward = torch.compile(model, backend="eager") if is_compiled else model
+    pixel_values = inputs.pop("pixel_values")
+    forward(**inputs)  # in training, this encodes a blank image
+    forward(**inputs, pixel_values=pixel_values, image_mask=torch.zeros(3, dtype=torch.bool))
+    assert recorder.figures() == {}
+    model.model.get_fusion_weights(pixel_values[[0, 2]])
+    expected = recorder.figures()
+    forward(**inputs, pixel_values=pixel_values, image_mask=torch.tensor([True, False, True]))
+    assert recorder.figures() == pytest.approx(expected, abs=2e-5)
 
 
 @pytest.fixture(scope="module")

@@ -1128,6 +1128,17 @@ def test_a_fuser_that_reads_the_question_gets_it_without_earlier_answers(reader)
         asyncio.run(engine.prepare(ChatRequest(messages=chats[1])))
 
 
+def test_blank_tiles_of_small_images_stay_masked():
+    processor = DehvfProcessor(tiny_image_processor(), tiny_tokenizer(), max_images=2, image_tiles="2x2")
+    small, large = Image.new("RGB", (9, 9), "red"), image(1).resize((64, 64))
+    samples = [[small, large], [small, small], [large], []]
+    rows = [processor(images=[sample], text="?", return_tensors="pt") for sample in samples]
+    expected, stacked = processor(images=samples, return_tensors="pt"), stack_images(rows)
+    assert torch.equal(stacked["image_mask"], expected["image_mask"])
+    has_image = expected["image_mask"]
+    assert torch.equal(stacked["pixel_values"][has_image], expected["pixel_values"][has_image])
+
+
 def test_samples_with_different_numbers_of_images_share_a_batch_and_each_image_is_encoded_once(monkeypatch):
     processor, model = DehvfProcessor(tiny_image_processor(), tiny_tokenizer(), max_images=2), tiny_model(max_images=2)
     pictures = [PICTURE, image(1), image(7)]
