@@ -309,6 +309,19 @@ def test_what_a_template_puts_before_an_answer_is_no_part_of_a_prediction(prefac
     assert record["prediction"].strip() == record["expected"] == answer and not record["cut"]
 
 
+def test_answers_to_a_template_of_prompts_only_are_kept():
+    template = "{% if messages | length > 1 %}{{ raise_exception('single turn only') }}{% endif %}" + CHATML
+    processor, row = (
+        make_processor("qwen", template=template, **IM_END),
+        {"image": None, "question": "?", "answer": "x"},
+    )
+    split = MagicMock(rows=[dict(row)], encoded=[{"options": []}], __len__=lambda _: 1)
+    tokens = processor.tokenizer("so", add_special_tokens=False).input_ids
+    output = PredictionOutput((np.array([tokens]), np.array([-1])), np.array([0]), {})
+    (record,) = make_records(make_task(), processor, split, output)
+    assert record["prediction"] == "so"
+
+
 @pytest.mark.parametrize(
     "said, options, cut",
     [("so on", None, True), ("B. As", [" A", " B"], False), ("Both", [" A", " B"], True), ("so", None, False)],

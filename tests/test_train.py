@@ -35,6 +35,7 @@ from tiny import (
     DehvfForConditionalGeneration,
     run,
     save_tiny_bases,
+    tiny_config,
     tiny_model,
     tiny_processor,
     tiny_vision_config,
@@ -51,8 +52,8 @@ from training.chats import ChatTokenizer, prints_date, render
 from training.data import Collator, Split, StreamedSplit, load_splits, read_image
 from training.encoding import RowEncoder
 from training.flags import DEFAULT_RECIPE, HELP_FILE, argument_names, argument_types, read_recipe, recipes, show_help
-from training.models import load_processor
-from training.results import write_card
+from training.models import load_processor, method_of
+from training.results import write_card, write_example
 from training.trainer import AnswerTrainer
 
 
@@ -193,6 +194,8 @@ def test_a_method_sets_its_switch():
             "`--lr_scheduler_type constant` has no warm-up",
         ),
         (["--fsdp_config", "{}"], "`--fsdp_config` has no effect without `--fsdp`"),
+        (["--layer_mapping_seed", "7"], "`--layer_mapping_seed` has no effect without `--layer_mapping random`"),
+        (["--layer_mapping", "[[0]]", "--num_groups", "2"], "`--num_groups` has no effect without `--layer_mapping h"),
         (["--optim", "sgd", "--adam_beta1", "0.5"], "`--adam_beta1` has no effect without `--optim adamw_torch`"),
         (["--save_total_limit", "3"], "`--save_total_limit` has no effect without `--save_strategy steps` or"),
         (["--optim", "sgd", "--optim_args", "momentum=abc"], "`momentum` must be a number"),
@@ -810,6 +813,29 @@ def test_the_most_likely_option_is_that_of_the_models_logits(trained):
         del batch["index"]
         logits = model(**batch).logits[0, -1, options]
         assert record["choice"] == int(logits.argmax()) and logits[0] != logits[1]
+
+
+def test_the_example_is_the_prompt_that_was_evaluated_and_if_possible_of_one_turn(tmp_path):
+    system, question = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is it?"}
+    answer, other = {"role": "assistant", "content": "A hen."}, {"role": "user", "content": "And its colour?"}
+    chats = [[system, question, answer, other, answer], [question, answer]]
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
+    for chosen, expected in ((chats[:1], 0), (chats, 1)):
+        rows = (json.dumps({"messages": messages, "image": "a.png"}) + "\n" for messages in chosen)
+        (tmp_path / "test.jsonl").write_text("".join(rows))
+        processor = tiny_processor()
+        split = make_split(tmp_path, "test", False, "chat", processor)
+        assert write_example(tmp_path, get_task("chat"), processor, split)
+        example = processor(text=(tmp_path / "example.txt").read_text())["input_ids"][0]
+        assert list(example) == list(split.encoded[expected]["input_ids"])
+        (tmp_path / "example.png").unlink()
+
+
+def test_a_fuser_that_is_not_used_does_not_name_the_method():
+    config = tiny_config(fuser_query="instruction")
+    assert method_of(config, "dehvf") == "dehvf-instruction"
+    config.layer_fusion = "mean"
+    assert method_of(config, "dehvf") == "dehvf"
 
 
 def test_a_setting_and_its_image_size_are_those_of_the_adapters(scienceqa, tmp_path):

@@ -421,7 +421,7 @@ def check_arguments(flags: list[str], data_args, model_args, adapter_args, train
         values = without_adapter_values(without_partners(read_yaml(recipe), given), given)
         given = given | {name for name, value in values.items() if value is not None}
     # A command may override what a key of its recipe needs
-    check_ignored(of_command, model_args, training_args)
+    check_ignored(of_command, model_args, adapter_args, training_args)
     method, is_baseline = model_args.method, model_args.method in BASELINES
     check_training_arguments(given, training_args)
     for name in ("max_prompt_length", "max_new_tokens", "max_samples"):
@@ -604,13 +604,15 @@ def refuse_useless(given: Collection[str], needs: dict[str, tuple[str, bool]]):
             raise ValueError(f"`--{name}` has no effect without `{needed}`. Add that, or remove `--{name}`.")
 
 
-def check_ignored(given: Collection[str], model_args, training_args):
+def check_ignored(given: Collection[str], model_args, adapter_args, training_args):
     """Raises `ValueError` for flags of a command that have no effect with its other values."""
     saves = training_args.save_strategy != "no" or training_args.enable_jit_checkpoint
     uses_adam = "adamw" in training_args.optim.value
     needs = {
         "adapter_revision": ("--adapter", model_args.adapter is not None),
         "fsdp_config": ("--fsdp", bool(training_args.fsdp)),
+        "layer_mapping_seed": ("--layer_mapping random", adapter_args.layer_mapping == "random"),
+        "num_groups": ("--layer_mapping hierarchical` or `random", isinstance(adapter_args.layer_mapping, str)),
         **dict.fromkeys(("save_total_limit", "save_only_model"), ("--save_strategy steps` or `epoch", saves)),
         **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), ("--optim adamw_torch", uses_adam)),
     }

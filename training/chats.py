@@ -177,7 +177,10 @@ class ChatTokenizer:
         `<think>` block. The model learns to generate it before each answer.
         """
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "0"}]
-        text, before = self.render(messages), self.render(messages[:1], add_generation_prompt=True)
+        try:
+            text, before = self.render(messages), self.render(messages[:1], add_generation_prompt=True)
+        except ValueError:  # a template for prompts only, with which an adapter can be evaluated but not trained
+            return ""
         preface = text.removeprefix(before).partition("0")[0] if text.startswith(before) else ""
         return self.tokenizer.decode(self.tokenizer(preface, add_special_tokens=False).input_ids, True).strip()
 

@@ -19,6 +19,13 @@ ENCODED = {"input_ids": List(Value("int32")), "is_answer": List(Value("bool")), 
 OPTIONS = {"options": List(List(Value("int32")))}
 
 
+def messages_before_answer(task, row: dict, context: str) -> list[dict]:
+    """The messages of a row that its answer follows."""
+    if hasattr(task, "messages"):
+        return task.messages(row)[:-1]
+    return [{"role": "user", "content": task.prompt(row, context)}]
+
+
 class RowEncoder:
     """
     Encodes the texts of a row into token ids:
@@ -112,13 +119,9 @@ class RowEncoder:
         return tokens[: len(prompt)] != prompt
 
     def _render(self, row: dict, context: str, answer: str) -> tuple[str, list[tuple[int, int]]]:
-        if hasattr(self.task, "messages"):
-            *messages, _ = turns = self.task.messages(row)
-        else:
-            messages = [{"role": "user", "content": self.task.prompt(row, context)}]
-            turns = [*messages, {"role": "assistant", "content": answer}]
+        messages = messages_before_answer(self.task, row, context)
         if self.training:
-            return self.chat.render_answers(turns)
+            return self.chat.render_answers([*messages, {"role": "assistant", "content": answer}])
         prompt = self.chat.render(messages, add_generation_prompt=True)
         if not answer:
             return prompt, [*self.chat.find_answers(messages, prompt), (len(prompt), len(prompt))]

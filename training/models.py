@@ -158,9 +158,12 @@ def end_at_turns(model, processor):
 
 def method_of(config, asked: str) -> str:
     """The name of the method, which for saved adapters follows from their config instead of the arguments."""
+    # Without adaptive weights, the fuser does not read the instruction, whatever `fuser_query` says
+    reads = getattr(config, "reads_instruction", False)
     fits = [
         name
         for name, values in DEHVF_METHODS.items()
-        if values and all(getattr(config, key, None) == value for key, value in values.items())
+        if values and (reads or "fuser_query" not in values)
+        if all(getattr(config, key, None) == value for key, value in values.items())
     ]
     return asked if asked in BASELINES or not fits else fits[0]

@@ -21,6 +21,7 @@ from training.arguments import BASES, DEHVF_METHODS
 from training.chats import ChatTokenizer, render
 from training.checkpoints import describe_code, digest
 from training.data import Split
+from training.encoding import messages_before_answer
 from training.engines import name_precision
 from training.flags import ROOT
 from training.fusion import describe_fusion
@@ -241,16 +242,27 @@ print(processor.batch_decode(tokens, skip_special_tokens=True)[0])
 
 
 def write_example(folder: Path, task, processor, split: Split) -> bool:
-    """Writes the first question with an image to files, for `example_code`. Returns whether there is one."""
+    """
+    Writes the first question with an image to files, for `example_code`, if possible of a row without earlier turns,
+    which the web page can show. Returns whether there is one.
+    """
     for name in ("example.png", "example.txt"):  # of an earlier run
         (folder / name).unlink(missing_ok=True)
+    example = None
     for index, row in enumerate(split.rows):
         if row["image"] is not None and not row.get("images"):
-            split[index]["image"].save(folder / "example.png")
-            question = render(processor, task.prompt(row, task.context(row)))
-            (folder / "example.txt").write_text(question, encoding="utf-8")
-            return True
-    return False
+            messages = messages_before_answer(task, row, task.context(row))
+            if example is None or len(messages) == 1:
+                example = index, messages
+            if len(messages) == 1:
+                break
+    if example is None:
+        return False
+    index, messages = example
+    split[index]["image"].save(folder / "example.png")
+    question = processor.apply_chat_template(messages, add_generation_prompt=True)
+    (folder / "example.txt").write_text(question, encoding="utf-8")
+    return True
 
 
 def report(folder: Path, task, processor, split: Split):
