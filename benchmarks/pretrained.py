@@ -209,6 +209,8 @@ EMOJI_ROWS = METHODS | {
 }
 EMOJI_ROWS |= {
     "zero start": dataclasses.replace(EMOJI_ROWS["DEHVF"], values={**EMOJI_ROWS["DEHVF"].values, **ZERO}),
+    "DEHVF, clipping to 0.1": dataclasses.replace(EMOJI_ROWS["DEHVF"], max_grad_norm=0.1),
+    "DEHVF, fuser ratio 0.02": dataclasses.replace(EMOJI_ROWS["DEHVF"], fuser_ratio=0.02),
     "MemVP, rate 0.001": dataclasses.replace(EMOJI_ROWS["MemVP"], rate=1e-3),
     "LLaVA-LoRA": dataclasses.replace(METHODS["LLaVA-LoRA"], rate=1e-3),
 }
@@ -698,7 +700,9 @@ def draw(report: dict, file: Path):
     methods = [*METHODS, "mean weights", "MemVP, rate 0.001", "without visual prompts"]
     panels = [("easy-VQA, yes/no questions", METHODS, "", "yes/no"), ("easy-VQA, colours", METHODS, "", "colour")]
     panels += [("emoji, all questions", [name for name in methods if name in EMOJI_ROWS], "emoji: ", "average")]
-    figure, axes = pyplot.subplots(1, 3, figsize=(17, 5), sharey=True, layout="constrained")
+    figure = pyplot.figure(figsize=(17, 10), layout="constrained")
+    upper, lower = figure.subfigures(2, 1)
+    axes = upper.subplots(1, 3, sharey=True)
     for axis, (title, names, prefix, kind) in zip(axes, panels):
         for name in names:
             runs = [run for run in report["runs"].get(prefix + name, []) if run["curve"]]
@@ -715,10 +719,34 @@ def draw(report: dict, file: Path):
         axis.set_xlabel("thousand questions trained on")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(loc="lower right", bbox_to_anchor=(1, 0.08))
+            axis.legend(loc="lower right", bbox_to_anchor=(1, 0.04))
     axes[0].set_ylabel(f"accuracy on the first {FIRST_QUESTIONS:,} test questions, in %")
+    draw_fusion(report["runs"], lower.subplots(1, 2))
     figure.savefig(file, dpi=130)
     pyplot.close(figure)
+
+
+def draw_fusion(runs: dict[str, list[dict]], axes):
+    """Accuracy of the runs with a fuser and four groups over a statistic of their weights, for each task."""
+    panels = {
+        "easy-VQA": ("std_over_positions", "standard deviation of the fusion weights over key and value"),
+        "emoji": ("entropy", "entropy of the fusion weights, in nats (of equal weights: 1.39)"),
+    }
+    ends = [(run, last_point(run)) for found in runs.values() for run in found]
+    for axis, (task, (statistic, label)) in zip(axes, panels.items()):
+        for number, dtype in enumerate(DTYPES):
+            points = [
+                (end[statistic], end["average"])
+                for run, end in ends
+                if run["row"].get("task", "easy-VQA") == task and dtype_of(run) == dtype and end.get(statistic)
+                if "num_groups" not in run["row"]["values"]
+            ]
+            axis.scatter([x for x, _ in points], [y for _, y in points], s=28, color=f"C{number}", label=dtype)
+        axis.set_title(f"{task}, all questions, each run with a fuser", loc="left")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower right")
+    axes[0].set_ylabel("accuracy at the end, in %")
 
 
 def find_runs(rows: dict[str, Row], reported: dict[str, list[dict]]) -> dict[str, list[dict]]:
