@@ -25,6 +25,7 @@ from .bases_dehvf import (
     BASE_NAMES,
     assemble_causal_lm,
     check_base_can_be_saved,
+    drop_ignored_values,
     fetch_merged_bases,
     find_changes,
     has_file,
@@ -254,15 +255,16 @@ class AdapterMixin:
         if config.merged_base:  # then the base models come from the same repository, and no pickle may be read from it
             kwargs["use_safetensors"] = True
         model = cls._from_places(config, places, {**dtype, **kwargs})
-        own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-        model.base_model.load_state_dict(own, strict=False)
+        trained = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+        model.base_model.load_state_dict(trained, strict=False)
         model.name_or_path = model.config.name_or_path = str(location)
         model.base_model.set_source("default", location, source)
         model._has_merged_bases, model._given_bases = config.merged_base and len(given) < len(places), given
         if generation_config is not None:
             model.generation_config = generation_config
         elif has_file(location, GENERATION_CONFIG_NAME, **source):  # else the language model's own stays
-            model.generation_config = GenerationConfig.from_pretrained(location, **source)
+            own = GenerationConfig.from_pretrained(location, **source)
+            model.generation_config = drop_ignored_values(own, location)
         if wants_info:  # all problems that it could list have raised errors above
             return model, {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
         return model

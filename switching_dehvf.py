@@ -24,7 +24,7 @@ from .adapters_dehvf import (
     check_adapter_tensors,
     load_adapter_tensors,
 )
-from .bases_dehvf import check_base, has_file, hub_arguments
+from .bases_dehvf import check_base, drop_ignored_values, has_file, hub_arguments
 from .configuration_dehvf import DehvfConfig
 
 
@@ -200,6 +200,7 @@ class SwitchingMixin:
         own = copy.deepcopy(getattr(self, "text_generation_config", None))
         if self.can_generate() and has_file(pretrained_model_name_or_path, GENERATION_CONFIG_NAME, **kwargs):
             own = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            own = drop_ignored_values(own, pretrained_model_name_or_path)
         with CHANGES:
             self.base_model.add_adapter_modules(adapter_name, adapter)
             self.base_model.set_source(adapter_name, pretrained_model_name_or_path, kwargs)
