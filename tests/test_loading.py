@@ -697,6 +697,15 @@ def test_a_config_may_be_given_by_its_folder(saved, tmp_path):
     assert config.memory_scale == 0.25
 
 
+@pytest.mark.parametrize("loader", [AutoModel, DehvfForConditionalGeneration], ids=["auto", "class"])
+@pytest.mark.parametrize("field, value", [("memory_scale", 0.7), ("max_images", 2)])
+def test_a_field_that_is_given_together_with_a_config_is_refused(saved, loader, field, value):
+    config = dehvf.DehvfConfig.from_pretrained(saved / "adapter")
+    options = {"config": config, "trust_remote_code": True, field: value}
+    with pytest.raises(TypeError, match=f"given together with a config.*`config.{field} = {value}`"):
+        loader.from_pretrained(saved / "adapter", **options)
+
+
 # --- terminals, other users, changed base models ---
 
 
@@ -848,7 +857,9 @@ def test_a_folder_with_an_adapter_of_peft_is_refused(tmp_path):
     shutil.copy(tmp_path / "lora" / "adapter_config.json", tmp_path / "alone")
     calls = [lambda folder: AutoModel.from_pretrained(folder, trust_remote_code=True)]
     calls += [DehvfForConditionalGeneration.from_pretrained, lambda folder: model.load_adapter(folder, "lora")]
-    for folder, load in itertools.product((tmp_path / "lora", tmp_path / "alone"), calls):
+    shutil.copytree(tmp_path / "saved", tmp_path / "both")
+    shutil.copy(tmp_path / "lora" / "adapter_config.json", tmp_path / "both")
+    for folder, load in itertools.product((tmp_path / name for name in ("lora", "alone", "both")), calls):
         with pytest.raises(ValueError, match=f"{folder} has an adapter of `peft`.*PeftModel.from_pretrained"):
             load(folder)
 
