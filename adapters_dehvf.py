@@ -522,7 +522,7 @@ class AdapterMixin:
         places = [location]
         try:
             if location is not None and has_file(location, PROCESSOR_NAME, **source):
-                return DehvfProcessor.from_pretrained(location, config=config, **options, **source)
+                return DehvfProcessor.from_pretrained(location, **options, **source)
             if location is not None and os.path.isabs(location) and not os.path.isdir(location):
                 logger.warning(
                     f"{location}, from which the adapter was loaded, no longer exists. If its processor differed from "
