@@ -25,6 +25,7 @@ from .bases_dehvf import (
     BASE_NAMES,
     assemble_causal_lm,
     check_base_can_be_saved,
+    drop_ignored_values,
     fetch_merged_bases,
     find_changes,
     has_file,
@@ -74,22 +75,19 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def is_peft_folder(location) -> bool:
-    return os.path.isfile(os.path.join(location, "adapter_config.json"))
-
-
-def explain_peft(folder) -> str:
-    return (
-        f"{folder} has an adapter of `peft` (`adapter_config.json`), which would be ignored. Load the DEHVF adapter "
-        "that it was trained on, from a folder without such a file, and then "
-        f"`peft.PeftModel.from_pretrained(model, {str(folder)!r})`."
-    )
+def check_no_peft(location, found=None):
+    """Raises `ValueError` if there is an adapter of `peft` in the folder `location`, or one was `found` elsewhere."""
+    folder = found or location
+    if found or os.path.isfile(os.path.join(location, "adapter_config.json")):
+        raise ValueError(
+            f"{folder} has an adapter of `peft` (`adapter_config.json`), which would be ignored. Load the DEHVF "
+            "adapter that it was trained on, from a folder without such a file, and then "
+            f"`peft.PeftModel.from_pretrained(model, {str(folder)!r})`."
+        )
 
 
 def load_adapter_tensors(location, source: dict) -> dict[str, torch.Tensor]:
     file = cached_file(location, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **source)
-    if file is None and is_peft_folder(location):
-        raise ValueError(explain_peft(location))
     if file is None:
         raise OSError(
             f"{location} has no {SAFE_WEIGHTS_NAME}, so there is no adapter to load. To create a new one use "
@@ -206,13 +204,15 @@ class AdapterMixin:
             pretrained_model_name_or_path: Hub id, or folder written by `save_pretrained`. With `None`, all weights,
                 including those of the base models, are taken from `state_dict`.
             vision_model, text_model: Hub ids or folders of the base models, which replace those in the config.
-            config: a config, or its Hub id or folder, which replaces the config of the adapter.
+            config: a config, or its Hub id or folder, which replaces the config of the adapter. Fields of
+                [`DehvfConfig`] cannot be given together with a config; set them on it.
             kwargs: as in [`from_vision_text_pretrained`]; `generation_config`, `output_loading_info`. `max_images` may
                 be larger than in the saved config: the embeddings of the further images then start at zero. The
                 `image_tiles` of an adapter that has embeddings of images must stay the same.
 
         Raises:
             OSError: if there is no adapter, its file is damaged, or a base model cannot be found.
+            TypeError: if there is no such argument, or a field is given together with a config.
             ValueError: if the adapter or a base model does not fit the config, a tensor of the adapter is not finite,
                 or of a dtype other than float32, bfloat16 or float16, the config is not a DEHVF config, or there is an
                 adapter of `peft`.
@@ -226,15 +226,18 @@ class AdapterMixin:
         source = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
         source |= hub_arguments(kwargs)
         dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}  # not the config's
-        peft_folder = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
-        if peft_folder or is_peft_folder(location):
-            raise ValueError(explain_peft(peft_folder or location))
+        check_no_peft(location, found=(kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path"))
         for name in ("_from_auto", "_from_pipeline", "trust_remote_code"):
             kwargs.pop(name, None)
         if config is None or isinstance(config, str | os.PathLike):
             place = location if config is None else config
             config, kwargs = DehvfConfig.from_pretrained(place, return_unused_kwargs=True, **{**kwargs, **source})
             kwargs |= hub_arguments(source)
+        elif fields := kwargs.keys() & DehvfConfig.__dataclass_fields__.keys():
+            raise TypeError(
+                f"`{min(fields)}` was given together with a config. Set it on the config: "
+                f"`config.{min(fields)} = {kwargs[min(fields)]!r}`."
+            )
         else:
             config = copy.deepcopy(config)  # as in `transformers`: another model may be made from it too
         # Before loading the base models, which may have many GB, so that mistakes are reported at once
@@ -254,15 +257,16 @@ class AdapterMixin:
         if config.merged_base:  # then the base models come from the same repository, and no pickle may be read from it
             kwargs["use_safetensors"] = True
         model = cls._from_places(config, places, {**dtype, **kwargs})
-        own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-        model.base_model.load_state_dict(own, strict=False)
+        trained = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+        model.base_model.load_state_dict(trained, strict=False)
         model.name_or_path = model.config.name_or_path = str(location)
         model.base_model.set_source("default", location, source)
         model._has_merged_bases, model._given_bases = config.merged_base and len(given) < len(places), given
         if generation_config is not None:
             model.generation_config = generation_config
         elif has_file(location, GENERATION_CONFIG_NAME, **source):  # else the language model's own stays
-            model.generation_config = GenerationConfig.from_pretrained(location, **source)
+            own = GenerationConfig.from_pretrained(location, **source)
+            model.generation_config = drop_ignored_values(own, location)
         if wants_info:  # all problems that it could list have raised errors above
             return model, {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
         return model
@@ -518,7 +522,7 @@ class AdapterMixin:
         places = [location]
         try:
             if location is not None and has_file(location, PROCESSOR_NAME, **source):
-                return DehvfProcessor.from_pretrained(location, config=config, **options, **source)
+                return DehvfProcessor.from_pretrained(location, **options, **source)
             if location is not None and os.path.isabs(location) and not os.path.isdir(location):
                 logger.warning(
                     f"{location}, from which the adapter was loaded, no longer exists. If its processor differed from "

@@ -14,10 +14,17 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_dehvf import DehvfConfig, disable_noise
@@ -118,6 +125,26 @@ def _load_base(auto_class, location, key: str, config: DehvfConfig, **kwargs) ->
     base.config._name_or_path = getattr(config, f"{key}_model_id")  # a saved config must not name a local folder
     setattr(config, f"{key}_config", base.config)
     return base
+
+
+def drop_ignored_values(config: GenerationConfig, location) -> GenerationConfig:
+    """
+    Resets the values of a loaded generation config that have no effect or are not valid, such as a `temperature`
+    without `do_sample`, and warns of them. `transformers` loads such a config, but refuses to save it once it was
+    changed, for example by a Trainer.
+    """
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        ignored = re.findall(r"^- `(\w+)`: ", str(error), re.MULTILINE)
+        values = ", ".join(f"`{name}={getattr(config, name)}`" for name in ignored)
+        config.update(**dict.fromkeys(ignored))
+        logger.warning(
+            f"The {GENERATION_CONFIG_NAME} of {location} has values that have no effect or are not valid: {values}. "
+            "They are left out, also when the adapter is saved. To use sampling values, pass them to `generate`, "
+            "together with `do_sample=True`."
+        )
+    return config
 
 
 def with_names_of_base(arguments: dict, prefix: str) -> dict:

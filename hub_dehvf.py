@@ -226,12 +226,18 @@ def find_card(repo_id: str, **source) -> tuple[ModelCard | None, str | None]:
 
 
 def find_old_scores(repo_id: str, adapter_digest: str, **source) -> list[str] | None:
-    """Patterns of the files to delete if the scores of a run in a repository belong to another adapter, or `None`."""
+    """
+    Patterns of the files to delete if the scores of a run of train.py in a repository belong to another adapter, or
+    `None`. A `results.json` that another program has written is not touched.
+    """
     if (place := _find_file(repo_id, "results.json", **source)) is None:
         return None
-    with open(place, encoding="utf-8") as file:
-        digest = json.load(file).get("adapter_sha256", {}).get(SAFE_WEIGHTS_NAME)
-    return None if digest in (None, adapter_digest) else ["results.json", ".eval_results/*.yaml"]
+    try:
+        with open(place, encoding="utf-8") as file:
+            digest = json.load(file)["adapter_sha256"][SAFE_WEIGHTS_NAME]
+    except (KeyError, TypeError, ValueError):  # of another program, or not JSON
+        return None
+    return None if digest == adapter_digest else ["results.json", ".eval_results/*.yaml"]
 
 
 def _update_card(card: ModelCard, has_bases: bool, tags: list[str]) -> bool:

@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.generic import can_return_tuple
 
 from .adapters_dehvf import AdapterMixin, is_adapter_name
+from .bases_dehvf import drop_ignored_values
 from .configuration_dehvf import BUILT_IN_VALUES, DehvfConfig
 from .fuser_dehvf import (
     FuserLinear,
@@ -421,11 +422,6 @@ class DehvfModel(AdapterSet, DehvfPreTrainedModel):
         class_features = adapter.hierarchical_features(self.vision_tower, pixel_values)[0]
         return adapter.fusion_weights(class_features, instruction)
 
-    @property
-    def candidates(self) -> torch.Tensor:
-        """Vision layers that each language layer may read, D M, see [`LayerHierarchy`]."""
-        return self.hierarchy.candidates
-
     # --- read ---
 
     @can_return_tuple
@@ -605,7 +601,7 @@ class DehvfForConditionalGeneration(DehvfPreTrainedModel, DehvfGenerationMixin):
         self.causal_lm_class = type(causal_lm)
         for name in ("_is_stateful", "_can_compile_fullgraph"):  # what its cache and its code allow in `generate`
             setattr(self, name, getattr(causal_lm, name))
-        self.generation_config = causal_lm.generation_config
+        self.generation_config = drop_ignored_values(causal_lm.generation_config, causal_lm.name_or_path)
         # For adapters that were saved without one
         self.text_generation_config = copy.deepcopy(causal_lm.generation_config)
         embeddings = self.get_input_embeddings()

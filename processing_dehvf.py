@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 from transformers.image_utils import ImageInput
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top it may need torchvision
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
-from transformers.utils import PROCESSOR_NAME, cached_file
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file
 
-from .bases_dehvf import hub_arguments
+from .bases_dehvf import has_file, hub_arguments
 from .configuration_dehvf import DehvfConfig, read_tiles, shared
 from .hub_dehvf import check_upload, open_repository
 from .images_dehvf import read_image
@@ -295,6 +295,7 @@ class DehvfProcessor(ProcessorMixin):
             `image_fit`.
 
     Raises:
+        TypeError: if `image_processor` or `tokenizer` is missing, or is an object of another class.
         ValueError: if `image_fit` or `image_tiles` has another value, a sample has more than `max_images` images or
             a different number of `<image>` markers, the numbers of samples and texts differ, or [`read_image`] cannot
             read an image.
@@ -326,12 +327,13 @@ class DehvfProcessor(ProcessorMixin):
         if image_fit is None and any(read_tiles(image_tiles)):
             image_fit = "crop" if getattr(image_processor, "do_center_crop", None) else "squash"
         self.image_fit, self.max_images, self.image_tiles = image_fit, max_images, image_tiles
+        super().__init__(image_processor, tokenizer, **kwargs)  # checks the types
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         if chat_template is None:
             chat_template = keep_text(tokenizer.chat_template or CHAT_TEMPLATE)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        self.chat_template = chat_template
 
     @classmethod
     def from_vision_text_pretrained(
@@ -379,6 +381,10 @@ class DehvfProcessor(ProcessorMixin):
             image_size = kwargs.pop("image_size", None)
             if kwargs.get("chat_template") is not None:
                 kwargs["chat_template"] = keep_text(kwargs["chat_template"])
+            if "config" not in kwargs and has_file(pretrained_model_name_or_path, CONFIG_NAME, **source):
+                values, _ = DehvfConfig.get_config_dict(pretrained_model_name_or_path, **source)
+                if values.get("model_type") == DehvfConfig.model_type:  # else `AutoTokenizer` warns of an unknown type
+                    kwargs["config"] = DehvfConfig.from_dict(values)
             processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
             if image_size is not None:
                 set_image_size(processor.image_processor, image_size)

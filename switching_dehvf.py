@@ -22,9 +22,10 @@ from .adapters_dehvf import (
     PREFIX,
     absolute_place,
     check_adapter_tensors,
+    check_no_peft,
     load_adapter_tensors,
 )
-from .bases_dehvf import check_base, has_file, hub_arguments
+from .bases_dehvf import check_base, drop_ignored_values, has_file, hub_arguments
 from .configuration_dehvf import DehvfConfig
 
 
@@ -172,7 +173,7 @@ class SwitchingMixin:
             OSError: if there is no adapter.
             TypeError: if there is no such argument.
             ValueError: if the name is taken or not a string, the adapter does not fit its config, it was made for base
-                models of other sizes, or the active adapter is offloaded.
+                models of other sizes, there is an adapter of `peft`, or the active adapter is offloaded.
         """
         if not isinstance(adapter_name, str) or not adapter_name:
             raise ValueError(f"`adapter_name` is {adapter_name!r}. Give a name, a string that is not empty.")
@@ -187,6 +188,7 @@ class SwitchingMixin:
         kwargs.pop("trust_remote_code", None)
         if unknown := kwargs.keys() - {"revision", "subfolder"} - hub_arguments(kwargs).keys():
             raise TypeError(f"`load_adapter` has no argument `{min(unknown)}`. See its docstring for those it has.")
+        check_no_peft(pretrained_model_name_or_path)
         tensors = load_adapter_tensors(pretrained_model_name_or_path, kwargs)
         config = DehvfConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
         self._take_over_bases(config, adapter_name)
@@ -200,6 +202,7 @@ class SwitchingMixin:
         own = copy.deepcopy(getattr(self, "text_generation_config", None))
         if self.can_generate() and has_file(pretrained_model_name_or_path, GENERATION_CONFIG_NAME, **kwargs):
             own = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            own = drop_ignored_values(own, pretrained_model_name_or_path)
         with CHANGES:
             self.base_model.add_adapter_modules(adapter_name, adapter)
             self.base_model.set_source(adapter_name, pretrained_model_name_or_path, kwargs)

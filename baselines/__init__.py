@@ -228,7 +228,7 @@ class FrozenBasesForConditionalGeneration(LlavaForConditionalGeneration):
         self.model.language_model = causal_lm.base_model
         self.lm_head = causal_lm.get_output_embeddings()
         self.lm_head.register_forward_pre_hook(make_contiguous)
-        self.generation_config = causal_lm.generation_config
+        self.generation_config = bases.drop_ignored_values(causal_lm.generation_config, causal_lm.name_or_path)
         self.requires_grad_(False)
         self.model.multi_modal_projector = projector
 

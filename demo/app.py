@@ -51,6 +51,7 @@ from training.flags import is_commit  # noqa: E402
 
 
 MAX_NEW_TOKENS = 64
+GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}  # one answer, which can be streamed
 DEFAULT_POSITIONS = 4096
 NUM_EXAMPLES = 6
 NUM_ROWS_READ = 100  # rows of a task in which examples are searched for
@@ -151,7 +152,7 @@ def ask(model, processor, image, message: str | None):
 
     def generate():
         try:
-            return model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, streamer=streamer)
+            return model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, streamer=streamer, **GREEDY)
         finally:
             streamer.end()  # also after an error, or the loop below would wait forever
 

@@ -89,6 +89,13 @@ def test_special_tokens_and_image_markers_in_a_message_are_text(loaded, image):
     assert inputs["input_ids"].tolist() == [[tokenizer.bos_token_id, *expected]]
 
 
+def test_the_page_answers_whatever_the_generation_config_sets(loaded, answered, image, monkeypatch):
+    for name, value in (("num_beams", 2), ("num_return_sequences", 2), ("do_sample", True)):
+        monkeypatch.setattr(loaded[0].generation_config, name, value)
+    *_, (_, (*_, tokens)) = app.ask(*loaded, image, MESSAGE)
+    assert tokens == answered[1]
+
+
 def test_an_error_of_the_model_ends_the_answer(loaded, image, monkeypatch):
     def fail(**kwargs):
         raise RuntimeError("out of memory")

@@ -16,6 +16,7 @@ import time
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -892,6 +893,13 @@ def test_a_full_disk_at_the_end_loses_no_adapters(scienceqa, tmp_path, monkeypat
     assert_same_adapters(tmp_path / "whole", Path(saved))
     train.main(flags(output, adapter=saved, num_train_epochs=0))
     assert_same_adapters(tmp_path / "whole", output)
+
+
+def test_adapters_that_cannot_be_saved_are_reported_with_what_to_do(scienceqa, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(adapters_dehvf, "write_tensors", Mock(side_effect=ValueError("not finite")))
+    with pytest.raises(ValueError, match="not finite") as error:
+        train.main(tiny_flags(tmp_path, scienceqa[0], tmp_path / "output"))
+    assert f"resumes from the last checkpoint in {tmp_path / 'output'}" in error.value.__notes__[0]
 
 
 # --- a loss that is no number ---

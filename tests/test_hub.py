@@ -324,6 +324,16 @@ def test_scores_of_another_adapter_are_removed(pushed):
     assert read_json(pushed / "facts.json")["has scores"] == expected
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['[{"task": "mmlu"}]', '{"task": "mmlu"}', '{"adapter_sha256": "abc"}', '{"adapter_sha256": {}}', "not json"],
+)
+def test_results_of_another_program_are_left_alone(text, tmp_path, monkeypatch):
+    (tmp_path / "results.json").write_text(text)
+    monkeypatch.setattr(dehvf.hub, "_find_file", lambda repo_id, name: tmp_path / name)
+    assert dehvf.hub.find_old_scores("org/name", "abc") is None
+
+
 def test_a_processor_is_pushed_alone_and_leaves_the_card(hub, pushed):
     repository = hub.repositories["org/dehvf-named"]
     _, before, after = repository.commits.values()

@@ -575,6 +575,46 @@ def test_an_invalid_generation_config_is_found_before_anything_is_replaced(tmp_p
     assert {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir() if file.is_file()} == before
 
 
+def edit_generation_config(folder, **values):
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    "values", [{"temperature": 0.9, "top_p": 0.6}, {"pad_token_id": -1, "length_penalty": 2.0, "output_scores": True}]
+)
+def test_generation_values_without_effect_of_a_base_or_an_adapter_do_not_block_saving(tmp_path, monkeypatch, values):
+    vision, text = save_tiny_bases(tmp_path)
+    edit_generation_config(text, **values)
+    messages = []
+    monkeypatch.setattr(dehvf.bases.logger, "warning", messages.append)
+
+    def check_and_save(model, folder, source):
+        assert len(messages) == 1 and f"The generation_config.json of {source} has" in messages.pop()
+        model.generation_config.eos_token_id = [2, 7]
+        for merge_base in (False, True):
+            model.save_pretrained(folder, merge_base=merge_base)
+        assert json.loads((folder / "generation_config.json").read_text()).keys().isdisjoint(values)
+
+    model = DehvfForConditionalGeneration.from_vision_text_pretrained(vision, text, **DEHVF_SIZES)
+    check_and_save(model, tmp_path / "new", text)
+    causal_lm = AutoModelForCausalLM.from_pretrained(text)
+    vision_tower = AutoModel.from_pretrained(vision)
+    check_and_save(DehvfForConditionalGeneration(model.config, vision_tower, causal_lm), tmp_path / "given", text)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "generation_config.json").unlink()  # so that the base's is used
+    model = DehvfForConditionalGeneration.from_pretrained(tmp_path / "adapter")
+    check_and_save(model, tmp_path / "loaded", text)
+    edit_generation_config(tmp_path / "new", **values)
+    model.load_adapter(tmp_path / "new", "edited")
+    model.set_adapter("edited")
+    check_and_save(model, tmp_path / "switched", tmp_path / "new")
+    edit_generation_config(tmp_path / "loaded", **values)
+    check_and_save(
+        DehvfForConditionalGeneration.from_pretrained(tmp_path / "loaded"), tmp_path / "again", tmp_path / "loaded"
+    )
+
+
 @pytest.mark.parametrize(
     "name, value", [("visual_scale", 0.3), ("memory_scale", 2.0), ("memory_form", "materialised")]
 )
@@ -655,6 +695,15 @@ def test_a_config_may_be_given_by_its_folder(saved, tmp_path):
     assert DehvfForConditionalGeneration.from_pretrained(saved / "adapter").config.memory_scale == 0.5
     DehvfForConditionalGeneration.from_pretrained(saved / "adapter", config=config).config.memory_scale = 0.75
     assert config.memory_scale == 0.25
+
+
+@pytest.mark.parametrize("loader", [AutoModel, DehvfForConditionalGeneration], ids=["auto", "class"])
+@pytest.mark.parametrize("field, value", [("memory_scale", 0.7), ("max_images", 2)])
+def test_a_field_that_is_given_together_with_a_config_is_refused(saved, loader, field, value):
+    config = dehvf.DehvfConfig.from_pretrained(saved / "adapter")
+    options = {"config": config, "trust_remote_code": True, field: value}
+    with pytest.raises(TypeError, match=f"given together with a config.*`config.{field} = {value}`"):
+        loader.from_pretrained(saved / "adapter", **options)
 
 
 # --- terminals, other users, changed base models ---
@@ -808,7 +857,9 @@ def test_a_folder_with_an_adapter_of_peft_is_refused(tmp_path):
     shutil.copy(tmp_path / "lora" / "adapter_config.json", tmp_path / "alone")
     calls = [lambda folder: AutoModel.from_pretrained(folder, trust_remote_code=True)]
     calls += [DehvfForConditionalGeneration.from_pretrained, lambda folder: model.load_adapter(folder, "lora")]
-    for folder, load in itertools.product((tmp_path / "lora", tmp_path / "alone"), calls):
+    shutil.copytree(tmp_path / "saved", tmp_path / "both")
+    shutil.copy(tmp_path / "lora" / "adapter_config.json", tmp_path / "both")
+    for folder, load in itertools.product((tmp_path / name for name in ("lora", "alone", "both")), calls):
         with pytest.raises(ValueError, match=f"{folder} has an adapter of `peft`.*PeftModel.from_pretrained"):
             load(folder)
 

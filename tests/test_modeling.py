@@ -446,7 +446,7 @@ def test_weights_differ_by_image_layer_and_position():
 
 def test_the_random_mapping_deals_the_same_groups_to_other_layers():
     hierarchical, random_one, random_two = (
-        tiny_model(num_hidden_layers=12, **values).model.candidates.tolist()
+        tiny_model(num_hidden_layers=12, **values).model.hierarchy.candidates.tolist()
         for values in ({}, {"layer_mapping": "random"}, {"layer_mapping": "random", "layer_mapping_seed": 1})
     )
     assert sorted(hierarchical) == sorted(random_one) == sorted(random_two)
@@ -456,7 +456,7 @@ def test_the_random_mapping_deals_the_same_groups_to_other_layers():
 def test_an_explicit_mapping_equals_the_groups_that_it_names():
     grouped = tiny_model()
     named = tiny_model(layer_mapping=[[0, 1, 2, 4]] * 2 + [[3, 4, 5, 4]] * 2)
-    assert named.model.candidates.tolist() == grouped.model.candidates.tolist()
+    assert named.model.hierarchy.candidates.tolist() == grouped.model.hierarchy.candidates.tolist()
     named.load_state_dict(grouped.state_dict())
     assert torch.equal(named(**tiny_inputs()).logits, grouped(**tiny_inputs()).logits)
 

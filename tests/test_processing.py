@@ -26,6 +26,7 @@ from tiny import (
     ROOT,
     DehvfProcessor,
     save_tiny_bases,
+    tiny_config,
     tiny_image_processor,
     tiny_model,
     tiny_processor,
@@ -319,10 +320,13 @@ def test_output_feeds_the_model_as_it_is():
     assert model.get_image_features(**without_text) is not None
 
 
-def test_saved_and_loaded_processors_agree(tmp_path):
+def test_saved_and_loaded_processors_agree(tmp_path, caplog):
     vision, text = save_tiny_bases(tmp_path)
     DehvfProcessor.from_vision_text_pretrained(vision, text).save_pretrained(tmp_path / "saved")
-    loaded = DehvfProcessor.from_pretrained(tmp_path / "saved")
+    for _ in ("without a config", "with one"):
+        loaded = DehvfProcessor.from_pretrained(tmp_path / "saved")
+        tiny_config().save_pretrained(tmp_path / "saved")
+    assert "You are using a model of type" not in caplog.text
     arguments = {"images": [image(), None], "text": ["abc", "a"], "return_tensors": "pt"}
     left, right = tiny_processor()(**arguments), loaded(**arguments)
     assert all(torch.equal(left[name], right[name]) for name in left)
@@ -650,6 +654,19 @@ def test_images_of_every_shape_are_fitted(image_fit, size):
 def test_a_value_that_is_no_text_is_refused(text):
     with pytest.raises(ValueError, match="`text` is .* Give a text, or a list of at least one text"):
         tiny_processor()(text=text)
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        ([], "NoneType for argument image_processor"),
+        ([tiny_image_processor()], "NoneType for argument tokenizer"),
+        ([tiny_tokenizer(), tiny_image_processor()], "for argument image_processor"),
+    ],
+)
+def test_missing_and_swapped_parts_of_a_processor_are_named(parts, message):
+    with pytest.raises(TypeError, match=message):
+        DehvfProcessor(*parts)
 
 
 def test_another_image_fit_is_refused():

@@ -684,6 +684,21 @@ def test_a_stream_trains_on_the_rows_that_can_be_read(scienceqa, tmp_path):
     assert len(read_predictions(tmp_path / "output")) == results["size"] == 4
 
 
+@pytest.mark.parametrize("method", ["dehvf", "lavin"])
+def test_a_base_with_generation_values_without_effect_is_trained_and_saved(scienceqa, tmp_path, method):
+    """Also if the token that ends a turn is added to its generation config."""
+    scienceqa[1](train=make_rows(), test=make_rows(4))
+    flags = {"method": method, "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    flags = tiny_flags(tmp_path, scienceqa[0], tmp_path / "output", **flags)
+    file = tmp_path / "text" / "generation_config.json"
+    values = {"eos_token_id": 3, "temperature": 0.9, "top_p": 0.6}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    train.main(flags)
+    for folder in (tmp_path / "output", tmp_path / "output" / "checkpoint-1"):
+        saved = json.loads((folder / "generation_config.json").read_text())
+        assert saved["eos_token_id"] == [3, 2] and not {"temperature", "top_p"} & saved.keys()
+
+
 @pytest.fixture
 def trained(scienceqa, tmp_path):
     """`(flags, folder)` of a run of seconds."""

@@ -144,8 +144,13 @@ class AdapterTrainer(Trainer):
         try:
             self._save(output_dir, state_dict=tensors)
         except Exception as error:  # `tokenizers` raises this class if the disk is full
-            # A checkpoint is not the end of training, and with a ValueError the tensors cannot be saved anywhere
-            if _internal_call or isinstance(error, ValueError):
+            if _internal_call:  # a checkpoint, which is not the end of training
+                raise
+            if isinstance(error, ValueError):  # about what is saved, so another folder would not help
+                error.add_note(
+                    "The trained adapters were not saved. Once the cause is removed, the same command resumes from "
+                    f"the last checkpoint in {output_dir}, if there is one (see `--save_strategy`)."
+                )
                 raise
             folder = tempfile.mkdtemp(prefix="dehvf-")
             self._save(folder, state_dict=tensors)

@@ -38,8 +38,7 @@ def load_processor(model_args, adapter_args):
                 )
             kind = AutoConfig if model_args.method in BASELINES else DehvfConfig
             config = kind.from_pretrained(model_args.adapter, **source)
-            # Without the config, the tokenizer reads it as one of another type and warns
-            processor = DehvfProcessor.from_pretrained(model_args.adapter, config=config, **source)
+            processor = DehvfProcessor.from_pretrained(model_args.adapter, **source)
             if 1 < adapter_args.max_images < processor.max_images:
                 raise ValueError(
                     f"`--max_images {adapter_args.max_images}` was given, but the adapter {model_args.adapter} reads "
