@@ -33,6 +33,8 @@ from transformers import (
 import baselines
 from baselines import BaselineArguments, assemble, build
 from dehvf import DehvfConfig
+from training.arguments import DehvfTrainingArguments
+from training.trainer import AnswerTrainer
 
 
 METHODS = ("llava", "llava-lora", "lavin", "llama-adapter", "llama-adapter-v2", "adem-vl", "igva")
@@ -219,6 +221,16 @@ def test_a_new_baseline_is_its_language_model_for_text(make, bases, method):
     batch = make_batch(None, ROWS[:1])
     expected = AutoModelForCausalLM.from_pretrained(bases[1])(**batch).logits
     assert torch.equal(make(method, random=False)(**batch).logits, expected)
+
+
+@all_methods
+def test_weight_decay_is_for_matrices_only(make, method, tmp_path):
+    model = make(method)
+    arguments = DehvfTrainingArguments(str(tmp_path), learning_rate=0.01, weight_decay=0.1)
+    optimizer = AnswerTrainer(model=model, args=arguments, max_new_tokens=1, run={}).create_optimizer()
+    decayed = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    found = {(parameter.ndim > 1, decayed[id(parameter)]) for parameter in trained(model).values()}
+    assert (True, 0.1) in found and found <= {(True, 0.1), (False, 0.0)}
 
 
 @pytest.mark.parametrize("method", ["llama-adapter", "llama-adapter-v2"])

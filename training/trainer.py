@@ -76,6 +76,15 @@ class AnswerTrainer(AdapterTrainer):
                 # There, dropout has drawn the random numbers of the step that a resumed run repeats
                 callback.on_pre_optimizer_step = lambda *args, **kwargs: None
 
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """
+        Weight decay is for matrices only. It would pull the scales of LLaMA-Adapter V2, which start at 1 and multiply
+        the outputs of frozen layers, towards 0.
+        """
+        # ZeRO-3 leaves empty tensors and keeps the shape in `ds_shape`
+        vectors = {name for name, p in model.named_parameters() if len(getattr(p, "ds_shape", p.shape)) < 2}
+        return [name for name in super().get_decay_parameter_names(model) if name not in vectors]
+
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Puts the fuser and its query into separate groups if `fuser_lr_ratio` changes their learning rate."""
         is_new = self.optimizer is None  # with DeepSpeed, this is called twice
