@@ -4,6 +4,7 @@ import os
 import re
 import reprlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -52,6 +53,17 @@ def convert(value, feature):
     if isinstance(feature, Value) and feature.dtype in ("float16", "float32") and isinstance(value, float):
         return float(str(np.dtype(feature.dtype).type(value)))
     return value
+
+
+def read_weights(value) -> list[float]:
+    """The numbers in a column of weights, also as texts of CSV: "0.5", "False", "[False, True]"."""
+    parts = as_list(value.lower() if isinstance(value, str) else value)
+    weights = []
+    for part in parts if isinstance(parts, list) else [parts]:
+        part = {"false": 0, "true": 1}.get(part.strip().lower(), part) if isinstance(part, str) else part
+        with suppress(TypeError, ValueError):  # no number
+            weights.append(float(part))
+    return [weight for weight in weights if weight == weight]  # NaN is a missing value of pandas
 
 
 def without_decoding(feature):
@@ -122,9 +134,7 @@ class Reader:
         for column in self.lost:
             value = as_list(record.get(column))
             if column in weights:
-                values = value if isinstance(value, list) else [value]
-                # NaN is a missing value of pandas
-                if any(isinstance(part, int | float) and part == part and part != 1 for part in values):
+                if any(weight != 1 for weight in read_weights(value)):
                     faults.append(
                         f"it has the {column} {reprlib.repr(value)}, but the model is trained equally on all rows and "
                         "all messages of the assistant. Remove the row or the column, or split the row."

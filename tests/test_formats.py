@@ -333,7 +333,8 @@ def test_every_format_of_chats_gives_the_same_messages(layout, tmp_path, capsys)
         case "csv":
             cells = [("messages", "images"), ("parts", "images")]
             rows = [{name: json.dumps(CHATS[kind][name]) for name in ("messages", key)} for kind, key in cells]
-            rows = [{"messages": row["messages"], "image": "a.png"} for row in rows]
+            weights = {"weight": "1.0", "train": "True", "loss_scale": "[1]", "loss": "", "training": "all"}
+            rows = [{"messages": row["messages"], "image": "a.png", **weights} for row in rows]
             write_csv(tmp_path / "x.csv", rows)
             expected = ["red", "red"]
     rows = read(chat, tmp_path)
@@ -638,6 +639,7 @@ AMBIGUOUS = [
         (chat, {"messages": [USER, ASSISTANT], column: value}, f"it has the {column} .*Remove the row")
         for column, value in [("weight", 0.0), ("loss_mask", [1, 0]), ("loss_scale", 0), ("train", False)]
         + [("weight", 0.5), ("weights", [2, 1])]
+        + [("weight", "0"), ("train", " False"), ("loss_mask", '["0"]'), ("loss_scale", "[True, False]")]  # as in CSV
     ),
     (chat, {"messages": [USER, ASSISTANT], "system": ["Be brief."]}, "`system` is .*Make it a text in quotes"),
     (
