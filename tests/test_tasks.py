@@ -719,6 +719,19 @@ def test_own_questions_need_a_path_the_split_and_good_rows(tmp_path):
         *((said, answer, False) for said, answer in [(" A", "A-"), (" A+", "A-"), (" O.", "O-"), (" ½", "-½")]),
         *((said, answer, True) for said, answer in [(" B-.", "b-"), (" -½.", "-½"), (" a T-shirt", "t-shirt")]),
         (" plan b - maybe", "plan b maybe", True),
+        *((f" {number}.", f"-{number}", False) for number in ("x", "2x", "√2", "π", "∞", "(3)", "a/2", "$x")),
+        *((said, said.replace("-", ""), False) for said in ("y = -x", "y=-x", "(-x)", '"-x"', "2*-x", "e^-x", "1,-x")),
+        *((said, said.replace("-", ""), False) for said in ("AB-", "(AB-)", "AB-, I think", "Cl-.", "O2-", "SO4 2-")),
+        *(
+            (said, said.replace("-", ""), True)
+            for said in ("co-op", "U.S.-based", "x--y", "red -- blue", "- hen", "hen -")
+        ),
+        *((said, said.replace("**", ""), False) for said in ("2**3", "x**2", "2**x", "(x)**2", "x**-1")),
+        (" 2 ** 3", "2 3", False),
+        (" 2 ** 3", "2**3", True),
+        (" 3...5", "3.5", False),
+        (" **red** car", "red car", True),
+        (" (3), (4)", "3 4", True),
         ("..", ".", True),
         (" ?.", ".", False),
     ],
