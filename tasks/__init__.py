@@ -75,18 +75,14 @@ def score_folder(folder: str | Path) -> dict:
     """
     predictions, results = Path(folder) / PREDICTIONS_FILE, Path(folder) / RESULTS_FILE
     require_files([predictions, results], "`train.py` writes both files into its `--output_dir`.")
-    records = [
-        read_json(line, f"{predictions}, line {number}")
-        for number, line in enumerate(predictions.read_text(encoding="utf-8").split("\n"), 1)
-        if line.strip()
-    ]
     facts = read_json(results.read_text(encoding="utf-8"), results)
     if missing := {"task", "size"} - facts.keys():
         raise ValueError(f"{results} has no `{min(missing)}`, which `train.py` writes. Run the evaluation again.")
+    task = get_task(facts["task"])
+    records = read_predictions(predictions, task)
     indices = [record["index"] for record in records if "index" in record]
     if len(indices) == facts["size"] and sorted(indices) != list(range(facts["size"])):
         raise ValueError(f"{predictions} does not have each row of the split once. Run the evaluation again.")
-    task = get_task(facts["task"])
     scores = {"scores": task.score(records, facts["size"])}
     if all(record.get("choice") is not None for record in records):
         chosen = [{**record, "prediction": task.options(record)[record["choice"]]} for record in records]
@@ -94,6 +90,23 @@ def score_folder(folder: str | Path) -> dict:
     others = {name: fact for name, fact in facts.items() if name not in ("scores", "scores_by_likelihood")}
     write_json(results, scores | others)
     return scores | others
+
+
+def read_predictions(file: Path, task: ModuleType) -> list[dict]:
+    """The lines of `predictions.jsonl`. Raises `ValueError` if there are none, or one lacks a value of the task."""
+    records, needed = [], {*task.COLUMNS, "prediction", "expected", "has_image"} - {"image", "images"}
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        record = read_json(line, place := f"{file}, line {number}")
+        if missing := needed - record.keys():
+            raise ValueError(f"{place} has no `{min(missing)}`. A line needs {', '.join(sorted(needed))}.")
+        if not isinstance(record["prediction"], str):
+            raise ValueError(f"{place} has the `prediction` {record['prediction']!r}. Make it a text.")
+        records.append(record)
+    if not records:
+        raise ValueError(f"{file} has no answers. Run the evaluation again.")
+    return records
 
 
 def write_json(file: Path, content: dict):

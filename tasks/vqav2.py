@@ -24,7 +24,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from tasks import _reader, _sources, _values, no_context, no_options, require_files, run_metric
 
 
-COLUMNS = ("image", "question", "answer", "answers")
+COLUMNS = ("image", "question", "answer", "answers", "answer_type")
 ANSWER_PREFIX = ""
 MAX_NEW_TOKENS = 10  # an answer is rarely longer than three words
 DATASET, DATASET_ROWS = "lmms-lab/VQAv2", 214_354

@@ -1130,6 +1130,18 @@ def test_answers_without_a_choice_have_no_score_by_likelihood(answered):
         ("predictions.jsonl", lambda text: text[:-20], r"predictions.jsonl, line 12 is not valid JSON"),
         ("predictions.jsonl", lambda text: text.replace('"index": 1,', '"index": 0,'), "each row of the split once"),
         ("predictions.jsonl", lambda text: text + "3\n", "line 13 has 3 in place of a JSON object"),
+        (
+            "predictions.jsonl",
+            lambda text: text.replace('"prediction"', '"answered"', 1),
+            "predictions.jsonl, line 1 has no `prediction`. A line needs answer, choices, expected, ",
+        ),
+        ("predictions.jsonl", lambda text: text.replace('"grade"', '"level"'), "jsonl, line 1 has no `grade`"),
+        (
+            "predictions.jsonl",
+            lambda text: text + '{"prediction": null, ' + text.splitlines()[0].replace('"prediction"', '"said"')[1:],
+            "predictions.jsonl, line 13 has the `prediction` None. Make it a text",
+        ),
+        ("predictions.jsonl", lambda text: "", "predictions.jsonl has no answers. Run the evaluation again"),
         ("results.json", lambda text: "{}", "results.json has no `size`, which `train.py` writes"),
         ("results.json", lambda text: text[:-1], "results.json is not valid JSON"),
     ],
