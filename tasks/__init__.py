@@ -41,6 +41,7 @@ also have
 
 import json
 import os
+import reprlib
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -116,15 +117,35 @@ def write_json(file: Path, content: dict):
     os.replace(unfinished, file)
 
 
-def read_json(text: str, place) -> dict:
+def read_json(text: str | bytes, place, advice: str = "Run the evaluation again.") -> dict:
     """Raises `ValueError` that names the place if the text is not a JSON object."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not valid JSON ({error}). Run the evaluation again.") from error
+    except ValueError as error:
+        raise ValueError(f"{place} is not valid JSON ({error}). {advice}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{place} has {value!r} in place of a JSON object. Run the evaluation again.")
+        raise ValueError(f"{place} has {reprlib.repr(value)} in place of a JSON object. {advice}")
     return value
+
+
+def read_entries(file: Path, name: str, layout: str, keys: Iterable[str] = ()) -> list:
+    """
+    The list with this name in the JSON object of a published file. Raises `ValueError` with `layout` if there is none,
+    or an entry lacks one of `keys`.
+    """
+    entries = read_json(file.read_bytes(), file, layout).get(name)
+    if not isinstance(entries, list):
+        raise ValueError(f"{file} has no list `{name}`. {layout}")
+    for number, entry in enumerate(entries):
+        require_keys(entry, keys, f"{file}: entry {number} of `{name}`", layout)
+    return entries
+
+
+def require_keys(entry, keys: Iterable[str], place, layout: str):
+    """Raises `ValueError` with the first key that an entry of a published file lacks, and `layout`."""
+    for key in keys:
+        if not isinstance(entry, dict) or key not in entry:
+            raise ValueError(f"{place} has no `{key}`. {layout}")
 
 
 def print_scores(results: dict):

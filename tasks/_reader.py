@@ -252,7 +252,12 @@ class Reader:
         return faults
 
 
-def make_dataset(rows: list[dict], features: Features, streaming: bool) -> Dataset | IterableDataset:
+def make_dataset(
+    rows: list[dict], features: Features, streaming: bool, place: str | Path, split: str
+) -> Dataset | IterableDataset:
+    """The rows of a split, which were read from `place`. Raises `ValueError` if there are none."""
+    if not rows:
+        raise ValueError(f"{place} has no rows of the {split} split. Give the complete files.")
     rows = Dataset.from_list(rows, features=features)
     return rows.to_iterable_dataset() if streaming else rows
 
