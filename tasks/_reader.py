@@ -175,8 +175,14 @@ class Reader:
         """The columns `image` and `images` of a row with an image or a list of images, and what is wrong with them."""
         found = [self._find_image(image) for image in image_values(value)]
         images = [image for image, _ in found if image is not None]
+        faults = [fault for _, faults in found for fault in faults]
+        if (None, []) in found[: len(images)]:
+            faults.append(
+                "there is no image (null) before another one of the row, so that later images would change their "
+                "places. Give all images, or remove the null."
+            )
         row = {"image": images[0] if images else None, "images": images if len(images) > 1 else None}
-        return row, [fault for _, faults in found for fault in faults]
+        return row, faults
 
     def _find_image(self, value) -> tuple[dict | None, list[str]]:
         """An undecoded image in the form of `datasets.Image`, and what is wrong with it."""

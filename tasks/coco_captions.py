@@ -4,7 +4,7 @@ about five captions each. Read from a folder with
 
     dataset_coco.json   train2014/*.jpg   val2014/*.jpg
 
-A training row is one caption, without blank ones; a row for evaluation is one image with all of its captions.
+A training row is one caption that is not blank; a row for evaluation is one image with all of its captions.
 """
 
 import shutil
