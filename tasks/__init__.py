@@ -41,6 +41,7 @@ also have
 
 import json
 import os
+import reprlib
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -75,18 +76,14 @@ def score_folder(folder: str | Path) -> dict:
     """
     predictions, results = Path(folder) / PREDICTIONS_FILE, Path(folder) / RESULTS_FILE
     require_files([predictions, results], "`train.py` writes both files into its `--output_dir`.")
-    records = [
-        read_json(line, f"{predictions}, line {number}")
-        for number, line in enumerate(predictions.read_text(encoding="utf-8").split("\n"), 1)
-        if line.strip()
-    ]
     facts = read_json(results.read_text(encoding="utf-8"), results)
     if missing := {"task", "size"} - facts.keys():
         raise ValueError(f"{results} has no `{min(missing)}`, which `train.py` writes. Run the evaluation again.")
+    task = get_task(facts["task"])
+    records = read_predictions(predictions, task)
     indices = [record["index"] for record in records if "index" in record]
     if len(indices) == facts["size"] and sorted(indices) != list(range(facts["size"])):
         raise ValueError(f"{predictions} does not have each row of the split once. Run the evaluation again.")
-    task = get_task(facts["task"])
     scores = {"scores": task.score(records, facts["size"])}
     if all(record.get("choice") is not None for record in records):
         chosen = [{**record, "prediction": task.options(record)[record["choice"]]} for record in records]
@@ -96,6 +93,23 @@ def score_folder(folder: str | Path) -> dict:
     return scores | others
 
 
+def read_predictions(file: Path, task: ModuleType) -> list[dict]:
+    """The lines of `predictions.jsonl`. Raises `ValueError` if there are none, or one lacks a value of the task."""
+    records, needed = [], {*task.COLUMNS, "prediction", "expected", "has_image"} - {"image", "images"}
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        record = read_json(line, place := f"{file}, line {number}")
+        if missing := needed - record.keys():
+            raise ValueError(f"{place} has no `{min(missing)}`. A line needs {', '.join(sorted(needed))}.")
+        if not isinstance(record["prediction"], str):
+            raise ValueError(f"{place} has the `prediction` {record['prediction']!r}. Make it a text.")
+        records.append(record)
+    if not records:
+        raise ValueError(f"{file} has no answers. Run the evaluation again.")
+    return records
+
+
 def write_json(file: Path, content: dict):
     """Writes the file atomically: if the process is killed, the old file is kept."""
     unfinished = file.with_name(f"{file.name}.tmp")
@@ -103,15 +117,35 @@ def write_json(file: Path, content: dict):
     os.replace(unfinished, file)
 
 
-def read_json(text: str, place) -> dict:
+def read_json(text: str | bytes, place, advice: str = "Run the evaluation again.") -> dict:
     """Raises `ValueError` that names the place if the text is not a JSON object."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not valid JSON ({error}). Run the evaluation again.") from error
+    except ValueError as error:
+        raise ValueError(f"{place} is not valid JSON ({error}). {advice}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{place} has {value!r} in place of a JSON object. Run the evaluation again.")
+        raise ValueError(f"{place} has {reprlib.repr(value)} in place of a JSON object. {advice}")
     return value
+
+
+def read_entries(file: Path, name: str, layout: str, keys: Iterable[str] = ()) -> list:
+    """
+    The list with this name in the JSON object of a published file. Raises `ValueError` with `layout` if there is none,
+    or an entry lacks one of `keys`.
+    """
+    entries = read_json(file.read_bytes(), file, layout).get(name)
+    if not isinstance(entries, list):
+        raise ValueError(f"{file} has no list `{name}`. {layout}")
+    for number, entry in enumerate(entries):
+        require_keys(entry, keys, f"{file}: entry {number} of `{name}`", layout)
+    return entries
+
+
+def require_keys(entry, keys: Iterable[str], place, layout: str):
+    """Raises `ValueError` with the first key that an entry of a published file lacks, and `layout`."""
+    for key in keys:
+        if not isinstance(entry, dict) or key not in entry:
+            raise ValueError(f"{place} has no `{key}`. {layout}")
 
 
 def print_scores(results: dict):

@@ -4,6 +4,7 @@ import os
 import re
 import reprlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -52,6 +53,17 @@ def convert(value, feature):
     if isinstance(feature, Value) and feature.dtype in ("float16", "float32") and isinstance(value, float):
         return float(str(np.dtype(feature.dtype).type(value)))
     return value
+
+
+def read_weights(value) -> list[float]:
+    """The numbers in a column of weights, also as texts of CSV: "0.5", "False", "[False, True]"."""
+    parts = as_list(value.lower() if isinstance(value, str) else value)
+    weights = []
+    for part in parts if isinstance(parts, list) else [parts]:
+        part = {"false": 0, "true": 1}.get(part.strip().lower(), part) if isinstance(part, str) else part
+        with suppress(TypeError, ValueError):  # no number
+            weights.append(float(part))
+    return [weight for weight in weights if weight == weight]  # NaN is a missing value of pandas
 
 
 def without_decoding(feature):
@@ -122,9 +134,7 @@ class Reader:
         for column in self.lost:
             value = as_list(record.get(column))
             if column in weights:
-                values = value if isinstance(value, list) else [value]
-                # NaN is a missing value of pandas
-                if any(isinstance(part, int | float) and part == part and part != 1 for part in values):
+                if any(weight != 1 for weight in read_weights(value)):
                     faults.append(
                         f"it has the {column} {reprlib.repr(value)}, but the model is trained equally on all rows and "
                         "all messages of the assistant. Remove the row or the column, or split the row."
@@ -165,8 +175,14 @@ class Reader:
         """The columns `image` and `images` of a row with an image or a list of images, and what is wrong with them."""
         found = [self._find_image(image) for image in image_values(value)]
         images = [image for image, _ in found if image is not None]
+        faults = [fault for _, faults in found for fault in faults]
+        if (None, []) in found[: len(images)]:
+            faults.append(
+                "there is no image (null) before another one of the row, so that later images would change their "
+                "places. Give all images, or remove the null."
+            )
         row = {"image": images[0] if images else None, "images": images if len(images) > 1 else None}
-        return row, [fault for _, faults in found for fault in faults]
+        return row, faults
 
     def _find_image(self, value) -> tuple[dict | None, list[str]]:
         """An undecoded image in the form of `datasets.Image`, and what is wrong with it."""
@@ -242,7 +258,12 @@ class Reader:
         return faults
 
 
-def make_dataset(rows: list[dict], features: Features, streaming: bool) -> Dataset | IterableDataset:
+def make_dataset(
+    rows: list[dict], features: Features, streaming: bool, place: str | Path, split: str
+) -> Dataset | IterableDataset:
+    """The rows of a split, which were read from `place`. Raises `ValueError` if there are none."""
+    if not rows:
+        raise ValueError(f"{place} has no rows of the {split} split. Give the complete files.")
     rows = Dataset.from_list(rows, features=features)
     return rows.to_iterable_dataset() if streaming else rows
 

@@ -43,6 +43,7 @@ from datasets.fingerprint import Hasher
 
 from tasks._formats import (
     FORMATS,
+    KEYS_OF_ROWS,
     Record,
     Rows,
     choose_split,
@@ -296,6 +297,9 @@ class Source:
                 advice += f", or `--columns {name}=none` to train without it"
             elif {"messages", "conversations"} & set(unread):
                 advice += ", or `--task chat` to train on messages"
+            elif self.format == FORMATS["*.json"] and self._may_be_whole(split):
+                advice += ". If the file is one object with all rows, put them under exactly one of the keys "
+                advice += ", ".join(KEYS_OF_ROWS)
             given = f" (`{columns[0]}`)" if columns != self.task.FIELDS[name] else ""
             if name == "image" and (own := self._find_image_column_of_others(split)):
                 advice = f"Other splits have `{own}`. Rename the column with the images to that"
@@ -305,6 +309,10 @@ class Source:
             listed += f" and {len(names) - MOST_COLUMNS} more" if len(names) > MOST_COLUMNS else ""
             faults.append(f"{self.label(split)}: no row has {what}. The columns are {listed}. {advice}.")
         return faults
+
+    def _may_be_whole(self, split: str) -> bool:
+        """Whether a file has one record, which may be an object with all rows under a key that is not read."""
+        return any(len(list(islice(read_records(file), 2))) == 1 for file in self._part(split))
 
     def _find_numbered_images(self, split: str) -> list[str]:
         """A fault for columns such as `image_2`, of which only one could be read, unless one was chosen."""

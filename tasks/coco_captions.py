@@ -4,16 +4,15 @@ about five captions each. Read from a folder with
 
     dataset_coco.json   train2014/*.jpg   val2014/*.jpg
 
-A training row is one caption; a row for evaluation is one image with all of its captions.
+A training row is one caption that is not blank; a row for evaluation is one image with all of its captions.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 
-from tasks import _reader, no_context, no_options, require_files, run_metric
+from tasks import _reader, no_context, no_options, read_entries, require_files, run_metric
 
 
 COLUMNS = ("image", "captions", "image_id")
@@ -37,7 +36,7 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
     """
     Raises:
         FileNotFoundError: if `path` lacks the file with the splits or an image folder of this split.
-        ValueError: without a path, or if there is no such split.
+        ValueError: without a path, if there is no such split, or if the file is damaged or has another form.
     """
     if path is None:
         raise ValueError(f"path is None, but COCO Captions has no default location. {LAYOUT}")
@@ -46,16 +45,16 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
     folder = Path(path)
     splits = folder / "dataset_coco.json"
     require_files([splits], LAYOUT)
-    entries = json.loads(splits.read_text(encoding="utf-8"))["images"]
+    entries = read_entries(splits, "images", LAYOUT, ("split", "filepath", "filename", "sentences", "cocoid"))
     entries = [entry for entry in entries if entry["split"] in PARTS[split]]
     require_files(sorted({folder / entry["filepath"] for entry in entries}), LAYOUT)
     rows = []
     for entry in entries:
         image = folder / entry["filepath"] / entry["filename"]
         captions = [" ".join(sentence["raw"].split()) for sentence in entry["sentences"]]
-        for group in [[caption] for caption in captions] if split == "train" else [captions]:
+        for group in [[caption] for caption in captions if caption] if split == "train" else [captions]:
             rows.append({"image": str(image), "captions": group, "image_id": entry["cocoid"]})
-    return _reader.make_dataset(rows, FEATURES, streaming)
+    return _reader.make_dataset(rows, FEATURES, streaming, splits, split)
 
 
 context, options = no_context, no_options

@@ -73,7 +73,7 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
     if split != "test":
         held_out = hold_out({row["image_id"] for row in rows})
         rows = [row for row in rows if (row["image_id"] in held_out) == (split == "validation")]
-    return _reader.make_dataset(rows, FEATURES, streaming)
+    return _reader.make_dataset(rows, FEATURES, streaming, file, split)
 
 
 def download() -> Path:

@@ -41,7 +41,7 @@ def load(split: str, path: str | None = None, streaming: bool = False) -> Datase
         for answer in ("yes", "no") * PAIRS_OF_EACH[split]:
             images = [left, numbers.choice(partners[shape, answer])]
             rows.append({"image": left, "images": images, "answer": answer})
-    return make_dataset(rows, FEATURES, streaming)
+    return make_dataset(rows, FEATURES, streaming, path, split)
 
 
 context, options = no_context, no_options

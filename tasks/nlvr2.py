@@ -72,7 +72,7 @@ def load(
         return source.rows(source.find_split(split))
     rows, faults = read(file)
     _reader.raise_first(faults, path)
-    return _reader.make_dataset(rows, FEATURES, streaming)
+    return _reader.make_dataset(rows, FEATURES, streaming, file, split)
 
 
 def find_files(path: Path) -> list[Path]:

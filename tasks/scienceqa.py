@@ -17,8 +17,9 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 
-from tasks import require_files, run_metric
+from tasks import read_entries, read_json, require_files, require_keys, run_metric
 from tasks._formats import choose_split, open_dataset
+from tasks._reader import make_dataset
 from tasks._values import find_text_faults
 
 
@@ -44,7 +45,8 @@ def load(
 
     Raises:
         FileNotFoundError: if the original layout or the file with captions lacks a file or folder.
-        ValueError: if `path` has none of these layouts or no such split, or there are no captions for it.
+        ValueError: if `path` has none of these layouts or no such split, a file is damaged or has another form, or
+            there are no captions for the split.
     """
     if path is not None and any((Path(path) / name).exists() for name in ("problems.json", "pid_splits.json")):
         rows = load_original(Path(path), split, captions if split != "train" else None)
@@ -65,21 +67,23 @@ def load_original(folder: Path, split: str, captions: str | None = None) -> Data
     )
     files = folder / "problems.json", folder / "pid_splits.json"
     require_files([*files, images], layout)
-    problems, splits = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    problems, numbers = read_json(files[0].read_bytes(), files[0], layout), read_entries(files[1], images.name, layout)
+    require_keys(problems, numbers, files[0], layout)
     rows = []
-    for number in splits[images.name]:
+    for number in numbers:
+        require_keys(problems[number], FEATURES, f"{files[0]}: problem {number}", layout)
         row = {name: problems[number][name] for name in FEATURES}
         rows.append({**row, "image": row["image"] and str(images / number / row["image"])})
-    rows = Dataset.from_list(rows, features=FEATURES)
+    rows = make_dataset(rows, FEATURES, False, files[1], split)
     if captions is None:
         return rows
     known = read_captions(Path(captions))
-    if len(rows) and not any(number in known for number in splits[images.name]):
+    if not any(number in known for number in numbers):
         raise ValueError(
             f"{captions} has no caption for any of the {len(rows)} problems of the {split} split, such as number "
-            f"{splits[images.name][0]}. Give the file that belongs to {folder}."
+            f"{numbers[0]}. Give the file that belongs to {folder}."
         )
-    return rows.add_column("caption", [known.get(number, "") for number in splits[images.name]])
+    return rows.add_column("caption", [known.get(number, "") for number in numbers])
 
 
 def read_captions(file: Path) -> dict[str, str]:

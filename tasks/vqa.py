@@ -45,6 +45,19 @@ FIELDS = {
 REQUIRED = ("question", "answer")
 LOST = ("history", "system", "system_prompt", "tools")
 NUMBER = r"(?:[$€£¥₹₩₽] *)?\.?[\d¼-¾⅐-⅞]"  # how one begins: 5, .5, $5, ½
+# Punctuation that is a part of an answer
+SIGNS = "|".join(
+    (
+        rf"[-–](?={NUMBER})",
+        r"""(?<![^\s([{<>=+*/^,"'])[-–](?=[^\s–-])""",  # at the start of a word: -x, (-√2), y=-x
+        r"(?<=\w)[-–](?![^\s.,;:!?)\]}])",  # at its end: A-, Cl-
+        r"[.,:/](?=\d)",  # 3.5, 10:30, 1/2
+        r"(?<=\d)[^\w\s]+(?=\d)|(?<=\d)_(?=\d)",  # 2*3
+        r"(?<=[\w)])\*\*(?=[\w(-])",  # x**2, but not **red**
+        r"(?<=\d)!",
+        r"[#%‰]",
+    )
+)
 
 
 load = partial(_sources.load, sys.modules[__name__])
@@ -215,12 +228,9 @@ def normalise(text: str) -> str:
     """Lower case, without punctuation and articles (" The red car." -> "red car"), unless nothing is left."""
     text = unicodedata.normalize("NFC", text).lower().strip()
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.removesuffix(".") or text)  # as in VQAv2's script
-    text = re.sub(rf"(?<=\d) +([-–+*/:=^×÷]) +(?={NUMBER})", r"\1", text)  # "1 - 2" -> "1-2"
+    text = re.sub(rf"(?<=\d) +([-–+*/:=^×÷]+) +(?={NUMBER})", r"\1", text)  # "1 - 2" -> "1-2"
     text = re.sub(rf"(?<!\w)([-–−+]) +(?={NUMBER})", r"\1", text)  # "- 5" -> "-5"
-    # A sign is kept before a number (-5, -.5, -$5, 3.5, 10:30, 1/2), between digits (2*3), in 5!, in C#, in 50%, in A-
-    signs = rf"[-–](?={NUMBER})|[.,:/](?=\d)|(?<=\d)[\W_](?=\d)|(?<=\d)!|[#%‰]|(?<=\b[^\W\d])[-–−](?!\S)"
-    kept_signs = re.finditer(signs, text)
-    places = {sign.start() for sign in kept_signs}
+    places = {place for sign in re.finditer(SIGNS, text) for place in range(*sign.span())}
     kept = [
         sign for place, sign in enumerate(text) if place in places or not unicodedata.category(sign).startswith("P")
     ]

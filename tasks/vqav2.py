@@ -13,7 +13,6 @@ The questions about one of every `HELD_OUT` training photos form the validation 
 most frequent of the ten answers.
 """
 
-import json
 import reprlib
 import statistics
 import sys
@@ -21,10 +20,10 @@ from pathlib import Path
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from tasks import _reader, _sources, _values, no_context, no_options, require_files, run_metric
+from tasks import _reader, _sources, _values, no_context, no_options, read_entries, require_files, run_metric
 
 
-COLUMNS = ("image", "question", "answer", "answers")
+COLUMNS = ("image", "question", "answer", "answers", "answer_type")
 ANSWER_PREFIX = ""
 MAX_NEW_TOKENS = 10  # an answer is rarely longer than three words
 DATASET, DATASET_ROWS = "lmms-lab/VQAv2", 214_354
@@ -63,9 +62,10 @@ def load(
     if split not in PARTS:
         raise ValueError(f"split is {split!r}, but must be one of {', '.join(PARTS)}.")
     if columns is None and find_files(Path(path)):
-        rows, faults = read(Path(path) / questions_name(*PARTS[split]))
+        file = Path(path) / questions_name(*PARTS[split])
+        rows, faults = read(file)
         _reader.raise_first(faults, path)
-        rows = _reader.make_dataset(rows, FEATURES, streaming)
+        rows = _reader.make_dataset(rows, FEATURES, streaming, file, split)
     else:
         source = _sources.Source(sys.modules[__name__], path, columns, streaming)
         rows = source.rows(source.find_split(split))
@@ -98,16 +98,17 @@ def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
 
     Raises:
         FileNotFoundError: if a file or the image folder is missing.
-        ValueError: if a file is not valid JSON or lacks the expected list.
+        ValueError: if a file is damaged or has another form.
     """
     name = file.name.split("_")[3]  # train2014
     annotations, images = file.with_name(f"v2_mscoco_{name}_annotations.json"), file.parent / name
     require_files([file, annotations, images], LAYOUT)
-    answered = {entry["question_id"]: entry for entry in read_list(annotations, "annotations")}
+    entries = read_entries(annotations, "annotations", LAYOUT, ("question_id",))
+    answered = {entry["question_id"]: entry for entry in entries}
 
     find_image_faults = _values.image_checker(with_images)  # several rows refer to the same photo
     rows, faults = [], []
-    for entry in read_list(file, "questions"):
+    for entry in read_entries(file, "questions", LAYOUT, ("question_id",)):
         number = entry["question_id"]
         if number not in answered:
             faults.append(f"{file}: question {number} has no annotation in {annotations.name}. Add it.")
@@ -121,15 +122,6 @@ def read(file: Path, with_images: bool = False) -> tuple[list[dict], list[str]]:
         if not wrong:
             rows.append({"image": image, "images": None, **row})
     return rows, faults
-
-
-def read_list(file: Path, name: str) -> list[dict]:
-    """The list with this name in a published file."""
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))[name]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{file}: {error!r}. It must be a JSON object with a list "{name}". {LAYOUT}') from error
-    return entries
 
 
 def parse(record: dict, num_images: int) -> tuple[dict, list[str]]:

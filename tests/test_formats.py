@@ -333,7 +333,8 @@ def test_every_format_of_chats_gives_the_same_messages(layout, tmp_path, capsys)
         case "csv":
             cells = [("messages", "images"), ("parts", "images")]
             rows = [{name: json.dumps(CHATS[kind][name]) for name in ("messages", key)} for kind, key in cells]
-            rows = [{"messages": row["messages"], "image": "a.png"} for row in rows]
+            weights = {"weight": "1.0", "train": "True", "loss_scale": "[1]", "loss": "", "training": "all"}
+            rows = [{"messages": row["messages"], "image": "a.png", **weights} for row in rows]
             write_csv(tmp_path / "x.csv", rows)
             expected = ["red", "red"]
     rows = read(chat, tmp_path)
@@ -478,7 +479,7 @@ def test_an_image_may_be_an_object_or_base64(tmp_path, capsys):
     url = f"data:image/png;base64,{encoded}"
     forms = [{key: "a.png"} for key in ("path", "url", "image_url", "file_name", "image")]
     forms += [{key: encoded} for key in ("bytes", "base64", "data")] + [{"image_url": {"url": url}}, url]
-    forms += ["./a.png", {"bytes": None, "path": "a.png"}, [None, "a.png"]]
+    forms += ["./a.png", {"bytes": None, "path": "a.png"}, ["a.png", None]]
     forms += [encoded + base64.b64encode(bytes(200)).decode()]  # longer than a name may be
     assert len(encoded) < 255, "as short as a file name"
     (tmp_path / "R0lGODlh").write_bytes((tmp_path / "a.png").read_bytes())  # a file name that is also base64
@@ -529,7 +530,7 @@ def test_images_in_parquet_may_be_paths_nothing_or_in_messages(tmp_path):
     "empty, filled, feature",
     [
         ({"images": []}, {"images": ["a.png"]}, None),
-        ({"images": [None, None]}, {"images": [None, "a.png"]}, None),
+        ({"images": [None, None]}, {"images": ["a.png", None]}, None),
         ({"image": {"path": None}}, {"image": {"path": "a.png"}}, None),
         ({"images": "[]"}, {"images": '["a.png"]'}, None),
         ({"images": "[null]"}, {"images": '["a.png"]'}, None),
@@ -625,6 +626,10 @@ AMBIGUOUS = [
     ),
     (vqa, {"answer": "x", "video": "a.mp4"}, "it has `video`, which is not read"),
     (vqa, {"answer": "x", "images": ["b.png"]}, "`images` and `image` have different images"),
+    *(
+        (vqa, {"answer": "x", "image": images}, "there is no image .null. before another one of the row")
+        for images in ([None, "a.png"], ["a.png", None, "a.png"], [{"path": None}, "a.png"])
+    ),
     (vqa, {"answer": "red", "answers": "blue"}, r"'red', which is none of `answers`, \['blue'\]"),
     (vqa, {"answer": "red", "answers": {"text": ["red"]}}, "`answers` is .* Make it a list of texts"),
     (vqa, {"answer": "['red', 'blue']"}, "`answer` is .*, which is not JSON"),
@@ -638,6 +643,7 @@ AMBIGUOUS = [
         (chat, {"messages": [USER, ASSISTANT], column: value}, f"it has the {column} .*Remove the row")
         for column, value in [("weight", 0.0), ("loss_mask", [1, 0]), ("loss_scale", 0), ("train", False)]
         + [("weight", 0.5), ("weights", [2, 1])]
+        + [("weight", "0"), ("train", " False"), ("loss_mask", '["0"]'), ("loss_scale", "[True, False]")]  # as in CSV
     ),
     (chat, {"messages": [USER, ASSISTANT], "system": ["Be brief."]}, "`system` is .*Make it a text in quotes"),
     (
@@ -1272,6 +1278,10 @@ FILES = [
         "train.json",
         b'{"question": {"0": "?"}, "answer": {"0": "x"}}',
         r"train.json: it has columns, as pandas .* rows: `to_json\(file, orient=\"records\"\)`",
+    ),
+    *(
+        ("train.json", rows, "no row has a `question`.* put them under exactly one of the keys data, rows, examples, ")
+        for rows in (b'{"annotations": [{"question": "?", "answer": "x"}]}', b'{"data": [{"x": 1}], "examples": []}')
     ),
     ("train.json", b'{"train": [{"question": "?"}], "test": []}', "train.json: it has several splits. Write a file"),
     (

@@ -326,6 +326,7 @@ def save_karpathy(folder):
         name = f"COCO_{images_of}_{number:012d}.jpg"
         write_image(folder / images_of / name)
         sentences = [{"raw": f"A {part}\nimage. "}, {"raw": f"Number {number}."}]
+        sentences += [{"raw": " \n"}] if part == "train" else []
         images.append(
             {"filepath": images_of, "filename": name, "split": part, "sentences": sentences, "cocoid": number}
         )
@@ -341,7 +342,7 @@ def coco(tmp_path):
 def test_coco_trains_on_captions_and_evaluates_images(coco):
     train, validation, test = (coco_captions.load(split, str(coco)) for split in ("train", "validation", "test"))
     assert train["captions"] == [["A train image."], ["Number 0."], ["A restval image."], ["Number 1."]]
-    assert train["image_id"] == [0, 0, 1, 1]
+    assert train["image_id"] == [0, 0, 1, 1], "a blank caption is not learned"
     assert (validation["image_id"], validation["captions"]) == ([2], [["A val image.", "Number 2."]])
     assert (test["image_id"], test["captions"]) == ([3], [["A test image.", "Number 3."]])
     assert test[0]["image"].size == (8, 8)
@@ -475,9 +476,6 @@ def test_what_is_wrong_with_vqav2_is_named(command, tmp_path):
     assert "question 50001: `answers` is None." in output and "question 50002 has no annotation in" in output
     with pytest.raises(ValueError, match="question 5000.*\n.*first of 2 faults: `python -m tasks check"):
         vqav2.load("test", str(tmp_path))
-    annotations.write_text("[]")
-    with pytest.raises(ValueError, match='annotations.json.*JSON object with a list "annotations"'):
-        vqav2.load("test", str(tmp_path))
     annotations.unlink()
     with pytest.raises(FileNotFoundError, match="annotations.json is missing. VQAv2 is read from"):
         vqav2.load("test", str(tmp_path))
@@ -580,6 +578,41 @@ def test_vqav2_is_scored_as_by_the_official_script(answers, prediction, rate):
     subsets = [answers[:index] + answers[index + 1 :] for index in range(10)]
     written_out = [min(subset.count(prediction.strip()) / 3, 1) for subset in subsets]
     assert rate == pytest.approx(100 * sum(written_out) / 10)
+
+
+QUESTIONS, ANNOTATIONS = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
+CAPTIONED = {"split": "train", "filepath": "train2014", "filename": "a.jpg", "sentences": [], "cocoid": 1}
+DAMAGES = [
+    (vqav2, ANNOTATIONS, "[]", r"\[\] in place of a JSON object. VQAv2 is read"),
+    (vqav2, ANNOTATIONS, {"questions": []}, "has no list `annotations`. VQAv2 is read"),
+    (vqav2, ANNOTATIONS, {"annotations": [{"id": 1}]}, "entry 0 of `annotations` has no `question_id`. VQAv2 is"),
+    (vqav2, QUESTIONS, {"questions": [{"id": 1}]}, "entry 0 of `questions` has no `question_id`. VQAv2 is read"),
+    (vqav2, QUESTIONS, {"questions": []}, "has no rows of the test split"),
+    (coco_captions, "dataset_coco.json", '{"images": [{"split', r"not valid JSON \(Unterminated.* COCO Captions is"),
+    (coco_captions, "dataset_coco.json", {"annotations": []}, "has no list `images`. COCO Captions is read"),
+    (coco_captions, "dataset_coco.json", {"images": [{"id": 1}]}, "entry 0 of `images` has no `split`. COCO"),
+    (coco_captions, "dataset_coco.json", {"images": [3]}, "entry 0 of `images` has no `split`. COCO Captions"),
+    (coco_captions, "dataset_coco.json", {"images": [CAPTIONED]}, "has no rows of the test split. Give the complete"),
+    (scienceqa, "problems.json", '{"1": ', r"not valid JSON \(Expecting value.* The original layout of ScienceQA"),
+    (scienceqa, "problems.json", {"7": {}}, "has no `12`. The original layout of ScienceQA"),
+    (scienceqa, "problems.json", {"7": {}, "12": {}}, "problem 12 has no `image`. The original layout of ScienceQA"),
+    (scienceqa, "pid_splits.json", {"train": []}, "has no list `test`. The original layout of ScienceQA"),
+    (scienceqa, "pid_splits.json", {"test": []}, "has no rows of the test split. Give the complete files"),
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("task, name, content, message", DAMAGES)
+def test_a_damaged_file_of_a_published_data_set_is_named(
+    task, name, content, message, streaming, original, coco, tmp_path
+):
+    folder = {coco_captions: coco, scienceqa: original}.get(task, tmp_path / "vqav2")
+    if task is vqav2:
+        save_vqav2(folder)
+    assert (folder / name).is_file()
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        task.load("test", str(folder), streaming)
 
 
 def test_vqav2_is_scored_by_the_type_of_answer():
@@ -719,6 +752,19 @@ def test_own_questions_need_a_path_the_split_and_good_rows(tmp_path):
         *((said, answer, False) for said, answer in [(" A", "A-"), (" A+", "A-"), (" O.", "O-"), (" ½", "-½")]),
         *((said, answer, True) for said, answer in [(" B-.", "b-"), (" -½.", "-½"), (" a T-shirt", "t-shirt")]),
         (" plan b - maybe", "plan b maybe", True),
+        *((f" {number}.", f"-{number}", False) for number in ("x", "2x", "√2", "π", "∞", "(3)", "a/2", "$x")),
+        *((said, said.replace("-", ""), False) for said in ("y = -x", "y=-x", "(-x)", '"-x"', "2*-x", "e^-x", "1,-x")),
+        *((said, said.replace("-", ""), False) for said in ("AB-", "(AB-)", "AB-, I think", "Cl-.", "O2-", "SO4 2-")),
+        *(
+            (said, said.replace("-", ""), True)
+            for said in ("co-op", "U.S.-based", "x--y", "red -- blue", "- hen", "hen -")
+        ),
+        *((said, said.replace("**", ""), False) for said in ("2**3", "x**2", "2**x", "(x)**2", "x**-1")),
+        (" 2 ** 3", "2 3", False),
+        (" 2 ** 3", "2**3", True),
+        (" 3...5", "3.5", False),
+        (" **red** car", "red car", True),
+        (" (3), (4)", "3 4", True),
         ("..", ".", True),
         (" ?.", ".", False),
     ],
@@ -1117,6 +1163,18 @@ def test_answers_without_a_choice_have_no_score_by_likelihood(answered):
         ("predictions.jsonl", lambda text: text[:-20], r"predictions.jsonl, line 12 is not valid JSON"),
         ("predictions.jsonl", lambda text: text.replace('"index": 1,', '"index": 0,'), "each row of the split once"),
         ("predictions.jsonl", lambda text: text + "3\n", "line 13 has 3 in place of a JSON object"),
+        (
+            "predictions.jsonl",
+            lambda text: text.replace('"prediction"', '"answered"', 1),
+            "predictions.jsonl, line 1 has no `prediction`. A line needs answer, choices, expected, ",
+        ),
+        ("predictions.jsonl", lambda text: text.replace('"grade"', '"level"'), "jsonl, line 1 has no `grade`"),
+        (
+            "predictions.jsonl",
+            lambda text: text + '{"prediction": null, ' + text.splitlines()[0].replace('"prediction"', '"said"')[1:],
+            "predictions.jsonl, line 13 has the `prediction` None. Make it a text",
+        ),
+        ("predictions.jsonl", lambda text: "", "predictions.jsonl has no answers. Run the evaluation again"),
         ("results.json", lambda text: "{}", "results.json has no `size`, which `train.py` writes"),
         ("results.json", lambda text: text[:-1], "results.json is not valid JSON"),
     ],
