@@ -212,11 +212,16 @@ def test_a_picture_in_tiles_is_answered_and_drawn(image):
 
 
 @pytest.mark.parametrize(
-    "adapter, message",
-    [("nothing", "accelerate launch train.py"), (BASES[1], "a `llama`: it has no visual memory")],
+    "adapter, revision, message",
+    [
+        ("nothing", "", "accelerate launch train.py"),
+        (BASES[1], "", "a `llama`: it has no visual memory"),
+        (BASES[1], 40 * "0", "is a folder, which has no commits"),
+    ],
 )
 @pytest.mark.parametrize("place", ["flag", "variable"])
-def test_a_folder_that_is_no_adapter_is_refused(adapter, message, place, monkeypatch, capsys):
+def test_an_adapter_that_cannot_be_loaded_is_refused(adapter, revision, message, place, monkeypatch, capsys):
+    monkeypatch.setenv("DEHVF_REVISION", revision)
     if place == "variable":
         monkeypatch.setenv("DEHVF_ADAPTER", str(adapter))
     with pytest.raises(SystemExit):

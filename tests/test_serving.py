@@ -297,6 +297,7 @@ ADAPTER, DAMAGED = "an adapter", "a damaged adapter"
         (["/nothing"], "`adapter /nothing`: there is no such folder"),
         (["org/name"], "no `--revision` was given"),
         (["org/name", "--revision", "main"], "`--revision main` was given"),
+        ([ADAPTER, "--revision", "main"], "is a folder, which has no commits, so the revision main has no effect"),
         ([ADAPTER, "--port", "USED"], "cannot listen on port"),
         (["nothing", "--port", "99999"], "should be less than or equal to 65535"),
         ([ADAPTER], "pass the argument `--trust-remote-code`"),
