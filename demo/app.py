@@ -239,9 +239,16 @@ def choose_examples(task, rows) -> list[list]:
 
 
 def read_example(folder: Path, processor) -> list:
-    """The image and the message of `train.py`, which has written the latter as the chat template renders it."""
+    """
+    The image and the message of `train.py`, which has written the latter as the chat template renders it. Raises
+    `ValueError` if the page, which asks one question without a system message, would give the model another text.
+    """
+    text = (folder / "example.txt").read_text(encoding="utf-8")
     before, after = render(processor, "{message}").split("{message}")
-    message = (folder / "example.txt").read_text(encoding="utf-8").removeprefix(before).removesuffix(after)
+    message = text.removeprefix(before).removesuffix(after)
+    asked = ChatTokenizer(processor).render([{"role": "user", "content": message}], add_generation_prompt=True)
+    if asked != text or after.strip() and after in message:  # which comes before the answer of each turn
+        raise ValueError(f"{folder}/example.txt is not a single question in the form in which the page asks it.")
     return [read_image(folder / "example.png"), message]
 
 
