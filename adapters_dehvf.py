@@ -75,10 +75,10 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def check_no_peft(location, found=None):
-    """Raises `ValueError` if there is an adapter of `peft` in the folder `location`, or one was `found` elsewhere."""
-    folder = found or location
-    if found or os.path.isfile(os.path.join(location, "adapter_config.json")):
+def check_no_peft(location, source: dict, found=None):
+    """Raises `ValueError` if a folder, or its `subfolder`, has an adapter of `peft`, or one was `found` elsewhere."""
+    folder = found or os.path.join(location, *filter(None, [source.get("subfolder")]))
+    if found or os.path.isfile(os.path.join(folder, "adapter_config.json")):
         raise ValueError(
             f"{folder} has an adapter of `peft` (`adapter_config.json`), which would be ignored. Load the DEHVF "
             "adapter that it was trained on, from a folder without such a file, and then "
@@ -226,7 +226,7 @@ class AdapterMixin:
         source = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
         source |= hub_arguments(kwargs)
         dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}  # not the config's
-        check_no_peft(location, found=(kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path"))
+        check_no_peft(location, source, (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path"))
         for name in ("_from_auto", "_from_pipeline", "trust_remote_code"):
             kwargs.pop(name, None)
         if config is None or isinstance(config, str | os.PathLike):

@@ -188,7 +188,7 @@ class SwitchingMixin:
         kwargs.pop("trust_remote_code", None)
         if unknown := kwargs.keys() - {"revision", "subfolder"} - hub_arguments(kwargs).keys():
             raise TypeError(f"`load_adapter` has no argument `{min(unknown)}`. See its docstring for those it has.")
-        check_no_peft(pretrained_model_name_or_path)
+        check_no_peft(pretrained_model_name_or_path, kwargs)
         tensors = load_adapter_tensors(pretrained_model_name_or_path, kwargs)
         config = DehvfConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
         self._take_over_bases(config, adapter_name)

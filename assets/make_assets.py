@@ -38,6 +38,7 @@ from tasks.scienceqa import letter
 
 HERE = Path(__file__).parent
 GRID = 4  # patches along the side of a picture
+STEPS, BATCH_SIZE = 4500, 64  # of both models
 FORMS = ((1, 0, 0, 0), (0.1, 0.9, 0, 0), (0.1, 0.2, 0.5, 0.2), (0.05, 0.05, 0.15, 0.75))
 WORDS = [word for pool in digits.POOLS.values() for word in pool]
 # Shares of the rows in % that differ from the task's: more questions that depend on the whole scene
@@ -118,20 +119,20 @@ def make_tokenizer(texts):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **options)
 
 
-def fit(parameters, steps, rate, loss_of):
+def fit(parameters, rate, loss_of):
     """Trains `parameters` with AdamW, warm-up and cosine decay. `loss_of(step)` returns the loss of a batch."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
-    for step in range(steps):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, STEPS, pct_start=0.05)
+    for step in range(STEPS):
         loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step == steps - 1:
-            print(f"step {step} of {steps}, loss {loss.item():.3f}", flush=True)
+        if step % 50 == 0 or step == STEPS - 1:
+            print(f"step {step} of {STEPS}, loss {loss.item():.3f}", flush=True)
 
 
 def attend_to_equals(model):
@@ -141,7 +142,7 @@ def attend_to_equals(model):
             module.k_proj.load_state_dict(module.q_proj.state_dict())
 
 
-def attend_to_near(model, distances=(1, 2, 3), sharp=8.0, wide=1.5):
+def attend_to_near(model):
     """
     Initialises some heads of each layer to attend by position: three heads to the token one, two and three places
     before, and one head to the last few tokens. Retrieval needs such heads, and with random initialisation they only
@@ -153,7 +154,7 @@ def attend_to_near(model, distances=(1, 2, 3), sharp=8.0, wide=1.5):
         for out in (layer.self_attn.o_proj, layer.mlp.down_proj):
             out.weight.data *= 0.2  # keeps the token embeddings dominant
         query, key = layer.self_attn.q_proj, layer.self_attn.k_proj
-        for head, (back, strength) in enumerate([*((back, sharp) for back in distances), (0, wide)]):
+        for head, (back, strength) in enumerate(((1, 8.0), (2, 8.0), (3, 8.0), (0, 1.5))):
             rows = slice(head * size, (head + 1) * size)
             query.weight.data[rows] = key.weight.data[rows] = 0
             # The rotary embedding rotates both by an angle per position; they match at a distance of `back` tokens
@@ -227,7 +228,7 @@ class SceneInjector:
         return amounts
 
 
-def train_language_model(tokenizer, steps=4500, batch=64):
+def train_language_model(tokenizer):
     torch.manual_seed(0)
     rng = np.random.default_rng(1)
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 8, "num_attention_heads": 8}
@@ -244,10 +245,10 @@ def train_language_model(tokenizer, steps=4500, batch=64):
 
     def loss_of(step):
         if not batches:  # sixteen batches at a time, sorted by length to reduce padding
-            rows = draw_rows(rng, 16 * batch, shown=0.4 if step > 0.06 * steps else 0)
-            texts = [(draw_text(rng, *row, step / steps) + tokenizer.eos_token, row) for row in rows]
+            rows = draw_rows(rng, 16 * BATCH_SIZE, shown=0.4 if step > 0.06 * STEPS else 0)
+            texts = [(draw_text(rng, *row, step / STEPS) + tokenizer.eos_token, row) for row in rows]
             texts.sort(key=lambda text: len(text[0].split()))
-            batches.extend(texts[batch * i : batch * (i + 1)] for i in rng.permutation(16))
+            batches.extend(texts[BATCH_SIZE * i : BATCH_SIZE * (i + 1)] for i in rng.permutation(16))
         texts, rows = zip(*batches.pop())
         inputs = tokenizer(list(texts), return_tensors="pt", padding=True, return_token_type_ids=False)
         injector.prepare(rng, inputs, rows)
@@ -258,7 +259,7 @@ def train_language_model(tokenizer, steps=4500, batch=64):
         weights = (0.05 + answers) * (targets != tokenizer.pad_token_id)
         return (weights * losses).sum() / weights.sum()
 
-    fit(model.parameters(), steps, 2e-3, loss_of)
+    fit(model.parameters(), 2e-3, loss_of)
     return model.eval(), injector
 
 
@@ -352,18 +353,18 @@ class VisionTrainer(nn.Module):
         return contrastive, head, [x.float().mean().item() for x in accuracies]
 
 
-def train_vision_model(tokenizer, processor, steps=4500, batch=64):
+def train_vision_model(tokenizer, processor):
     torch.manual_seed(0)
     rng = np.random.default_rng(2)
     trainer = VisionTrainer(tokenizer, processor)
 
     def loss_of(step):
-        contrastive, head, accuracies = trainer(*draw_scenes(rng, batch, digits.scans("train")))
+        contrastive, head, accuracies = trainer(*draw_scenes(rng, BATCH_SIZE, digits.scans("train")))
         if step % 50 == 0:
             print(contrastive.item(), head.item(), accuracies)
         return contrastive + head
 
-    fit(trainer.parameters(), steps, 1e-3, loss_of)
+    fit(trainer.parameters(), 1e-3, loss_of)
     return trainer.eval()
 
 

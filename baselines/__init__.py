@@ -13,6 +13,7 @@ Letters at the end of a line give shapes: B samples, I images, n tokens per imag
 A prompt length, h language width.
 """
 
+import math
 import os
 import shutil
 from dataclasses import dataclass, fields
@@ -46,6 +47,9 @@ class BaselineArguments:
     (LLaVA-LoRA), 3.8 M (LaVIN), 1.8 M (LLaMA-Adapter) and 14 M (LLaMA-Adapter V2). The defaults for ADEM-VL (4.5 M,
     for ScienceQA at 7B) and IGVA are those of their authors. "ours" marks values that no source gives. Each help text
     begins with the methods that use the value.
+
+    Raises:
+        ValueError: if a value cannot work with any base models.
     """
 
     lora_rank: int = HfArg(default=8, help="llava-lora, igva: rank (ours, matches the paper's count).")
@@ -130,6 +134,27 @@ class BaselineArguments:
     igva_num_heads: int = HfArg(
         default=4, help="igva: attention heads of the aggregator (same script, --aggregator_num_heads)."
     )
+
+    def __post_init__(self):
+        values = vars(self)
+        for field in fields(BaselineArguments):
+            name, value = field.name, values[field.name]
+            if field.type in (int, int | None) and value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}, but must be at least 1.")
+            if field.type is float and not math.isfinite(value):
+                raise ValueError(f"`{name}` is {value}, but must be a finite number.")
+            if name.endswith(("_dropout", "_drop_ratio")) and not 0 <= value < 1:
+                raise ValueError(f"`{name}` is {value}, but must lie in [0, 1).")
+        if values["lavin_temperature"] <= 0:
+            raise ValueError(f"`lavin_temperature` is {values['lavin_temperature']}, but must be more than 0.")
+        if values["lavin_adapter_size"] % 2:
+            raise ValueError(f"`lavin_adapter_size` is {values['lavin_adapter_size']}, but must be even.")
+        for size, heads in (("adapter_v2_size", "adapter_v2_heads"), ("igva_hidden_size", "igva_num_heads")):
+            if values[size] % values[heads]:
+                raise ValueError(
+                    f"`{size}` is {values[size]}, which is not a multiple of `{heads}`, {values[heads]}. Change one "
+                    "of them."
+                )
 
 
 # --- shared modules ---

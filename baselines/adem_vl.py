@@ -60,7 +60,7 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
     ADEM-VL. The projectors are applied in this class, so the projector of LLaVA is an identity.
 
     Raises:
-        ValueError: if `adem_pool_sizes` do not divide the grid of patches or `adem_drop_ratio` is not in [0, 1).
+        ValueError: if `adem_pool_sizes` do not divide the grid of patches.
     """
 
     def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
@@ -69,8 +69,6 @@ class AdemVlForConditionalGeneration(FrozenBasesForConditionalGeneration):
         super().__init__(vision_tower, causal_lm, nn.Identity(), image_size, **features)
         self.pool_sizes, self.image_scale = arguments.adem_pool_sizes, arguments.adem_image_scale
         self.drop_ratio, self.memory_scale = arguments.adem_drop_ratio, arguments.adem_memory_scale
-        if not 0 <= self.drop_ratio < 1:
-            raise ValueError(f"`adem_drop_ratio` is {self.drop_ratio}. Set it to at least 0 and less than 1.")
         if not self.pool_sizes or any(size < 1 or self.grid_size % size for size in self.pool_sizes):
             raise ValueError(
                 f"`adem_pool_sizes` are {self.pool_sizes}, but an image has {self.grid_size} x "

@@ -64,19 +64,14 @@ class IgvaForConditionalGeneration(ImageTokensForConditionalGeneration):
     LLaVA with IGVA's aggregator and projector, and LoRA on the language model.
 
     Raises:
-        ValueError: if `igva_num_heads` does not divide `igva_hidden_size`, or there are more groups than layers.
+        ValueError: if there are more groups than layers.
     """
 
     def __init__(self, vision_tower, causal_lm, arguments: BaselineArguments, image_size: int | None = None):
         vision, width, act = vision_tower.config, causal_lm.config.hidden_size, "gelu"
         projector = Projector(2 * vision.hidden_size, width, width, act)
         super().__init__(vision_tower, causal_lm, projector, image_size, projector_hidden_act=act)
-        if arguments.igva_hidden_size % arguments.igva_num_heads:
-            raise ValueError(
-                f"`igva_hidden_size` is {arguments.igva_hidden_size}, which is not a multiple of `igva_num_heads`, "
-                f"{arguments.igva_num_heads}. Change one of them."
-            )
-        if not 1 <= arguments.igva_num_groups <= vision.num_hidden_layers:
+        if arguments.igva_num_groups > vision.num_hidden_layers:
             raise ValueError(
                 f"`igva_num_groups` is {arguments.igva_num_groups}, but the vision encoder has "
                 f"{vision.num_hidden_layers} layers. Give 1 to {vision.num_hidden_layers}."

@@ -103,7 +103,7 @@ class VisualPromptForConditionalGeneration(FrozenBasesForConditionalGeneration):
         if pixel_values is None:
             # DDP fails if parameters have no gradient, so without images the vision path runs with zero effect
             return 0 * self.image_features() if self.training else None
-        features = self.image_features(pixel_values, image_mask)  # I 1 h
+        features = self.image_features(pixel_values, image_mask)  # I n h
         if image_mask is None:
             return features
         rows = image_mask.nonzero().flatten()

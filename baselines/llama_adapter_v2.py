@@ -93,16 +93,11 @@ class VisualPromptAttention(nn.Module):
 
 
 class VisualPrompter(nn.Module):
-    """Computes prompts from the tokens of an image. Raises `ValueError` if the heads do not divide the width."""
+    """Computes prompts from the tokens of an image."""
 
     def __init__(self, vision_size: int, text_size: int, arguments: BaselineArguments):
         super().__init__()
         size, heads = arguments.adapter_v2_size, arguments.adapter_v2_heads
-        if size % heads:
-            raise ValueError(
-                f"`adapter_v2_size` is {size}, which is not a multiple of `adapter_v2_heads`, {heads}. Change one "
-                "of them."
-            )
         self.queries = nn.Parameter(torch.randn(arguments.adapter_v2_prompts, size))
         self.down, self.down_norm = nn.Linear(vision_size, size), nn.LayerNorm(size)
         block = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}

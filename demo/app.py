@@ -47,7 +47,7 @@ from demo.serve import remember_images  # noqa: E402
 from tasks import get_task  # noqa: E402
 from training.chats import ChatTokenizer, render  # noqa: E402
 from training.data import read_image  # noqa: E402
-from training.flags import is_commit  # noqa: E402
+from training.flags import check_has_commits, is_commit  # noqa: E402
 
 
 MAX_NEW_TOKENS = 64
@@ -81,9 +81,10 @@ def load(adapter: str, revision: str | None):
 
     Raises:
         OSError: if a base is missing.
-        ValueError: if the adapter does not exist, has no visual memory, or is on the Hub and `revision` is not a
-            commit.
+        ValueError: if the adapter does not exist, has no visual memory, is on the Hub and `revision` is not a commit,
+            or is a folder and has a `revision`.
     """
+    check_has_commits(adapter, revision, "`--revision` or the variable DEHVF_REVISION")
     if not os.path.isdir(adapter) and not is_commit(revision):
         raise ValueError(
             f"There is no folder {adapter}. To train the default adapters into outputs/digits, run `accelerate launch "
@@ -238,9 +239,16 @@ def choose_examples(task, rows) -> list[list]:
 
 
 def read_example(folder: Path, processor) -> list:
-    """The image and the message of `train.py`, which has written the latter as the chat template renders it."""
+    """
+    The image and the message of `train.py`, which has written the latter as the chat template renders it. Raises
+    `ValueError` if the page, which asks one question without a system message, would give the model another text.
+    """
+    text = (folder / "example.txt").read_text(encoding="utf-8")
     before, after = render(processor, "{message}").split("{message}")
-    message = (folder / "example.txt").read_text(encoding="utf-8").removeprefix(before).removesuffix(after)
+    message = text.removeprefix(before).removesuffix(after)
+    asked = ChatTokenizer(processor).render([{"role": "user", "content": message}], add_generation_prompt=True)
+    if asked != text or after.strip() and after in message:  # which comes before the answer of each turn
+        raise ValueError(f"{folder}/example.txt is not a single question in the form in which the page asks it.")
     return [read_image(folder / "example.png"), message]
 
 
@@ -282,7 +290,7 @@ def build(model, processor, examples: list[list]) -> gr.Blocks:
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    adapter, revision = os.environ.get("DEHVF_ADAPTER") or find_adapter(), os.environ.get("DEHVF_REVISION")
+    adapter, revision = os.environ.get("DEHVF_ADAPTER") or find_adapter(), os.environ.get("DEHVF_REVISION") or None
     parser.add_argument("--adapter", default=adapter, help="folder or Hub id of trained adapters")
     parser.add_argument("--revision", default=revision, help="commit of the adapters on the Hub")
     options = parser.parse_args(arguments)

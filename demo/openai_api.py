@@ -205,6 +205,13 @@ class ChatRequest(Request):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def agrees_with_max_tokens(cls, number, info):
+        if None not in (number, older := info.data.get("max_tokens")) and number != older:
+            raise ValueError(f"it differs from `max_tokens`, {older}. Give one of them")
+        return number
+
     @field_validator("top_logprobs")
     @classmethod
     def needs_logprobs(cls, number, info):
@@ -253,7 +260,7 @@ class ResponsesRequest(Request):
         return self.max_output_tokens
 
 
-# Fields of unsupported features, and the values that turn them off. `None` always does.
+# Fields of unsupported features, and the values that turn them off. `None` always does, also inside of objects.
 UNSUPPORTED_IN_CHATS = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -282,9 +289,14 @@ UNSUPPORTED_IN_RESPONSES = {
     "prompt": (),
     "background": (False,),
     "store": (False,),
-    "text": ({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
+    "text": (
+        {},
+        {"format": {"type": "text"}},
+        {"verbosity": "medium"},
+        {"format": {"type": "text"}, "verbosity": "medium"},
+    ),
     "truncation": ("disabled",),
-    "reasoning": ({},),
+    "reasoning": ({}, {"effort": "none"}),
 }
 
 
@@ -304,6 +316,13 @@ def count_parts(messages) -> int:
     return len(messages) + sum(len(content) for content in contents if isinstance(content, list))
 
 
+def without_nulls(value, depth: int = 2):
+    """A value without the nulls in its objects, as deep as those of `UNSUPPORTED_IN_RESPONSES` are."""
+    if depth == 0 or not isinstance(value, dict):
+        return value
+    return {name: without_nulls(part, depth - 1) for name, part in value.items() if part is not None}
+
+
 def parse(request_class: type[Request], unsupported: dict[str, tuple], body: dict[str, Any]) -> Request:
     """Checks a request. Raises `RequestError` for unknown fields, wrong types or values, and unsupported features."""
     for name, value in body.items():
@@ -315,7 +334,7 @@ def parse(request_class: type[Request], unsupported: dict[str, tuple], body: dic
                 param=name,
                 code="unknown_parameter",
             )
-        if value not in (neutral := unsupported[name]):
+        if without_nulls(value) not in (neutral := unsupported[name]):
             instead = f" or give {' or '.join(map(json.dumps, neutral))}" if neutral else ""
             raise RequestError(
                 f"`{name}` is {shorten(value)}, which this server does not support. Remove it{instead}.",

@@ -188,6 +188,26 @@ def test_examples_are_those_in_the_folder_and_never_stop_the_page(name, write, e
         assert isinstance(app.build(make_model(), processor, examples), gr.Blocks)
 
 
+TURNS = (  # as ChatML
+    "{% for message in messages %}START{{ message['role'] }}\n{{ message['content'] }}END\n{% endfor %}"
+    "{% if add_generation_prompt %}STARTassistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("roles", ["user", "system user", "user assistant user", "system user assistant user"])
+@pytest.mark.parametrize("markers", [None, ("(start)", "(end)"), ("<s>", "</s>")], ids=str)
+def test_the_example_of_a_chat_is_one_question_or_there_is_none(markers, roles, tmp_path):
+    template = TURNS.replace("START", markers[0]).replace("END", markers[1]) if markers else None
+    processor = DehvfProcessor.from_vision_text_pretrained(*BASES, chat_template=template)
+    chat = [{"role": role, "content": f"{role} {index}?"} for index, role in enumerate(roles.split())]
+    write_run_example(tmp_path)
+    (tmp_path / "example.txt").write_text(processor.apply_chat_template(chat, add_generation_prompt=True))
+    examples = app.find_examples(str(tmp_path), processor)
+    # The plain template has no markers, so that the page can ask both texts in one message
+    expected = {"user": ["user 0?"], "system user": [] if markers else ["system 0?\nuser 1?"]}
+    assert [message for _, message in examples] == expected.get(roles, [])
+
+
 def test_examples_of_digits_are_questions_about_images():
     examples = app.find_examples("org/digits", None)
     assert len(examples) == app.NUM_EXAMPLES
@@ -212,11 +232,16 @@ def test_a_picture_in_tiles_is_answered_and_drawn(image):
 
 
 @pytest.mark.parametrize(
-    "adapter, message",
-    [("nothing", "accelerate launch train.py"), (BASES[1], "a `llama`: it has no visual memory")],
+    "adapter, revision, message",
+    [
+        ("nothing", "", "accelerate launch train.py"),
+        (BASES[1], "", "a `llama`: it has no visual memory"),
+        (BASES[1], 40 * "0", "is a folder, which has no commits"),
+    ],
 )
 @pytest.mark.parametrize("place", ["flag", "variable"])
-def test_a_folder_that_is_no_adapter_is_refused(adapter, message, place, monkeypatch, capsys):
+def test_an_adapter_that_cannot_be_loaded_is_refused(adapter, revision, message, place, monkeypatch, capsys):
+    monkeypatch.setenv("DEHVF_REVISION", revision)
     if place == "variable":
         monkeypatch.setenv("DEHVF_ADAPTER", str(adapter))
     with pytest.raises(SystemExit):

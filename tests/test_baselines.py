@@ -651,12 +651,20 @@ def test_igva_reads_the_question_and_neither_the_image_nor_the_answer(make):
         ("adem-vl", {"adem_pool_sizes": [1, 3]}, "divisors of 4"),
         ("adem-vl", {"image_size": 20}, "divisors of 5"),
         ("lavin", {"image_size": 19}, "`image_size` is 19, .* The nearest is 20"),
-        ("adem-vl", {"adem_drop_ratio": 1.0}, "less than 1"),
-        ("igva", {"igva_num_heads": 3}, "not a multiple of `igva_num_heads`, 3"),
         ("igva", {"igva_num_groups": 7}, "`igva_num_groups` is 7, .* Give 1 to 6"),
+        ("igva", {"igva_num_heads": 3}, "not a multiple of `igva_num_heads`, 3"),
+        ("igva", {"igva_num_heads": 0}, "`igva_num_heads` is 0, but must be at least 1"),
+        ("llama-adapter", {"adaption_prompt_length": 0}, "`adaption_prompt_length` is 0, but must be at least 1"),
+        ("llama-adapter-v2", {"adapter_v2_prompts": 0}, "`adapter_v2_prompts` is 0, but must be at least 1"),
+        ("llama-adapter-v2", {"adapter_v2_heads": 0}, "`adapter_v2_heads` is 0, but must be at least 1"),
+        ("lavin", {"lavin_temperature": 0.0}, "`lavin_temperature` is 0.0, but must be more than 0"),
+        ("lavin", {"lavin_adapter_size": 7}, "`lavin_adapter_size` is 7, but must be even"),
+        ("llava-lora", {"lora_dropout": 1.0}, r"`lora_dropout` is 1.0, but must lie in \[0, 1\)"),
+        ("adem-vl", {"adem_drop_ratio": 1.0}, r"`adem_drop_ratio` is 1.0, but must lie in \[0, 1\)"),
+        ("adem-vl", {"adem_image_scale": float("nan")}, "`adem_image_scale` is nan, but must be a finite number"),
     ],
 )
-def test_values_that_the_bases_do_not_allow_are_refused(make, method, values, message):
+def test_values_that_the_method_or_the_bases_do_not_allow_are_refused(make, method, values, message):
     with pytest.raises(ValueError, match=message):
         make(method, **values)
 

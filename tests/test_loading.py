@@ -10,6 +10,7 @@ import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import MagicMock
@@ -856,7 +857,8 @@ def test_a_folder_with_an_adapter_of_peft_is_refused(tmp_path):
     (tmp_path / "alone").mkdir()
     shutil.copy(tmp_path / "lora" / "adapter_config.json", tmp_path / "alone")
     calls = [lambda folder: AutoModel.from_pretrained(folder, trust_remote_code=True)]
-    calls += [DehvfForConditionalGeneration.from_pretrained, lambda folder: model.load_adapter(folder, "lora")]
+    for load in (DehvfForConditionalGeneration.from_pretrained, partial(model.load_adapter, adapter_name="lora")):
+        calls += [load, lambda folder, load=load: load(folder.parent, subfolder=folder.name)]
     shutil.copytree(tmp_path / "saved", tmp_path / "both")
     shutil.copy(tmp_path / "lora" / "adapter_config.json", tmp_path / "both")
     for folder, load in itertools.product((tmp_path / name for name in ("lora", "alone", "both")), calls):

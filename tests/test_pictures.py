@@ -357,5 +357,7 @@ def test_wrong_flags_and_missing_packages_are_reported_before_anything_is_loaded
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match="There is no folder org/name.*`--revision main` was given"):
         pictures.main(["org/name", "--revision", "main"])
+    with pytest.raises(ValueError, match="is a folder, which has no commits"):
+        pictures.main([str(tmp_path), "--revision", 40 * "0"])
     with pytest.raises(ImportError, match="pip install matplotlib"):
         pictures.main([str(tmp_path)])

@@ -297,6 +297,7 @@ ADAPTER, DAMAGED = "an adapter", "a damaged adapter"
         (["/nothing"], "`adapter /nothing`: there is no such folder"),
         (["org/name"], "no `--revision` was given"),
         (["org/name", "--revision", "main"], "`--revision main` was given"),
+        ([ADAPTER, "--revision", "main"], "is a folder, which has no commits, so the revision main has no effect"),
         ([ADAPTER, "--port", "USED"], "cannot listen on port"),
         (["nothing", "--port", "99999"], "should be less than or equal to 65535"),
         ([ADAPTER], "pass the argument `--trust-remote-code`"),
@@ -1404,6 +1405,10 @@ TOO_MANY = [turn("user", PICTURE, "a"), turn("user", image(1), "b")]
         ({"max_completion_tokens": 120}, "tokens and 120 for the answer are asked for"),
         ({"max_completion_tokens": 0}, "`max_completion_tokens` is 0: Input should be greater than or equal to 1"),
         ({"max_tokens": -1, "max_completion_tokens": None}, "`max_tokens` is -1"),
+        (
+            {"max_tokens": 5, "max_completion_tokens": 6},
+            "`max_completion_tokens` is 6: it differs from `max_tokens`",
+        ),
         ({"temperature": -1}, "`temperature` is -1: Input should be greater than or equal to 0"),
         ({"temperature": "hot"}, "`temperature` is 'hot'"),
         ({"top_p": 0}, "`top_p` is 0"),
@@ -1454,6 +1459,7 @@ def test_a_fault_of_a_client_is_an_error_in_words(options, words, stream, server
         ({"previous_response_id": "resp_1"}, "`previous_response_id` is 'resp_1', which this server does not support"),
         ({"include": ["message.output_text.logprobs"]}, "`include` is"),
         ({"max_output_tokens": 0}, "`max_output_tokens` is 0"),
+        ({"reasoning": {"effort": "low", "summary": None}}, "`reasoning` is {'effort': 'low', 'summary': None}"),
         ({"extra_body": {"input": 10_001 * [{"type": "input_text", "text": "a"}]}}, "has 10001 messages and parts"),
         ({"input": [{"role": "user", "content": "a", "type": "reasoning"}]}, "`input.0.type` is 'reasoning'"),
         ({"extra_body": {"stop": "a"}}, "`stop` is 'a', but this server does not know this field"),
@@ -1508,7 +1514,8 @@ def test_small_images_are_read(size, server):
 def test_values_that_equal_the_default_are_accepted(server):
     options = {"n": 1, "logprobs": False, "frequency_penalty": 0.0, "presence_penalty": 0, "tool_choice": "none"}
     options |= {
-        "response_format": {"type": "text"},
+        "response_format": {"type": "text", "json_schema": None},
+        **dict.fromkeys(("max_tokens", "max_completion_tokens"), MAX_NEW_TOKENS),
         "user": "me",
         "metadata": {"a": "b"},
         "top_p": 1,
@@ -1534,6 +1541,12 @@ def test_values_that_equal_the_default_are_accepted(server):
     assert response.output_text == server.expected() and response.metadata == {"a": "b"}
     text = server.expected(text=f"{QUESTION}\nResponse: {response.output_text}</s>\n{QUESTION}")
     assert ask(input=[question, *response.output, question]).output_text == text
+    for off in (
+        {"reasoning": {"effort": None, "summary": None}},
+        {"reasoning": {"effort": "none", "summary": None}, "text": {"format": None, "verbosity": "medium"}},
+        {"text": {"format": {"type": "text", "name": None}, "verbosity": None}},
+    ):
+        assert ask(input=[question], extra_body=off).output_text == server.expected()
     *_, last = ask(input=QUESTION, stream=True, stream_options={"include_obfuscation": False})
     assert last.response.output_text == server.expected()
 

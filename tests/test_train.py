@@ -187,7 +187,9 @@ def test_a_method_sets_its_switch():
         (["--method", "lavin", "--igva-num-heads=2"], "`--igva_num_heads` .* with `--method lavin`. It is for igva"),
         (["--method", "llava", "--visual_prompts", "none"], "`--visual_prompts` has no effect with `--method llava`"),
         (["--method", "lavin", "--fuser_lr_ratio", "1"], "`--fuser_lr_ratio` .* It is for dehvf, memvp"),
+        (["--method", "lavin", "--lavin_temperature", "0"], "`lavin_temperature` is 0.0, but must be more than 0"),
         (["--adapter_revision", "abc"], "`--adapter_revision` has no effect without `--adapter`"),
+        (["--adapter", "assets", "--adapter_revision", "abc"], "assets is a folder, .* Remove `--adapter_revision`"),
         (["--num_train_epochs", "0", "--save_strategy", "epoch"], "`--save_strategy` has no effect with `--num_train"),
         (
             ["--lr_scheduler_type", "constant", "--warmup_steps", "9"],

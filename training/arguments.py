@@ -27,7 +27,7 @@ from baselines import BaselineArguments
 from dehvf import DehvfConfig, hub
 from tasks import NAMES
 from training.engines import ENGINE_OF_ONE, name_engine, name_precision
-from training.flags import HELP_FILE, find_recipe, read_command, read_yaml, without_partners
+from training.flags import HELP_FILE, check_has_commits, find_recipe, read_command, read_yaml, without_partners
 
 
 DESCRIPTION = (
@@ -617,6 +617,8 @@ def check_ignored(given: Collection[str], model_args, adapter_args, training_arg
         **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), ("--optim adamw_torch", uses_adam)),
     }
     refuse_useless(given, needs)
+    if "adapter_revision" in given:
+        check_has_commits(model_args.adapter, model_args.adapter_revision, "`--adapter_revision`")
     for name in ("eval_strategy", "save_strategy"):
         if name in given and getattr(training_args, name) != "no" and training_args.num_train_epochs <= 0:
             raise ValueError(f"`--{name}` has no effect with `--num_train_epochs 0`, which does not train. Remove it.")

@@ -248,8 +248,17 @@ def is_commit(revision: str | None) -> bool:
     return re.fullmatch("[0-9a-f]{40}", revision or "") is not None
 
 
+def check_has_commits(adapter: str, revision: str | None, flag: str):
+    """Raises `ValueError` if `flag` gives a revision of an adapter in a folder."""
+    if revision is not None and Path(adapter).exists():
+        raise ValueError(
+            f"{adapter} is a folder, which has no commits, so the revision {revision} has no effect. Remove {flag}."
+        )
+
+
 def check_is_pinned(adapter: str, revision: str | None):
-    """Raises `ValueError` if an adapter is on the Hub and `revision` is not a commit."""
+    """Raises `ValueError` if an adapter is on the Hub and `revision` is not a commit, or as [`check_has_commits`]."""
+    check_has_commits(adapter, revision, "`--revision`")
     if not Path(adapter).exists() and not is_commit(revision):
         given = "no `--revision` was" if revision is None else f"`--revision {revision}` was"
         raise ValueError(
