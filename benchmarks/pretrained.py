@@ -780,7 +780,8 @@ def write_report(rows: dict[str, Row]):
             "shape 34.8, colour 12.0 (easy-VQA), kind 19.9 (emoji). Best replacement: the change in accuracy with "
             "the best of six replacements of the fusion weights (`benchmarks.fusion`); 0 or more means that the "
             "fuser's own weights contribute nothing. The bases are in float32 (on GPUs with TF32 products) unless the "
-            "name of the row says bfloat16. Seconds per step: median of a run on one core of a CPU. "
+            "name of the row says bfloat16. Seconds per step: median of a run on one core of a CPU, "
+            "the other of which was in use by other programs at times. "
             f"{'; '.join(machines)}."
         ),
         "runs": runs,
