@@ -567,26 +567,24 @@ def has_values(run: dict, row: Row) -> bool:
 
 
 def train_missing(
-    rows: dict[str, Row], seeds: list[int], at_once: int, only_scores: bool = False, dtype: torch.dtype = torch.float32
+    rows: dict[str, Row], seeds: list[int], at_once: int, only_scores: bool = False, dtype: str = DTYPES[0]
 ):
     """
     Trains the runs that are not finished, `at_once` at the same time. `only_scores`: see [`Run.train`]. `dtype`: of
     the bases; trained modules are in float32.
     """
     # Seed by seed, so that the tables of a stopped benchmark are complete with fewer seeds
-    runs = [
-        (name, row, seed, file_of(name, seed, str(dtype).removeprefix("torch.")))
-        for seed in seeds
-        for name, row in rows.items()
+    runs = [(name, row, seed, file_of(name, seed, dtype)) for seed in seeds for name, row in rows.items()]
+    missing = [
+        (name, row, seed, file) for name, row, seed, file in runs if "scores" not in (read_run(file, row) or {})
     ]
-    missing = [run for run in runs if "scores" not in (read_run(run[3], run[1]) or {})]
     print(f"{len(runs) - len(missing)} runs are finished, {len(missing)} are missing.", flush=True)
     if not missing:
         return
     device, precision = "cuda" if torch.cuda.is_available() else "cpu", torch.get_float32_matmul_precision()
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
-    bases, benches, active, done = load_bases(device, dtype), {}, {}, object()
+    bases, benches, active, done = load_bases(device, getattr(torch, dtype)), {}, {}, object()
     for task, size in {(row.task, row.image_size) for _, row, *_ in missing}:
         processor = load_processor(size)
         questions = {split: load_questions(TASKS[task], split, processor) for split in SPLITS}
@@ -738,7 +736,7 @@ def draw_fusion(runs: dict[str, list[dict]], axes):
             points = [
                 (end[statistic], end["average"])
                 for run, end in ends
-                if run["row"].get("task", "easy-VQA") == task and dtype_of(run) == dtype and end.get(statistic)
+                if run["row"]["task"] == task and dtype_of(run) == dtype and end.get(statistic)
                 if "num_groups" not in run["row"]["values"]
             ]
             axis.scatter([x for x, _ in points], [y for _, y in points], s=28, color=f"C{number}", label=dtype)
@@ -807,8 +805,8 @@ def main():
     require_writable(RESULTS)
     if not arguments.report:
         require_bases()
-        rows, dtype = {name: ROWS[name] for name in arguments.rows}, getattr(torch, arguments.dtype)
-        train_missing(rows, arguments.seeds, arguments.at_once, arguments.only_scores, dtype)
+        rows = {name: ROWS[name] for name in arguments.rows}
+        train_missing(rows, arguments.seeds, arguments.at_once, arguments.only_scores, arguments.dtype)
     write_report(ROWS)
 
 

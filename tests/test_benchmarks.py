@@ -262,7 +262,7 @@ def drawings(tmp_path, monkeypatch):
 def test_rows_of_the_emoji_table_are_trained_on_the_drawings(bench, drawings):
     row = dataclasses.replace(pretrained.ROWS["emoji: DEHVF"], batch_size=4, steps=2)
     pretrained.train_missing({"emoji: DEHVF": row}, [0], at_once=1)
-    pretrained.train_missing({"emoji: DEHVF": row}, [0, 1], at_once=1, only_scores=True, dtype=torch.bfloat16)
+    pretrained.train_missing({"emoji: DEHVF": row}, [0, 1], at_once=1, only_scores=True, dtype="bfloat16")
     run = pretrained.read_run(pretrained.file_of("emoji: DEHVF", 0), row)
     assert run["scores"].keys() == {"kind", "yes/no", "average"} and run["replaced_questions"] == 6
     pretrained.write_report({"emoji: DEHVF": row})

@@ -252,10 +252,10 @@ def write_example(folder: Path, task, processor, split: Split) -> bool:
     for index, row in enumerate(split.rows):
         if row["image"] is not None and not row.get("images"):
             messages = messages_before_answer(task, row, task.context(row))
-            if example is None or len(messages) == 1:
-                example = index, messages
             if len(messages) == 1:
+                example = index, messages
                 break
+            example = example or (index, messages)
     if example is None:
         return False
     index, messages = example
